@@ -1,0 +1,33 @@
+"""Everything the engine can be told, written once: a field here is a command-line flag and a LOGITSERVE_ variable."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EngineConfig(BaseModel):
+    """The engine's options. Frozen: what depends on the model is derived when it is loaded, never written back."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field("smollm2", description="Hugging Face directory, .gguf file, hub name, or 'smollm2'")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="weights and KV cache; auto: bfloat16"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    kernels: Literal["auto", "reference", "cpu", "triton"] = Field("auto", description="kernel backend")
+    max_model_len: int | None = Field(None, ge=1, description="longest prompt plus answer; default: the model's own")
+    block_size: Literal[8, 16, 32, 64] = Field(16, description="tokens per KV block")
+    kv_cache_bytes: int = Field(2 << 30, ge=1 << 20, description="memory for the paged KV cache")
+    num_blocks: int | None = Field(None, ge=2, description="KV blocks; overrides kv-cache-bytes")
+    max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
+    max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step")
+    max_prefill_chunk: int | None = Field(None, ge=1, description="longest prefill chunk of one sequence in a step")
+    max_waiting: int = Field(1024, ge=0, description="requests queued before new ones get 429")
+    prefix_caching: bool = Field(True, description="reuse the KV blocks of equal prefixes")
+    logits_window_bytes: int = Field(
+        16 << 20, ge=1 << 16, description="unread logits of a request before it waits for its reader"
+    )
+    num_threads: int | None = Field(None, ge=1, description="CPU threads; default: the cores this process may use")

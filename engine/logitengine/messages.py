@@ -1,0 +1,228 @@
+"""What server and engine say to each other. Typed, closed, and free of torch.
+
+The server validates every bound before it builds one of these; the engine trusts the types but checks what only it
+knows (block capacity, vocabulary).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Buffer
+from dataclasses import dataclass
+from typing import Literal
+
+from msgspec import Struct
+
+LogitsDtype = Literal["float32", "float16", "bfloat16"]
+LogitsStage = Literal["raw", "processed"]
+LogitsPositions = Literal["generated", "prompt", "all"]
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Array:
+    """A dense little-endian, row-major array: the only form in which numbers cross the socket in bulk.
+
+    ``dtype`` is "float32", "float16", "bfloat16" or "int32".
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Buffer
+
+    @property
+    def nbytes(self) -> int:
+        return memoryview(self.data).nbytes
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are drawn. Temperature 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    """Unsigned 64 bits. Choice i of a request draws with (seed, i, position), so a draw depends on nothing else."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class LogitsSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which logits a request asked to see. At most one of ``top_k`` and ``token_ids``; neither: the whole vocabulary."""
+
+    positions: LogitsPositions = "generated"
+    stage: LogitsStage = "raw"
+    top_k: int | None = None
+    token_ids: tuple[int, ...] | None = None
+    dtype: LogitsDtype = "float32"
+
+    @property
+    def wants_generated(self) -> bool:
+        return self.positions != "prompt"
+
+    @property
+    def wants_prompt(self) -> bool:
+        return self.positions != "generated"
+
+
+class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One request: a prompt and ``n`` independent continuations of it.
+
+    ``logprobs`` and ``prompt_logprobs`` are the number of most likely tokens reported beside the token itself (0: only
+    the token itself; None: off). They are log-softmax of the raw logits.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logits: LogitsSpec | None = None
+    cache_salt: str | None = None
+
+
+class LogitsRows(Struct, frozen=True, kw_only=True):
+    """Rows of logits: [rows, V], or [rows, k] with ``token_ids`` (int32, [rows, k]) naming the columns of each row."""
+
+    values: Array
+    token_ids: Array | None = None
+
+
+class Logprobs(Struct, frozen=True, kw_only=True):
+    """Per position: the log-probability and 0-based vocabulary rank of the token there, and the top-k beside it.
+
+    ``token_logprobs`` [rows]; ``ranks`` [rows]; ``top_ids`` and ``top_logprobs`` [rows][k], most likely first.
+    """
+
+    token_logprobs: list[float]
+    ranks: list[int]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
+
+
+class PromptOutput(Struct, frozen=True, kw_only=True):
+    """Rows of the prompt, in order and each exactly once.
+
+    ``offset`` is the position of the first row. Logits row j is computed at prompt position j and scores token j + 1; a
+    T-token prompt has T rows. Logprobs entry j belongs to token ``j + 1``, so a T-token prompt has T - 1.
+    Carried by choice 0 only.
+    """
+
+    offset: int
+    logits: LogitsRows | None = None
+    logprobs: Logprobs | None = None
+
+
+class StepOutput(Struct, frozen=True, kw_only=True):
+    """What one step did for one choice of one request.
+
+    ``token_ids`` holds the tokens drawn in this step (none while only prompt rows were computed); ``logits`` and
+    ``logprobs`` have one row for each. ``stop_token_id`` is set when a stop or EOS token ended the choice; that token is
+    the last of ``token_ids``. ``finish_reason`` is set on the last output of a choice.
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int] = []
+    logits: LogitsRows | None = None
+    logprobs: Logprobs | None = None
+    prompt: PromptOutput | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0
+
+
+class ModelInfo(Struct, frozen=True, kw_only=True):
+    """What the engine loaded; sent once, when it is ready to serve.
+
+    ``tokenizer_path`` is a local directory with tokenizer.json, tokenizer_config.json and (where the model has one)
+    chat_template.jinja.
+    """
+
+    model_path: str
+    tokenizer_path: str
+    architecture: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    dtype: str
+    device: str
+    kernels: str
+    batch_invariant: bool
+    block_size: int
+    num_blocks: int
+
+
+class EngineStats(Struct, frozen=True, kw_only=True):
+    """The engine after a step: sequences running and waiting, KV blocks in use, preemptions and prefix-cache hits so
+    far."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_used_blocks: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prefix_hit_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+
+
+# Server to engine.
+
+
+class Generate(Struct, frozen=True, tag=True):
+    request: GenerationRequest
+
+
+class Abort(Struct, frozen=True, tag=True):
+    """Stop one choice (``index``) or the whole request (None). Unknown ids are ignored: the request may just have ended."""
+
+    request_id: str
+    index: int | None = None
+
+
+class Consumed(Struct, frozen=True, tag=True):
+    """``nbytes`` of a request's arrays have left the server: room in its window again."""
+
+    request_id: str
+    nbytes: int
+
+
+class Shutdown(Struct, frozen=True, tag=True):
+    """Finish nothing more; exit."""
+
+
+# Engine to server.
+
+
+class Ready(Struct, frozen=True, tag=True):
+    info: ModelInfo
+
+
+class StepOutputs(Struct, frozen=True, tag=True):
+    outputs: list[StepOutput]
+    stats: EngineStats
+
+
+class Refused(Struct, frozen=True, tag=True):
+    """The engine could not take a request (its prompt cannot fit the cache, say). Nothing else happened."""
+
+    request_id: str
+    message: str
+
+
+class Failed(Struct, frozen=True, tag=True):
+    """The engine cannot go on (or never started); it exits after this."""
+
+    message: str
+
+
+ToEngine = Generate | Abort | Consumed | Shutdown
+FromEngine = Ready | StepOutputs | Refused | Failed

@@ -1,0 +1,176 @@
+"""What every backend offers: the operations a decoder needs, as functions on tensors.
+
+Shapes use these letters throughout: T tokens of a flattened batch, S sequences, H hidden size, I intermediate size,
+Hq query heads, Hkv key-value heads, D head size, V vocabulary, R rows of logits, N and K the output and input features
+of a linear layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where the queries of a flattened batch sit in their sequences and in the paged KV cache.
+
+    Sequence s owns the queries ``query_start[s]:query_start[s + 1]``. They are the last ones of its ``seq_lens[s]``
+    tokens, so query i of the sequence has position ``seq_lens[s] - query_len[s] + i`` and attends to every position up
+    to its own.
+
+    Attributes:
+        query_start: int32 [S + 1], cumulative query lengths.
+        seq_lens: int32 [S], tokens in the cache once this step's keys and values are stored.
+        block_tables: int32 [S, max_blocks], the physical block of every block of the sequence; entries past its length
+            are unspecified but valid indices.
+        slot_mapping: int64 [T], ``block * block_size + offset`` where each token's key and value are stored.
+        max_query_len: the longest query of the batch.
+        max_seq_len: the longest sequence of the batch.
+    """
+
+    query_start: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    slot_mapping: Tensor
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayerWeights:
+    """The weights of one Llama-family decoder layer, packed by the backend that will run it.
+
+    ``qkv`` is [ (Hq + 2 Hkv) D, H ] in the order q, k, v; ``gate_up`` is [2 I, H] in the order gate, up.
+    ``q_norm`` and ``k_norm`` are [D] (Qwen3's per-head norms) or None.
+    """
+
+    input_norm: Tensor
+    qkv: Any
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Any
+    post_attention_norm: Tensor
+    gate_up: Any
+    down: Any
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    eps: float
+    scale: float
+    sliding_window: int | None
+
+
+class Kernels(ABC):
+    """One backend. Stateless: weights are packed by ``pack_linear`` and handed back by the caller."""
+
+    name: str
+    batch_invariant: bool
+    """Whether a row's bits never depend on the other rows, on the chunking or on the batch."""
+
+    @abstractmethod
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> Any:
+        """Pack ``weight`` [N, K] and ``bias`` [N] into whatever ``linear`` reads fastest. Done once, at load."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, packed: Any) -> Tensor:
+        """``x @ weight.T + bias``: [T, K] -> [T, N], in the dtype of ``x``, accumulated in float32 or better."""
+
+    @abstractmethod
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in float32, in the dtype of ``x``.
+
+        Follows Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+        """
+
+    @abstractmethod
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """``silu(gate) * up`` of [T, 2 I] -> [T, I]; gate is the first half of each row."""
+
+    @abstractmethod
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary embedding of ``x`` [T, heads, D] by ``cos`` and ``sin`` float32 [T, R], R <= D, in Llama's half-split
+        order: dimension i pairs with i + R/2; the last D - R dimensions pass through. ``cos[:, i] == cos[:, i + R/2]``.
+        """
+
+    @abstractmethod
+    def store_kv(
+        self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write ``key`` [T, Hkv, D] and ``value`` [T, Hkv, Dv] into caches [num_blocks, Hkv, block_size, D or Dv]."""
+
+    @abstractmethod
+    def paged_attention(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention of ``query`` [T, Hq, D] over the paged cache -> [T, Hq, Dv] in the dtype of ``query``.
+
+        Query head h reads key-value head ``h // (Hq / Hkv)``. Scores and softmax are float32.
+        ``sliding_window`` w keeps the last w positions (the query's own included); ``softcap`` c replaces a score s by
+        ``c * tanh(s / c)``; ``sinks`` [Hq] adds one logit per head to the softmax denominator only.
+        """
+
+    def decoder_layer(
+        self,
+        hidden: Tensor,
+        layer: DecoderLayerWeights,
+        cos: Tensor,
+        sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """One pre-norm decoder layer of the Llama family: ``hidden`` [T, H] -> [T, H], same dtype.
+
+        Backends override this where one call is faster than the operations one by one.
+        """
+        tokens = hidden.shape[0]
+        heads, kv_heads, head_dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
+        normed = self.rms_norm(hidden, layer.input_norm, layer.eps)
+        query, key, value = self.linear(normed, layer.qkv).split(
+            [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1
+        )
+        query = query.reshape(tokens, heads, head_dim)
+        key = key.reshape(tokens, kv_heads, head_dim)
+        value = value.reshape(tokens, kv_heads, head_dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query = self.rms_norm(query, layer.q_norm, layer.eps)
+            key = self.rms_norm(key, layer.k_norm, layer.eps)
+        query, key = self.rope(query, cos, sin), self.rope(key, cos, sin)
+        self.store_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
+        attended = self.paged_attention(
+            query,
+            key_cache,
+            value_cache,
+            metadata,
+            scale=layer.scale,
+            sliding_window=layer.sliding_window,
+        )
+        hidden = hidden + self.linear(attended.reshape(tokens, heads * head_dim), layer.output)
+        normed = self.rms_norm(hidden, layer.post_attention_norm, layer.eps)
+        return hidden + self.linear(self.silu_and_mul(self.linear(normed, layer.gate_up)), layer.down)
+
+    def top_k_logits(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest of each row of ``logits`` [R, V], ties broken by lower id: ids int64 and values, both [R, k]."""
+        # A stable descending sort is the definition; topk first narrows the row to a candidate set that contains every
+        # tie of the k-th value.
+        threshold = torch.topk(logits, k, dim=-1).values[:, -1:]
+        ids = torch.empty(logits.shape[0], k, dtype=torch.int64, device=logits.device)
+        for row in range(logits.shape[0]):
+            candidates = torch.nonzero(logits[row] >= threshold[row]).squeeze(-1)
+            order = torch.sort(logits[row, candidates], descending=True, stable=True).indices[:k]
+            ids[row] = candidates[order]
+        return ids, logits.gather(-1, ids)
