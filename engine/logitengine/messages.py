@@ -6,7 +6,6 @@ knows (block capacity, vocabulary).
 
 from __future__ import annotations
 
-from collections.abc import Buffer
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +26,7 @@ class Array:
 
     dtype: str
     shape: tuple[int, ...]
-    data: Buffer
+    data: bytes | bytearray | memoryview
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,30 @@
+"""The engine's errors, as its client raises them.
+
+    EngineError
+    ├── EngineNotReadyError      still loading, draining, or restarting after a crash
+    ├── EngineDeadError          died while it was working on this request
+    ├── EngineOverloadedError    the queue is full
+    └── RequestRefusedError      this request cannot be served (the message says why)
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of everything the engine client raises."""
+
+
+class EngineNotReadyError(EngineError):
+    """The engine takes no requests at the moment."""
+
+
+class EngineDeadError(EngineError):
+    """The engine process died while it was working on the request."""
+
+
+class EngineOverloadedError(EngineError):
+    """The queue of waiting requests is full."""
+
+
+class RequestRefusedError(EngineError):
+    """The engine cannot serve this request, now or later."""
