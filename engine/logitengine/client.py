@@ -2,37 +2,243 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
+import shutil
+import socket
+import sys
+import tempfile
+import time
 from collections.abc import AsyncGenerator
+from pathlib import Path
 
 from logitengine.config import EngineConfig
-from logitengine.messages import EngineStats, GenerationRequest, ModelInfo, StepOutput
+from logitengine.errors import (
+    EngineDeadError,
+    EngineError,
+    EngineNotReadyError,
+    EngineOverloadedError,
+    RequestRefusedError,
+)
+from logitengine.messages import (
+    Abort,
+    Consumed,
+    EngineStats,
+    Failed,
+    FromEngine,
+    Generate,
+    GenerationRequest,
+    ModelInfo,
+    Ready,
+    Refused,
+    Shutdown,
+    StepOutput,
+    StepOutputs,
+    ToEngine,
+)
+from logitengine.transport import AsyncChannel
+
+logger = logging.getLogger(__name__)
+
+STUCK_SECONDS = 30.0
+"""An engine with work that says nothing for this long is not ready. It says something every second when it waits."""
+
+RESTART_SECONDS = (0.1, 1.0, 5.0, 30.0)
+"""Pauses before the restarts that follow deaths without a served request in between."""
+
+
+class _Stream:
+    """The outputs of one request on their way from the socket to the one who asked."""
+
+    def __init__(self, n: int) -> None:
+        self.open_choices = set(range(n))
+        self.aborted_choices: set[int] = set()
+        self.queue: asyncio.Queue[StepOutput | EngineError | None] = asyncio.Queue()
+
+    def put(self, output: StepOutput) -> None:
+        if output.index not in self.open_choices:
+            return
+        self.queue.put_nowait(output)
+        if output.finish_reason is not None:
+            self.close_choice(output.index)
+
+    def close_choice(self, index: int) -> None:
+        self.open_choices.discard(index)
+        if not self.open_choices:
+            self.queue.put_nowait(None)
 
 
 class EngineClient:
-    """Spawns the engine in its own process and multiplexes requests over one local socket."""
+    """Spawns the engine in its own process and multiplexes requests over one local socket.
 
-    info: ModelInfo | None
-    stats: EngineStats
+    When the process dies, every request under way ends with EngineDeadError and a fresh process is started.
+    """
 
-    def __init__(self, config: EngineConfig) -> None: ...
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self.info: ModelInfo | None = None
+        self.stats = EngineStats()
+        self._streams: dict[str, _Stream] = {}
+        self._channel: AsyncChannel[FromEngine] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._outbox: asyncio.Queue[ToEngine] = asyncio.Queue()
+        self._loaded = asyncio.Event()
+        self._load_error: str | None = None
+        self._not_ready: str | None = "not started"
+        self._last_heard = time.monotonic()
+
+    # Life and death.
 
     async def start(self) -> None:
         """Spawn the engine and return at once; the model loads in the background."""
-        raise NotImplementedError
+        self._not_ready = "loading the model"
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
 
     async def wait_ready(self) -> ModelInfo:
         """Wait until the model is loaded. Raises EngineDeadError when it could not be."""
-        raise NotImplementedError
+        await self._loaded.wait()
+        if self.info is None:
+            raise EngineDeadError(self._load_error or "the engine could not be started")
+        return self.info
 
     async def close(self) -> None:
         """Stop the engine process; requests under way end with EngineDeadError."""
-        raise NotImplementedError
+        self._not_ready = "shut down"
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+            self._supervisor = None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id while there is one."""
+        return self._process.pid if self._process is not None else None
 
     def not_ready_reason(self) -> str | None:
         """None when requests can be served, else why not: loading, dead and restarting, or stuck."""
-        raise NotImplementedError
+        silence = time.monotonic() - self._last_heard
+        if self._not_ready is None and self._streams and silence > STUCK_SECONDS:
+            return f"the engine has work but has been silent for {silence:.0f} s"
+        return self._not_ready
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
+    async def _supervise(self) -> None:
+        deaths = 0
+        while True:
+            generated_before = self.stats.num_generated_tokens
+            try:
+                await self._run_process()
+            finally:
+                self._not_ready = "the engine died and is being restarted" if self.info else "the engine died"
+                self._fail_streams()
+            if self.info is None:
+                # It never loaded. Trying again would fail again, so whoever waits for it is told.
+                self._not_ready = self._load_error or "the engine died while it was loading"
+                self._load_error = self._not_ready
+                self._loaded.set()
+                return
+            deaths = 0 if self.stats.num_generated_tokens != generated_before else deaths + 1
+            self.stats = EngineStats()
+            pause = RESTART_SECONDS[min(deaths, len(RESTART_SECONDS) - 1)]
+            logger.error("the engine process died; starting another in %.1f s", pause)
+            await asyncio.sleep(pause)
+
+    async def _run_process(self) -> None:
+        """One life of the engine: spawn, connect, pass messages until its socket closes, reap."""
+        directory = Path(tempfile.mkdtemp(prefix="logitserve-"))  # mode 0700: nobody else can connect
+        path = directory / "engine.sock"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(str(path))
+            listener.listen(1)
+            listener.setblocking(False)
+            arguments = ["--socket", str(path), "--config", self._config.model_dump_json()]
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "logitengine.process", *arguments
+            )
+            connection = await self._accept(listener, self._process)
+            if connection is not None:
+                self._channel = AsyncChannel(connection, FromEngine)
+                self._outbox = asyncio.Queue()
+                await self._converse(self._channel, self._outbox)
+        finally:
+            listener.close()
+            shutil.rmtree(directory, ignore_errors=True)
+            await self._reap()
+
+    async def _accept(
+        self, listener: socket.socket, process: asyncio.subprocess.Process
+    ) -> socket.socket | None:
+        accepting = asyncio.create_task(asyncio.get_running_loop().sock_accept(listener))
+        dying = asyncio.create_task(process.wait())
+        try:
+            await asyncio.wait({accepting, dying}, return_when=asyncio.FIRST_COMPLETED)
+            return accepting.result()[0] if accepting.done() else None
+        finally:
+            accepting.cancel()
+            dying.cancel()
+
+    async def _converse(self, channel: AsyncChannel[FromEngine], outbox: asyncio.Queue[ToEngine]) -> None:
+        sending = asyncio.create_task(self._send(channel, outbox))
+        try:
+            while (message := await channel.receive()) is not None:
+                self._last_heard = time.monotonic()
+                self._handle(message)
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+    async def _send(self, channel: AsyncChannel[FromEngine], outbox: asyncio.Queue[ToEngine]) -> None:
+        with contextlib.suppress(ConnectionError):  # the receiving side notices too, and ends the conversation
+            while True:
+                await channel.send(await outbox.get())
+
+    async def _reap(self) -> None:
+        """Let the process exit by itself (its socket is closed), then make sure of it."""
+        process, channel, self._process, self._channel = self._process, self._channel, None, None
+        if channel is not None:
+            with contextlib.suppress(OSError):
+                await asyncio.wait_for(asyncio.shield(channel.send(Shutdown())), timeout=1)
+            channel.close()
+        if process is None:
+            return
+        try:
+            await asyncio.wait_for(process.wait(), timeout=5)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    # Messages.
+
+    def _handle(self, message: FromEngine) -> None:
+        match message:
+            case Ready(info):
+                self.info, self._not_ready = info, None
+                self._loaded.set()
+                logger.info("engine ready: %s, %s, %s kernels", info.architecture, info.dtype, info.kernels)
+            case StepOutputs(outputs, stats):
+                self.stats = stats
+                for output in outputs:
+                    stream = self._streams.get(output.request_id)
+                    if stream is not None:
+                        stream.put(output)
+            case Refused(request_id, reason, overloaded):
+                stream = self._streams.get(request_id)
+                if stream is not None:
+                    refusal = EngineOverloadedError if overloaded else RequestRefusedError
+                    stream.queue.put_nowait(refusal(reason))
+            case Failed(reason):
+                self._load_error = reason
+                logger.error("the engine failed: %s", reason)
+
+    def _fail_streams(self) -> None:
+        for stream in self._streams.values():
+            stream.queue.put_nowait(EngineDeadError("the engine died while it was working on this request"))
+
+    # Requests.
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
         """Stream the outputs of all ``n`` choices, interleaved, until each has a finish reason.
 
         Closing the generator early (``aclose``, cancellation) aborts the request and frees its blocks. An output's
@@ -41,8 +247,33 @@ class EngineClient:
         Raises EngineNotReadyError, EngineOverloadedError or RequestRefusedError before the first output;
         EngineDeadError at any time.
         """
-        raise NotImplementedError
+        if self._not_ready is not None:
+            raise EngineNotReadyError(self._not_ready)
+        if not self._streams:
+            self._last_heard = time.monotonic()
+        if request.request_id in self._streams:
+            raise RequestRefusedError(f"request id {request.request_id!r} is in use")
+        stream = self._streams[request.request_id] = _Stream(request.n)
+        outbox = self._outbox
+        outbox.put_nowait(Generate(request))
+        try:
+            while (output := await stream.queue.get()) is not None:
+                if isinstance(output, EngineError):
+                    stream.open_choices.clear()
+                    raise output
+                if output.index not in stream.aborted_choices:
+                    yield output
+                if output.nbytes:
+                    outbox.put_nowait(Consumed(request.request_id, output.nbytes))
+        finally:
+            del self._streams[request.request_id]
+            if stream.open_choices:
+                outbox.put_nowait(Abort(request.request_id))
 
     def abort_choice(self, request_id: str, index: int) -> None:
         """Stop one choice (a stop string was found, say). ``generate`` yields nothing more for it."""
-        raise NotImplementedError
+        stream = self._streams.get(request_id)
+        if stream is not None and index in stream.open_choices:
+            self._outbox.put_nowait(Abort(request_id, index))
+            stream.aborted_choices.add(index)
+            stream.close_choice(index)

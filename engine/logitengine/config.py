@@ -25,7 +25,7 @@ class EngineConfig(BaseModel):
     max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
     max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step")
     max_prefill_chunk: int | None = Field(None, ge=1, description="longest prefill chunk of one sequence in a step")
-    max_waiting: int = Field(1024, ge=0, description="requests queued before new ones get 429")
+    max_waiting: int = Field(1024, ge=1, description="sequences queued before new requests get 429")
     prefix_caching: bool = Field(True, description="reuse the KV blocks of equal prefixes")
     logits_window_bytes: int = Field(
         16 << 20, ge=1 << 16, description="unread logits of a request before it waits for its reader"

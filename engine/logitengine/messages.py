@@ -93,6 +93,10 @@ class LogitsRows(Struct, frozen=True, kw_only=True):
     values: Array
     token_ids: Array | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + (self.token_ids.nbytes if self.token_ids else 0)
+
 
 class Logprobs(Struct, frozen=True, kw_only=True):
     """Per position: the log-probability and 0-based vocabulary rank of the token there, and the top-k beside it.
@@ -136,6 +140,12 @@ class StepOutput(Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays: what counts against the request's window until the reader has taken it."""
+        blocks = (self.logits, self.prompt and self.prompt.logits)
+        return sum(block.nbytes for block in blocks if block)
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
@@ -211,10 +221,11 @@ class StepOutputs(Struct, frozen=True, tag=True):
 
 
 class Refused(Struct, frozen=True, tag=True):
-    """The engine could not take a request (its prompt cannot fit the cache, say). Nothing else happened."""
+    """The engine did not take a request: it never could, or (``overloaded``) its queue is full at the moment."""
 
     request_id: str
     message: str
+    overloaded: bool
 
 
 class Failed(Struct, frozen=True, tag=True):

@@ -1,0 +1,30 @@
+"""Continuous batching over a paged KV cache, with logits as a field of every step's output.
+
+This package can be imported without torch; `logitengine.engine` and what it builds on cannot.
+"""
+
+from logitengine.client import EngineClient
+from logitengine.config import EngineConfig
+from logitengine.errors import (
+    EngineDeadError,
+    EngineError,
+    EngineNotReadyError,
+    EngineOverloadedError,
+    RequestRefusedError,
+)
+from logitengine.messages import GenerationRequest, LogitsSpec, ModelInfo, SamplingParams, StepOutput
+
+__all__ = [
+    "EngineClient",
+    "EngineConfig",
+    "EngineDeadError",
+    "EngineError",
+    "EngineNotReadyError",
+    "EngineOverloadedError",
+    "GenerationRequest",
+    "LogitsSpec",
+    "ModelInfo",
+    "RequestRefusedError",
+    "SamplingParams",
+    "StepOutput",
+]

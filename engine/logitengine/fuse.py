@@ -1,0 +1,117 @@
+"""`fuse(model, kernels)`: swap well-known submodules for ones that call our kernels.
+
+What is recognised is recognised by its class and its config, and checked: a variation that we do not know (a bias, a
+norm of another kind) is left as transformers has it, only slower.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from logitkernels import AttentionMetadata, DecoderLayerWeights, Kernels
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+
+from logitengine.kv_cache import LayerShape, PagedKVCache
+
+LLAMA_FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+
+
+class FusedDecoder(nn.Module):
+    """A whole decoder of the Llama family: embedding, layers, final norm. The residual stream is float32."""
+
+    def __init__(self, decoder: Any, kernels: Kernels, shapes: list[LayerShape]) -> None:
+        super().__init__()
+        self._embedding = decoder.embed_tokens
+        self._rotary = decoder.rotary_emb
+        self._norm = decoder.norm.weight.detach().float()
+        self._eps: float = decoder.norm.variance_epsilon
+        self._kernels = kernels
+        self._layers = [
+            _pack_layer(layer, kernels, shape) for layer, shape in zip(decoder.layers, shapes, strict=True)
+        ]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        kv_cache: PagedKVCache,
+        attention_metadata: AttentionMetadata,
+        kernels: Kernels,
+        use_cache: bool = False,
+    ) -> BaseModelOutputWithPast:
+        """``input_ids`` and ``position_ids`` [1, T] -> float32 hidden states [1, T, H]."""
+        hidden = self._embedding(input_ids[0]).float()
+        cos, sin = (table[0] for table in self._rotary(hidden, position_ids))
+        for index, layer in enumerate(self._layers):
+            hidden = kernels.decoder_layer(
+                hidden, layer, cos, sin, kv_cache.keys[index], kv_cache.values[index], attention_metadata
+            )
+        return BaseModelOutputWithPast(last_hidden_state=kernels.rms_norm(hidden, self._norm, self._eps)[None])
+
+
+class FusedLinear(nn.Module):
+    """A linear layer over the kernels' own packing of its weight."""
+
+    def __init__(self, linear: nn.Linear, kernels: Kernels) -> None:
+        super().__init__()
+        self._kernels = kernels
+        self._packed = kernels.pack_linear(linear.weight.detach(), linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        leading = x.shape[:-1]
+        return self._kernels.linear(x.reshape(-1, x.shape[-1]), self._packed).unflatten(0, leading)
+
+
+def fuse(model: PreTrainedModel, kernels: Kernels, shapes: list[LayerShape]) -> int:
+    """Swap what can be swapped, in place; returns how many modules were."""
+    decoder = getattr(model, model.base_model_prefix)
+    if type(decoder) not in LLAMA_FAMILY or not all(_is_known(layer) for layer in decoder.layers):
+        return 0
+    setattr(model, model.base_model_prefix, FusedDecoder(decoder, kernels, shapes))
+    model.lm_head = FusedLinear(model.lm_head, kernels)
+    return len(decoder.layers) + 2
+
+
+def _is_known(layer: nn.Module) -> bool:
+    return layer.self_attn.config.hidden_act == "silu"
+
+
+def _pack_layer(layer: Any, kernels: Kernels, shape: LayerShape) -> DecoderLayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    config = attention.config
+    return DecoderLayerWeights(
+        input_norm=layer.input_layernorm.weight.detach().float(),
+        qkv=_pack([attention.q_proj, attention.k_proj, attention.v_proj], kernels),
+        q_norm=_norm_weight(attention, "q_norm"),
+        k_norm=_norm_weight(attention, "k_norm"),
+        output=_pack([attention.o_proj], kernels),
+        post_attention_norm=layer.post_attention_layernorm.weight.detach().float(),
+        gate_up=_pack([mlp.gate_proj, mlp.up_proj], kernels),
+        down=_pack([mlp.down_proj], kernels),
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        eps=layer.input_layernorm.variance_epsilon,
+        scale=attention.scaling,
+        sliding_window=shape.sliding_window,
+    )
+
+
+def _norm_weight(attention: nn.Module, name: str) -> Tensor | None:
+    norm = getattr(attention, name, None)
+    return None if norm is None else norm.weight.detach().float()
+
+
+def _pack(linears: list[nn.Linear], kernels: Kernels) -> Any:
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    if biases and len(biases) != len(linears):
+        raise ValueError("some of the layers packed together have a bias and some have none")
+    return kernels.pack_linear(weight, torch.cat(biases) if biases else None)

@@ -1,0 +1,77 @@
+"""The paged KV cache: per layer, one tensor of keys and one of values, cut into blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What a layer stores per token, and how far back it looks (None: to the beginning).
+
+    The sizes of a key and of a value differ in some architectures.
+    """
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    sliding_window: int | None = None
+
+    @property
+    def numel_per_token(self) -> int:
+        return self.num_kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class PagedKVCache:
+    """``keys[layer]`` and ``values[layer]`` are [num_blocks, Hkv, block_size, D]."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def allocate(
+        cls,
+        shapes: list[LayerShape],
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> PagedKVCache:
+        # Unwritten slots are never attended to, but padded gathers read them: NaN there would survive a zero weight.
+        # zeros() of this size are untouched pages, so nothing is spent until a block is used.
+        def blocks(shape: LayerShape, dim: int) -> Tensor:
+            return torch.zeros(num_blocks, shape.num_kv_heads, block_size, dim, dtype=dtype, device=device)
+
+        return cls(
+            keys=[blocks(shape, shape.key_dim) for shape in shapes],
+            values=[blocks(shape, shape.value_dim) for shape in shapes],
+        )
+
+
+def bytes_per_block(shapes: list[LayerShape], block_size: int, dtype: torch.dtype) -> int:
+    return sum(shape.numel_per_token for shape in shapes) * block_size * dtype.itemsize
+
+
+@dataclass(slots=True)
+class ShapeProbe:
+    """Stands in for the cache in one forward pass and records what each layer would have stored."""
+
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+
+    def record(self, layer: int, key: Tensor, value: Tensor, sliding_window: int | None) -> None:
+        """``key`` and ``value`` are [1, Hkv, T, D]."""
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3], sliding_window)
+
+    def in_order(self) -> list[LayerShape]:
+        """Raises ValueError if some layer did not come through our attention function."""
+        if sorted(self.shapes) != list(range(len(self.shapes))) or not self.shapes:
+            raise ValueError(
+                "this architecture has layers that do not use the attention interface "
+                f"(attention layers seen: {sorted(self.shapes)})"
+            )
+        return [self.shapes[layer] for layer in range(len(self.shapes))]

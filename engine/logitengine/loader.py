@@ -1,0 +1,143 @@
+"""Loads a model and everything that is sized by it: kernels, KV cache, limits."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+from logitkernels import Kernels
+from logitkernels.backend import load_kernels
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from logitengine.attention import ATTENTION_NAME, register_attention
+from logitengine.checkpoint import Checkpoint, CheckpointError, resolve_checkpoint
+from logitengine.config import EngineConfig
+from logitengine.fuse import fuse
+from logitengine.kv_cache import PagedKVCache, bytes_per_block
+from logitengine.logits import TORCH_DTYPES
+from logitengine.messages import ModelInfo
+from logitengine.model_runner import ModelRunner, probe_layers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    info: ModelInfo
+    runner: ModelRunner
+    kernels: Kernels
+    kv_cache: PagedKVCache
+
+
+def load(config: EngineConfig) -> LoadedModel:
+    """Load what ``config`` names. Raises CheckpointError for a model that cannot be served, with the reason."""
+    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    checkpoint = resolve_checkpoint(config.model)
+    device = _device(config.device)
+    kernels = load_kernels(config.kernels, device.type)
+    model = _load_model(checkpoint, _dtype(config.dtype), device)
+    try:
+        shapes = probe_layers(model, kernels)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{type(model).__name__} cannot be served: {error}") from error
+    fused = fuse(model, kernels, shapes)
+    logger.info("%s on %s with %s kernels, %d modules fused", type(model).__name__, device, kernels.name, fused)
+    num_blocks = config.num_blocks or config.kv_cache_bytes // bytes_per_block(
+        shapes, config.block_size, model.dtype
+    )
+    return LoadedModel(
+        info=ModelInfo(
+            model_path=str(checkpoint.path),
+            tokenizer_path=str(checkpoint.tokenizer_path),
+            architecture=type(model).__name__,
+            vocab_size=model.config.get_text_config().vocab_size,
+            max_model_len=_max_model_len(config, model.config, num_blocks),
+            eos_token_ids=_eos_token_ids(model),
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=str(device),
+            kernels=kernels.name,
+            batch_invariant=kernels.batch_invariant and fused > 0,
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+        ),
+        runner=ModelRunner(model, kernels),
+        kernels=kernels,
+        kv_cache=PagedKVCache.allocate(
+            shapes, num_blocks=num_blocks, block_size=config.block_size, dtype=model.dtype, device=device
+        ),
+    )
+
+
+def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    register_attention()
+    try:
+        model_config = AutoConfig.from_pretrained(checkpoint.path)
+        _refuse_unsupported(model_config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            config=model_config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint.name} could not be loaded: {error}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _refuse_unsupported(model_config: PretrainedConfig) -> None:
+    """Name what the attention function cannot see in its kwargs and would otherwise get silently wrong."""
+    config = model_config.get_text_config()
+    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    unknown = sorted(layer_types - {"full_attention", "sliding_attention"})
+    reasons = {
+        f"layers of type {', '.join(unknown)}": bool(unknown),
+        # Their frequencies follow the longest sequence of the batch, so a neighbour would change a request's logits.
+        f"{rope_type} rotary embeddings": rope_type in ("dynamic", "longrope"),
+        "chunked attention": bool(getattr(config, "attention_chunk_size", None)),
+        "bidirectional attention": getattr(config, "is_causal", True) is False
+        or bool(getattr(config, "use_bidirectional_attention", False)),
+        "an encoder": bool(getattr(config, "is_encoder_decoder", False)),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"{model_config.model_type} has {reason}, which is not supported")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError("device=cuda was asked for, but torch sees no CUDA device")
+    return torch.device(name)
+
+
+def _dtype(name: str) -> torch.dtype:
+    return torch.bfloat16 if name == "auto" else TORCH_DTYPES[name]
+
+
+def _max_model_len(config: EngineConfig, model_config: PretrainedConfig, num_blocks: int) -> int:
+    """The model's own limit or a shorter one that was asked for, and no more than one sequence can have of the cache."""
+    own = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if config.max_model_len is not None and own is not None and config.max_model_len > own:
+        raise CheckpointError(f"max_model_len={config.max_model_len} exceeds the model's own {own} positions")
+    capacity = num_blocks * config.block_size
+    if config.max_model_len is not None and config.max_model_len > capacity:
+        raise CheckpointError(
+            f"max_model_len={config.max_model_len} needs more than the {capacity} tokens of the KV cache; "
+            "raise kv_cache_bytes"
+        )
+    limits = (config.max_model_len, own, capacity)
+    return min(limit for limit in limits if limit is not None)
+
+
+def _eos_token_ids(model: PreTrainedModel) -> list[int]:
+    """The generation config's, else the model config's; either may be one id, several or none."""
+    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found = generation if generation is not None else model.config.get_text_config().eos_token_id
+    if found is None:
+        return []
+    return sorted(found) if isinstance(found, list) else [int(found)]

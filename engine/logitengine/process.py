@@ -1,0 +1,135 @@
+"""The engine process: one thread steps the engine, one receives, one sends."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import queue
+import signal
+import socket
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+from logitengine.config import EngineConfig
+from logitengine.errors import EngineError, EngineOverloadedError
+from logitengine.messages import (
+    Abort,
+    Consumed,
+    Failed,
+    FromEngine,
+    Generate,
+    Ready,
+    Refused,
+    Shutdown,
+    StepOutputs,
+    ToEngine,
+)
+from logitengine.transport import BlockingChannel
+
+if TYPE_CHECKING:
+    from logitengine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+"""How often an engine with nothing to compute says that it is alive."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="The engine process; started by the server.")
+    parser.add_argument("--socket", required=True, help="Unix socket on which the server listens")
+    parser.add_argument("--config", required=True, help="EngineConfig as JSON")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    # Ctrl-C reaches the whole process group: the server drains first and then closes our socket.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(arguments.socket)
+    channel: BlockingChannel[ToEngine] = BlockingChannel(connection, ToEngine)
+    return EngineLoop(channel).run(EngineConfig.model_validate_json(arguments.config))
+
+
+class EngineLoop:
+    """Moves messages between the channel and the engine."""
+
+    def __init__(self, channel: BlockingChannel[ToEngine]) -> None:
+        self._channel = channel
+        self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
+
+    def run(self, config: EngineConfig) -> int:
+        """Load, then serve until the server closes the socket. Returns the process's exit status."""
+        threading.Thread(target=self._receive, name="receive", daemon=True).start()
+        sender = threading.Thread(target=self._send, name="send", daemon=True)
+        sender.start()
+        try:
+            self._serve(config)
+            status = 0
+        except Exception as error:
+            logger.exception("the engine cannot go on")
+            self._outbox.put(Failed(f"{type(error).__name__}: {error}"))
+            status = 1
+        self._outbox.put(None)
+        sender.join(timeout=5)
+        return status
+
+    def _serve(self, config: EngineConfig) -> None:
+        # Only here: the threads are up, so the server sees a load that takes long as loading, not as silence.
+        from logitengine.engine import Engine
+        from logitengine.loader import load
+
+        engine = Engine(config, load(config))
+        self._outbox.put(Ready(engine.info))
+        computed = False
+        while self._take_messages(engine, wait=not computed):
+            steps_before = engine.num_steps
+            outputs = engine.step()
+            computed = engine.num_steps > steps_before
+            if outputs or not computed:
+                self._outbox.put(StepOutputs(outputs, engine.stats))
+
+    def _take_messages(self, engine: Engine, *, wait: bool) -> bool:
+        """Handle every message that has come; with ``wait``, give the first a moment. False: the server is done."""
+        try:
+            while True:
+                message = self._inbox.get(block=wait, timeout=HEARTBEAT_SECONDS)
+                if message is None or isinstance(message, Shutdown):
+                    return False
+                self._handle(engine, message)
+                wait = False
+        except queue.Empty:
+            return True
+
+    def _handle(self, engine: Engine, message: ToEngine) -> None:
+        match message:
+            case Generate(request):
+                try:
+                    engine.add(request)
+                except EngineError as error:
+                    overloaded = isinstance(error, EngineOverloadedError)
+                    self._outbox.put(Refused(request.request_id, str(error), overloaded))
+            case Abort(request_id, index):
+                engine.abort(request_id, index)
+            case Consumed(request_id, nbytes):
+                engine.consumed(request_id, nbytes)
+
+    def _receive(self) -> None:
+        message: ToEngine | None
+        try:
+            while (message := self._channel.receive()) is not None:
+                self._inbox.put(message)
+        except OSError:
+            logger.info("the server's end of the socket is gone")
+        self._inbox.put(None)
+
+    def _send(self) -> None:
+        try:
+            while (message := self._outbox.get()) is not None:
+                self._channel.send(message)
+        except OSError:
+            self._inbox.put(None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

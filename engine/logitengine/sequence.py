@@ -1,0 +1,85 @@
+"""One choice of one request as the scheduler sees it: tokens, blocks and counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """State is tokens and counters; everything else is derived from them.
+
+    Attributes:
+        arrival: order of arrival; older sequences are served first and preempted last.
+        leader: the first choice of the same request; the others wait for its prefill, then share its blocks.
+        token_ids: the prompt, then what was generated.
+        block_table: physical KV blocks, in order.
+        num_computed: tokens whose keys and values are in the cache.
+        num_cached: prompt tokens that the prefix cache gave at the first admission.
+        num_prompt_rows_sent: prompt rows already handed out; a preempted sequence computes them again but never sends
+            them twice.
+    """
+
+    request: GenerationRequest
+    index: int
+    arrival: int
+    leader: Sequence | None = None
+    token_ids: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0
+    num_prompt_rows_sent: int = 0
+    admitted_once: bool = False
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def logits_spec(self) -> LogitsSpec | None:
+        return self.request.logits
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def generated_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only its newest token is still to be computed."""
+        return self.num_uncomputed == 1 and self.num_generated > 0
+
+    @property
+    def wants_prompt_rows(self) -> bool:
+        """Whether prompt rows were asked for and are still owed. Choice 0 carries them for all choices."""
+        if self.index != 0 or self.num_prompt_rows_sent == self.num_prompt_tokens:
+            return False
+        spec = self.logits_spec
+        return self.request.prompt_logprobs is not None or (spec is not None and spec.wants_prompt)
+
+    @property
+    def must_wait_for_leader(self) -> bool:
+        leader = self.leader
+        return leader is not None and not leader.finished and leader.num_computed < leader.num_prompt_tokens
