@@ -68,12 +68,16 @@ def _packaged_gguf() -> Path:
 
 def _from_hub(name: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{name!r} is neither a directory, nor a .gguf file, nor a hub name like 'owner/model'")
+        raise CheckpointError(
+            f"{name!r} is neither a directory, nor a .gguf file, nor a hub name like 'owner/model'"
+        )
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        raise CheckpointError(f"{name!r} is no local path and could not be fetched from the hub: {error}") from error
+        raise CheckpointError(
+            f"{name!r} is no local path and could not be fetched from the hub: {error}"
+        ) from error
 
 
 def _from_gguf(name: str, gguf: Path) -> Checkpoint:
@@ -81,9 +85,8 @@ def _from_gguf(name: str, gguf: Path) -> Checkpoint:
 
     def convert(directory: Path) -> None:
         logger.info("converting %s, once", gguf.name)
-        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         config = model.config.to_dict()
         del config["quantization_config"]
         config["architectures"] = [type(model).__name__]

@@ -190,7 +190,9 @@ class EngineClient:
             await asyncio.gather(sending, return_exceptions=True)
 
     async def _send(self, channel: AsyncChannel[FromEngine], outbox: asyncio.Queue[ToEngine]) -> None:
-        with contextlib.suppress(ConnectionError):  # the receiving side notices too, and ends the conversation
+        with contextlib.suppress(
+            ConnectionError
+        ):  # the receiving side notices too, and ends the conversation
             while True:
                 await channel.send(await outbox.get())
 

@@ -18,16 +18,22 @@ class EngineConfig(BaseModel):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     kernels: Literal["auto", "reference", "cpu", "triton"] = Field("auto", description="kernel backend")
-    max_model_len: int | None = Field(None, ge=1, description="longest prompt plus answer; default: the model's own")
+    max_model_len: int | None = Field(
+        None, ge=1, description="longest prompt plus answer; default: the model's own"
+    )
     block_size: Literal[8, 16, 32, 64] = Field(16, description="tokens per KV block")
     kv_cache_bytes: int = Field(2 << 30, ge=1 << 20, description="memory for the paged KV cache")
     num_blocks: int | None = Field(None, ge=2, description="KV blocks; overrides kv-cache-bytes")
     max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
     max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step")
-    max_prefill_chunk: int | None = Field(None, ge=1, description="longest prefill chunk of one sequence in a step")
+    max_prefill_chunk: int | None = Field(
+        None, ge=1, description="longest prefill chunk of one sequence in a step"
+    )
     max_waiting: int = Field(1024, ge=1, description="sequences queued before new requests get 429")
     prefix_caching: bool = Field(True, description="reuse the KV blocks of equal prefixes")
     logits_window_bytes: int = Field(
         16 << 20, ge=1 << 16, description="unread logits of a request before it waits for its reader"
     )
-    num_threads: int | None = Field(None, ge=1, description="CPU threads; default: the cores this process may use")
+    num_threads: int | None = Field(
+        None, ge=1, description="CPU threads; default: the cores this process may use"
+    )

@@ -16,8 +16,8 @@ from logitengine.logits import join_logprobs, join_rows, logprobs, row_nbytes, s
 from logitengine.messages import (
     EngineStats,
     GenerationRequest,
-    Logprobs,
     LogitsRows,
+    Logprobs,
     ModelInfo,
     PromptOutput,
     StepOutput,
@@ -116,7 +116,9 @@ class Engine:
             self._advance(chunks[index], logits[row : row + 1], draws[row], prompts.pop(index))
             for row, index in enumerate(drawing)
         ]
-        outputs += [output for index, prompt in prompts.items() for output in self._hold(chunks[index], prompt)]
+        outputs += [
+            output for index, prompt in prompts.items() for output in self._hold(chunks[index], prompt)
+        ]
         self.num_steps += 1
         self._num_prompt_tokens += sum(
             max(0, min(chunk.stop, chunk.sequence.num_prompt_tokens) - chunk.start) for chunk in chunks
@@ -136,7 +138,9 @@ class Engine:
         sequence, request = chunk.sequence, chunk.sequence.request
         if draw.token_id is None:
             self._finish(sequence)
-            return self._output(sequence, prompt=prompt, finish_reason="error")
+            return StepOutput(
+                request_id=request.request_id, index=sequence.index, prompt=prompt, finish_reason="error"
+            )
         sequence.token_ids.append(draw.token_id)
         ended = self._sampler.ends(sequence, draw.token_id)
         reached_limit = sequence.num_generated >= sequence.sampling.max_tokens
@@ -149,8 +153,10 @@ class Engine:
             scores = logprobs(logits, [draw.token_id], request.logprobs, self._kernels)
         if ended or reached_limit:
             self._finish(sequence)
-        return self._output(
-            sequence,
+        return StepOutput(
+            request_id=request.request_id,
+            index=sequence.index,
+            num_cached_tokens=sequence.num_cached,
             token_ids=[draw.token_id],
             logits=rows,
             logprobs=scores,
@@ -166,15 +172,13 @@ class Engine:
         if complete:
             self._finish(sequence)
         if complete or prompt is not None:
-            yield self._output(sequence, prompt=prompt, finish_reason="length" if complete else None)
-
-    def _output(self, sequence: Sequence, **fields: object) -> StepOutput:
-        return StepOutput(
-            request_id=sequence.request.request_id,
-            index=sequence.index,
-            num_cached_tokens=sequence.num_cached,
-            **fields,
-        )
+            yield StepOutput(
+                request_id=sequence.request.request_id,
+                index=sequence.index,
+                num_cached_tokens=sequence.num_cached,
+                prompt=prompt,
+                finish_reason="length" if complete else None,
+            )
 
     def _prompt_output(self, batch: Batch, index: int, hidden: Tensor) -> PromptOutput | None:
         """The rows that this chunk owes of its prompt, through the head a bounded number at a time."""

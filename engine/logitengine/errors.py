@@ -1,10 +1,10 @@
 """The engine's errors, as its client raises them.
 
-    EngineError
-    ├── EngineNotReadyError      still loading, draining, or restarting after a crash
-    ├── EngineDeadError          died while it was working on this request
-    ├── EngineOverloadedError    the queue is full
-    └── RequestRefusedError      this request cannot be served (the message says why)
+EngineError
+├── EngineNotReadyError      still loading, draining, or restarting after a crash
+├── EngineDeadError          died while it was working on this request
+├── EngineOverloadedError    the queue is full
+└── RequestRefusedError      this request cannot be served (the message says why)
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ class FusedDecoder(nn.Module):
             hidden = kernels.decoder_layer(
                 hidden, layer, cos, sin, kv_cache.keys[index], kv_cache.values[index], attention_metadata
             )
-        return BaseModelOutputWithPast(last_hidden_state=kernels.rms_norm(hidden, self._norm, self._eps)[None])
+        return BaseModelOutputWithPast(
+            last_hidden_state=kernels.rms_norm(hidden, self._norm, self._eps)[None]
+        )
 
 
 class FusedLinear(nn.Module):
@@ -66,7 +68,8 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         leading = x.shape[:-1]
-        return self._kernels.linear(x.reshape(-1, x.shape[-1]), self._packed).unflatten(0, leading)
+        output: Tensor = self._kernels.linear(x.reshape(-1, x.shape[-1]), self._packed)
+        return output.reshape(*leading, -1)
 
 
 def fuse(model: PreTrainedModel, kernels: Kernels, shapes: list[LayerShape]) -> int:
@@ -79,8 +82,8 @@ def fuse(model: PreTrainedModel, kernels: Kernels, shapes: list[LayerShape]) -> 
     return len(decoder.layers) + 2
 
 
-def _is_known(layer: nn.Module) -> bool:
-    return layer.self_attn.config.hidden_act == "silu"
+def _is_known(layer: Any) -> bool:
+    return bool(layer.self_attn.config.hidden_act == "silu")
 
 
 def _pack_layer(layer: Any, kernels: Kernels, shape: LayerShape) -> DecoderLayerWeights:
@@ -111,7 +114,7 @@ def _norm_weight(attention: nn.Module, name: str) -> Tensor | None:
 
 def _pack(linears: list[nn.Linear], kernels: Kernels) -> Any:
     weight = torch.cat([linear.weight.detach() for linear in linears])
-    biases = [linear.bias for linear in linears if linear.bias is not None]
+    biases: list[Tensor] = [linear.bias.detach() for linear in linears if linear.bias is not None]
     if biases and len(biases) != len(linears):
         raise ValueError("some of the layers packed together have a bias and some have none")
     return kernels.pack_linear(weight, torch.cat(biases) if biases else None)

