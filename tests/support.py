@@ -1,0 +1,121 @@
+"""What several tests do: make requests, run an engine until it is done, read arrays."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+from logitengine.config import EngineConfig
+from logitengine.engine import Engine
+from logitengine.loader import LoadedModel
+from logitengine.messages import Array, GenerationRequest, LogitsSpec, SamplingParams, StepOutput
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+EVERY_ROW = LogitsSpec(positions="all")
+
+
+def to_numpy(array: Array) -> NDArray[np.generic]:
+    """The array's numbers; bfloat16 widened to float32."""
+    if array.dtype == "bfloat16":
+        bits = np.frombuffer(array.data, dtype="<u2").astype(np.uint32) << 16
+        return bits.view(np.float32).reshape(array.shape)
+    return np.frombuffer(array.data, dtype=np.dtype(array.dtype).newbyteorder("<")).reshape(array.shape)
+
+
+@dataclass
+class Collected:
+    """All that one choice was told."""
+
+    token_ids: list[int] = field(default_factory=list)
+    outputs: list[StepOutput] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, output: StepOutput) -> None:
+        assert self.finish_reason is None, "nothing comes after the finish reason"
+        self.outputs.append(output)
+        self.token_ids += output.token_ids
+        self.finish_reason = output.finish_reason
+
+    @property
+    def rows(self) -> NDArray[np.generic]:
+        """Generated rows, one for each token id."""
+        return np.concatenate([to_numpy(output.logits.values) for output in self.outputs if output.logits])
+
+    @property
+    def prompt_rows(self) -> NDArray[np.generic]:
+        blocks = [output.prompt for output in self.outputs if output.prompt and output.prompt.logits]
+        expected = 0
+        for block in blocks:
+            assert block.offset == expected, "prompt blocks follow one another"
+            assert block.logits is not None
+            expected += block.logits.values.shape[0]
+        return np.concatenate([to_numpy(block.logits.values) for block in blocks if block.logits])
+
+
+def make_engine(loaded: LoadedModel, *, num_blocks: int | None = None, **options: object) -> Engine:
+    """An engine of its own scheduler and empty cache over a model that is already loaded."""
+    config = EngineConfig.model_validate({"block_size": loaded.info.block_size, **options})
+    if num_blocks is not None:
+        info = msgspec.structs.replace(
+            loaded.info,
+            num_blocks=num_blocks,
+            max_model_len=min(loaded.info.max_model_len, num_blocks * loaded.info.block_size),
+        )
+        loaded = dataclasses.replace(loaded, info=info)
+    return Engine(config, loaded)
+
+
+def greedy(
+    request_id: str, prompt: list[int], max_tokens: int, logits: LogitsSpec | None = None
+) -> GenerationRequest:
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+        logits=logits,
+    )
+
+
+def run(engine: Engine, requests: Iterable[GenerationRequest]) -> dict[tuple[str, int], Collected]:
+    """Queue everything, step to the end, and read every output at once."""
+    for request in requests:
+        engine.add(request)
+    return finish(engine)
+
+
+def finish(engine: Engine) -> dict[tuple[str, int], Collected]:
+    collected: dict[tuple[str, int], Collected] = {}
+    while engine.has_work:
+        for output in engine.step():
+            collected.setdefault((output.request_id, output.index), Collected()).add(output)
+            engine.consumed(output.request_id, output.nbytes)
+    return collected
+
+
+@cache
+def english_tokens(tokenizer_path: str, count: int, start: int = 0) -> list[int]:
+    """``count`` tokens of real text: a module of the standard library, prose and code."""
+    tokenizer = Tokenizer.from_file(f"{tokenizer_path}/tokenizer.json")
+    text = Path(argparse.__file__).read_text()
+    ids: list[int] = tokenizer.encode(text).ids
+    return ids[start : start + count]
+
+
+def reference_logits(model: torch.nn.Module, token_ids: list[int]) -> NDArray[np.float32]:
+    """transformers' own logits for a whole sequence, [T, V]. Computed once for each sequence."""
+    return _reference_logits(model, tuple(token_ids))
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode()
+def _reference_logits(model: torch.nn.Module, token_ids: tuple[int, ...]) -> NDArray[np.float32]:
+    logits: torch.Tensor = model(torch.tensor([token_ids]), use_cache=False).logits[0]
+    return logits.float().numpy()
