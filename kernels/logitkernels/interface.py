@@ -8,6 +8,7 @@ of a linear layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +124,10 @@ class Kernels(ABC):
         ``c * tanh(s / c)``; ``sinks`` [Hq] adds one logit per head to the softmax denominator only.
         """
 
+    def prepare_layer(self, layer: DecoderLayerWeights) -> DecoderLayerWeights:
+        """What ``decoder_layer`` reads fastest. Done once, at load; a layer that is not prepared gives the same result."""
+        return layer
+
     def decoder_layer(
         self,
         hidden: Tensor,
@@ -162,6 +167,21 @@ class Kernels(ABC):
         hidden = hidden + self.linear(attended.reshape(tokens, heads * head_dim), layer.output)
         normed = self.rms_norm(hidden, layer.post_attention_norm, layer.eps)
         return hidden + self.linear(self.silu_and_mul(self.linear(normed, layer.gate_up)), layer.down)
+
+    def decoder_layers(
+        self,
+        hidden: Tensor,
+        layers: Sequence[DecoderLayerWeights],
+        cos: Tensor,
+        sin: Tensor,
+        key_caches: Sequence[Tensor],
+        value_caches: Sequence[Tensor],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """``decoder_layer`` for one layer after the other, each with its own caches. Same bits as one by one."""
+        for layer, key_cache, value_cache in zip(layers, key_caches, value_caches, strict=True):
+            hidden = self.decoder_layer(hidden, layer, cos, sin, key_cache, value_cache, metadata)
+        return hidden
 
     def top_k_logits(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest of each row of ``logits`` [R, V], ties broken by lower id: ids int64 and values, both [R, k]."""

@@ -1,0 +1,176 @@
+"""Times the native CPU kernels on the shape of SmolLM2-135M: every layer with its own, cold weights.
+
+    python benchmarks/kernels_cpu.py [--rounds 5] [--json kernels_cpu.json]
+
+Reported are medians of interleaved rounds in milliseconds for one step of all layers: the linear layers alone, the
+attention alone, the whole decoder in one call, and the head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from logitkernels import AttentionMetadata, DecoderLayerWeights, Kernels
+from logitkernels.cpu import CpuKernels
+from torch import Tensor
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 576, 1536, 30, 9, 3, 64, 49152
+BLOCK_SIZE = 16
+QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+
+
+def metadata_of(query_lens: list[int], seq_lens: list[int]) -> AttentionMetadata:
+    """Sequences in blocks that lie in order."""
+    width = -(-max(seq_lens) // BLOCK_SIZE)
+    tables = torch.arange(len(seq_lens) * width, dtype=torch.int32).view(len(seq_lens), width)
+    slots = [
+        int(tables[s, position // BLOCK_SIZE]) * BLOCK_SIZE + position % BLOCK_SIZE
+        for s, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True))
+        for position in range(seq_len - query_len, seq_len)
+    ]
+    return AttentionMetadata(
+        query_start=torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32),
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        block_tables=tables,
+        slot_mapping=torch.tensor(slots),
+        max_query_len=max(query_lens),
+        max_seq_len=max(seq_lens),
+    )
+
+
+class Decoder:
+    """Random weights of the model's shape, and caches for a batch."""
+
+    def __init__(self, kernels: Kernels, dtype: torch.dtype) -> None:
+        self.kernels = kernels
+        self.dtype = dtype
+        self.layers = [kernels.prepare_layer(self._layer()) for _ in range(LAYERS)]
+        self.head = self._linear(VOCAB, HIDDEN)
+
+    def _linear(self, n: int, k: int) -> object:
+        return self.kernels.pack_linear((torch.randn(n, k) * k**-0.5).to(self.dtype))
+
+    def _layer(self) -> DecoderLayerWeights:
+        return DecoderLayerWeights(
+            input_norm=torch.ones(HIDDEN),
+            qkv=self._linear(QKV, HIDDEN),
+            q_norm=None,
+            k_norm=None,
+            output=self._linear(HIDDEN, HIDDEN),
+            post_attention_norm=torch.ones(HIDDEN),
+            gate_up=self._linear(2 * INTERMEDIATE, HIDDEN),
+            down=self._linear(HIDDEN, INTERMEDIATE),
+            num_heads=HEADS,
+            num_kv_heads=KV_HEADS,
+            head_dim=HEAD_DIM,
+            eps=1e-5,
+            scale=HEAD_DIM**-0.5,
+            sliding_window=None,
+        )
+
+    def linears(self, rows: int) -> Callable[[], None]:
+        narrow, wide = torch.randn(rows, HIDDEN), torch.randn(rows, INTERMEDIATE)
+
+        def run() -> None:
+            for layer in self.layers:
+                for packed in (layer.qkv, layer.output, layer.gate_up):
+                    self.kernels.linear(narrow, packed)
+                self.kernels.linear(wide, layer.down)
+
+        return run
+
+    def run_head(self, rows: int) -> Callable[[], None]:
+        hidden = torch.randn(rows, HIDDEN)
+        return lambda: void(self.kernels.linear(hidden, self.head))
+
+    def caches(self, metadata: AttentionMetadata) -> list[Tensor]:
+        blocks = int(metadata.block_tables.max()) + 1
+        return [torch.randn(blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM).to(self.dtype) for _ in range(2 * LAYERS)]
+
+    def attention(self, query_lens: list[int], seq_lens: list[int]) -> Callable[[], None]:
+        metadata = metadata_of(query_lens, seq_lens)
+        caches = self.caches(metadata)
+        query = torch.randn(sum(query_lens), HEADS, HEAD_DIM)
+
+        def run() -> None:
+            for layer in range(LAYERS):
+                self.kernels.paged_attention(
+                    query, caches[2 * layer], caches[2 * layer + 1], metadata, scale=HEAD_DIM**-0.5
+                )
+
+        return run
+
+    def step(self, query_lens: list[int], seq_lens: list[int]) -> Callable[[], None]:
+        metadata = metadata_of(query_lens, seq_lens)
+        caches = self.caches(metadata)
+        tokens = sum(query_lens)
+        hidden, cos, sin = (
+            torch.randn(tokens, HIDDEN),
+            torch.rand(tokens, HEAD_DIM),
+            torch.rand(tokens, HEAD_DIM),
+        )
+        return lambda: void(
+            self.kernels.decoder_layers(hidden, self.layers, cos, sin, caches[::2], caches[1::2], metadata)
+        )
+
+
+def void(_: object) -> None:
+    """Drop a result."""
+
+
+def measure(cases: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each case, the cases taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds + 1):
+        for name, run in cases.items():
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    decoders = {
+        "bf16": Decoder(CpuKernels(), torch.bfloat16),
+        "bf16 exact": Decoder(CpuKernels(exact=True), torch.bfloat16),
+    }
+    cases: dict[str, Callable[[], None]] = {}
+    for kind, decoder in decoders.items():
+        for rows in (1, 4, 16, 64, 512):
+            cases[f"{kind}: linears, {rows} rows"] = decoder.linears(rows)
+        for rows in (1, 16):
+            cases[f"{kind}: head, {rows} rows"] = decoder.run_head(rows)
+        for streams, context in ((1, 256), (16, 256), (1, 2000), (16, 2000)):
+            cases[f"{kind}: step, {streams} streams at {context}"] = decoder.step(
+                [1] * streams, [context] * streams
+            )
+        cases[f"{kind}: prefill 512"] = decoder.step([512], [512])
+    decoder = decoders["bf16"]
+    for streams, context in ((1, 256), (16, 256), (1, 2000), (16, 2000)):
+        cases[f"attention, {streams} streams at {context}"] = decoder.attention(
+            [1] * streams, [context] * streams
+        )
+    cases["attention, prefill 512"] = decoder.attention([512], [512])
+    cases = {name: run for name, run in cases.items() if options.only in name}
+    results = measure(cases, options.rounds)
+    for name, value in results.items():
+        print(f"{name:40} {value:9.2f} ms")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

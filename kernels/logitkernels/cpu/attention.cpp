@@ -1,0 +1,499 @@
+// Attention is computed block by block of 128 keys. The blocks are those of the logical sequence, counted from its first
+// token, so that they depend neither on the query's chunk nor on where the cache keeps the keys. Within a block a row
+// (one query of one head) takes the exact maximum of its scores; block results are merged in ascending order:
+//
+//     m' = max(m, m_b),  l' = l exp(m - m') + l_b exp(m_b - m'),  o' = o exp(m - m') + o_b exp(m_b - m')
+//
+// as in Dao et al., "FlashAttention" (2022). A block's result is the same whoever computes it, so long sequences may be
+// divided among threads at block boundaries and merged afterwards in the same order: the bits do not change.
+//
+// Keys are transposed and values widened to float32 once per block and tile, so a decode step moves each cached byte
+// once: 2 (D + Dv) bytes per token, layer and key-value head in bf16.
+#include "attention.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <limits>
+
+namespace logitkernels {
+namespace {
+
+constexpr int64_t kBlockKeys = 128;
+constexpr int64_t kTileRows = 96;  // rows that share the transposed keys of a block
+constexpr int kChunkRows = 6;      // rows by 64 keys keep 24 sums in registers
+constexpr int kKeyVectors = 4;
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+struct Range {
+    int64_t from;
+    int64_t to;  // exclusive
+    bool empty() const { return from >= to; }
+};
+
+// Positions that the query at `position` attends to.
+inline Range visible(const Attention& attention, int64_t position) {
+    const int64_t window = attention.sliding_window;
+    return {window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0, position + 1};
+}
+
+inline Range within_block(Range range, int64_t block) {
+    const int64_t start = block * kBlockKeys;
+    return {std::max<int64_t>(range.from - start, 0), std::min(range.to - start, kBlockKeys)};
+}
+
+// Running result of one row.
+struct RowState {
+    float maximum;
+    float sum;
+};
+
+// 16 x 16 transpose of 32-bit lanes.
+inline void transpose(__m512i (&r)[16]) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    // r[4 q + c] holds, in its 128-bit lane l, rows 4 q .. 4 q + 3 of column 4 l + c.
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+        __m512i low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), high = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
+        __m512i low2 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+        __m512i high2 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+        t[c] = _mm512_shuffle_i32x4(low, low2, 0x88);
+        t[4 + c] = _mm512_shuffle_i32x4(high, high2, 0x88);
+        t[8 + c] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+        t[12 + c] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
+// 16 keys of `size` elements into columns of `target`, float32 [size][kBlockKeys].
+inline void transpose_keys(const bf16* const* keys, int64_t size, float* target) {
+    for (int64_t d = 0; d < size; d += 32) {
+        const int64_t left = size - d;
+        const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
+        __m512i rows[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) rows[i] = _mm512_maskz_loadu_epi16(mask, keys[i] + d);
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+            float* row = target + (d + 2 * i) * kBlockKeys;
+            if (2 * i < left) _mm512_store_si512(row, _mm512_slli_epi32(rows[i], 16));
+            if (2 * i + 1 < left)
+                _mm512_store_si512(row + kBlockKeys,
+                                   _mm512_and_si512(rows[i], _mm512_set1_epi32(int32_t(0xffff0000u))));
+        }
+    }
+}
+
+inline void transpose_keys(const float* const* keys, int64_t size, float* target) {
+    for (int64_t d = 0; d < size; d += 16) {
+        const int64_t left = size - d;
+        const __mmask16 mask = lane_mask(left);
+        __m512i rows[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) rows[i] = _mm512_maskz_loadu_epi32(mask, keys[i] + d);
+        transpose(rows);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+            if (i < left) _mm512_store_si512(target + (d + i) * kBlockKeys, rows[i]);
+    }
+}
+
+// scores[r][key] = q_r . k_key, summed in the order of the head's dimensions.
+template <int R>
+void score(const float* query, int64_t size, const float* keys, int64_t from, int64_t to, float* scores) {
+    constexpr int64_t width = kKeyVectors * kLanes;
+    for (int64_t key = from / width * width; key < to; key += width) {
+        __m512 sums[R][kKeyVectors];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < kKeyVectors; ++v) sums[r][v] = _mm512_setzero_ps();
+        const float* column = keys + key;
+        for (int64_t d = 0; d < size; ++d, column += kBlockKeys) {
+            __m512 k[kKeyVectors];
+#pragma GCC unroll 4
+            for (int v = 0; v < kKeyVectors; ++v) k[v] = _mm512_load_ps(column + v * kLanes);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) {
+                __m512 q = _mm512_set1_ps(query[r * size + d]);
+#pragma GCC unroll 4
+                for (int v = 0; v < kKeyVectors; ++v) sums[r][v] = _mm512_fmadd_ps(q, k[v], sums[r][v]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < kKeyVectors; ++v)
+                _mm512_store_ps(scores + r * kBlockKeys + key + v * kLanes, sums[r][v]);
+    }
+}
+
+// sums[r][d] += weights[r][key] * values[key][d] over keys in ascending order, V vectors of d at a time.
+template <int R, int V>
+void weigh_columns(const float* weights, const float* values, int64_t stride, Range keys, float* sums) {
+    __m512 s[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) s[r][v] = _mm512_load_ps(sums + r * stride + v * kLanes);
+    for (int64_t key = keys.from; key < keys.to; ++key) {
+        __m512 x[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) x[v] = _mm512_load_ps(values + key * stride + v * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            __m512 w = _mm512_set1_ps(weights[r * kBlockKeys + key]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) s[r][v] = _mm512_fmadd_ps(w, x[v], s[r][v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) _mm512_store_ps(sums + r * stride + v * kLanes, s[r][v]);
+}
+
+template <int R>
+void weigh(const float* weights, const float* values, int64_t stride, Range keys, float* sums) {
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= stride; d += 4 * kLanes) weigh_columns<R, 4>(weights, values + d, stride, keys, sums + d);
+    switch ((stride - d) / kLanes) {
+        case 3: return weigh_columns<R, 3>(weights, values + d, stride, keys, sums + d);
+        case 2: return weigh_columns<R, 2>(weights, values + d, stride, keys, sums + d);
+        case 1: return weigh_columns<R, 1>(weights, values + d, stride, keys, sums + d);
+        default: return;
+    }
+}
+
+// Turns the scores of one row into exp(score - maximum) and returns the maximum and the sum.
+RowState soften(float* scores, Range keys, float softcap) {
+    const int64_t first = keys.from / kLanes, last = ceil_div(keys.to, kLanes);
+    const __m512 cap = _mm512_set1_ps(softcap), minus_infinity = _mm512_set1_ps(kMinusInfinity);
+    __m512 maximum = minus_infinity;
+    for (int64_t g = first; g < last; ++g) {
+        const __mmask16 mask = lane_mask(keys.to - g * kLanes) & ~lane_mask(keys.from - g * kLanes);
+        __m512 s = _mm512_load_ps(scores + g * kLanes);
+        if (softcap > 0) s = _mm512_mul_ps(cap, hyperbolic_tangent(_mm512_div_ps(s, cap)));
+        s = _mm512_mask_mov_ps(minus_infinity, mask, s);
+        _mm512_store_ps(scores + g * kLanes, s);
+        maximum = _mm512_max_ps(maximum, s);
+    }
+    const float top = _mm512_reduce_max_ps(maximum);
+    __m512 sums = _mm512_setzero_ps();
+    for (int64_t g = first; g < last; ++g) {
+        __m512 p = exponential(_mm512_sub_ps(_mm512_load_ps(scores + g * kLanes), _mm512_set1_ps(top)));
+        _mm512_store_ps(scores + g * kLanes, p);
+        sums = _mm512_add_ps(sums, p);
+    }
+    return {top, _mm512_reduce_add_ps(sums)};
+}
+
+void merge(RowState& state, float* output, const RowState& block, const float* block_output, int64_t size) {
+    const float maximum = std::max(state.maximum, block.maximum);
+    const __m512 old_factor = exponential(_mm512_set1_ps(state.maximum - maximum));
+    const __m512 new_factor = exponential(_mm512_set1_ps(block.maximum - maximum));
+    for (int64_t d = 0; d < size; d += kLanes) {
+        __m512 scaled = _mm512_mul_ps(_mm512_load_ps(output + d), old_factor);
+        _mm512_store_ps(output + d, _mm512_fmadd_ps(_mm512_load_ps(block_output + d), new_factor, scaled));
+    }
+    state.sum = state.sum * _mm512_cvtss_f32(old_factor) + block.sum * _mm512_cvtss_f32(new_factor);
+    state.maximum = maximum;
+}
+
+// A block's result for one row, as the items of a divided tile leave it for the merge: output, maximum, sum.
+// A negative sum says that the row sees nothing of the block.
+inline int64_t partial_stride(int64_t padded_value_size) { return padded_value_size + kLanes; }
+
+// One thread's working memory and the loops that use it.
+template <class Element>
+class Worker {
+  public:
+    Worker(const Attention& attention, const Batch& batch, const AttentionPlan& plan)
+        : attention_(attention),
+          batch_(batch),
+          group_(attention.heads / attention.kv_heads),
+          padded_(round_up(attention.value_size, kLanes)),
+          keys_(allocate<float>(attention.key_size * kBlockKeys)),
+          values_(allocate<float>(kBlockKeys * padded_)),
+          query_(allocate<float>(plan.tile_queries * group_ * attention.key_size)),
+          output_(allocate<float>(plan.tile_queries * group_ * padded_)),
+          states_(allocate<RowState>(plan.tile_queries * group_)),
+          scores_(allocate<float>(kChunkRows * kBlockKeys)),
+          block_output_(allocate<float>(kChunkRows * padded_)) {}
+
+    void run(const AttentionItem& item, const float* query, int64_t query_stride, const Activations& out, float* partials) {
+        begin(item);
+        scale_queries(item, query, query_stride);
+        for (int64_t block = item.first_block; block < item.last_block; ++block) {
+            load_block(item, block);
+            float* partial = item.partial < 0 ? nullptr
+                                              : partials + (item.partial + (block - item.first_block) * rows_) *
+                                                               partial_stride(padded_);
+            for (int64_t row = 0; row < rows_;) {
+                // Balanced chunks: 8 rows are 4 and 4.
+                const int64_t chunks = ceil_div(rows_ - row, kChunkRows), size = ceil_div(rows_ - row, chunks);
+                chunk_of(size, row, block, partial);
+                row += size;
+            }
+        }
+        if (item.partial < 0) finish(item, out);
+    }
+
+    void merge_partials(const AttentionItem& item, const float* partials, const Activations& out) {
+        begin(item);
+        const int64_t stride = partial_stride(padded_);
+        const float* partial = partials + item.partial * stride;
+        for (int64_t block = item.first_block; block < item.last_block; ++block)
+            for (int64_t row = 0; row < rows_; ++row, partial += stride) {
+                const RowState result{partial[padded_], partial[padded_ + 1]};
+                if (result.sum >= 0) merge(states_[row], output_.get() + row * padded_, result, partial, padded_);
+            }
+        finish(item, out);
+    }
+
+  private:
+    void begin(const AttentionItem& item) {
+        const int64_t query_len = batch_.query_start[item.sequence + 1] - batch_.query_start[item.sequence];
+        first_position_ = batch_.seq_lens[item.sequence] - query_len + item.first_query;
+        rows_ = item.queries * group_;
+        std::fill_n(output_.get(), rows_ * padded_, 0.0f);
+        std::fill_n(states_.get(), rows_, RowState{kMinusInfinity, 0.0f});
+    }
+
+    Range visible_to_row(int64_t row) const { return visible(attention_, first_position_ + row / group_); }
+
+    // Row r is query r / group of the tile and head r % group of the key-value head.
+    void scale_queries(const AttentionItem& item, const float* query, int64_t stride) {
+        const int64_t size = attention_.key_size;
+        const __m512 scale = _mm512_set1_ps(attention_.scale);
+        for (int64_t row = 0; row < rows_; ++row) {
+            const int64_t token = batch_.query_start[item.sequence] + item.first_query + row / group_;
+            const float* source = query + token * stride + (item.kv_head * group_ + row % group_) * size;
+            float* target = query_.get() + row * size;
+            for (int64_t d = 0; d < size; d += kLanes) {
+                const __mmask16 mask = lane_mask(size - d);
+                store(target + d, mask, _mm512_mul_ps(load(source + d, mask), scale));
+            }
+        }
+    }
+
+    void load_block(const AttentionItem& item, int64_t block) {
+        const int64_t start = block * kBlockKeys;
+        const Range seen{within_block(visible_to_row(0), block).from / kLanes * kLanes,
+                         within_block(visible_to_row(rows_ - 1), block).to};
+        const int32_t* table = batch_.block_tables + item.sequence * batch_.table_stride;
+        const Element *key_rows[kLanes], *value_rows[kLanes];
+        for (int64_t group = seen.from; group < seen.to; group += kLanes) {
+            for (int64_t i = 0; i < kLanes; ++i) {
+                // Lanes past the last key repeat it: they are masked later, and no memory beyond the cache is read.
+                const int64_t position = start + std::min(group + i, seen.to - 1);
+                const int64_t physical = table[position / attention_.keys.block_size];
+                const int64_t offset = position % attention_.keys.block_size;
+                key_rows[i] = row_of(attention_.keys, physical, item.kv_head, offset);
+                value_rows[i] = row_of(attention_.values, physical, item.kv_head, offset);
+            }
+            transpose_keys(key_rows, attention_.key_size, keys_.get() + group);
+            for (int64_t i = 0; i < kLanes; ++i)
+                for (int64_t d = 0; d < padded_; d += kLanes)
+                    _mm512_store_ps(values_.get() + (group + i) * padded_ + d,
+                                    load(value_rows[i] + d, lane_mask(attention_.value_size - d)));
+        }
+    }
+
+    static const Element* row_of(const Cache& cache, int64_t block, int64_t head, int64_t offset) {
+        return static_cast<const Element*>(cache.data) + block * cache.block_stride + head * cache.head_stride +
+               offset * cache.token_stride;
+    }
+
+    void chunk_of(int64_t size, int64_t row, int64_t block, float* partial) {
+        switch (size) {
+            case 1: return chunk<1>(row, block, partial);
+            case 2: return chunk<2>(row, block, partial);
+            case 3: return chunk<3>(row, block, partial);
+            case 4: return chunk<4>(row, block, partial);
+            case 5: return chunk<5>(row, block, partial);
+            default: return chunk<6>(row, block, partial);
+        }
+    }
+
+    template <int R>
+    void chunk(int64_t first_row, int64_t block, float* partial) {
+        Range keys[R], all{kBlockKeys, 0}, shared{0, kBlockKeys};
+        for (int r = 0; r < R; ++r) {
+            keys[r] = within_block(visible_to_row(first_row + r), block);
+            shared = {std::max(shared.from, keys[r].from), std::min(shared.to, keys[r].to)};
+            if (!keys[r].empty()) all = {std::min(all.from, keys[r].from), std::max(all.to, keys[r].to)};
+        }
+        RowState states[R];
+        if (!all.empty()) {
+            score<R>(query_.get() + first_row * attention_.key_size, attention_.key_size, keys_.get(), all.from, all.to,
+                     scores_.get());
+            for (int r = 0; r < R; ++r)
+                if (!keys[r].empty()) states[r] = soften(scores_.get() + r * kBlockKeys, keys[r], attention_.softcap);
+            weigh_block<R>(keys, shared);
+        }
+        for (int r = 0; r < R; ++r) {
+            const float* result = block_output_.get() + r * padded_;
+            if (partial != nullptr) {
+                float* target = partial + (first_row + r) * partial_stride(padded_);
+                std::copy_n(result, keys[r].empty() ? 0 : padded_, target);
+                target[padded_] = keys[r].empty() ? kMinusInfinity : states[r].maximum;
+                target[padded_ + 1] = keys[r].empty() ? -1.0f : states[r].sum;
+            } else if (!keys[r].empty()) {
+                merge(states_[first_row + r], output_.get() + (first_row + r) * padded_, states[r], result, padded_);
+            }
+        }
+    }
+
+    // Rows go together over the keys that all of them see and one by one over the rest. A row never touches a key that
+    // it does not see, not even with weight zero: zero times another token's infinity would be NaN.
+    template <int R>
+    void weigh_block(const Range (&keys)[R], Range shared) {
+        std::fill_n(block_output_.get(), R * padded_, 0.0f);
+        if (shared.empty()) {
+            for (int r = 0; r < R; ++r) weigh_row(r, keys[r]);
+            return;
+        }
+        for (int r = 0; r < R; ++r) weigh_row(r, {keys[r].from, shared.from});
+        weigh<R>(scores_.get(), values_.get(), padded_, shared, block_output_.get());
+        for (int r = 0; r < R; ++r) weigh_row(r, {shared.to, keys[r].to});
+    }
+
+    void weigh_row(int r, Range keys) {
+        if (keys.empty()) return;
+        weigh<1>(scores_.get() + r * kBlockKeys, values_.get(), padded_, keys, block_output_.get() + r * padded_);
+    }
+
+    void finish(const AttentionItem& item, const Activations& out) {
+        const int64_t size = attention_.value_size, width = attention_.heads * size;
+        for (int64_t row = 0; row < rows_; ++row) {
+            const int64_t token = batch_.query_start[item.sequence] + item.first_query + row / group_;
+            const int64_t head = item.kv_head * group_ + row % group_;
+            const RowState& state = states_[row];
+            __m512 factor = _mm512_set1_ps(1.0f / state.sum);
+            if (attention_.sinks != nullptr) {
+                // A sink is one more key whose value is zero.
+                const float sink = attention_.sinks[head], maximum = std::max(state.maximum, sink);
+                const __m512 kept = exponential(_mm512_set1_ps(state.maximum - maximum));
+                const __m512 sunk = exponential(_mm512_set1_ps(sink - maximum));
+                factor = _mm512_div_ps(kept, _mm512_add_ps(_mm512_mul_ps(kept, _mm512_set1_ps(state.sum)), sunk));
+            }
+            for (int64_t d = 0; d < size; d += kLanes) {
+                const __mmask16 mask = lane_mask(size - d);
+                const __m512 result = _mm512_mul_ps(_mm512_load_ps(output_.get() + row * padded_ + d), factor);
+                const int64_t offset = token * out.stride + head * size + d;
+                if (out.is_bf16)
+                    store(static_cast<bf16*>(out.data) + offset, mask, result);
+                else
+                    store(static_cast<float*>(out.data) + offset, mask, result);
+            }
+            if (out.is_bf16 && head + 1 == attention_.heads && width % 2)
+                static_cast<bf16*>(out.data)[token * out.stride + width] = 0;
+        }
+    }
+
+    const Attention& attention_;
+    const Batch& batch_;
+    const int64_t group_, padded_;
+    Buffer<float> keys_, values_, query_, output_;
+    Buffer<RowState> states_;
+    Buffer<float> scores_, block_output_;
+    int64_t first_position_ = 0, rows_ = 0;
+};
+
+template <class Element>
+void attend_typed(const Attention& attention, const Batch& batch, const AttentionPlan& plan, const float* query,
+                  int64_t query_stride, const Activations& out) {
+    Worker<Element> worker(attention, batch, plan);
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < plan.items.size(); ++i)
+        worker.run(plan.items[i], query, query_stride, out, plan.partials.get());
+    if (plan.merges.empty()) return;
+#pragma omp for schedule(static)
+    for (size_t i = 0; i < plan.merges.size(); ++i) worker.merge_partials(plan.merges[i], plan.partials.get(), out);
+}
+
+}  // namespace
+
+AttentionPlan::AttentionPlan(const Attention& attention, const Batch& batch, int threads) {
+    const int64_t group = attention.heads / attention.kv_heads;
+    int64_t longest = 1;
+    for (int64_t s = 0; s < batch.sequences; ++s)
+        longest = std::max<int64_t>(longest, batch.query_start[s + 1] - batch.query_start[s]);
+    tile_queries = std::min(std::max<int64_t>(kTileRows / group, 1), longest);
+    for (int64_t s = 0; s < batch.sequences; ++s) {
+        const int64_t query_len = batch.query_start[s + 1] - batch.query_start[s];
+        for (int64_t first = 0; first < query_len; first += tile_queries) {
+            const int64_t queries = std::min(tile_queries, query_len - first);
+            const int64_t position = batch.seq_lens[s] - query_len + first;
+            const int64_t from = visible(attention, position).from / kBlockKeys;
+            const int64_t to = ceil_div(position + queries, kBlockKeys);
+            for (int64_t head = 0; head < attention.kv_heads; ++head)
+                items.push_back({s, first, queries, head, from, to, -1});
+        }
+    }
+    // Too few tiles to keep the threads busy: divide the long ones at block boundaries.
+    if (threads > 1 && int64_t(items.size()) < 4 * threads) {
+        std::vector<AttentionItem> whole;
+        whole.swap(items);
+        int64_t partial = 0;
+        for (AttentionItem item : whole) {
+            const int64_t blocks = item.last_block - item.first_block;
+            if (blocks < 2) {
+                items.push_back(item);
+                continue;
+            }
+            item.partial = partial;
+            merges.push_back(item);
+            const int64_t size = ceil_div(blocks, std::min<int64_t>(blocks, 2 * threads));
+            for (int64_t block = item.first_block; block < item.last_block; block += size) {
+                AttentionItem part = item;
+                part.first_block = block;
+                part.last_block = std::min(block + size, item.last_block);
+                part.partial = partial + (block - item.first_block) * item.queries * group;
+                items.push_back(part);
+            }
+            partial += blocks * item.queries * group;
+        }
+        partials = allocate<float>(partial * partial_stride(round_up(attention.value_size, kLanes)));
+    }
+    // Longest first, so that no thread is left alone with a long one.
+    std::stable_sort(items.begin(), items.end(), [](const AttentionItem& a, const AttentionItem& b) {
+        return a.queries * (a.last_block - a.first_block) > b.queries * (b.last_block - b.first_block);
+    });
+}
+
+void attend(const Attention& attention, const Batch& batch, const AttentionPlan& plan, const float* query,
+            int64_t query_stride, const Activations& out) {
+    if (attention.keys.is_bf16)
+        attend_typed<bf16>(attention, batch, plan, query, query_stride, out);
+    else
+        attend_typed<float>(attention, batch, plan, query, query_stride, out);
+}
+
+}  // namespace logitkernels
+
+using namespace logitkernels;
+
+extern "C" void logitkernels_attention(const Attention* attention, const Batch* batch, const float* query, float* out,
+                                       int threads) {
+    AttentionPlan plan(*attention, *batch, threads);
+    const Activations target{out, attention->heads * attention->value_size, false};
+#pragma omp parallel num_threads(threads)
+    attend(*attention, *batch, plan, query, attention->heads * attention->key_size, target);
+}

@@ -1,0 +1,60 @@
+// Causal attention over the paged cache.
+#pragma once
+
+#include <vector>
+
+#include "pointwise.h"
+#include "vector.h"
+
+namespace logitkernels {
+
+// Where a batch's queries sit in their sequences and in the cache; see AttentionMetadata in interface.py.
+struct Batch {
+    int64_t sequences;
+    const int32_t* query_start;   // [sequences + 1]
+    const int32_t* seq_lens;      // [sequences]
+    const int32_t* block_tables;  // [sequences, ...], rows `table_stride` apart
+    int64_t table_stride;
+    const int64_t* slot_mapping;  // [tokens]
+};
+
+struct Attention {
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t key_size;
+    int64_t value_size;
+    float scale;
+    float softcap;           // 0: none
+    int64_t sliding_window;  // 0: none
+    const float* sinks;      // [heads] or null
+    Cache keys;
+    Cache values;
+};
+
+// A tile of neighbouring queries of one sequence under one key-value head, and the key blocks it looks at.
+struct AttentionItem {
+    int64_t sequence;
+    int64_t first_query;  // within the sequence's queries
+    int64_t queries;
+    int64_t kv_head;
+    int64_t first_block;
+    int64_t last_block;  // exclusive
+    int64_t partial;     // where in AttentionPlan::partials its blocks' results go; -1 when it finishes its rows itself
+};
+
+// The work of one call, divided in advance: made by one thread, read by all.
+struct AttentionPlan {
+    AttentionPlan(const Attention& attention, const Batch& batch, int threads);
+
+    std::vector<AttentionItem> items;
+    std::vector<AttentionItem> merges;  // tiles whose key blocks were divided among several items
+    Buffer<float> partials;
+    int64_t tile_queries;
+};
+
+// query [tokens, heads, key_size] rows `query_stride` apart; `out` rows of heads * value_size.
+// Shares its work among the threads of the enclosing parallel region and ends in a barrier.
+void attend(const Attention& attention, const Batch& batch, const AttentionPlan& plan, const float* query,
+            int64_t query_stride, const Activations& out);
+
+}  // namespace logitkernels

@@ -1,0 +1,296 @@
+"""The operations of a decoder on CPU, by the compiled library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import byref, pointer
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from logitkernels.cpu import linear as linears
+from logitkernels.cpu.library import AttentionStruct, BatchStruct, CacheStruct, DecoderLayerStruct, Library
+from logitkernels.cpu.linear import PackedLinear
+from logitkernels.interface import AttentionMetadata, DecoderLayerWeights, Kernels
+
+
+@dataclass(frozen=True, slots=True)
+class CpuDecoderLayer(DecoderLayerWeights):
+    """A layer with the struct that the library reads; its norms are float32."""
+
+    struct: DecoderLayerStruct = field(
+        default_factory=DecoderLayerStruct, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        struct = self.struct
+        struct.qkv, struct.output = pointer(self.qkv.struct), pointer(self.output.struct)
+        struct.gate_up, struct.down = pointer(self.gate_up.struct), pointer(self.down.struct)
+        struct.input_norm = self.input_norm.data_ptr()
+        struct.post_attention_norm = self.post_attention_norm.data_ptr()
+        struct.query_norm = None if self.q_norm is None else self.q_norm.data_ptr()
+        struct.key_norm = None if self.k_norm is None else self.k_norm.data_ptr()
+        struct.heads, struct.kv_heads, struct.head_size = self.num_heads, self.num_kv_heads, self.head_dim
+        struct.sliding_window = _window(self.sliding_window)
+        struct.eps, struct.scale = self.eps, self.scale
+
+
+class CpuKernels(Kernels):
+    """Kernels for x86-64 with AVX-512 BF16.
+
+    Activations are float32; bfloat16 ones are widened at the door and the result is rounded back. The number of threads
+    is torch's, and never changes a result.
+    """
+
+    name = "cpu"
+    batch_invariant = True
+
+    def __init__(self, *, exact: bool = False) -> None:
+        """Build the library if needed and load it.
+
+        Args:
+            exact: multiply bfloat16 weights by float32 activations instead of activations rounded to bfloat16.
+
+        Raises:
+            BuildError: the library cannot be built or loaded here (see build.py).
+        """
+        self._library = Library()
+        self._exact = exact
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+        return linears.pack(self._library, weight.detach(), bias, exact=self._exact)
+
+    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
+        if x.shape[-1] != packed.in_features:
+            raise ValueError(f"x is {list(x.shape)}; the layer reads {packed.in_features} features")
+        rows = _float32(x, "x").reshape(-1, x.shape[-1])
+        out = linears.multiply(self._library, rows, packed)
+        return out.to(x.dtype).view(*x.shape[:-1], packed.out_features)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        size = x.shape[-1]
+        if weight.shape != (size,):
+            raise ValueError(f"weight is {list(weight.shape)}; x of {list(x.shape)} needs [{size}]")
+        source, weight = _float32(x, "x"), _float32(weight, "weight")
+        out = torch.empty_like(source)
+        self._library.rms_norm(
+            source.data_ptr(),
+            weight.data_ptr(),
+            eps,
+            source.numel() // size,
+            size,
+            out.data_ptr(),
+            _threads(),
+        )
+        return out.to(x.dtype)
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        if gate_up.shape[-1] % 2:
+            raise ValueError(f"gate_up is {list(gate_up.shape)}; its last dimension must be even")
+        source, size = _float32(gate_up, "gate_up"), gate_up.shape[-1] // 2
+        out = torch.empty(*gate_up.shape[:-1], size)
+        self._library.silu_and_mul(source.data_ptr(), out.numel() // size, size, out.data_ptr(), _threads())
+        return out.to(gate_up.dtype)
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        tokens, heads, size = x.shape
+        rotary = _check_rotary(cos, sin, tokens, size)
+        source, cos, sin = _float32(x, "x"), _float32(cos, "cos"), _float32(sin, "sin")
+        out = torch.empty_like(source)
+        self._library.rope(
+            source.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            tokens,
+            heads,
+            size,
+            rotary,
+            out.data_ptr(),
+            _threads(),
+        )
+        return out.to(x.dtype)
+
+    def store_kv(
+        self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        slots = _integers(slot_mapping, torch.int64, "slot_mapping")
+        for source, cache in ((key, key_cache), (value, value_cache)):
+            tokens, heads, size = source.shape
+            if (heads, size) != (cache.shape[1], cache.shape[3]) or len(slots) != tokens:
+                msg = f"{list(source.shape)} with {len(slots)} slots does not fit a cache of {list(cache.shape)}"
+                raise ValueError(msg)
+            source = _float32(source, "key and value")  # noqa: PLW2901  the same values, contiguous
+            self._library.store(
+                source.data_ptr(), tokens, heads, size, byref(_cache(cache)), slots.data_ptr(), _threads()
+            )
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        tokens, heads, key_size = query.shape
+        kv_heads, value_size = value_cache.shape[1], value_cache.shape[3]
+        if heads % kv_heads or key_cache.shape[3] != key_size or key_cache.shape[:3] != value_cache.shape[:3]:
+            msg = f"query {list(query.shape)} does not fit caches {list(key_cache.shape)}, {list(value_cache.shape)}"
+            raise ValueError(msg)
+        if key_cache.dtype != value_cache.dtype:
+            raise TypeError(f"key cache is {key_cache.dtype} and value cache {value_cache.dtype}")
+        source = _float32(query, "query")
+        sinks = None if sinks is None else _float32(sinks, "sinks")
+        attention = AttentionStruct(
+            heads,
+            kv_heads,
+            key_size,
+            value_size,
+            scale,
+            softcap or 0.0,
+            _window(sliding_window),
+            None if sinks is None else sinks.data_ptr(),
+            _cache(key_cache),
+            _cache(value_cache),
+        )
+        batch = _Batch(metadata)
+        out = torch.empty(tokens, heads, value_size)
+        self._library.attention(
+            byref(attention), byref(batch.struct), source.data_ptr(), out.data_ptr(), _threads()
+        )
+        return out.to(query.dtype)
+
+    def prepare_layer(self, layer: DecoderLayerWeights) -> CpuDecoderLayer:
+        if isinstance(layer, CpuDecoderLayer):
+            return layer
+        values = {f.name: getattr(layer, f.name) for f in fields(DecoderLayerWeights)}
+        for name in ("input_norm", "post_attention_norm", "q_norm", "k_norm"):
+            if values[name] is not None:
+                values[name] = _float32(values[name].detach(), name)
+        if (layer.q_norm is None) != (layer.k_norm is None):
+            raise ValueError("a layer has both q_norm and k_norm or neither")
+        return CpuDecoderLayer(**values)
+
+    def decoder_layer(
+        self,
+        hidden: Tensor,
+        layer: DecoderLayerWeights,
+        cos: Tensor,
+        sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        return self.decoder_layers(hidden, [layer], cos, sin, [key_cache], [value_cache], metadata)
+
+    def decoder_layers(
+        self,
+        hidden: Tensor,
+        layers: Sequence[DecoderLayerWeights],
+        cos: Tensor,
+        sin: Tensor,
+        key_caches: Sequence[Tensor],
+        value_caches: Sequence[Tensor],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        prepared = [self.prepare_layer(layer) for layer in layers]
+        count, tokens = len(prepared), hidden.shape[0]
+        if not count == len(key_caches) == len(value_caches):
+            raise ValueError(
+                f"{count} layers with {len(key_caches)} key and {len(value_caches)} value caches"
+            )
+        rotary = _check_rotary(cos, sin, tokens, prepared[0].head_dim)
+        cos, sin = _float32(cos, "cos"), _float32(sin, "sin")
+        out = hidden.to(torch.float32, copy=True).contiguous()
+        batch = _Batch(metadata)
+        self._library.decoder_layers(
+            (DecoderLayerStruct * count)(*(layer.struct for layer in prepared)),
+            count,
+            out.data_ptr(),
+            tokens,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            rotary,
+            (CacheStruct * count)(*map(_cache, key_caches)),
+            (CacheStruct * count)(*map(_cache, value_caches)),
+            byref(batch.struct),
+            _threads(),
+        )
+        return out.to(hidden.dtype)
+
+
+class _Batch:
+    """The metadata as the library reads it, with the tensors that it points to."""
+
+    __slots__ = ("_tensors", "struct")
+
+    def __init__(self, metadata: AttentionMetadata) -> None:
+        starts = _integers(metadata.query_start, torch.int32, "query_start")
+        lengths = _integers(metadata.seq_lens, torch.int32, "seq_lens")
+        tables = _integers(metadata.block_tables, torch.int32, "block_tables")
+        slots = _integers(metadata.slot_mapping, torch.int64, "slot_mapping")
+        self._tensors = (starts, lengths, tables, slots)
+        self.struct = BatchStruct(
+            len(lengths),
+            starts.data_ptr(),
+            lengths.data_ptr(),
+            tables.data_ptr(),
+            tables.shape[1],
+            slots.data_ptr(),
+        )
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _window(sliding_window: int | None) -> int:
+    if sliding_window is None:
+        return 0  # how the library says that there is none
+    if sliding_window < 1:
+        raise ValueError(f"sliding_window is {sliding_window}; it must be at least 1")
+    return sliding_window
+
+
+def _float32(tensor: Tensor, name: str) -> Tensor:
+    """The tensor itself when it is contiguous float32, else a copy that is."""
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"{name} is {tensor.dtype}; the native kernels compute on float32 and bfloat16")
+    return tensor.to(torch.float32).contiguous()
+
+
+def _integers(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name} is {tensor.dtype}; it must be {dtype}")
+    return tensor.contiguous()
+
+
+def _check_rotary(cos: Tensor, sin: Tensor, tokens: int, size: int) -> int:
+    rotary = cos.shape[-1]
+    if cos.shape != (tokens, rotary) or sin.shape != cos.shape or rotary % 2 or rotary > size:
+        msg = (
+            f"cos {list(cos.shape)} and sin {list(sin.shape)} do not fit {tokens} tokens of head size {size}"
+        )
+        raise ValueError(msg)
+    return rotary
+
+
+def _cache(cache: Tensor) -> CacheStruct:
+    if cache.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"the cache is {cache.dtype}; the native kernels read float32 and bfloat16")
+    block_stride, head_stride, token_stride, last = cache.stride()
+    if last != 1:
+        raise ValueError("the last dimension of a cache must be contiguous")
+    return CacheStruct(
+        cache.data_ptr(),
+        cache.dtype == torch.bfloat16,
+        block_stride,
+        head_stride,
+        token_stride,
+        cache.shape[2],
+    )

@@ -1,0 +1,127 @@
+// Whole decoder layers of the Llama family in one call and one parallel region.
+//
+//     x += output(attention(rope(qkv(norm(x)))))
+//     x += down(silu(gate(norm(x))) * up(norm(x)))
+//
+// The residual stream x is float32. What a linear layer reads is written in its type (bf16 or float32) by the operation
+// before it, so nothing is converted in a pass of its own.
+#include <algorithm>
+
+#include "attention.h"
+#include "linear.h"
+#include "pointwise.h"
+
+namespace logitkernels {
+
+// Mirrored by layer.py.
+struct DecoderLayer {
+    const Linear* qkv;
+    const Linear* output;
+    const Linear* gate_up;
+    const Linear* down;
+    const float* input_norm;
+    const float* post_attention_norm;
+    const float* query_norm;  // [head_size] or null
+    const float* key_norm;
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t head_size;
+    int64_t sliding_window;
+    float eps;
+    float scale;
+};
+
+namespace {
+
+// Memory for the intermediate results of a layer, reused by every layer.
+struct Workspace {
+    Workspace(const DecoderLayer* layers, int64_t count, int64_t tokens) {
+        int64_t widest_input = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            for (const Linear* linear : {layers[i].qkv, layers[i].output, layers[i].gate_up, layers[i].down})
+                widest_input = std::max(widest_input, activation_stride(linear->k));
+            widest_output = std::max({widest_output, layers[i].qkv->n, layers[i].gate_up->n});
+        }
+        input = allocate<float>(tokens * widest_input);
+        projected = allocate<float>(tokens * widest_output);
+    }
+
+    Activations input_of(const Linear& linear) const {
+        return {input.get(), activation_stride(linear.k), reads_bf16(linear)};
+    }
+
+    int64_t widest_output = 0;
+    Buffer<float> input;      // what the next linear layer reads
+    Buffer<float> projected;  // what qkv and gate_up return
+};
+
+// Rotates queries and keys in place, after their norms, and writes keys and values to the cache.
+void rotate_and_store(const DecoderLayer& layer, float* qkv, int64_t tokens, const float* cos, const float* sin,
+                      int64_t rotary, const Cache& keys, const Cache& values, const int64_t* slots) {
+    const int64_t size = layer.head_size, all_heads = layer.heads + 2 * layer.kv_heads;
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < tokens * all_heads; ++item) {
+        const int64_t token = item / all_heads, head = item % all_heads;
+        float* x = qkv + item * size;
+        const bool is_query = head < layer.heads, is_value = head >= layer.heads + layer.kv_heads;
+        if (is_value) {
+            store_head(x, size, values, slots[token], head - layer.heads - layer.kv_heads);
+            continue;
+        }
+        const float* weight = is_query ? layer.query_norm : layer.key_norm;
+        if (weight != nullptr) norm_head(x, weight, layer.eps, size);
+        rotate_head(x, cos + token * rotary, sin + token * rotary, rotary, size, x);
+        if (!is_query) store_head(x, size, keys, slots[token], head - layer.heads);
+    }
+}
+
+}  // namespace
+}  // namespace logitkernels
+
+using namespace logitkernels;
+
+// hidden [tokens, h] float32 is updated in place. keys and values hold one cache per layer.
+extern "C" void logitkernels_decoder_layers(const DecoderLayer* layers, int64_t count, float* hidden, int64_t tokens,
+                                            const float* cos, const float* sin, int64_t rotary, const Cache* keys,
+                                            const Cache* values, const Batch* batch, int threads) {
+    const Workspace workspace(layers, count, tokens);
+    std::vector<AttentionPlan> plans;
+    std::vector<Attention> attentions;
+    std::vector<size_t> plan_of;
+    for (int64_t i = 0; i < count; ++i) {
+        const DecoderLayer& layer = layers[i];
+        attentions.push_back({layer.heads, layer.kv_heads, layer.head_size, layer.head_size, layer.scale, 0.0f,
+                              layer.sliding_window, nullptr, keys[i], values[i]});
+        // Layers of one shape and window divide their work alike.
+        size_t same = 0;
+        for (; same < size_t(i); ++same)
+            if (layers[same].heads == layer.heads && layers[same].kv_heads == layer.kv_heads &&
+                layers[same].head_size == layer.head_size && layers[same].sliding_window == layer.sliding_window)
+                break;
+        if (same == size_t(i)) {
+            plans.emplace_back(attentions.back(), *batch, threads);
+            plan_of.push_back(plans.size() - 1);
+        } else {
+            plan_of.push_back(plan_of[same]);
+        }
+    }
+#pragma omp parallel num_threads(threads)
+    for (int64_t i = 0; i < count; ++i) {
+        const DecoderLayer& layer = layers[i];
+        const int64_t h = layer.qkv->k, qkv_width = layer.qkv->n;
+        float* projected = workspace.projected.get();
+
+        rms_norm(hidden, h, layer.input_norm, layer.eps, tokens, h, workspace.input_of(*layer.qkv));
+        multiply(*layer.qkv, workspace.input_of(*layer.qkv), tokens, projected, qkv_width, Epilogue::kStore);
+        rotate_and_store(layer, projected, tokens, cos, sin, rotary, keys[i], values[i], batch->slot_mapping);
+        attend(attentions[size_t(i)], *batch, plans[plan_of[size_t(i)]], projected, qkv_width,
+               workspace.input_of(*layer.output));
+        multiply(*layer.output, workspace.input_of(*layer.output), tokens, hidden, h, Epilogue::kAdd);
+
+        rms_norm(hidden, h, layer.post_attention_norm, layer.eps, tokens, h, workspace.input_of(*layer.gate_up));
+        multiply(*layer.gate_up, workspace.input_of(*layer.gate_up), tokens, projected, layer.gate_up->n,
+                 Epilogue::kStore);
+        silu_and_mul(projected, tokens, layer.down->k, workspace.input_of(*layer.down));
+        multiply(*layer.down, workspace.input_of(*layer.down), tokens, hidden, h, Epilogue::kAdd);
+    }
+}

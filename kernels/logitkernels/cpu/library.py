@@ -1,0 +1,131 @@
+"""The compiled library's functions and structs, as ctypes sees them. The C++ headers are the definition."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
+from typing import ClassVar
+
+from logitkernels.cpu import build
+
+
+class LinearStruct(Structure):
+    """``Linear`` of linear.h."""
+
+    _fields_: ClassVar = [
+        ("kind", c_int64),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("weights", c_void_p),
+        ("bias", c_void_p),
+    ]
+
+
+class CacheStruct(Structure):
+    """``Cache`` of pointwise.h."""
+
+    _fields_: ClassVar = [
+        ("data", c_void_p),
+        ("is_bf16", c_int64),
+        ("block_stride", c_int64),
+        ("head_stride", c_int64),
+        ("token_stride", c_int64),
+        ("block_size", c_int64),
+    ]
+
+
+class BatchStruct(Structure):
+    """``Batch`` of attention.h."""
+
+    _fields_: ClassVar = [
+        ("sequences", c_int64),
+        ("query_start", c_void_p),
+        ("seq_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("table_stride", c_int64),
+        ("slot_mapping", c_void_p),
+    ]
+
+
+class AttentionStruct(Structure):
+    """``Attention`` of attention.h."""
+
+    _fields_: ClassVar = [
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("key_size", c_int64),
+        ("value_size", c_int64),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("sliding_window", c_int64),
+        ("sinks", c_void_p),
+        ("keys", CacheStruct),
+        ("values", CacheStruct),
+    ]
+
+
+class DecoderLayerStruct(Structure):
+    """``DecoderLayer`` of layer.cpp."""
+
+    _fields_: ClassVar = [
+        ("qkv", POINTER(LinearStruct)),
+        ("output", POINTER(LinearStruct)),
+        ("gate_up", POINTER(LinearStruct)),
+        ("down", POINTER(LinearStruct)),
+        ("input_norm", c_void_p),
+        ("post_attention_norm", c_void_p),
+        ("query_norm", c_void_p),
+        ("key_norm", c_void_p),
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("head_size", c_int64),
+        ("sliding_window", c_int64),
+        ("eps", c_float),
+        ("scale", c_float),
+    ]
+
+
+_SIGNATURES: dict[str, list[type]] = {
+    "pack_bf16": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "pack_f32": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "linear": [POINTER(LinearStruct), c_void_p, c_int64, c_void_p, c_int],
+    "rms_norm": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
+    "silu_and_mul": [c_void_p, c_int64, c_int64, c_void_p, c_int],
+    "rope": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "store": [c_void_p, c_int64, c_int64, c_int64, POINTER(CacheStruct), c_void_p, c_int],
+    "attention": [POINTER(AttentionStruct), POINTER(BatchStruct), c_void_p, c_void_p, c_int],
+    "decoder_layers": [
+        POINTER(DecoderLayerStruct),
+        c_int64,
+        c_void_p,
+        c_int64,
+        c_void_p,
+        c_void_p,
+        c_int64,
+        POINTER(CacheStruct),
+        POINTER(CacheStruct),
+        POINTER(BatchStruct),
+        c_int,
+    ],
+}
+
+
+class Library:
+    """The compiled functions, by their names without the prefix ``logitkernels_``."""
+
+    def __init__(self) -> None:
+        """Build if needed and load.
+
+        Raises:
+            BuildError: the library cannot be built or loaded here.
+        """
+        library = build.load()
+        for name, argtypes in _SIGNATURES.items():
+            function = getattr(library, f"logitkernels_{name}")
+            function.argtypes = argtypes
+            function.restype = None
+            setattr(self, name, function)
+
+    def __getattr__(self, name: str) -> ctypes._NamedFuncPointer:
+        """Only reached for names that ``_SIGNATURES`` lacks."""
+        raise AttributeError(name)

@@ -1,0 +1,272 @@
+#include "linear.h"
+
+#include <omp.h>
+
+#include <algorithm>
+
+namespace logitkernels {
+namespace {
+
+constexpr int kVectors = kPanelColumns / kLanes;
+
+// A format says how one step along k of a panel is read. Every format adds to each sum in the order of k, one fused
+// multiply-add or dot product at a time, whatever the number of rows R: this is what makes rows batch-invariant.
+//
+//   Element            type of the activations
+//   panel_bytes(k)     bytes of a panel
+//   steps(k)           steps of a panel; a step is kStepBytes of weights
+//   step<R>(...)       adds one step to the R x 2 sums
+//   tail<R>(...)       adds what is left when k is no whole number of steps
+
+struct Bf16Dot {
+    using Element = bf16;
+    static constexpr int64_t kStepBytes = 128;
+    static int64_t panel_bytes(int64_t k) { return ceil_div(k, 2) * kStepBytes; }
+    static int64_t steps(int64_t k) { return ceil_div(k, 2); }
+
+    template <int R>
+    static inline void step(const bf16* x, int64_t stride, int64_t s, const char* weights, __m512 (&sums)[R][kVectors]) {
+        __m512bh w0 = (__m512bh)_mm512_load_si512(weights);
+        __m512bh w1 = (__m512bh)_mm512_load_si512(weights + 64);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            int32_t pair;
+            __builtin_memcpy(&pair, x + r * stride + 2 * s, sizeof pair);
+            __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
+            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], w0, a);
+            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], w1, a);
+        }
+    }
+
+    template <int R>
+    static inline void tail(const bf16*, int64_t, int64_t, const char*, __m512 (&)[R][kVectors]) {}
+};
+
+struct Bf16Fma {
+    using Element = float;
+    static constexpr int64_t kStepBytes = 128;
+    static int64_t panel_bytes(int64_t k) { return ceil_div(k, 2) * kStepBytes; }
+    static int64_t steps(int64_t k) { return k / 2; }
+
+    static inline __m512 even(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+    static inline __m512 odd(__m512i pairs) {
+        return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u))));
+    }
+
+    template <int R>
+    static inline void step(const float* x, int64_t stride, int64_t s, const char* weights, __m512 (&sums)[R][kVectors]) {
+        __m512i p0 = _mm512_load_si512(weights);
+        __m512i p1 = _mm512_load_si512(weights + 64);
+        __m512 e0 = even(p0), e1 = even(p1), o0 = odd(p0), o1 = odd(p1);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            __m512 a = _mm512_set1_ps(x[r * stride + 2 * s]);
+            sums[r][0] = _mm512_fmadd_ps(a, e0, sums[r][0]);
+            sums[r][1] = _mm512_fmadd_ps(a, e1, sums[r][1]);
+            __m512 b = _mm512_set1_ps(x[r * stride + 2 * s + 1]);
+            sums[r][0] = _mm512_fmadd_ps(b, o0, sums[r][0]);
+            sums[r][1] = _mm512_fmadd_ps(b, o1, sums[r][1]);
+        }
+    }
+
+    template <int R>
+    static inline void tail(const float* x, int64_t stride, int64_t k, const char* weights, __m512 (&sums)[R][kVectors]) {
+        if (k % 2 == 0) return;
+        __m512 e0 = even(_mm512_load_si512(weights)), e1 = even(_mm512_load_si512(weights + 64));
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            __m512 a = _mm512_set1_ps(x[r * stride + k - 1]);
+            sums[r][0] = _mm512_fmadd_ps(a, e0, sums[r][0]);
+            sums[r][1] = _mm512_fmadd_ps(a, e1, sums[r][1]);
+        }
+    }
+};
+
+struct F32Fma {
+    using Element = float;
+    static constexpr int64_t kStepBytes = 128;
+    static int64_t panel_bytes(int64_t k) { return k * kStepBytes; }
+    static int64_t steps(int64_t k) { return k; }
+
+    template <int R>
+    static inline void step(const float* x, int64_t stride, int64_t s, const char* weights, __m512 (&sums)[R][kVectors]) {
+        __m512 w0 = _mm512_load_ps(weights), w1 = _mm512_load_ps(weights + 64);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            __m512 a = _mm512_set1_ps(x[r * stride + s]);
+            sums[r][0] = _mm512_fmadd_ps(a, w0, sums[r][0]);
+            sums[r][1] = _mm512_fmadd_ps(a, w1, sums[r][1]);
+        }
+    }
+
+    template <int R>
+    static inline void tail(const float*, int64_t, int64_t, const char*, __m512 (&)[R][kVectors]) {}
+};
+
+struct Target {
+    float* out;
+    int64_t stride;
+    const float* bias;  // null, or the bias of the panel's first column
+    int64_t columns;    // of the panel that exist
+    Epilogue epilogue;
+};
+
+template <int R>
+inline void finish(const __m512 (&sums)[R][kVectors], const Target& target) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+        __mmask16 mask = lane_mask(target.columns - v * kLanes);
+        __m512 bias = target.bias ? load(target.bias + v * kLanes, mask) : _mm512_setzero_ps();
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            float* out = target.out + r * target.stride + v * kLanes;
+            __m512 result = target.bias ? _mm512_add_ps(sums[r][v], bias) : sums[r][v];
+            if (target.epilogue == Epilogue::kAdd) result = _mm512_add_ps(load(out, mask), result);
+            store(out, mask, result);
+        }
+    }
+}
+
+// R rows times one panel. Meanwhile a share of the next panel is fetched into the second-level cache: `ahead` points
+// to the share and `ahead_lines` says how many cache lines of it go with every 8 steps.
+template <class Format, int R>
+void tile(const typename Format::Element* x, int64_t stride, const char* panel, int64_t k, const char* ahead,
+          int64_t ahead_lines, const Target& target) {
+    __m512 sums[R][kVectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+    int64_t steps = Format::steps(k), s = 0;
+    for (; s + 8 <= steps; s += 8) {
+        for (int64_t line = 0; line < ahead_lines; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+        for (int i = 0; i < 8; ++i, panel += Format::kStepBytes) Format::template step<R>(x, stride, s + i, panel, sums);
+    }
+    for (; s < steps; ++s, panel += Format::kStepBytes) Format::template step<R>(x, stride, s, panel, sums);
+    Format::template tail<R>(x, stride, k, panel, sums);
+    finish<R>(sums, target);
+}
+
+template <class Format>
+void tile_of(int64_t rows, const typename Format::Element* x, int64_t stride, const char* panel, int64_t k,
+             const char* ahead, int64_t lines, const Target& target) {
+    switch (rows) {
+        case 1: return tile<Format, 1>(x, stride, panel, k, ahead, lines, target);
+        case 2: return tile<Format, 2>(x, stride, panel, k, ahead, lines, target);
+        case 3: return tile<Format, 3>(x, stride, panel, k, ahead, lines, target);
+        case 4: return tile<Format, 4>(x, stride, panel, k, ahead, lines, target);
+        case 5: return tile<Format, 5>(x, stride, panel, k, ahead, lines, target);
+        case 6: return tile<Format, 6>(x, stride, panel, k, ahead, lines, target);
+        case 7: return tile<Format, 7>(x, stride, panel, k, ahead, lines, target);
+        case 8: return tile<Format, 8>(x, stride, panel, k, ahead, lines, target);
+        case 9: return tile<Format, 9>(x, stride, panel, k, ahead, lines, target);
+        case 10: return tile<Format, 10>(x, stride, panel, k, ahead, lines, target);
+        case 11: return tile<Format, 11>(x, stride, panel, k, ahead, lines, target);
+        default: return tile<Format, 12>(x, stride, panel, k, ahead, lines, target);
+    }
+}
+
+// Bytes of activations that stay in the second-level cache while all panels pass by.
+constexpr int64_t kActivationBytes = 512 * 1024;
+
+template <class Format>
+void multiply_panels(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
+                     Epilogue epilogue) {
+    using Element = typename Format::Element;
+    const int64_t k = linear.k, panels = ceil_div(linear.n, kPanelColumns), panel_bytes = Format::panel_bytes(k);
+    int64_t block = std::max<int64_t>(kActivationBytes / (x.stride * int64_t(sizeof(Element))), kMaxTileRows);
+    block = block / kMaxTileRows * kMaxTileRows;
+    const int64_t blocks = ceil_div(rows, block);
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < blocks * panels; ++item) {
+        const int64_t first = item / panels * block, panel = item % panels;
+        const int64_t count = std::min(block, rows - first);
+        const char* weights = static_cast<const char*>(linear.weights) + panel * panel_bytes;
+        // Balanced tiles: 13 rows are 7 and 6, not 12 and a lone one.
+        const int64_t tiles = ceil_div(count, kMaxTileRows), small = count / tiles, larger = count % tiles;
+        const bool last = panel + 1 == panels;
+        const int64_t lines = last ? 0 : ceil_div(8 * Format::kStepBytes / 64, tiles);
+        const int64_t share = lines * (Format::steps(k) / 8) * 64;
+        int64_t row = first;
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t size = small + (t < larger);
+            const char* ahead = weights + panel_bytes + t * share;
+            Target target{out + row * ldo + panel * kPanelColumns, ldo,
+                          linear.bias ? linear.bias + panel * kPanelColumns : nullptr,
+                          linear.n - panel * kPanelColumns, epilogue};
+            tile_of<Format>(size, static_cast<const Element*>(x.data) + row * x.stride, x.stride, weights, k, ahead,
+                            t * share < panel_bytes ? lines : 0, target);
+            row += size;
+        }
+    }
+}
+
+}  // namespace
+
+void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, const Activations& target) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* source = x + row * ldx;
+        for (int64_t i = 0; i < k; i += kLanes) {
+            __mmask16 mask = lane_mask(k - i);
+            __m512 values = load(source + i, mask);
+            // Whole vectors are written: the row is padded, and the zero after an odd k is part of the last pair.
+            if (target.is_bf16)
+                store(static_cast<bf16*>(target.data) + row * target.stride + i, 0xffff, values);
+            else
+                store(static_cast<float*>(target.data) + row * target.stride + i, 0xffff, values);
+        }
+    }
+}
+
+void multiply(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo, Epilogue epilogue) {
+    switch (linear.kind) {
+        case kBf16Dot: return multiply_panels<Bf16Dot>(linear, x, rows, out, ldo, epilogue);
+        case kBf16Fma: return multiply_panels<Bf16Fma>(linear, x, rows, out, ldo, epilogue);
+        default: return multiply_panels<F32Fma>(linear, x, rows, out, ldo, epilogue);
+    }
+}
+
+}  // namespace logitkernels
+
+using namespace logitkernels;
+
+extern "C" {
+
+// weight [n, k], rows `stride` elements apart, into panels. `target` holds ceil(n / 32) panels.
+void logitkernels_pack_bf16(const bf16* weight, int64_t stride, int64_t n, int64_t k, bf16* target, int threads) {
+    const int64_t pairs = ceil_div(k, 2);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t panel = 0; panel < ceil_div(n, kPanelColumns); ++panel)
+        for (int64_t pair = 0; pair < pairs; ++pair)
+            for (int64_t c = 0; c < kPanelColumns; ++c)
+                for (int64_t half = 0; half < 2; ++half) {
+                    int64_t column = panel * kPanelColumns + c, depth = 2 * pair + half;
+                    bool exists = column < n && depth < k;
+                    target[((panel * pairs + pair) * kPanelColumns + c) * 2 + half] =
+                        exists ? weight[column * stride + depth] : bf16(0);
+                }
+}
+
+void logitkernels_pack_f32(const float* weight, int64_t stride, int64_t n, int64_t k, float* target, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t panel = 0; panel < ceil_div(n, kPanelColumns); ++panel)
+        for (int64_t depth = 0; depth < k; ++depth)
+            for (int64_t c = 0; c < kPanelColumns; ++c) {
+                int64_t column = panel * kPanelColumns + c;
+                target[(panel * k + depth) * kPanelColumns + c] = column < n ? weight[column * stride + depth] : 0.0f;
+            }
+}
+
+void logitkernels_linear(const Linear* linear, const float* x, int64_t rows, float* out, int threads) {
+    const bool rounds = reads_bf16(*linear);
+    const int64_t stride = activation_stride(linear->k);
+    Buffer<bf16> rounded = allocate<bf16>(rounds ? rows * stride : 0);
+    Activations activations{const_cast<float*>(x), linear->k, false};
+    if (rounds) activations = {rounded.get(), stride, true};
+#pragma omp parallel num_threads(threads)
+    {
+        if (rounds) convert_activations(x, linear->k, rows, linear->k, activations);
+        multiply(*linear, activations, rows, out, linear->n, Epilogue::kStore);
+    }
+}
+
+}  // extern "C"

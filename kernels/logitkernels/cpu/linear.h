@@ -1,0 +1,52 @@
+// Linear layers on packed weights: out[rows, n] = x[rows, k] @ weight[n, k].T + bias.
+#pragma once
+
+#include "vector.h"
+
+namespace logitkernels {
+
+// How a linear layer's weights are stored and multiplied. Mirrored by linear.py.
+enum LinearKind : int64_t {
+    kBf16Dot = 0,  // bf16 weights, activations rounded to bf16, products summed in float32
+    kBf16Fma = 1,  // bf16 weights widened in registers, float32 activations
+    kF32Fma = 2,   // float32 weights and activations
+};
+
+// A packed linear layer. The weights lie in panels of 32 output features, which one tile of the product reads from end
+// to end: float32 as [panel][k][32], bf16 as [panel][k / 2][32][2] so that one 32-bit lane holds two neighbours along k.
+// Features past n and the odd half pair past k are zero. bias is float32 [n] or null.
+struct Linear {
+    int64_t kind;
+    int64_t n;
+    int64_t k;
+    const void* weights;
+    const float* bias;
+};
+
+constexpr int64_t kPanelColumns = 32;
+constexpr int64_t kMaxTileRows = 12;  // 12 rows by 32 columns keep 24 sums, 4 weights and a broadcast in 32 registers
+
+// Activations as a linear layer reads them: bf16 or float32 rows, `stride` elements apart.
+// A bf16 row is padded with a zero to an even length.
+struct Activations {
+    void* data;
+    int64_t stride;
+    bool is_bf16;
+};
+
+inline bool reads_bf16(const Linear& linear) { return linear.kind == kBf16Dot; }
+
+// Whether the result replaces what `out` holds or is added to it (the residual stream).
+enum class Epilogue { kStore, kAdd };
+
+// Elements of a row of activations with `k` features; a whole number of cache lines in either type.
+inline int64_t activation_stride(int64_t k) { return round_up(k, 32); }
+
+// The functions below share their work among the threads of the enclosing parallel region and end in a barrier.
+
+// Converts float32 rows into the type that `target` holds.
+void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, const Activations& target);
+
+void multiply(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo, Epilogue epilogue);
+
+}  // namespace logitkernels

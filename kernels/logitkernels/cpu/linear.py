@@ -1,0 +1,102 @@
+"""Linear layers packed for the native kernels."""
+
+from __future__ import annotations
+
+from ctypes import byref
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from logitkernels.cpu.library import Library, LinearStruct
+
+PANEL_COLUMNS = 32
+
+
+class LinearKind(IntEnum):
+    """How weights are stored and multiplied; ``LinearKind`` of linear.h."""
+
+    BF16_DOT = 0
+    BF16_FMA = 1
+    F32_FMA = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """A linear layer in the layout that linear.h describes.
+
+    ``weights`` and ``bias`` are what ``struct`` points to.
+    """
+
+    kind: LinearKind
+    out_features: int
+    in_features: int
+    weights: Tensor
+    bias: Tensor | None
+    struct: LinearStruct = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        struct = LinearStruct(
+            self.kind,
+            self.out_features,
+            self.in_features,
+            self.weights.data_ptr(),
+            None if self.bias is None else self.bias.data_ptr(),
+        )
+        object.__setattr__(self, "struct", struct)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that a product reads."""
+        return self.weights.nbytes
+
+
+def pack(library: Library, weight: Tensor, bias: Tensor | None, *, exact: bool) -> PackedLinear:
+    """``weight`` [N, K] and ``bias`` [N] or None, packed.
+
+    A bf16 weight is multiplied by activations rounded to bf16, or, if ``exact``, by float32 ones. A float32 weight is
+    always multiplied by float32 activations; when bf16 represents all of it, it is stored so: half the bytes, the same
+    bits in the result.
+
+    Raises:
+        TypeError: the weight is neither bfloat16 nor float32.
+        ValueError: the shapes do not fit.
+    """
+    check_shapes(weight, bias)
+    if weight.dtype == torch.float32:
+        narrow = weight.to(torch.bfloat16)
+        fits = torch.equal(narrow.float(), weight)
+        kind = LinearKind.BF16_FMA if fits else LinearKind.F32_FMA
+        weight = narrow if fits else weight
+    elif weight.dtype == torch.bfloat16:
+        kind = LinearKind.BF16_FMA if exact else LinearKind.BF16_DOT
+    else:
+        raise TypeError(f"weight is {weight.dtype}; the native kernels pack bfloat16 and float32")
+    rows, depth = weight.shape
+    weight = weight.contiguous()
+    steps, values = (depth, 1) if kind == LinearKind.F32_FMA else (-(-depth // 2), 2)
+    packed = torch.empty(-(-rows // PANEL_COLUMNS) * steps * PANEL_COLUMNS * values, dtype=weight.dtype)
+    pack_panels = library.pack_f32 if kind == LinearKind.F32_FMA else library.pack_bf16
+    pack_panels(weight.data_ptr(), depth, rows, depth, packed.data_ptr(), torch.get_num_threads())
+    return PackedLinear(kind, rows, depth, packed, pack_bias(bias))
+
+
+def check_shapes(weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight is {list(weight.shape)}; it must be [N, K] with both above zero")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias is {list(bias.shape)}; a weight of {list(weight.shape)} needs [{len(weight)}]"
+        )
+
+
+def pack_bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
+
+
+def multiply(library: Library, x: Tensor, packed: PackedLinear) -> Tensor:
+    """float32 [T, K] -> float32 [T, N]."""
+    out = torch.empty(x.shape[0], packed.out_features)
+    library.linear(byref(packed.struct), x.data_ptr(), x.shape[0], out.data_ptr(), torch.get_num_threads())
+    return out

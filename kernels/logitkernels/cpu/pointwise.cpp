@@ -1,0 +1,135 @@
+#include "pointwise.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace logitkernels {
+namespace {
+
+template <class Out>
+void norm_row(const float* x, const float* weight, float eps, int64_t size, Out* out) {
+    __m512 scale = _mm512_set1_ps(inverse_rms(x, size, eps));
+    for (int64_t i = 0; i < size; i += kLanes) {
+        __mmask16 mask = lane_mask(size - i);
+        store(out + i, mask, _mm512_mul_ps(_mm512_mul_ps(load(x + i, mask), scale), load(weight + i, mask)));
+    }
+}
+
+template <class Out>
+void silu_and_mul_row(const float* gate, const float* up, int64_t size, Out* out) {
+    __m512 one = _mm512_set1_ps(1.0f);
+    for (int64_t i = 0; i < size; i += kLanes) {
+        __mmask16 mask = lane_mask(size - i);
+        __m512 g = load(gate + i, mask);
+        __m512 negated = _mm512_sub_ps(_mm512_setzero_ps(), g);
+        __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, exponential(negated)));
+        store(out + i, mask, _mm512_mul_ps(silu, load(up + i, mask)));
+    }
+}
+
+// The pair of an odd row's last bf16 is read by the dot product: it must be zero, not what memory held.
+inline void close_row(bf16* row, int64_t size) {
+    if (size % 2) row[size] = 0;
+}
+
+}  // namespace
+
+float inverse_rms(const float* x, int64_t size, float eps) {
+    __m512 sums = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += kLanes) {
+        __m512 values = load(x + i, lane_mask(size - i));
+        sums = _mm512_fmadd_ps(values, values, sums);
+    }
+    return 1.0f / std::sqrt(_mm512_reduce_add_ps(sums) / float(size) + eps);
+}
+
+void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t size,
+              const Activations& out) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        if (out.is_bf16) {
+            bf16* target = static_cast<bf16*>(out.data) + row * out.stride;
+            norm_row(x + row * ldx, weight, eps, size, target);
+            close_row(target, size);
+        } else {
+            norm_row(x + row * ldx, weight, eps, size, static_cast<float*>(out.data) + row * out.stride);
+        }
+    }
+}
+
+void norm_head(float* x, const float* weight, float eps, int64_t size) { norm_row(x, weight, eps, size, x); }
+
+void silu_and_mul(const float* gate_up, int64_t rows, int64_t size, const Activations& out) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float *gate = gate_up + row * 2 * size, *up = gate + size;
+        if (out.is_bf16) {
+            bf16* target = static_cast<bf16*>(out.data) + row * out.stride;
+            silu_and_mul_row(gate, up, size, target);
+            close_row(target, size);
+        } else {
+            silu_and_mul_row(gate, up, size, static_cast<float*>(out.data) + row * out.stride);
+        }
+    }
+}
+
+void rotate_head(const float* x, const float* cos, const float* sin, int64_t rotary, int64_t size, float* out) {
+    const int64_t half = rotary / 2;
+    for (int64_t i = 0; i < half; i += kLanes) {
+        __mmask16 mask = lane_mask(half - i);
+        __m512 first = load(x + i, mask), second = load(x + half + i, mask);
+        __m512 c = load(cos + i, mask), s = load(sin + i, mask);
+        store(out + i, mask, _mm512_fmsub_ps(first, c, _mm512_mul_ps(second, s)));
+        store(out + half + i, mask, _mm512_fmadd_ps(second, c, _mm512_mul_ps(first, s)));
+    }
+    if (out != x) std::memcpy(out + rotary, x + rotary, size_t(size - rotary) * sizeof(float));
+}
+
+void store_head(const float* x, int64_t size, const Cache& cache, int64_t slot, int64_t head) {
+    const int64_t offset = slot / cache.block_size * cache.block_stride + head * cache.head_stride +
+                           slot % cache.block_size * cache.token_stride;
+    for (int64_t i = 0; i < size; i += kLanes) {
+        __mmask16 mask = lane_mask(size - i);
+        __m512 values = load(x + i, mask);
+        if (cache.is_bf16)
+            store(static_cast<bf16*>(cache.data) + offset + i, mask, values);
+        else
+            store(static_cast<float*>(cache.data) + offset + i, mask, values);
+    }
+}
+
+}  // namespace logitkernels
+
+using namespace logitkernels;
+
+extern "C" {
+
+void logitkernels_rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t size, float* out,
+                           int threads) {
+#pragma omp parallel num_threads(threads)
+    rms_norm(x, size, weight, eps, rows, size, Activations{out, size, false});
+}
+
+void logitkernels_silu_and_mul(const float* gate_up, int64_t rows, int64_t size, float* out, int threads) {
+#pragma omp parallel num_threads(threads)
+    silu_and_mul(gate_up, rows, size, Activations{out, size, false});
+}
+
+void logitkernels_rope(const float* x, const float* cos, const float* sin, int64_t tokens, int64_t heads, int64_t size,
+                       int64_t rotary, float* out, int threads) {
+#pragma omp parallel for num_threads(threads) collapse(2)
+    for (int64_t token = 0; token < tokens; ++token)
+        for (int64_t head = 0; head < heads; ++head)
+            rotate_head(x + (token * heads + head) * size, cos + token * rotary, sin + token * rotary, rotary, size,
+                        out + (token * heads + head) * size);
+}
+
+void logitkernels_store(const float* x, int64_t tokens, int64_t heads, int64_t size, const Cache* cache,
+                        const int64_t* slots, int threads) {
+#pragma omp parallel for num_threads(threads) collapse(2)
+    for (int64_t token = 0; token < tokens; ++token)
+        for (int64_t head = 0; head < heads; ++head)
+            store_head(x + (token * heads + head) * size, size, *cache, slots[token], head);
+}
+
+}  // extern "C"

@@ -1,0 +1,41 @@
+// What lies between the linear layers: norms, rotary embedding, the gated activation, writing keys and values.
+//
+// Like every function that is not extern "C", these share their work among the threads of the enclosing parallel
+// region and end in a barrier.
+#pragma once
+
+#include "linear.h"
+#include "vector.h"
+
+namespace logitkernels {
+
+// 1 / sqrt(mean(x^2) + eps) of one row: 16 running sums in the order of the row, then a fixed tree.
+float inverse_rms(const float* x, int64_t size, float eps);
+
+// x / rms(x) * weight: [rows, size] float32 into `out`.
+void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t size,
+              const Activations& out);
+
+// The same for one row of one head, in place.
+void norm_head(float* x, const float* weight, float eps, int64_t size);
+
+// silu(gate) * up: gate_up [rows, 2 size] float32 into `out` [rows, size].
+void silu_and_mul(const float* gate_up, int64_t rows, int64_t size, const Activations& out);
+
+// One head: x [size] rotated by cos and sin [rotary] into `out`, which may be x.
+void rotate_head(const float* x, const float* cos, const float* sin, int64_t rotary, int64_t size, float* out);
+
+// A cache [num_blocks, kv_heads, block_size, D]; strides in elements; the last dimension is contiguous.
+struct Cache {
+    void* data;
+    int64_t is_bf16;
+    int64_t block_stride;
+    int64_t head_stride;
+    int64_t token_stride;
+    int64_t block_size;
+};
+
+// Writes one head's vector x [size] to the slot of the cache.
+void store_head(const float* x, int64_t size, const Cache& cache, int64_t slot, int64_t head);
+
+}  // namespace logitkernels

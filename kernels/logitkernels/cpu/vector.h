@@ -1,0 +1,91 @@
+// Vector helpers shared by every kernel.
+//
+// Batch invariance rests on two rules that all files keep. First, the sources are compiled with -ffp-contract=off, so
+// that a multiply and an add are fused where an intrinsic says so and nowhere else: the compiler may not decide
+// differently in two code paths. Second, each output element has one order of summation, whatever tile computes it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+namespace logitkernels {
+
+using bf16 = uint16_t;
+
+constexpr int kLanes = 16;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// The mask of the lanes that exist when `remaining` elements are left.
+inline __mmask16 lane_mask(int64_t remaining) {
+    return remaining >= kLanes ? __mmask16(0xffff) : __mmask16((1u << (remaining > 0 ? remaining : 0)) - 1);
+}
+
+struct FreeDeleter {
+    void operator()(void* pointer) const { std::free(pointer); }
+};
+
+template <class T>
+using Buffer = std::unique_ptr<T[], FreeDeleter>;
+
+// Uninitialised memory on a cache line boundary.
+template <class T>
+Buffer<T> allocate(int64_t count) {
+    size_t bytes = size_t(round_up(count * int64_t(sizeof(T)) + 1, 64));
+    void* pointer = std::aligned_alloc(64, bytes);
+    if (pointer == nullptr) std::abort();
+    return Buffer<T>(static_cast<T*>(pointer));
+}
+
+// bf16 is the upper half of a float32: widening is exact.
+inline __m512 widen(__m256i values) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16)); }
+
+// Rounds to nearest even, quiets NaN, flushes float32 denormals to zero.
+inline __m256i narrow(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
+
+inline float widen(bf16 value) {
+    uint32_t bits = uint32_t(value) << 16;
+    float result;
+    __builtin_memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+inline __m512 load(const float* source, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, source); }
+inline __m512 load(const bf16* source, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, source)); }
+inline void store(float* target, __mmask16 mask, __m512 values) { _mm512_mask_storeu_ps(target, mask, values); }
+inline void store(bf16* target, __mmask16 mask, __m512 values) { _mm256_mask_storeu_epi16(target, mask, narrow(values)); }
+
+// exp(x) within 2 units in the last place; exp(0) is exactly 1 and exp(-inf) exactly 0.
+// x = n ln 2 + r with |r| <= ln 2 / 2, then 2^n times the Taylor polynomial of degree 7 (its remainder is below 6e-9).
+inline __m512 exponential(__m512 x) {
+    // max and min return their second operand when one is NaN, so NaN passes through.
+    x = _mm512_max_ps(_mm512_set1_ps(-105.0f), x);
+    x = _mm512_min_ps(_mm512_set1_ps(89.0f), x);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
+                                    _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // ln 2 rounded to 16 bits: n times it is exact
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);       // the rest of ln 2
+    __m512 p = _mm512_set1_ps(1.0f / 5040);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+// Absolute error about 1e-7, which is what a softcap needs.
+inline __m512 hyperbolic_tangent(__m512 x) {
+    __m512 one = _mm512_set1_ps(1.0f);
+    __m512 e = exponential(_mm512_add_ps(x, x));
+    return _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, one)));
+}
+
+}  // namespace logitkernels

@@ -1,0 +1,173 @@
+"""The native CPU operations against the same formulas in float64, and their bits against themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from logitkernels.cpu import CpuKernels
+from logitkernels.cpu.build import BuildError
+from torch import Tensor
+
+try:
+    KERNELS = CpuKernels()
+    EXACT = CpuKernels(exact=True)
+except BuildError as error:  # pragma: no cover
+    pytest.skip(f"no native kernels here: {error}", allow_module_level=True)
+
+DTYPES = [torch.bfloat16, torch.float32]
+quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Error relative to the root mean square of what is expected."""
+    assert actual.isfinite().all()
+    error = (actual.double() - expected).abs().max() / expected.square().mean().sqrt().clamp(min=1e-30)
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+@quick
+@given(
+    rows=st.integers(1, 40),
+    out=st.integers(1, 100),
+    depth=st.integers(1, 150),
+    dtype=st.sampled_from(DTYPES),
+    has_bias=st.booleans(),
+)
+def test_linear_is_the_product_with_the_stored_weights(
+    rows: int, out: int, depth: int, dtype: torch.dtype, *, has_bias: bool
+) -> None:
+    weight = random(out, depth, seed=1, dtype=dtype)
+    bias = random(out, seed=2) if has_bias else None
+    x = random(rows, depth, seed=3)
+    read = x.bfloat16() if dtype == torch.bfloat16 else x
+    expected = read.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert_close(KERNELS.linear(x, KERNELS.pack_linear(weight, bias)), expected, 5e-6)
+
+
+@pytest.mark.parametrize("kernels", [KERNELS, EXACT])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out", "depth"), [(96, 64), (77, 123), (1, 1), (33, 577)])
+def test_a_row_of_a_linear_has_the_same_bits_in_every_batch(
+    kernels: CpuKernels, dtype: torch.dtype, out: int, depth: int
+) -> None:
+    packed = kernels.pack_linear(random(out, depth, seed=1, dtype=dtype), random(out, seed=2))
+    x = random(43, depth, seed=3)
+    alone = torch.cat([kernels.linear(row[None], packed) for row in x])
+    for size in (*range(2, 27), 43):
+        for start in range(0, 43, size):
+            batch = kernels.linear(x[start : start + size], packed)
+            assert torch.equal(batch, alone[start : start + size]), (size, start)
+
+
+def test_rows_have_the_same_bits_past_a_block_of_activations() -> None:
+    packed = KERNELS.pack_linear(random(64, 4096, seed=1, dtype=torch.bfloat16))
+    x = random(150, 4096, seed=2)
+    assert torch.equal(KERNELS.linear(x, packed)[[0, 100, 149]], KERNELS.linear(x[[0, 100, 149]], packed))
+
+
+def test_exact_products_of_bf16_weights_equal_those_of_the_widened_weights() -> None:
+    weight, x = random(70, 131, seed=1, dtype=torch.bfloat16), random(9, 131, seed=2)
+    narrow, wide = EXACT.pack_linear(weight), EXACT.pack_linear(weight.float())
+    unrepresentable = weight.float()
+    unrepresentable[0, 0] += 1e-5
+    full = EXACT.pack_linear(unrepresentable)
+    assert narrow.nbytes == wide.nbytes < full.nbytes
+    assert torch.equal(EXACT.linear(x, narrow), EXACT.linear(x, wide))
+    assert torch.equal(EXACT.linear(x, narrow)[:, 1:], EXACT.linear(x, full)[:, 1:])
+    assert_close(EXACT.linear(x, narrow), x.double() @ weight.double().T, 5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8])
+def test_weights_of_another_type_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=str(dtype)):
+        KERNELS.pack_linear(torch.ones(4, 4).to(dtype))
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    packed = KERNELS.pack_linear(torch.ones(4, 6))
+    with pytest.raises(ValueError, match="6 features"):
+        KERNELS.linear(torch.ones(2, 5), packed)
+    with pytest.raises(ValueError, match="bias"):
+        KERNELS.pack_linear(torch.ones(4, 6), torch.ones(5))
+    with pytest.raises(ValueError, match="sliding_window"):
+        KERNELS.paged_attention(
+            torch.ones(1, 1, 32),
+            torch.ones(1, 1, 16, 32),
+            torch.ones(1, 1, 16, 32),
+            None,  # type: ignore[arg-type]
+            scale=1.0,
+            sliding_window=0,
+        )
+
+
+def test_bfloat16_activations_come_back_as_bfloat16() -> None:
+    x = random(3, 64, dtype=torch.bfloat16)
+    packed = KERNELS.pack_linear(random(32, 64, seed=1, dtype=torch.bfloat16))
+    assert torch.equal(KERNELS.linear(x, packed), KERNELS.linear(x.float(), packed).bfloat16())
+    assert KERNELS.rms_norm(x, torch.ones(64), 1e-5).dtype == torch.bfloat16
+    assert KERNELS.silu_and_mul(x).dtype == torch.bfloat16
+
+
+@quick
+@given(rows=st.integers(1, 20), size=st.integers(1, 700), weight_dtype=st.sampled_from(DTYPES))
+def test_rms_norm(rows: int, size: int, weight_dtype: torch.dtype) -> None:
+    x, weight = random(rows, size, seed=1) * 3, random(size, seed=2, dtype=weight_dtype)
+    expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    actual = KERNELS.rms_norm(x, weight, 1e-5)
+    assert_close(actual, expected, 2e-6)
+    assert torch.equal(actual[-1:], KERNELS.rms_norm(x[-1:], weight, 1e-5))
+
+
+@quick
+@given(rows=st.integers(1, 20), size=st.integers(1, 300), scale=st.sampled_from([1.0, 30.0]))
+def test_silu_and_mul(rows: int, size: int, scale: float) -> None:
+    gate_up = random(rows, 2 * size, seed=1) * scale
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    actual = KERNELS.silu_and_mul(gate_up)
+    assert_close(actual, gate / (1 + (-gate).exp()) * up, 2e-6)
+    assert torch.equal(actual[:1], KERNELS.silu_and_mul(gate_up[:1]))
+
+
+def test_silu_of_large_gates_is_the_gate_or_zero() -> None:
+    gate_up = torch.tensor([[200.0, -200.0, 88.8, -88.8, 1.0, 1.0, 1.0, 1.0]])
+    assert_close(KERNELS.silu_and_mul(gate_up), torch.tensor([[200.0, 0.0, 88.8, 0.0]]).double(), 1e-6)
+
+
+@quick
+@given(tokens=st.integers(1, 9), heads=st.integers(1, 4), half=st.integers(1, 40), passed=st.integers(0, 9))
+def test_rope(tokens: int, heads: int, half: int, passed: int) -> None:
+    x = random(tokens, heads, 2 * half + passed, seed=1)
+    angles = random(tokens, half, seed=2).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    first, second, rest = x.double().split([half, half, passed], dim=-1)
+    c, s = cos.double()[:, None, :half], sin.double()[:, None, :half]
+    expected = torch.cat((first * c - second * s, second * c + first * s, rest), dim=-1)
+    assert_close(KERNELS.rope(x, cos, sin), expected, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_store_writes_the_slots_and_nothing_else(dtype: torch.dtype) -> None:
+    key, value = random(3, 2, 40, seed=1), random(3, 2, 24, seed=2)
+    keys, values = torch.full((4, 2, 5, 40), 7.0).to(dtype), torch.full((4, 2, 5, 24), 7.0).to(dtype)
+    slots = torch.tensor([13, 0, 6])
+    KERNELS.store_kv(key, value, keys, values, slots)
+    for cache, source in ((keys, key), (values, value)):
+        by_slot = cache.transpose(1, 2).flatten(0, 1)
+        assert torch.equal(by_slot[slots], source.to(dtype))
+        others = [slot for slot in range(20) if slot not in slots.tolist()]
+        assert (by_slot[others] == 7).all()
+
+
+def test_store_follows_the_strides_of_a_cache_that_is_a_view() -> None:
+    both = torch.zeros(4, 2, 2, 8, 16)
+    keys, values = both[:, 0], both[:, 1]
+    key, value = random(2, 2, 16, seed=1), random(2, 2, 16, seed=2)
+    KERNELS.store_kv(key, value, keys, values, torch.tensor([9, 30]))
+    assert torch.equal(keys[1, :, 1], key[0])
+    assert torch.equal(values[3, :, 6], value[1])
