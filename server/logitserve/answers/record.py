@@ -1,0 +1,105 @@
+"""What one choice was told: by a single delta for a chunk, by all of them for a whole answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from logitengine.messages import Logprobs
+
+from logitserve.generation import Delta
+from logitserve.job import Job
+from logitserve.logits_wire import BlockWriter
+from logitserve.logprobs import joined, prompt_entries
+from logitserve.state import Model
+
+
+class Record:
+    """Collects deltas of one choice; arrays are encoded as they come."""
+
+    def __init__(self, job: Job, model: Model, index: int) -> None:
+        self._job = job
+        self._model = model
+        self.index = index
+        self.prompt = job.prompts[index // job.body.n]
+        self.is_first_of_prompt = index % job.body.n == 0
+        self._text: list[str] = []
+        self.token_ids: list[int] = []
+        self.text_offsets: list[int] = []
+        self._logprobs: list[Logprobs] = []
+        self._prompt_logprobs: list[Logprobs] = []
+        self._prompt_offset: int | None = None
+        logits = job.body.return_logits
+        encoding = "base64" if logits is None else logits.wire_encoding
+        self._generated = BlockWriter(encoding)
+        self._prompt_block = BlockWriter(encoding)
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+
+    def add(self, delta: Delta) -> None:
+        self._text.append(delta.text)
+        self.token_ids += delta.token_ids
+        self.text_offsets += delta.text_offsets
+        if delta.logprobs is not None:
+            self._logprobs.append(delta.logprobs)
+        if delta.logits is not None:
+            self._generated.add(delta.logits)
+        if delta.prompt is not None:
+            if self._prompt_offset is None:
+                self._prompt_offset = delta.prompt.offset
+            if delta.prompt.logits is not None:
+                self._prompt_block.add(delta.prompt.logits)
+            if delta.prompt.logprobs is not None:
+                self._prompt_logprobs.append(delta.prompt.logprobs)
+        self.finish_reason = delta.finish_reason
+        self.stop_reason = delta.stop_reason
+
+    @property
+    def text(self) -> str:
+        return "".join(self._text)
+
+    @property
+    def logprobs(self) -> Logprobs:
+        """Of the generated tokens."""
+        return joined(self._logprobs)
+
+    @property
+    def prompt_offset(self) -> int | None:
+        """Position of the first prompt row collected, if any was."""
+        return self._prompt_offset
+
+    @property
+    def prompt_logprobs(self) -> Logprobs:
+        """Of the prompt tokens ``prompt_offset + 1`` and on."""
+        return joined(self._prompt_logprobs)
+
+    def prompt_entries(self) -> list[dict[str, Any] | None] | None:
+        """vLLM's prompt_logprobs, None for the first token; None where there are none to tell."""
+        offset = self._prompt_offset
+        if self._job.body.prompt_logprobs is None or offset is None:
+            return None
+        scores = self.prompt_logprobs
+        scored = self.prompt.token_ids[offset + 1 : offset + 1 + len(scores.ranks)]
+        first: list[dict[str, Any] | None] = [None] if offset == 0 else []
+        return first + prompt_entries(self._model.texts.table, scored, scores, self._job.body.prompt_logprobs)
+
+    def extras(self) -> dict[str, Any]:
+        """``token_ids``, ``logits`` and ``stop_reason``, beyond what OpenAI defines."""
+        body = self._job.body
+        extras: dict[str, Any] = {"stop_reason": self.stop_reason}
+        if body.return_token_ids or body.return_logits is not None:
+            extras["token_ids"] = self.token_ids
+        if body.return_token_ids and self.is_first_of_prompt:
+            extras["prompt_token_ids"] = self.prompt.token_ids
+        if body.return_logits is not None:
+            extras["logits"] = self._logits(body.return_logits.stage)
+        return extras
+
+    def _logits(self, stage: str) -> dict[str, Any]:
+        logits: dict[str, Any] = {"stage": stage}
+        if not self._model.info.batch_invariant:
+            logits["batch_invariant"] = False
+        if not self._generated.is_empty:
+            logits["generated"] = self._generated.finish()
+        if not self._prompt_block.is_empty:
+            logits["prompt"] = {**self._prompt_block.finish(), "offset": self._prompt_offset}
+        return logits

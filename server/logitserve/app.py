@@ -1,0 +1,58 @@
+"""The FastAPI app: routers per noun, middleware, errors, and the engine's life within the app's."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+from logitengine.client import EngineClient
+
+from logitserve import __version__
+from logitserve.config import ServerConfig
+from logitserve.errors import install_error_handlers
+from logitserve.middleware import BodyLimit, DrainGate, KeyGate, RequestLog
+from logitserve.routes import chat, completions, health, models, tokens
+from logitserve.state import ServerState
+
+
+def create_app(engine_client: EngineClient, config: ServerConfig) -> FastAPI:
+    """An app that serves ``engine_client``'s model. Its lifespan starts and closes the client.
+
+    The app answers from the start; until the model is loaded everything but the probes gets 503.
+    """
+    state = ServerState(engine_client, config)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await engine_client.start()
+        loading = asyncio.create_task(state.load(), name="load-model")
+        try:
+            yield
+        finally:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            await engine_client.close()
+            state.close()
+
+    app = FastAPI(
+        title="logitserve",
+        summary="An OpenAI-compatible server whose first-class output is logits",
+        version=__version__,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        # The interactive pages load scripts from elsewhere; /openapi.json is enough.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.server = state
+    for router in (chat.router, completions.router, models.router, tokens.router, health.router):
+        app.include_router(router)
+    install_error_handlers(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, config=config)
+    app.add_middleware(KeyGate, config=config)
+    app.add_middleware(DrainGate, state=state)
+    app.add_middleware(RequestLog, state=state)
+    return app

@@ -1,0 +1,54 @@
+"""Everything the server can be told, written once: a field here is a command-line flag and a LOGITSERVE_ variable."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic_settings import NoDecode
+
+
+def _split_commas(value: Any) -> Any:
+    """``a,b`` from a variable, or ``["a", "b,c"]`` from repeated flags, as one list."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
+        return value
+    return [part.strip() for item in values for part in item.split(",") if part.strip()]
+
+
+class ServerConfig(BaseModel):
+    """The server's options. Every bound on what a request may ask for is here; the rest follows from the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
+    served_model_name: Annotated[list[str], NoDecode, BeforeValidator(_split_commas)] = Field(
+        [],
+        description="names that requests may call the model by, comma-separated; default: the checkpoint's own",
+    )
+    api_key: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split_commas)] = Field(
+        [],
+        description="keys, comma-separated, one of which every request but /health and /ready must then bear",
+    )
+    max_body_bytes: int = Field(8 << 20, ge=1, description="largest request body")
+    max_header_bytes: int = Field(32 << 10, ge=1024, description="largest request head")
+    max_n: int = Field(32, ge=1, description="largest n")
+    max_batch_prompts: int = Field(256, ge=1, description="most prompts in one completions request")
+    max_logprobs: int = Field(20, ge=0, description="largest top_logprobs of a chat request")
+    max_prompt_logprobs: int = Field(20, ge=0, description="largest prompt_logprobs")
+    max_stop: int = Field(16, ge=1, description="most stop strings, and most stop token ids")
+    max_stop_length: int = Field(256, ge=1, description="longest stop string, in characters")
+    max_logit_bias: int = Field(1024, ge=1, description="most entries of logit_bias")
+    max_answer_bytes: int = Field(
+        2 << 30, ge=1, description="most bytes of logits that one request may ask for"
+    )
+    tokenize_timeout: float = Field(
+        10.0, gt=0, description="seconds to render and tokenize one request's prompts"
+    )
+    drain_timeout: float = Field(
+        30.0, ge=0, description="seconds that running requests get to end after SIGTERM"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe line logged"
+    )

@@ -1,0 +1,42 @@
+"""Token ids to text, one at a time."""
+
+from __future__ import annotations
+
+import codecs
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from logitserve.token_table import TokenTable
+
+
+class Detokenizer:
+    """Turns tokens into text as they come, never splitting a character.
+
+    The bytes of a character that is not whole yet are held back; bytes that can never become one are U+FFFD. The pieces
+    joined are the text of all tokens at once. ``at_start`` is for text that nothing precedes: it drops the space that
+    SentencePiece tokenizers put there.
+    """
+
+    def __init__(
+        self, table: TokenTable, *, skip_special_tokens: bool = True, at_start: bool = False
+    ) -> None:
+        self._table = table
+        self._skipped = table.special_ids if skip_special_tokens else frozenset()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drop_space = at_start and table.leading_space
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes."""
+        if token_id in self._skipped:
+            return ""
+        return self._cleaned(self._decoder.decode(self._table[token_id]))
+
+    def finish(self) -> str:
+        """What was held back: U+FFFD, or nothing."""
+        return self._cleaned(self._decoder.decode(b"", final=True))
+
+    def _cleaned(self, text: str) -> str:
+        if self._drop_space and text:
+            self._drop_space = False
+            return text.removeprefix(" ")
+        return text

@@ -1,0 +1,165 @@
+"""What a client is told when a request fails: OpenAI's error object, whatever went wrong.
+
+ApiError                 any status, with the field at fault
+└── BadRequestError      400
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from fastapi.responses import Response
+from logitengine.errors import (
+    EngineDeadError,
+    EngineError,
+    EngineNotReadyError,
+    EngineOverloadedError,
+    RequestRefusedError,
+)
+from starlette.exceptions import HTTPException
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI, Request
+    from pydantic import ValidationError
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = "1"
+LONGEST_PATH = 100
+STATUS_CODES = {
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    429: "rate_limit_exceeded",
+    500: "internal_error",
+    503: "service_unavailable",
+}
+
+
+class ApiError(Exception):
+    """An error with the status and the object that a client will see."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code if code is not None else STATUS_CODES.get(status)
+        self.headers = dict(headers or {})
+
+    @property
+    def type(self) -> str:
+        if self.status == 429:
+            return "rate_limit_error"
+        return "invalid_request_error" if self.status < 500 else "server_error"
+
+    def body(self) -> dict[str, Any]:
+        """``{"error": {"message", "type", "param", "code"}}``."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        return Response(
+            orjson.dumps(self.body()),
+            status_code=self.status,
+            headers=self.headers,
+            media_type="application/json",
+        )
+
+
+class BadRequestError(ApiError):
+    """The request is at fault; ``param`` names the field."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = "invalid_value") -> None:
+        super().__init__(400, message, param=param, code=code)
+
+
+def not_ready(reason: str) -> ApiError:
+    return ApiError(
+        503,
+        f"The server takes no requests at the moment: {reason}.",
+        code="not_ready",
+        headers={"Retry-After": RETRY_AFTER_SECONDS},
+    )
+
+
+def from_engine(error: EngineError) -> ApiError:
+    """The answer to a client whose request the engine could not serve."""
+    retry = {"Retry-After": RETRY_AFTER_SECONDS}
+    match error:
+        case RequestRefusedError():
+            return BadRequestError(str(error), code="request_refused")
+        case EngineOverloadedError():
+            return ApiError(429, str(error) or "The queue is full.", code="engine_overloaded", headers=retry)
+        case EngineNotReadyError():
+            return not_ready(str(error) or "the engine is not ready")
+        case EngineDeadError():
+            return ApiError(503, str(error) or "The engine died.", code="engine_dead", headers=retry)
+        case _:
+            return ApiError(500, "The engine failed.")
+
+
+def from_exception(error: Exception) -> ApiError:
+    """The error object for anything raised while a request was served. Unforeseen faults are logged, not shown."""
+    match error:
+        case ApiError():
+            return error
+        case EngineError():
+            return from_engine(error)
+        case _:
+            logger.error("unforeseen error", exc_info=error)
+            return ApiError(500, "Internal server error.")
+
+
+def field_path(location: Sequence[int | str]) -> str:
+    """``("messages", 0, "content")`` as ``messages[0].content``, shortened when a client made it long."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path if len(path) <= LONGEST_PATH else path[:LONGEST_PATH] + "..."
+
+
+def from_validation(error: ValidationError) -> BadRequestError:
+    """The first fault that pydantic found, by the path of its field."""
+    fault = error.errors(include_url=False, include_input=False)[0]
+    path = field_path(fault["loc"])
+    match fault["type"]:
+        case "extra_forbidden":
+            return BadRequestError(f"Unknown field: '{path}'.", param=path, code="unknown_parameter")
+        case "missing":
+            return BadRequestError(f"Missing field: '{path}'.", param=path, code="missing_required_parameter")
+        case "value_error":
+            message = fault["msg"].removeprefix("Value error, ")
+            return BadRequestError(f"'{path}' {message}." if path else f"{message}.", param=path or None)
+        case kind:
+            code = "invalid_type" if kind.endswith("_type") else "invalid_value"
+            return BadRequestError(f"'{path}' is invalid: {fault['msg']}.", param=path or None, code=code)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every error, the framework's own included, with OpenAI's error object."""
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        if not isinstance(error, HTTPException):
+            return from_exception(error).response()
+        message = f"{error.detail}: {request.method} {request.scope['path'][:LONGEST_PATH]}"
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+    async def on_error(_request: Request, error: Exception) -> Response:
+        return from_exception(error).response()
+
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(ApiError, on_error)
+    app.add_exception_handler(EngineError, on_error)
+    app.add_exception_handler(Exception, on_error)

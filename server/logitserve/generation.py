@@ -1,0 +1,178 @@
+"""The engine's outputs as deltas of the answer: every prompt's choices interleaved, detokenized, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from logitengine.client import EngineClient
+from logitengine.messages import GenerationRequest, LogitsRows, Logprobs, PromptOutput, StepOutput
+
+from logitserve.detokenizer import Detokenizer
+from logitserve.errors import ApiError
+from logitserve.job import Job
+from logitserve.stop_strings import StopStrings
+from logitserve.token_table import TokenTable
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step added to one choice.
+
+    ``token_ids``, the rows of ``logits`` and ``logprobs`` and ``text_offsets`` (where each token's text begins in the
+    choice's text) align one to one. ``text`` may lag behind the tokens: characters that are not whole and text that may
+    become a stop string are held back. A stop string ends the text, not the rows: the token that completed it keeps its
+    row.
+    """
+
+    index: int
+    token_ids: list[int]
+    text: str
+    text_offsets: list[int]
+    logits: LogitsRows | None = None
+    logprobs: Logprobs | None = None
+    prompt: PromptOutput | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of the arrays carried."""
+        blocks = [self.logits, self.prompt.logits if self.prompt is not None else None]
+        arrays = [array for block in blocks if block for array in (block.values, block.token_ids) if array]
+        return sum(array.nbytes for array in arrays)
+
+
+@dataclass(slots=True)
+class Counts:
+    """Tokens so far, for ``usage``."""
+
+    prompt: int
+    completion: int = 0
+    cached: int = 0
+
+    def usage(self) -> dict[str, object]:
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
+
+class Choice:
+    """One continuation of one prompt: its text so far."""
+
+    def __init__(self, index: int, job: Job, request: GenerationRequest, table: TokenTable) -> None:
+        self._index = index
+        self._min_tokens = request.sampling.min_tokens
+        self._detokenizer = Detokenizer(table, skip_special_tokens=job.body.skip_special_tokens)
+        self._stops = StopStrings(job.body.stop)
+        self._num_tokens = 0
+        self._num_characters = 0
+        self.finish_reason: str | None = None
+
+    def advance(self, output: StepOutput) -> Delta:
+        """Take in a step's tokens. Sets ``finish_reason`` when the choice is over, by a stop string perhaps."""
+        if output.finish_reason == "error":
+            raise ApiError(500, "The model's logits were not finite.", code="model_error")
+        text, offsets = "", []
+        for token_id in output.token_ids:
+            offsets.append(self._num_characters)
+            text += self._push(token_id, is_stop=token_id == output.stop_token_id)
+        self.finish_reason = output.finish_reason
+        stop_reason: str | int | None = output.stop_token_id
+        if output.finish_reason is not None:
+            tail = self._detokenizer.finish()
+            self._num_characters += len(tail)
+            text += self._stops.push(tail) + self._stops.finish()
+        if self._stops.matched is not None:
+            self.finish_reason, stop_reason = "stop", self._stops.matched
+        return Delta(
+            index=self._index,
+            token_ids=output.token_ids,
+            text=text,
+            text_offsets=offsets,
+            logits=output.logits,
+            logprobs=output.logprobs,
+            prompt=output.prompt,
+            finish_reason=self.finish_reason,
+            stop_reason=stop_reason,
+        )
+
+    def _push(self, token_id: int, *, is_stop: bool) -> str:
+        """The text this token releases. A stop token ends the text and is not part of it."""
+        self._num_tokens += 1
+        piece = "" if is_stop else self._detokenizer.push(token_id)
+        self._num_characters += len(piece)
+        return piece if self._num_tokens < self._min_tokens else self._stops.push(piece)
+
+
+class Generation:
+    """All choices of a job as one stream of deltas. Closing it aborts what still runs in the engine."""
+
+    def __init__(self, engine: EngineClient, job: Job, table: TokenTable) -> None:
+        self._engine = engine
+        self._job = job
+        self._table = table
+        self.counts = Counts(job.num_prompt_tokens)
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Choices are numbered prompt by prompt: choice j of prompt i is ``i * n + j``. Raises EngineError, ApiError."""
+        n = self._job.body.n
+        choices = [
+            Choice(prompt * n + j, self._job, request, self._table)
+            for prompt, request in enumerate(self._job.requests)
+            for j in range(n)
+        ]
+        open_choices = len(choices)
+        cached: dict[int, int] = {}
+        outputs = _merged([self._engine.generate(request) for request in self._job.requests])
+        async with contextlib.aclosing(outputs):
+            async for prompt, output in outputs:
+                choice = choices[prompt * n + output.index]
+                if choice.finish_reason is not None:
+                    continue
+                delta = choice.advance(output)
+                self.counts.completion += len(output.token_ids)
+                if output.index == 0 and prompt not in cached:
+                    cached[prompt] = output.num_cached_tokens
+                    self.counts.cached += output.num_cached_tokens
+                if delta.finish_reason is not None:
+                    open_choices -= 1
+                    if output.finish_reason is None:
+                        self._engine.abort_choice(output.request_id, output.index)
+                yield delta
+                if open_choices == 0:
+                    return
+
+
+async def _merged(
+    streams: list[AsyncGenerator[StepOutput, None]],
+) -> AsyncGenerator[tuple[int, StepOutput], None]:
+    """The streams' outputs as they come, each with its stream's number. Holds at most one output of each back."""
+    if len(streams) == 1:
+        async with contextlib.aclosing(streams[0]) as stream:
+            async for output in stream:
+                yield 0, output
+        return
+    waiting = {asyncio.ensure_future(anext(stream)): number for number, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for call in done:
+                number = waiting.pop(call)
+                try:
+                    output = call.result()
+                except StopAsyncIteration:
+                    continue
+                yield number, output
+                waiting[asyncio.ensure_future(anext(streams[number]))] = number
+    finally:
+        for call in waiting:
+            call.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()

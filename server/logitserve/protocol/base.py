@@ -1,0 +1,73 @@
+"""What every request body shares: strict types, unknown fields refused by name, OpenAI's harmless ones dropped."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from logitserve.errors import BadRequestError
+
+IGNORED_FIELDS = {
+    "user": "names the end user for OpenAI's abuse monitoring",
+    "safety_identifier": "the successor of user",
+    "metadata": "labels for OpenAI's stored completions",
+    "store": "asks OpenAI to keep the completion; nothing is kept here",
+    "service_tier": "chooses OpenAI's price and queue",
+    "prompt_cache_key": "a routing hint; equal prefixes are found without it",
+    "prompt_cache_retention": "how long OpenAI keeps a cached prefix",
+    "parallel_tool_calls": "says nothing where there are no tools",
+}
+"""Fields of OpenAI's that may be sent and change nothing, each with its reason."""
+
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "moderation": (),
+    "suffix": ("",),
+    "best_of": (),
+}
+"""Fields of OpenAI's that change the answer and are not served, each with the values that change nothing."""
+
+
+class StrictModel(BaseModel):
+    """No coercion: ``true`` is no integer, ``"1"`` no number, and NaN and infinity are no values."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RequestBody(StrictModel):
+    """A request body. A field that is null counts as absent, as it does at OpenAI."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    refused: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_says_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        known = cls.model_fields.keys() | cls.ignored | cls.refused
+        kept = {}
+        for name, value in body.items():
+            if name in cls.ignored or (value is None and name in known):
+                continue
+            if name in cls.refused:
+                if value not in NEUTRAL_VALUES[name] and not (
+                    name == "best_of" and value == body.get("n", 1)
+                ):
+                    raise BadRequestError(
+                        f"'{name}' is not supported by this server.", param=name, code="unsupported_parameter"
+                    )
+                continue
+            kept[name] = value
+        return kept

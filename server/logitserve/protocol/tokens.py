@@ -1,0 +1,36 @@
+"""``POST /tokenize`` and ``POST /detokenize``, in the shapes that vLLM's users know."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from logitserve.errors import BadRequestError
+from logitserve.protocol.base import RequestBody
+from logitserve.protocol.chat import Message
+from logitserve.protocol.generation import TokenId
+
+
+class TokenizeBody(RequestBody):
+    """Text or messages to tokenize. Special tokens are added to text by default, to messages by their template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+    def check(self) -> None:
+        """Raises BadRequestError unless exactly one of ``prompt`` and ``messages`` is given."""
+        if (self.prompt is None) == (self.messages is None):
+            raise BadRequestError("Exactly one of 'prompt' and 'messages' is needed.", param="prompt")
+
+
+class DetokenizeBody(RequestBody):
+    """Token ids to turn into text, special tokens included."""
+
+    model: str | None = None
+    tokens: list[TokenId]
+
+    def check(self) -> None:
+        """Nothing beyond the single fields."""

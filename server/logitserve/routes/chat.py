@@ -1,0 +1,26 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import Response
+
+from logitserve.answering import respond
+from logitserve.answers.chat import ChatAnswer
+from logitserve.body import JsonBody, documented
+from logitserve.job import prepare_chat
+from logitserve.protocol.chat import ChatBody
+from logitserve.state import StateDep
+
+router = APIRouter(tags=["chat"])
+
+
+@router.post("/v1/chat/completions", openapi_extra=documented(ChatBody))
+async def create_chat_completion(
+    body: Annotated[ChatBody, Depends(JsonBody(ChatBody))], state: StateDep, request: Request
+) -> Response:
+    """Continue a conversation."""
+    job = await prepare_chat(body, state)
+    return await respond(job, ChatAnswer(job, state.model()), state, request)

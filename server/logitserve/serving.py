@@ -1,0 +1,132 @@
+"""The server process: uvicorn with bounded request heads, and a shutdown that lets running requests end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from logitengine.client import EngineClient
+from logitengine.config import EngineConfig
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from logitserve.app import create_app
+from logitserve.config import ServerConfig
+from logitserve.logs import configure_logging
+from logitserve.state import ServerState
+
+logger = logging.getLogger(__name__)
+
+LAST_SECONDS = 2
+"""How long uvicorn waits for connections once draining is over, before it cancels what still runs."""
+
+
+class DrainingServer(uvicorn.Server):
+    """On the first SIGINT or SIGTERM turns new requests away and waits for the running ones; on the second, exits."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, drain_timeout: float) -> None:
+        super().__init__(config)
+        self._state = state
+        self._drain_timeout = drain_timeout
+        self._draining: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: Any = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def stop(self) -> None:
+        self.should_exit = True
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
+        """Called by Python's signal handler. uvicorn's own would raise the signal again and lose exit code 0."""
+        if self._state.draining or self._loop is None:
+            self.force_exit = sig == signal.SIGINT
+            self.should_exit = True
+            return
+        self._state.draining = True
+        self._loop.call_soon_threadsafe(self._start_draining)
+
+    def _start_draining(self) -> None:
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        logger.info("draining", extra={"requests": self._state.num_in_flight})
+        try:
+            await asyncio.wait_for(self._state.idle.wait(), self._drain_timeout)
+        except TimeoutError:
+            logger.warning(
+                "still running after the drain timeout", extra={"requests": self._state.num_in_flight}
+            )
+        self.should_exit = True
+
+
+def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
+    """uvicorn's httptools protocol, which by itself takes a request head of any size, with a bound."""
+
+    class BoundedProtocol(HttpToolsProtocol):
+        _head_bytes = 0
+        _in_head = True
+
+        def data_received(self, data: bytes) -> None:
+            if self._in_head:
+                self._head_bytes += len(data)
+            super().data_received(data)
+            # What came with the end of the head is body. A head without end is cut off here.
+            if self._in_head and self._head_bytes > max_header_bytes and not self.transport.is_closing():
+                self.send_400_response("Request head too large.")
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            super().on_header(name, value)
+            if sum(len(key) + len(text) for key, text in self.headers) > max_header_bytes:
+                msg = "request head too large"
+                raise ValueError(msg)
+
+        def on_headers_complete(self) -> None:
+            self._in_head = False
+            super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            self._in_head, self._head_bytes = True, 0
+
+    return BoundedProtocol
+
+
+def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        http=bounded_protocol(config.max_header_bytes),
+        ws="none",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=LAST_SECONDS,
+    )
+
+
+def display_name(model: str) -> str:
+    """What requests call the model by: a hub name as it is, a directory or file by its own name."""
+    path = Path(model)
+    return path.stem if path.suffix == ".gguf" else path.name if path.is_dir() else model
+
+
+def serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
+    """Serve until a signal. Returns the exit code: 0, or 1 when the model could not be loaded."""
+    configure_logging(server_config.log_level)
+    names = server_config.served_model_name or [display_name(engine_config.model)]
+    config = server_config.model_copy(update={"served_model_name": names})
+    app = create_app(EngineClient(engine_config), config)
+    state: ServerState = app.state.server
+    server = DrainingServer(uvicorn_config(app, config), state, config.drain_timeout)
+    state.on_load_error = server.stop
+    server.run()
+    return 0 if state.load_error is None else 1

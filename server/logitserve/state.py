@@ -1,0 +1,126 @@
+"""What the routes share: the engine, the model's texts, and whether the server takes requests."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from fastapi import Depends, Request
+from logitengine.client import EngineClient
+from logitengine.errors import EngineError
+from logitengine.messages import ModelInfo
+
+from logitserve.config import ServerConfig
+from logitserve.errors import ApiError, not_ready
+from logitserve.texts import Texts, TextWorker
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that is served, once it is loaded."""
+
+    info: ModelInfo
+    texts: Texts
+    names: list[str]
+
+    def check_name(self, name: str | None) -> str:
+        """The name to answer with. Raises ApiError 404 for a model that is not served."""
+        if name is not None and name not in self.names:
+            raise ApiError(
+                404,
+                f"The model '{name[:100]}' does not exist; this server has {', '.join(self.names)}.",
+                param="model",
+                code="model_not_found",
+            )
+        return name or self.names[0]
+
+
+class ServerState:
+    """One per app, on ``app.state.server``."""
+
+    def __init__(self, engine: EngineClient, config: ServerConfig) -> None:
+        self.engine = engine
+        self.config = config
+        self.text_worker = TextWorker(config.tokenize_timeout)
+        self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
+        self._model: Model | None = None
+        self.load_error: str | None = None
+        self.on_load_error: Callable[[], None] | None = None
+        self.draining = False
+        self.num_in_flight = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    async def load(self) -> None:
+        """Wait for the engine, then read the model's tokenizer. What fails is logged and shown by /ready."""
+        try:
+            info = await self.engine.wait_ready()
+            texts = await asyncio.to_thread(Texts, info)
+        except (EngineError, OSError, ValueError, LookupError) as error:
+            self.load_error = f"the model could not be loaded: {error}"
+            logger.error("%s", self.load_error)  # noqa: TRY400 - the message says it all
+            if self.on_load_error is not None:
+                self.on_load_error()
+            return
+        self._model = Model(info, texts, self.config.served_model_name or [Path(info.model_path).name])
+        logger.info("ready", extra={"models": self._model.names, "max_model_len": info.max_model_len})
+
+    def not_ready_reason(self) -> str | None:
+        """None when requests are served, else why not."""
+        if self.draining:
+            return "draining"
+        if self.load_error is not None:
+            return self.load_error
+        reason = self.engine.not_ready_reason()
+        if reason is None and self._model is None:
+            return "loading the tokenizer"
+        return reason
+
+    def model(self) -> Model:
+        """The loaded model. Raises ApiError 503 while there is none."""
+        if self._model is None:
+            raise not_ready(self.not_ready_reason() or "loading the tokenizer")
+        return self._model
+
+    async def encode(self, work: Callable[[], T], nbytes: int, inline_bytes: int) -> T:
+        """``work()``, on a thread of its own when its ``nbytes`` would hold up the event loop."""
+        if nbytes <= inline_bytes:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._encoding_pool, work)
+
+    def request_started(self) -> None:
+        self.num_in_flight += 1
+        self.idle.clear()
+
+    def request_ended(self) -> None:
+        self.num_in_flight -= 1
+        if self.num_in_flight == 0:
+            self.idle.set()
+
+    def close(self) -> None:
+        self.text_worker.close()
+        self._encoding_pool.shutdown(wait=False, cancel_futures=True)
+
+
+def get_state(request: Request) -> ServerState:
+    state: ServerState = request.app.state.server
+    return state
+
+
+StateDep = Annotated[ServerState, Depends(get_state)]
+
+
+def get_model(state: StateDep) -> Model:
+    return state.model()
+
+
+ModelDep = Annotated[Model, Depends(get_model)]

@@ -1,0 +1,127 @@
+"""Text to token ids and back: the model's tokenizer and chat template, off the event loop and within a time bound."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+from jinja2.exceptions import TemplateError
+from logitengine.messages import ModelInfo
+from tokenizers import Tokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from logitserve.errors import BadRequestError
+from logitserve.token_table import TokenTable
+
+T = TypeVar("T")
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class Texts:
+    """The tokenizer and chat template of the model that is served. Safe to use from several threads."""
+
+    def __init__(self, info: ModelInfo) -> None:
+        """Read the files in ``info.tokenizer_path``. Raises OSError, ValueError or UnsupportedDecoderError."""
+        directory = Path(info.tokenizer_path)
+        tokenizer_json = (directory / "tokenizer.json").read_bytes()
+        self.table = TokenTable(orjson.loads(tokenizer_json))
+        self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
+        settings = _read_settings(directory)
+        self._special_tokens = _special_tokens(settings)
+        self._template = _chat_template(directory, settings)
+        self.longest_prompt = info.max_model_len * max(self.table.longest, 1)
+        """In characters. Anything longer cannot fit the context, whatever its tokens."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of the tokens, special ones included."""
+        text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text
+
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary spells them."""
+        return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
+
+    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """The prompt that the model's chat template makes of ``messages``. Raises BadRequestError."""
+        if self._template is None:
+            raise BadRequestError(
+                "This model has no chat template; use /v1/completions.",
+                param="messages",
+                code="no_chat_template",
+            )
+        try:
+            rendered = render_jinja_template(
+                conversations=[messages],
+                chat_template=self._template,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )[0]
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise BadRequestError(
+                f"The model's chat template refuses these messages: {str(error)[:200]}", param="messages"
+            ) from error
+        text: str = rendered[0]
+        return text
+
+
+class TextWorker:
+    """A few threads for tokenizing. A call that takes too long is refused; its thread ends by itself.
+
+    The prompt's length is bounded before, so that no thread is lost for good.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+
+    async def run(self, work: Callable[[], T], *, param: str) -> T:
+        """``work()``'s result. Raises BadRequestError when the time is up."""
+        call = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        try:
+            return await asyncio.wait_for(call, self._timeout)
+        except TimeoutError:
+            raise BadRequestError(
+                f"'{param}' took more than {self._timeout:g} s to tokenize.",
+                param=param,
+                code="tokenize_timeout",
+            ) from None
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _read_settings(directory: Path) -> dict[str, Any]:
+    path = directory / "tokenizer_config.json"
+    settings: dict[str, Any] = orjson.loads(path.read_bytes()) if path.is_file() else {}
+    return settings
+
+
+def _special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
+    """The named special tokens that chat templates use; older files write them as objects."""
+    tokens: dict[str, Any] = {}
+    for name in SPECIAL_TOKENS:
+        value = settings.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
+    """chat_template.jinja, else the one in tokenizer_config.json; of several there, the one named default."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template if isinstance(template, str) else None
