@@ -37,7 +37,7 @@ from logitengine.messages import (
     StepOutputs,
     ToEngine,
 )
-from logitengine.transport import AsyncChannel
+from logitengine.transport import AsyncChannel, TransportError
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,7 @@ class EngineClient:
         """Spawn the engine and return at once; the model loads in the background."""
         self._not_ready = "loading the model"
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
+        self._supervisor.add_done_callback(self._on_supervisor_done)
 
     async def wait_ready(self) -> ModelInfo:
         """Wait until the model is loaded. Raises EngineDeadError when it could not be."""
@@ -144,6 +145,13 @@ class EngineClient:
             logger.error("the engine process died; starting another in %.1f s", pause)
             await asyncio.sleep(pause)
 
+    def _on_supervisor_done(self, task: asyncio.Task[None]) -> None:
+        """A fault of the supervisor's own must not look like an engine that is loading for ever."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("supervising the engine failed", exc_info=error)
+            self._not_ready = self._load_error = f"supervising the engine failed: {error}"
+            self._loaded.set()
+
     async def _run_process(self) -> None:
         """One life of the engine: spawn, connect, pass messages until its socket closes, reap."""
         directory = Path(tempfile.mkdtemp(prefix="logitserve-"))  # mode 0700: nobody else can connect
@@ -185,6 +193,8 @@ class EngineClient:
             while (message := await channel.receive()) is not None:
                 self._last_heard = time.monotonic()
                 self._handle(message)
+        except TransportError as error:
+            logger.error("the engine sent what is no message: %s", error)
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)

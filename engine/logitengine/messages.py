@@ -6,7 +6,6 @@ knows (block capacity, vocabulary).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from msgspec import Struct
@@ -17,16 +16,19 @@ LogitsPositions = Literal["generated", "prompt", "all"]
 FinishReason = Literal["stop", "length", "error"]
 
 
-@dataclass(frozen=True, slots=True)
 class Array:
     """A dense little-endian, row-major array: the only form in which numbers cross the socket in bulk.
 
-    ``dtype`` is "float32", "float16", "bfloat16" or "int32".
+    ``dtype`` is "float32", "float16", "bfloat16" or "int32". A plain class on purpose: msgspec would encode a dataclass
+    by itself and copy the bytes into the message.
     """
 
-    dtype: str
-    shape: tuple[int, ...]
-    data: bytes | bytearray | memoryview
+    __slots__ = ("data", "dtype", "shape")
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], data: bytes | bytearray | memoryview) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.data = data
 
     @property
     def nbytes(self) -> int:

@@ -25,7 +25,7 @@ from logitengine.messages import (
     StepOutputs,
     ToEngine,
 )
-from logitengine.transport import BlockingChannel
+from logitengine.transport import BlockingChannel, TransportError
 
 if TYPE_CHECKING:
     from logitengine.engine import Engine
@@ -119,8 +119,8 @@ class EngineLoop:
         try:
             while (message := self._channel.receive()) is not None:
                 self._inbox.put(message)
-        except OSError:
-            logger.info("the server's end of the socket is gone")
+        except (OSError, TransportError) as error:
+            logger.error("nothing more can be received from the server: %s", error)
         self._inbox.put(None)
 
     def _send(self) -> None:

@@ -58,7 +58,10 @@ class Decoder(Generic[M]):
                 raise TransportError("an array names a frame that was not sent")
             return Array(dtype, tuple(shape), memoryview(frames[index]))
 
-        message: M = msgspec.msgpack.decode(frames[0], type=self._types, dec_hook=hook)
+        try:
+            message: M = msgspec.msgpack.decode(frames[0], type=self._types, dec_hook=hook)
+        except (msgspec.MsgspecError, ValueError, TypeError) as error:
+            raise TransportError(str(error)) from error
         return message
 
 

@@ -1,0 +1,193 @@
+"""The engine in its own process, through the client that the server uses."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import pytest
+from logitengine import (
+    EngineClient,
+    EngineConfig,
+    EngineDeadError,
+    EngineNotReadyError,
+    EngineOverloadedError,
+    GenerationRequest,
+    LogitsSpec,
+    RequestRefusedError,
+    SamplingParams,
+    StepOutput,
+)
+from support import Collected, greedy
+
+pytestmark = pytest.mark.anyio
+
+DEADLINE = 60.0
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@asynccontextmanager
+async def running_client(model: Path | str, **options: object) -> AsyncIterator[EngineClient]:
+    config = EngineConfig.model_validate(
+        {"model": str(model), "dtype": "float32", "kv_cache_bytes": 1 << 24, "num_threads": 1, **options}
+    )
+    client = EngineClient(config)
+    await client.start()
+    try:
+        async with asyncio.timeout(DEADLINE):
+            await client.wait_ready()
+        yield client
+    finally:
+        await client.close()
+
+
+async def collect(client: EngineClient, request: GenerationRequest) -> Collected:
+    collected = Collected()
+    async with aclosing(client.generate(request)) as outputs:
+        async for output in outputs:
+            collected.add(output)
+    return collected
+
+
+async def until(condition: object, client: EngineClient) -> None:
+    """Wait for ``condition(client.stats)``; the engine sends its stats at least once a second."""
+    assert callable(condition)
+    async with asyncio.timeout(DEADLINE):
+        while not condition(client.stats):
+            await asyncio.sleep(0.01)
+
+
+def endless(request_id: str, logits: LogitsSpec | None = None) -> GenerationRequest:
+    return greedy(request_id, [1, 2, 3], 400, logits)
+
+
+async def test_a_request_streams_its_tokens_and_rows(tiny_llama: Path) -> None:
+    async with running_client(tiny_llama) as client:
+        answer = await collect(client, greedy("a", [1, 2, 3], 5, LogitsSpec()))
+        assert len(answer.token_ids) == 5
+        assert answer.rows.argmax(-1).tolist() == answer.token_ids
+        assert answer.finish_reason == "length"
+
+
+async def test_requests_run_together(tiny_llama: Path) -> None:
+    async with running_client(tiny_llama) as client:
+        alone = await collect(client, greedy("alone", [5, 6, 7], 20))
+        together = await asyncio.gather(*(collect(client, greedy(f"r{i}", [5, 6, 7], 20)) for i in range(8)))
+        assert all(answer.token_ids == alone.token_ids for answer in together)
+        assert client.stats.num_steps < 9 * 20
+
+
+async def test_closing_the_stream_early_frees_the_blocks(tiny_llama: Path) -> None:
+    async with running_client(tiny_llama) as client:
+        async with aclosing(client.generate(endless("a"))) as outputs:
+            await anext(outputs)
+        await until(lambda stats: stats.num_running == 0 and stats.num_used_blocks == 0, client)
+        assert client.stats.num_generated_tokens < 400
+
+
+async def test_aborting_a_choice_leaves_the_others(tiny_llama: Path) -> None:
+    request = GenerationRequest(
+        request_id="a",
+        prompt_token_ids=[1, 2, 3],
+        n=3,
+        sampling=SamplingParams(max_tokens=30, temperature=1.0, seed=7, ignore_eos=True),
+    )
+    async with running_client(tiny_llama) as client:
+        seen: dict[int, int] = {}
+        async with aclosing(client.generate(request)) as outputs:
+            async for output in outputs:
+                seen[output.index] = seen.get(output.index, 0) + len(output.token_ids)
+                if seen.get(1) == 2:
+                    client.abort_choice("a", 1)
+        assert seen == {0: 30, 1: 2, 2: 30}
+
+
+async def test_a_dead_engine_fails_its_requests_and_comes_back(tiny_llama: Path) -> None:
+    async with running_client(tiny_llama) as client:
+        before = await collect(client, greedy("before", [1, 2, 3], 10))
+        streams = [client.generate(endless(f"r{i}")) for i in range(8)]
+        for stream in streams:
+            await anext(stream)
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        async with asyncio.timeout(5):
+            for stream in streams:
+                with pytest.raises(EngineDeadError):
+                    async for _ in stream:
+                        pass
+        reason = client.not_ready_reason()
+        assert reason is not None
+        assert "restarted" in reason
+        with pytest.raises(EngineNotReadyError):
+            await anext(client.generate(endless("early")))
+        async with asyncio.timeout(DEADLINE):
+            while client.not_ready_reason() is not None:
+                await asyncio.sleep(0.01)
+        after = await collect(client, greedy("after", [1, 2, 3], 10))
+        assert after.token_ids == before.token_ids
+
+
+async def test_a_model_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None:
+    client = EngineClient(EngineConfig(model=str(tmp_path)))
+    await client.start()
+    try:
+        async with asyncio.timeout(DEADLINE):
+            with pytest.raises(EngineDeadError, match=r"config\.json"):
+                await client.wait_ready()
+        assert "config.json" in (client.not_ready_reason() or "")
+    finally:
+        await client.close()
+
+
+async def test_requests_that_cannot_be_served_are_refused_with_the_reason(tiny_llama: Path) -> None:
+    async with running_client(tiny_llama) as client:
+        for request, reason in [
+            (greedy("long", [1] * 600, 1), "context of 512"),
+            (greedy("empty", [], 1), "no tokens"),
+            (greedy("outside", [49152], 1), "vocabulary"),
+        ]:
+            with pytest.raises(RequestRefusedError, match=reason):
+                await collect(client, request)
+        assert (await collect(client, greedy("fine", [1], 1))).finish_reason == "length"
+
+
+async def test_a_full_queue_refuses_more(tiny_llama: Path) -> None:
+    async with running_client(tiny_llama, max_num_seqs=1, max_waiting=1) as client:
+        async with aclosing(client.generate(endless("running"))) as running:
+            await anext(running)
+            waiting = asyncio.create_task(collect(client, endless("waiting")))
+            await until(lambda stats: stats.num_waiting == 1, client)
+            with pytest.raises(EngineOverloadedError):
+                await collect(client, endless("too many"))
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def test_a_reader_that_stops_holds_up_its_own_request_only(tiny_llama: Path) -> None:
+    row_bytes = 4 * 49152
+    async with running_client(tiny_llama, logits_window_bytes=4 * row_bytes) as client:
+        slow: AsyncGenerator[StepOutput, None] = client.generate(endless("slow", LogitsSpec()))
+        async with aclosing(slow):
+            await anext(slow)
+            neighbour = await collect(client, endless("neighbour"))
+            assert len(neighbour.token_ids) == 400
+            # The neighbour's 400 tokens and its own at most four unread rows.
+            assert client.stats.num_generated_tokens <= 400 + 5
+            rest = [output async for output in slow]
+            assert len(rest) == 399
+
+
+async def test_closing_the_client_ends_the_process(tiny_llama: Path) -> None:
+    async with running_client(tiny_llama) as client:
+        pid = client.pid
+        assert pid is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
