@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from logitengine.config import EngineConfig
 from logitengine.loader import LoadedModel, load
@@ -13,3 +15,8 @@ def float32_model() -> LoadedModel:
 @pytest.fixture(scope="session")
 def bfloat16_model() -> LoadedModel:
     return load(EngineConfig(dtype="bfloat16", kv_cache_bytes=1 << 29))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_llama: Path) -> LoadedModel:
+    return load(EngineConfig(model=str(tiny_llama), dtype="float32", kv_cache_bytes=1 << 24))
