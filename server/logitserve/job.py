@@ -220,7 +220,7 @@ def _max_tokens(body: GenerationBody, num_prompt_tokens: int, model: Model, aske
         )
     if left < (1 if wanted is None else wanted):
         raise BadRequestError(
-            f"The prompt has {num_prompt_tokens} tokens"
+            f"'{asked.param}' has {num_prompt_tokens} tokens"
             + (f" and 'max_tokens' is {wanted}: {num_prompt_tokens + wanted} in all" if wanted else "")
             + f"; the model's context is {context} tokens, the answer included.",
             param="max_tokens" if wanted and left > 0 else asked.param,

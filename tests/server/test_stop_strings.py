@@ -1,0 +1,56 @@
+"""Stop strings: the same cut wherever the tokens' borders fall."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from logitserve.stop_strings import StopStrings
+
+# Few letters, so that matches, near matches and overlaps are common.
+texts = st.text(alphabet="abé", max_size=30)
+stop_lists = st.lists(st.text(alphabet="abé", min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+def naive_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """Read character by character; at the first character that ends a stop string, cut before the longest."""
+    for end in range(1, len(text) + 1):
+        whole = [stop for stop in stops if text[:end].endswith(stop)]
+        if whole:
+            longest = max(whole, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+def pieces_of(text: str, cuts: list[int]) -> list[str]:
+    borders = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
+    return [text[start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
+
+
+@given(texts, stop_lists, st.lists(st.integers(0, 100), max_size=8))
+def test_the_cut_is_the_naive_one_for_every_split_of_the_text(text: str, stops: list[str], cuts: list[int]) -> None:
+    matcher = StopStrings(stops)
+    released = "".join(matcher.push(piece) for piece in pieces_of(text, cuts)) + matcher.finish()
+    assert (released, matcher.matched) == naive_cut(text, stops)
+
+
+@given(texts, stop_lists)
+def test_no_more_is_held_back_than_may_become_a_stop_string(text: str, stops: list[str]) -> None:
+    matcher = StopStrings(stops)
+    released = "".join(matcher.push(character) for character in text)
+    if matcher.matched is None:
+        held = text[len(released) :]
+        assert not held or any(stop.startswith(held) and stop != held for stop in stops)
+
+
+def test_without_stop_strings_text_passes_through_at_once() -> None:
+    matcher = StopStrings([])
+    assert matcher.push("anything") == "anything"
+    assert matcher.finish() == ""
+
+
+def test_nothing_comes_after_a_match() -> None:
+    matcher = StopStrings(["END"])
+    assert matcher.push("one E") == "one "
+    assert matcher.push("ND two") == ""
+    assert matcher.matched == "END"
+    assert matcher.push("three") == matcher.finish() == ""
