@@ -7,8 +7,8 @@
 // as in Dao et al., "FlashAttention" (2022). A block's result is the same whoever computes it, so long sequences may be
 // divided among threads at block boundaries and merged afterwards in the same order: the bits do not change.
 //
-// Keys are transposed and values widened to float32 once per block and tile, so a decode step moves each cached byte
-// once: 2 (D + Dv) bytes per token, layer and key-value head in bf16.
+// Keys are transposed to float32 once per block and tile; values are widened likewise when many rows share them. So a
+// decode step moves each cached byte once: 2 (D + Dv) bytes per token, layer and key-value head in bf16.
 #include "attention.h"
 
 #include <omp.h>
@@ -49,68 +49,55 @@ struct RowState {
     float sum;
 };
 
-// 16 x 16 transpose of 32-bit lanes.
-inline void transpose(__m512i (&r)[16]) {
-    __m512i t[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-    }
+// Four 32-bit columns of 16 rows, each row's 16 bytes at rows[i] + offset, as four vectors of 16 rows. Gathering rows j,
+// j + 4, j + 8, j + 12 while loading leaves only shuffles within 128-bit lanes, and needs few registers.
+inline void transpose_columns(const char* const* rows, int64_t offset, __m512i (&columns)[4]) {
+    __m512i r[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    for (int j = 0; j < 4; ++j) {
+        auto piece = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + offset)); };
+        r[j] = _mm512_castsi128_si512(piece(j));
+        r[j] = _mm512_mask_broadcast_i32x4(r[j], 0x00f0, piece(j + 4));
+        r[j] = _mm512_mask_broadcast_i32x4(r[j], 0x0f00, piece(j + 8));
+        r[j] = _mm512_mask_broadcast_i32x4(r[j], 0xf000, piece(j + 12));
     }
-    // r[4 q + c] holds, in its 128-bit lane l, rows 4 q .. 4 q + 3 of column 4 l + c.
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-        __m512i low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), high = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-        __m512i low2 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-        __m512i high2 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-        t[c] = _mm512_shuffle_i32x4(low, low2, 0x88);
-        t[4 + c] = _mm512_shuffle_i32x4(high, high2, 0x88);
-        t[8 + c] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-        t[12 + c] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) r[i] = t[i];
+    const __m512i low01 = _mm512_unpacklo_epi32(r[0], r[1]), low23 = _mm512_unpacklo_epi32(r[2], r[3]);
+    const __m512i high01 = _mm512_unpackhi_epi32(r[0], r[1]), high23 = _mm512_unpackhi_epi32(r[2], r[3]);
+    columns[0] = _mm512_unpacklo_epi64(low01, low23);
+    columns[1] = _mm512_unpackhi_epi64(low01, low23);
+    columns[2] = _mm512_unpacklo_epi64(high01, high23);
+    columns[3] = _mm512_unpackhi_epi64(high01, high23);
 }
 
-// 16 keys of `size` elements into columns of `target`, float32 [size][kBlockKeys].
-inline void transpose_keys(const bf16* const* keys, int64_t size, float* target) {
-    for (int64_t d = 0; d < size; d += 32) {
-        const int64_t left = size - d;
-        const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
-        __m512i rows[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) rows[i] = _mm512_maskz_loadu_epi16(mask, keys[i] + d);
-        transpose(rows);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) {
-            float* row = target + (d + 2 * i) * kBlockKeys;
-            if (2 * i < left) _mm512_store_si512(row, _mm512_slli_epi32(rows[i], 16));
-            if (2 * i + 1 < left)
-                _mm512_store_si512(row + kBlockKeys,
-                                   _mm512_and_si512(rows[i], _mm512_set1_epi32(int32_t(0xffff0000u))));
-        }
-    }
+inline void store_column(__m512i pairs, float* target, bf16) {
+    _mm512_store_si512(target, _mm512_slli_epi32(pairs, 16));
+    _mm512_store_si512(target + kBlockKeys, _mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u))));
 }
 
-inline void transpose_keys(const float* const* keys, int64_t size, float* target) {
-    for (int64_t d = 0; d < size; d += 16) {
-        const int64_t left = size - d;
-        const __mmask16 mask = lane_mask(left);
-        __m512i rows[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) rows[i] = _mm512_maskz_loadu_epi32(mask, keys[i] + d);
-        transpose(rows);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i)
-            if (i < left) _mm512_store_si512(target + (d + i) * kBlockKeys, rows[i]);
+inline void store_column(__m512i values, float* target, float) { _mm512_store_si512(target, values); }
+
+// 16 keys of `size` elements into columns of `target`, float32 [padded size][kBlockKeys].
+template <class Element>
+void transpose_keys(const Element* const* keys, int64_t size, float* target) {
+    constexpr int64_t piece = 16 / sizeof(Element), per_column = 4 / sizeof(Element);
+    const char* rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) rows[i] = reinterpret_cast<const char*>(keys[i]);
+    __m512i columns[4];
+    const int64_t whole = size / piece * piece;
+    for (int64_t d = 0; d < whole; d += piece) {
+        transpose_columns(rows, d * int64_t(sizeof(Element)), columns);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) store_column(columns[c], target + (d + c * per_column) * kBlockKeys, Element());
     }
+    if (whole == size) return;
+    // The last elements are read from copies: nothing beyond a row is touched.
+    Element ends[kLanes][piece] = {};
+    for (int i = 0; i < kLanes; ++i) {
+        std::copy_n(keys[i] + whole, size - whole, ends[i]);
+        rows[i] = reinterpret_cast<const char*>(ends[i]);
+    }
+    transpose_columns(rows, 0, columns);
+    for (int c = 0; c < 4; ++c) store_column(columns[c], target + (whole + c * per_column) * kBlockKeys, Element());
 }
 
 // scores[r][key] = q_r . k_key, summed in the order of the head's dimensions.
@@ -143,18 +130,32 @@ void score(const float* query, int64_t size, const float* keys, int64_t from, in
     }
 }
 
+// The values of a block, widened beforehand because many rows use them.
+struct WidenedValues {
+    const float* values;  // [kBlockKeys][stride]
+    int64_t stride;
+    __m512 at(int64_t key, int64_t d) const { return _mm512_load_ps(values + key * stride + d); }
+};
+
+// The values of a block where they lie in the cache. Their size is a multiple of 16.
+template <class Element>
+struct CachedValues {
+    const Element* const* rows;
+    __m512 at(int64_t key, int64_t d) const { return load(rows[key] + d, 0xffff); }
+};
+
 // sums[r][d] += weights[r][key] * values[key][d] over keys in ascending order, V vectors of d at a time.
-template <int R, int V>
-void weigh_columns(const float* weights, const float* values, int64_t stride, Range keys, float* sums) {
+template <int R, int V, class Values>
+void weigh_columns(const float* weights, const Values& values, int64_t d, Range keys, float* sums, int64_t stride) {
     __m512 s[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) s[r][v] = _mm512_load_ps(sums + r * stride + v * kLanes);
+        for (int v = 0; v < V; ++v) s[r][v] = _mm512_load_ps(sums + r * stride + d + v * kLanes);
     for (int64_t key = keys.from; key < keys.to; ++key) {
         __m512 x[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) x[v] = _mm512_load_ps(values + key * stride + v * kLanes);
+        for (int v = 0; v < V; ++v) x[v] = values.at(key, d + v * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             __m512 w = _mm512_set1_ps(weights[r * kBlockKeys + key]);
@@ -165,17 +166,17 @@ void weigh_columns(const float* weights, const float* values, int64_t stride, Ra
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) _mm512_store_ps(sums + r * stride + v * kLanes, s[r][v]);
+        for (int v = 0; v < V; ++v) _mm512_store_ps(sums + r * stride + d + v * kLanes, s[r][v]);
 }
 
-template <int R>
-void weigh(const float* weights, const float* values, int64_t stride, Range keys, float* sums) {
+template <int R, class Values>
+void weigh(const float* weights, const Values& values, Range keys, float* sums, int64_t stride) {
     int64_t d = 0;
-    for (; d + 4 * kLanes <= stride; d += 4 * kLanes) weigh_columns<R, 4>(weights, values + d, stride, keys, sums + d);
+    for (; d + 4 * kLanes <= stride; d += 4 * kLanes) weigh_columns<R, 4>(weights, values, d, keys, sums, stride);
     switch ((stride - d) / kLanes) {
-        case 3: return weigh_columns<R, 3>(weights, values + d, stride, keys, sums + d);
-        case 2: return weigh_columns<R, 2>(weights, values + d, stride, keys, sums + d);
-        case 1: return weigh_columns<R, 1>(weights, values + d, stride, keys, sums + d);
+        case 3: return weigh_columns<R, 3>(weights, values, d, keys, sums, stride);
+        case 2: return weigh_columns<R, 2>(weights, values, d, keys, sums, stride);
+        case 1: return weigh_columns<R, 1>(weights, values, d, keys, sums, stride);
         default: return;
     }
 }
@@ -228,7 +229,7 @@ class Worker {
           batch_(batch),
           group_(attention.heads / attention.kv_heads),
           padded_(round_up(attention.value_size, kLanes)),
-          keys_(allocate<float>(attention.key_size * kBlockKeys)),
+          keys_(allocate<float>(round_up(attention.key_size, kLanes) * kBlockKeys)),
           values_(allocate<float>(kBlockKeys * padded_)),
           query_(allocate<float>(plan.tile_queries * group_ * attention.key_size)),
           output_(allocate<float>(plan.tile_queries * group_ * padded_)),
@@ -292,27 +293,64 @@ class Worker {
         }
     }
 
+    // Transposes the keys and widens the values of a block that the tile sees, while the same part of the next block is
+    // fetched: its rows are scattered over the cache, where the processor does not foresee them.
     void load_block(const AttentionItem& item, int64_t block) {
         const int64_t start = block * kBlockKeys;
         const Range seen{within_block(visible_to_row(0), block).from / kLanes * kLanes,
                          within_block(visible_to_row(rows_ - 1), block).to};
-        const int32_t* table = batch_.block_tables + item.sequence * batch_.table_stride;
-        const Element *key_rows[kLanes], *value_rows[kLanes];
+        Rows rows;
         for (int64_t group = seen.from; group < seen.to; group += kLanes) {
-            for (int64_t i = 0; i < kLanes; ++i) {
-                // Lanes past the last key repeat it: they are masked later, and no memory beyond the cache is read.
-                const int64_t position = start + std::min(group + i, seen.to - 1);
-                const int64_t physical = table[position / attention_.keys.block_size];
-                const int64_t offset = position % attention_.keys.block_size;
-                key_rows[i] = row_of(attention_.keys, physical, item.kv_head, offset);
-                value_rows[i] = row_of(attention_.values, physical, item.kv_head, offset);
+            fetch_rows(item, start + kBlockKeys + group);
+            // Lanes past the last key repeat it: they are masked later, and no memory beyond the cache is read.
+            find_rows(item, start + group, start + seen.to - 1, rows);
+            transpose_keys(rows.keys, attention_.key_size, keys_.get() + group);
+            if (reads_values_in_place()) {
+                std::copy_n(rows.values, kLanes, value_rows_ + group);
+                continue;
             }
-            transpose_keys(key_rows, attention_.key_size, keys_.get() + group);
             for (int64_t i = 0; i < kLanes; ++i)
                 for (int64_t d = 0; d < padded_; d += kLanes)
                     _mm512_store_ps(values_.get() + (group + i) * padded_ + d,
-                                    load(value_rows[i] + d, lane_mask(attention_.value_size - d)));
+                                    load(rows.values[i] + d, lane_mask(attention_.value_size - d)));
         }
+    }
+
+    // A copy pays when several chunks of rows read it.
+    bool reads_values_in_place() const { return rows_ <= kChunkRows && padded_ == attention_.value_size; }
+
+    struct Rows {
+        const Element* keys[kLanes];
+        const Element* values[kLanes];
+    };
+
+    // Where the 16 positions from `position` lie; those past `last` repeat it.
+    void find_rows(const AttentionItem& item, int64_t position, int64_t last, Rows& rows) const {
+        const int64_t block_size = attention_.keys.block_size;
+        const int32_t* table = batch_.block_tables + item.sequence * batch_.table_stride + position / block_size;
+        int64_t offset = position % block_size;
+        for (int64_t i = 0; i < kLanes; ++i) {
+            rows.keys[i] = row_of(attention_.keys, *table, item.kv_head, offset);
+            rows.values[i] = row_of(attention_.values, *table, item.kv_head, offset);
+            if (position + i >= last) continue;
+            if (++offset == block_size) offset = 0, ++table;
+        }
+    }
+
+    void fetch_rows(const AttentionItem& item, int64_t position) const {
+        const int64_t last = visible_to_row(rows_ - 1).to - 1;
+        if (position > last) return;
+        Rows rows;
+        find_rows(item, position, last, rows);
+        for (int64_t i = 0; i < kLanes; ++i) {
+            fetch(rows.keys[i], attention_.key_size);
+            fetch(rows.values[i], attention_.value_size);
+        }
+    }
+
+    static void fetch(const Element* row, int64_t size) {
+        const char* bytes = reinterpret_cast<const char*>(row);
+        for (int64_t i = 0; i < size * int64_t(sizeof(Element)); i += 64) prefetch(bytes + i);
     }
 
     static const Element* row_of(const Cache& cache, int64_t block, int64_t head, int64_t offset) {
@@ -345,7 +383,10 @@ class Worker {
                      scores_.get());
             for (int r = 0; r < R; ++r)
                 if (!keys[r].empty()) states[r] = soften(scores_.get() + r * kBlockKeys, keys[r], attention_.softcap);
-            weigh_block<R>(keys, shared);
+            if (reads_values_in_place())
+                weigh_block<R>(keys, shared, CachedValues<Element>{value_rows_});
+            else
+                weigh_block<R>(keys, shared, WidenedValues{values_.get(), padded_});
         }
         for (int r = 0; r < R; ++r) {
             const float* result = block_output_.get() + r * padded_;
@@ -362,21 +403,21 @@ class Worker {
 
     // Rows go together over the keys that all of them see and one by one over the rest. A row never touches a key that
     // it does not see, not even with weight zero: zero times another token's infinity would be NaN.
-    template <int R>
-    void weigh_block(const Range (&keys)[R], Range shared) {
+    template <int R, class Values>
+    void weigh_block(const Range (&keys)[R], Range shared, const Values& values) {
         std::fill_n(block_output_.get(), R * padded_, 0.0f);
+        const float* weights = scores_.get();
+        float* output = block_output_.get();
+        auto alone = [&](int r, Range range) {
+            if (!range.empty()) weigh<1>(weights + r * kBlockKeys, values, range, output + r * padded_, padded_);
+        };
         if (shared.empty()) {
-            for (int r = 0; r < R; ++r) weigh_row(r, keys[r]);
+            for (int r = 0; r < R; ++r) alone(r, keys[r]);
             return;
         }
-        for (int r = 0; r < R; ++r) weigh_row(r, {keys[r].from, shared.from});
-        weigh<R>(scores_.get(), values_.get(), padded_, shared, block_output_.get());
-        for (int r = 0; r < R; ++r) weigh_row(r, {shared.to, keys[r].to});
-    }
-
-    void weigh_row(int r, Range keys) {
-        if (keys.empty()) return;
-        weigh<1>(scores_.get() + r * kBlockKeys, values_.get(), padded_, keys, block_output_.get() + r * padded_);
+        for (int r = 0; r < R; ++r) alone(r, {keys[r].from, shared.from});
+        weigh<R>(weights, values, shared, output, padded_);
+        for (int r = 0; r < R; ++r) alone(r, {shared.to, keys[r].to});
     }
 
     void finish(const AttentionItem& item, const Activations& out) {
@@ -413,6 +454,7 @@ class Worker {
     Buffer<float> keys_, values_, query_, output_;
     Buffer<RowState> states_;
     Buffer<float> scores_, block_output_;
+    const Element* value_rows_[kBlockKeys];
     int64_t first_position_ = 0, rows_ = 0;
 };
 

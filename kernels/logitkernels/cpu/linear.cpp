@@ -137,7 +137,7 @@ void tile(const typename Format::Element* x, int64_t stride, const char* panel, 
     for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
     int64_t steps = Format::steps(k), s = 0;
     for (; s + 8 <= steps; s += 8) {
-        for (int64_t line = 0; line < ahead_lines; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
+        for (int64_t line = 0; line < ahead_lines; ++line, ahead += 64) prefetch(ahead);
         for (int i = 0; i < 8; ++i, panel += Format::kStepBytes) Format::template step<R>(x, stride, s + i, panel, sums);
     }
     for (; s < steps; ++s, panel += Format::kStepBytes) Format::template step<R>(x, stride, s, panel, sums);
