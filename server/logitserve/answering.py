@@ -85,7 +85,8 @@ async def _events(
         try:
             async for delta in _with_first(first, deltas):
                 if not answer.says_nothing(delta):
-                    yield event(await state.encode(partial(answer.chunk, delta), delta.nbytes, inline))
+                    for chunk in await state.encode(partial(answer.chunks, delta), delta.nbytes, inline):
+                        yield event(chunk)
         except Exception as error:  # noqa: BLE001 - the status is sent: whatever happens must be said in the stream
             yield event(orjson.dumps(from_exception(error).body()))
             return

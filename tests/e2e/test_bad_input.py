@@ -58,7 +58,12 @@ TABLE = [
     raw("deep nesting", b"[" * 100_000),
     raw("deep objects", b'{"a":' * 50_000 + b"1" + b"}" * 50_000),
     raw("integer of 5000 digits", b'{"prompt": "Hi", "max_tokens": ' + b"9" * 5000 + b"}", COMPLETIONS),
-    raw("integer over 64 bits", b'{"prompt": "Hi", "max_tokens": 18446744073709551616}', COMPLETIONS, "max_tokens"),
+    raw(
+        "integer over 64 bits",
+        b'{"prompt": "Hi", "max_tokens": 18446744073709551616}',
+        COMPLETIONS,
+        "max_tokens",
+    ),
     raw("a list", b"[]"),
     raw("a string", b'"hello"'),
     raw("null", b"null"),
@@ -106,7 +111,11 @@ TABLE = [
             }
         ],
     ),
-    chat("tool calls", "messages[0].tool_calls", messages=[{"role": "assistant", "content": "", "tool_calls": [1]}]),
+    chat(
+        "tool calls",
+        "messages[0].tool_calls",
+        messages=[{"role": "assistant", "content": "", "tool_calls": [1]}],
+    ),
     chat("name as number", "messages[0].name", messages=[{"role": "user", "content": "x", "name": 1}]),
     chat("messages over the context", "messages", messages=[{"role": "user", "content": "word " * 9000}]),
     chat("messages nothing could fit", "messages", messages=[{"role": "user", "content": "a" * 2_000_000}]),
@@ -157,7 +166,7 @@ TABLE = [
     completion("bias outside the vocabulary", "logit_bias", logit_bias={str(VOCABULARY): 1}),
     completion("bias key that is no id", "logit_bias", logit_bias={"cat": 1}),
     completion("bias key with a sign", "logit_bias", logit_bias={"-1": 1}),
-    completion("bias key in other digits", "logit_bias", logit_bias={"١": 1}),
+    completion("bias key in other digits", "logit_bias", logit_bias={"\u0661": 1}),
     completion("bias over 100", "logit_bias.5", logit_bias={"5": 101}),
     completion("bias as list", "logit_bias", logit_bias=[1]),
     completion("too many biases", "logit_bias", logit_bias={str(i): 1 for i in range(5000)}),
@@ -194,16 +203,22 @@ TABLE = [
     completion("ids outside", "return_logits.token_ids", return_logits={"token_ids": [VOCABULARY]}),
     completion("negative ids", "return_logits.token_ids[0]", return_logits={"token_ids": [-1]}),
     completion("ids as text", "return_logits.token_ids", return_logits={"token_ids": "1,2"}),
-    completion("too many ids", "return_logits.token_ids", return_logits={"token_ids": [1] * (VOCABULARY + 1)}),
+    completion(
+        "too many ids", "return_logits.token_ids", return_logits={"token_ids": [1] * (VOCABULARY + 1)}
+    ),
     completion("top_k and ids", "return_logits.top_k", return_logits={"top_k": 1, "token_ids": [1]}),
     completion("unknown dtype", "return_logits.dtype", return_logits={"dtype": "float64"}),
     completion("unknown encoding", "return_logits.encoding", return_logits={"encoding": "pickle"}),
     completion("unknown stage", "return_logits.stage", return_logits={"stage": "cooked"}),
     completion("unknown positions", "return_logits.positions", return_logits={"positions": "last"}),
     completion(
-        "processed prompt rows", "return_logits.stage", return_logits={"positions": "all", "stage": "processed"}
+        "processed prompt rows",
+        "return_logits.stage",
+        return_logits={"positions": "all", "stage": "processed"},
     ),
-    completion("more bytes than allowed", "return_logits", "in all", n=32, max_tokens=4000, return_logits=True),
+    completion(
+        "more bytes than allowed", "return_logits", "in all", n=32, max_tokens=4000, return_logits=True
+    ),
     # The model's name.
     Bad("unknown model", CHAT, {"model": "gpt-9", "messages": MESSAGES}, status=404, param="model"),
     completion("model as number", "model", model=3),
@@ -311,7 +326,15 @@ def exchange(server_url: str, data: bytes) -> bytes:
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: " + b"9" * 30 + b"\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 1000000000000\r\n\r\n",
     ],
-    ids=["one huge header", "many headers", "endless header", "huge path", "no HTTP", "huge length", "long body"],
+    ids=[
+        "one huge header",
+        "many headers",
+        "endless header",
+        "huge path",
+        "no HTTP",
+        "huge length",
+        "long body",
+    ],
 )
 def test_a_hostile_request_head_is_refused(server_url: str, head: bytes) -> None:
     answer = exchange(server_url, head)
@@ -321,7 +344,7 @@ def test_a_hostile_request_head_is_refused(server_url: str, head: bytes) -> None
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("value", ["x" * 1000, "a\tb", '"><script>', "ü"])
 def test_a_strange_request_id_is_replaced(client: httpx.Client, value: str) -> None:
-    answer = client.get("/version", headers={"x-request-id": value.encode()})
+    answer = client.get("/version", headers={b"x-request-id": value.encode()})
     assert answer.headers["x-request-id"] != value
     assert len(answer.headers["x-request-id"]) == 32
 

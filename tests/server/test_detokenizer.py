@@ -22,6 +22,12 @@ def table_of(tokenizer: Tokenizer) -> TokenTable:
     return TokenTable(json.loads(tokenizer.to_str()))
 
 
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None
+    return token_id
+
+
 def incremental(
     table: TokenTable, ids: list[int], *, skip_special_tokens: bool = True, at_start: bool = True
 ) -> list[str]:
@@ -38,7 +44,7 @@ def byte_level(smollm2: Checkpoint) -> tuple[Tokenizer, TokenTable]:
 def sentencepiece(*, strip: bool) -> Tokenizer:
     """A tokenizer with the decoder of Llama 2 (``strip``) or of Gemma."""
     vocabulary = {token: token_id for token_id, token in enumerate(["<unk>", *BYTES, *WORDS])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if strip else steps)
     tokenizer.add_special_tokens([AddedToken("<s>", special=True)])
@@ -63,8 +69,7 @@ def test_pieces_of_random_bytes_join_to_the_whole_text(
     """Single-byte tokens in any order: broken, overlong and unfinished characters."""
     tokenizer, table = byte_level
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    ids = [tokenizer.token_to_id(alphabet[byte]) for byte in data]
-    ids = [token_id for token_id in ids if token_id is not None]
+    ids = [token_id for byte in data if (token_id := tokenizer.token_to_id(alphabet[byte])) is not None]
     assert "".join(incremental(table, ids)) == tokenizer.decode(ids)
 
 
@@ -87,7 +92,7 @@ def test_a_text_survives_and_no_piece_splits_a_character(
 def test_sentencepiece_pieces_join_to_the_whole_text(data: st.DataObject, *, strip: bool) -> None:
     """Words and whole characters in byte tokens. (Broken byte runs decode piece by piece here, all at once there.)"""
     tokenizer = sentencepiece(strip=strip)
-    words = st.sampled_from([[tokenizer.token_to_id(word)] for word in [*WORDS, "<s>"]])
+    words = st.sampled_from([[id_of(tokenizer, word)] for word in [*WORDS, "<s>"]])
     characters = st.sampled_from("é日😀 a").map(lambda char: [1 + byte for byte in char.encode()])
     ids = [token_id for group in data.draw(st.lists(words | characters, max_size=12)) for token_id in group]
     assert "".join(incremental(table_of(tokenizer), ids)) == tokenizer.decode(ids)
@@ -95,7 +100,7 @@ def test_sentencepiece_pieces_join_to_the_whole_text(data: st.DataObject, *, str
 
 def test_a_continuation_keeps_the_space_that_a_text_start_drops() -> None:
     tokenizer = sentencepiece(strip=True)
-    ids = [tokenizer.token_to_id("▁Hello")]
+    ids = [id_of(tokenizer, "▁Hello")]
     assert incremental(table_of(tokenizer), ids, at_start=True)[0] == "Hello"
     assert incremental(table_of(tokenizer), ids, at_start=False)[0] == " Hello"
 
@@ -111,7 +116,7 @@ def test_an_id_that_only_pads_the_vocabulary_has_no_text(byte_level: tuple[Token
 
 
 def test_a_decoder_without_bytes_per_token_is_refused_by_name() -> None:
-    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0}))
     tokenizer.decoder = decoders.WordPiece()
     with pytest.raises(UnsupportedDecoderError, match="WordPiece"):
         table_of(tokenizer)

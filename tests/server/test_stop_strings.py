@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 from logitserve.stop_strings import StopStrings
@@ -23,11 +25,13 @@ def naive_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
 
 def pieces_of(text: str, cuts: list[int]) -> list[str]:
     borders = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    return [text[start:stop] for start, stop in zip(borders, borders[1:], strict=False)]
+    return [text[start:stop] for start, stop in pairwise(borders)]
 
 
 @given(texts, stop_lists, st.lists(st.integers(0, 100), max_size=8))
-def test_the_cut_is_the_naive_one_for_every_split_of_the_text(text: str, stops: list[str], cuts: list[int]) -> None:
+def test_the_cut_is_the_naive_one_for_every_split_of_the_text(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
     matcher = StopStrings(stops)
     released = "".join(matcher.push(piece) for piece in pieces_of(text, cuts)) + matcher.finish()
     assert (released, matcher.matched) == naive_cut(text, stops)

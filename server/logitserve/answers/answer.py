@@ -38,6 +38,10 @@ class Answer(ABC):
     def whole_choice(self, record: Record) -> dict[str, Any]:
         """A whole answer's choice."""
 
+    def opening_choice(self, record: Record) -> dict[str, Any] | None:  # noqa: ARG002 - for subclasses
+        """The choice of a chunk that goes before the first of ``record``'s choice, where the shape has one."""
+        return None
+
     def envelope_extras(self, record: Record) -> dict[str, Any]:  # noqa: ARG002 - for subclasses
         """Members beside ``choices`` that a choice's record brings."""
         return {}
@@ -51,16 +55,16 @@ class Answer(ABC):
         wanted = body.return_token_ids or body.return_logits is not None or delta.logprobs is not None
         return not (delta.text or delta.finish_reason or delta.prompt or (wanted and delta.token_ids))
 
-    def chunk(self, delta: Delta) -> bytes:
-        """One delta as a chunk's JSON."""
+    def chunks(self, delta: Delta) -> list[bytes]:
+        """One delta as a chunk's JSON, after the choice's opening chunk if it is the first."""
         record = self.record(delta.index)
-        record.add(delta)
         is_first = delta.index not in self._begun
         self._begun.add(delta.index)
-        envelope = self._envelope(self.chunk_object, [self.chunk_choice(record, is_first=is_first)])
-        if self.job.body.include_usage:
-            envelope["usage"] = None
-        return orjson.dumps({**envelope, **self.envelope_extras(record)})
+        opening = self.opening_choice(record) if is_first else None
+        chunks = [] if opening is None else [orjson.dumps(self._chunk(opening))]
+        record.add(delta)
+        chunk = self._chunk(self.chunk_choice(record, is_first=is_first))
+        return [*chunks, orjson.dumps({**chunk, **self.envelope_extras(record)})]
 
     def usage_chunk(self, counts: Counts) -> bytes:
         """The last chunk where ``include_usage`` asks for one."""
@@ -77,6 +81,10 @@ class Answer(ABC):
         for record in self._records:
             envelope.update(self.envelope_extras(record))
         return orjson.dumps(envelope)
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        envelope = self._envelope(self.chunk_object, [choice])
+        return {**envelope, "usage": None} if self.job.body.include_usage else envelope
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

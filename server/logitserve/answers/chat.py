@@ -16,10 +16,13 @@ class ChatAnswer(Answer):
     whole_object: ClassVar[str] = "chat.completion"
     chunk_object: ClassVar[str] = "chat.completion.chunk"
 
-    def chunk_choice(self, record: Record, *, is_first: bool) -> dict[str, Any]:
-        delta: dict[str, Any] = {"role": "assistant"} if is_first else {}
-        if record.text or is_first:
-            delta["content"] = record.text
+    def opening_choice(self, record: Record) -> dict[str, Any]:
+        """The role, in a chunk without tokens as OpenAI sends it: its npm package counts a first chunk's logprobs twice."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": record.index, "delta": delta, **self._tail(record), "logprobs": None}
+
+    def chunk_choice(self, record: Record, *, is_first: bool) -> dict[str, Any]:  # noqa: ARG002 - completions' need
+        delta = {"content": record.text} if record.text else {}
         return {"index": record.index, "delta": delta, **self._tail(record)}
 
     def whole_choice(self, record: Record) -> dict[str, Any]:
