@@ -51,7 +51,7 @@ struct RowState {
 
 // Four 32-bit columns of 16 rows, each row's 16 bytes at rows[i] + offset, as four vectors of 16 rows. Gathering rows j,
 // j + 4, j + 8, j + 12 while loading leaves only shuffles within 128-bit lanes, and needs few registers.
-inline void transpose_columns(const char* const* rows, int64_t offset, __m512i (&columns)[4]) {
+LOGITKERNELS_INLINE void transpose_columns(const char* const* rows, int64_t offset, __m512i (&columns)[4]) {
     __m512i r[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -69,12 +69,12 @@ inline void transpose_columns(const char* const* rows, int64_t offset, __m512i (
     columns[3] = _mm512_unpackhi_epi64(high01, high23);
 }
 
-inline void store_column(__m512i pairs, float* target, bf16) {
+LOGITKERNELS_INLINE void store_column(__m512i pairs, float* target, bf16) {
     _mm512_store_si512(target, _mm512_slli_epi32(pairs, 16));
     _mm512_store_si512(target + kBlockKeys, _mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u))));
 }
 
-inline void store_column(__m512i values, float* target, float) { _mm512_store_si512(target, values); }
+LOGITKERNELS_INLINE void store_column(__m512i values, float* target, float) { _mm512_store_si512(target, values); }
 
 // 16 keys of `size` elements into columns of `target`, float32 [padded size][kBlockKeys].
 template <class Element>
@@ -114,7 +114,10 @@ void score(const float* query, int64_t size, const float* keys, int64_t from, in
         for (int64_t d = 0; d < size; ++d, column += kBlockKeys) {
             __m512 k[kKeyVectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < kKeyVectors; ++v) k[v] = _mm512_load_ps(column + v * kLanes);
+            for (int v = 0; v < kKeyVectors; ++v) {
+                k[v] = _mm512_load_ps(column + v * kLanes);
+                keep(k[v]);
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 __m512 q = _mm512_set1_ps(query[r * size + d]);
@@ -324,11 +327,20 @@ class Worker {
         const Element* values[kLanes];
     };
 
-    // Where the 16 positions from `position` lie; those past `last` repeat it.
+    // Where the 16 positions from `position` lie; those past `last` repeat it or are slots of the same cache block.
     void find_rows(const AttentionItem& item, int64_t position, int64_t last, Rows& rows) const {
         const int64_t block_size = attention_.keys.block_size;
         const int32_t* table = batch_.block_tables + item.sequence * batch_.table_stride + position / block_size;
         int64_t offset = position % block_size;
+        if (offset + kLanes <= block_size) {
+            const Element* key = row_of(attention_.keys, *table, item.kv_head, offset);
+            const Element* value = row_of(attention_.values, *table, item.kv_head, offset);
+            for (int64_t i = 0; i < kLanes; ++i) {
+                rows.keys[i] = key + i * attention_.keys.token_stride;
+                rows.values[i] = value + i * attention_.values.token_stride;
+            }
+            return;
+        }
         for (int64_t i = 0; i < kLanes; ++i) {
             rows.keys[i] = row_of(attention_.keys, *table, item.kv_head, offset);
             rows.values[i] = row_of(attention_.values, *table, item.kv_head, offset);

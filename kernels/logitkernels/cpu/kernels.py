@@ -223,6 +223,25 @@ class CpuKernels(Kernels):
         )
         return out.to(hidden.dtype)
 
+    def top_k_logits(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """As ``Kernels.top_k_logits``; a NaN comes before every number, as torch.topk has it."""
+        rows, vocab = logits.shape
+        if not 1 <= k <= vocab:
+            raise ValueError(f"k is {k}; it must be from 1 to the {vocab} logits of a row")
+        source = _float32(logits, "logits")
+        ids, values = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k)
+        self._library.top_k(
+            source.data_ptr(), rows, vocab, k, ids.data_ptr(), values.data_ptr(), min(rows, _threads())
+        )
+        return ids, values.to(logits.dtype)
+
+    def logsumexp(self, logits: Tensor) -> Tensor:
+        """``log(sum(exp(row)))`` of [R, V] -> float32 [R]; subtracted from a row's logits it gives log-probabilities."""
+        rows, vocab = logits.shape
+        source, out = _float32(logits, "logits"), torch.empty(rows)
+        self._library.log_sum_exp(source.data_ptr(), rows, vocab, out.data_ptr(), min(rows, _threads()))
+        return out
+
 
 class _Batch:
     """The metadata as the library reads it, with the tensors that it points to."""

@@ -94,6 +94,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "rope": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int],
     "store": [c_void_p, c_int64, c_int64, c_int64, POINTER(CacheStruct), c_void_p, c_int],
     "attention": [POINTER(AttentionStruct), POINTER(BatchStruct), c_void_p, c_void_p, c_int],
+    "top_k": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int],
+    "log_sum_exp": [c_void_p, c_int64, c_int64, c_void_p, c_int],
     "decoder_layers": [
         POINTER(DecoderLayerStruct),
         c_int64,

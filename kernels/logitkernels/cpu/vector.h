@@ -18,6 +18,9 @@ using bf16 = uint16_t;
 
 constexpr int kLanes = 16;
 
+// For small functions whose arrays of vectors must stay in registers.
+#define LOGITKERNELS_INLINE inline __attribute__((always_inline))
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -45,6 +48,9 @@ Buffer<T> allocate(int64_t count) {
 // Asks for a cache line in the second-level cache. Written as assembly because GCC takes a function that only prefetches
 // for one without effects and drops the call.
 inline void prefetch(const void* address) { asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(address))); }
+
+// Keeps a loaded vector in a register: GCC otherwise repeats the load as an operand of every instruction that uses it.
+LOGITKERNELS_INLINE void keep(__m512& vector) { asm("" : "+v"(vector)); }
 
 // bf16 is the upper half of a float32: widening is exact.
 inline __m512 widen(__m256i values) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16)); }
