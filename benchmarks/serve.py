@@ -137,6 +137,9 @@ async def stream_one(url: str, prompt: list[int], new_tokens: int, extra: dict[s
     reader, writer = await asyncio.open_connection(target.hostname, target.port, limit=READ_SIZE)
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode() + payload)
+    status = (await reader.readline()).decode(errors="replace").strip()
+    if " 200 " not in f"{status} ":
+        raise SystemExit(f"{url} answered {status}")
     tail = b""
     while piece := await reader.read(READ_SIZE):
         tail = (tail + piece)[-4096:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,10 +31,19 @@ class Batch:
     def num_tokens(self) -> int:
         return self.input_ids.shape[1]
 
-    def last_row(self, index: int) -> int:
-        """The row of the flattened batch that scores chunk ``index``'s next token."""
-        chunk = self.chunks[index]
-        return self.starts[index] + chunk.stop - chunk.start - 1
+    def split(self, rows: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
+        """Each chunk with its own rows of something [T, ...] that was computed for the batch."""
+        for chunk, start in zip(self.chunks, self.starts, strict=True):
+            yield chunk, rows[start : start + chunk.stop - chunk.start]
+
+    @property
+    def drawing_rows(self) -> list[int]:
+        """The rows of the flattened batch that score a next token: the last of each chunk that draws one."""
+        return [
+            start + chunk.stop - chunk.start - 1
+            for chunk, start in zip(self.chunks, self.starts, strict=True)
+            if chunk.draws_token
+        ]
 
 
 def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> Batch:

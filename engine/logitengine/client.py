@@ -193,8 +193,8 @@ class EngineClient:
             while (message := await channel.receive()) is not None:
                 self._last_heard = time.monotonic()
                 self._handle(message)
-        except TransportError as error:
-            logger.error("the engine sent what is no message: %s", error)
+        except TransportError:
+            logger.exception("the engine sent what is no message")
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +19,9 @@ class EngineConfig(BaseModel):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     kernels: Literal["auto", "reference", "cpu", "triton"] = Field("auto", description="kernel backend")
+    value_head: dict[str, Path] = Field(
+        {}, description="NAME=PATH of a safetensors value head on the hidden states; may be repeated"
+    )
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt plus answer; default: the model's own"
     )

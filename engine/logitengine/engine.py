@@ -4,31 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from msgspec.structs import replace
 from torch import Tensor
 
-from logitengine.batch import Batch, build_batch
+from logitengine.batch import build_batch
 from logitengine.block_manager import BlockManager
 from logitengine.config import EngineConfig
 from logitengine.errors import EngineOverloadedError, RequestRefusedError
 from logitengine.kv_cache import PagedKVCache
 from logitengine.loader import LoadedModel
-from logitengine.logits import join_logprobs, join_rows, logprobs, row_nbytes, select
-from logitengine.messages import (
-    EngineStats,
-    GenerationRequest,
-    LogitsRows,
-    Logprobs,
-    ModelInfo,
-    PromptOutput,
-    StepOutput,
-)
+from logitengine.messages import EngineStats, GenerationRequest, ModelInfo, PromptOutput, StepOutput
 from logitengine.model_runner import ModelRunner
+from logitengine.reporter import Reporter
 from logitengine.sampler import Draw, Sampler
 from logitengine.scheduler import Chunk, Scheduler
 from logitengine.sequence import Sequence
-
-HEAD_ROWS = 64
-"""Prompt rows that go through the head at once: 64 rows of 49,152 float32 logits are 12 MiB."""
 
 
 class Engine:
@@ -40,9 +30,9 @@ class Engine:
     def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
         self.config = config
         self.info: ModelInfo = loaded.info
-        self._kernels = loaded.kernels
         self._runner: ModelRunner = loaded.runner
         self._kv_cache: PagedKVCache = loaded.kv_cache
+        self._reporter = Reporter(loaded.runner, loaded.kernels, loaded.heads)
         self._blocks = BlockManager(
             loaded.info.num_blocks, config.block_size, prefix_caching=config.prefix_caching
         )
@@ -107,67 +97,42 @@ class Engine:
             return []
         batch = build_batch(chunks, self.config.block_size, self._runner.device)
         hidden = self._runner.run(batch, self._kv_cache)
-        prompts = {index: self._prompt_output(batch, index, hidden) for index, _ in enumerate(chunks)}
-        drawing = [index for index, chunk in enumerate(chunks) if chunk.draws_token]
-        logits, draws = self._sample(batch, drawing, hidden)
-        for chunk in chunks:
+        prompts = [self._reporter.prompt_output(chunk, rows) for chunk, rows in batch.split(hidden)]
+        drawing = [chunk.sequence for chunk in chunks if chunk.draws_token]
+        last_hidden = hidden[batch.drawing_rows]
+        logits = self._runner.head(last_hidden) if drawing else last_hidden
+        draws = dict(zip(drawing, self._sampler.sample(logits, drawing), strict=True))
+        outputs: list[StepOutput] = []
+        for chunk, prompt in zip(chunks, prompts, strict=True):
             self._scheduler.complete(chunk)
-        outputs = [
-            self._advance(chunks[index], logits[row : row + 1], draws[row], prompts.pop(index))
-            for row, index in enumerate(drawing)
-        ]
-        outputs += [
-            output for index, prompt in prompts.items() for output in self._hold(chunks[index], prompt)
-        ]
-        self.num_steps += 1
-        self._num_prompt_tokens += sum(
-            max(0, min(chunk.stop, chunk.sequence.num_prompt_tokens) - chunk.start) for chunk in chunks
-        )
-        self._num_generated_tokens += len(drawing)
-        self._count_unread(outputs)
+            if chunk.sequence in draws:
+                row = drawing.index(chunk.sequence)
+                shown = logits[row : row + 1], last_hidden[row : row + 1]
+                outputs.append(self._advance(chunk.sequence, draws[chunk.sequence], *shown, prompt))
+            else:
+                outputs += self._hold(chunk.sequence, prompt)
+        self._count(chunks, outputs)
         return outputs
 
-    def _sample(self, batch: Batch, drawing: list[int], hidden: Tensor) -> tuple[Tensor, list[Draw]]:
-        if not drawing:
-            return hidden.new_empty(0), []
-        logits = self._runner.head(hidden[[batch.last_row(index) for index in drawing]])
-        return logits, self._sampler.sample(logits, [batch.chunks[index].sequence for index in drawing])
-
-    def _advance(self, chunk: Chunk, logits: Tensor, draw: Draw, prompt: PromptOutput | None) -> StepOutput:
-        """Append the drawn token and report it. ``logits`` is the row [1, V] it was drawn from."""
-        sequence, request = chunk.sequence, chunk.sequence.request
+    def _advance(
+        self, sequence: Sequence, draw: Draw, logits: Tensor, hidden: Tensor, prompt: PromptOutput | None
+    ) -> StepOutput:
+        """Append the drawn token and report it, with the rows [1, V] and [1, H] that it came from."""
+        output = self._reporter.generated_output(sequence, draw, logits, hidden, prompt)
         if draw.token_id is None:
             self._finish(sequence)
-            return StepOutput(
-                request_id=request.request_id, index=sequence.index, prompt=prompt, finish_reason="error"
-            )
+            return output
         sequence.token_ids.append(draw.token_id)
-        ended = self._sampler.ends(sequence, draw.token_id)
-        reached_limit = sequence.num_generated >= sequence.sampling.max_tokens
-        rows: LogitsRows | None = None
-        if request.logits is not None and request.logits.wants_generated:
-            shown = logits if draw.processed is None else draw.processed[None]
-            rows = select(shown, request.logits, self._kernels)
-        scores: Logprobs | None = None
-        if request.logprobs is not None:
-            scores = logprobs(logits, [draw.token_id], request.logprobs, self._kernels)
-        if ended or reached_limit:
+        if self._sampler.ends(sequence, draw.token_id):
             self._finish(sequence)
-        return StepOutput(
-            request_id=request.request_id,
-            index=sequence.index,
-            num_cached_tokens=sequence.num_cached,
-            token_ids=[draw.token_id],
-            logits=rows,
-            logprobs=scores,
-            prompt=prompt,
-            finish_reason="stop" if ended else "length" if reached_limit else None,
-            stop_token_id=draw.token_id if ended else None,
-        )
+            return replace(output, finish_reason="stop", stop_token_id=draw.token_id)
+        if sequence.num_generated >= sequence.sampling.max_tokens:
+            self._finish(sequence)
+            return replace(output, finish_reason="length")
+        return output
 
-    def _hold(self, chunk: Chunk, prompt: PromptOutput | None) -> Iterator[StepOutput]:
+    def _hold(self, sequence: Sequence, prompt: PromptOutput | None) -> Iterator[StepOutput]:
         """Report a chunk that drew nothing: its prompt rows if there are any, and the end of a prompt-only request."""
-        sequence = chunk.sequence
         complete = sequence.sampling.max_tokens == 0 and sequence.num_computed == sequence.num_prompt_tokens
         if complete:
             self._finish(sequence)
@@ -180,32 +145,15 @@ class Engine:
                 finish_reason="length" if complete else None,
             )
 
-    def _prompt_output(self, batch: Batch, index: int, hidden: Tensor) -> PromptOutput | None:
-        """The rows that this chunk owes of its prompt, through the head a bounded number at a time."""
-        chunk = batch.chunks[index]
-        sequence, request, positions = chunk.sequence, chunk.sequence.request, chunk.prompt_rows
-        if not positions:
-            return None
-        rows: list[LogitsRows] = []
-        scores: list[Logprobs] = []
-        for first in range(positions.start, positions.stop, HEAD_ROWS):
-            last = min(first + HEAD_ROWS, positions.stop)
-            offset = batch.starts[index] - chunk.start
-            logits = self._runner.head(hidden[offset + first : offset + last])
-            if request.logits is not None and request.logits.wants_prompt:
-                rows.append(select(logits, request.logits, self._kernels))
-            if request.prompt_logprobs is not None:
-                following = sequence.token_ids[first + 1 : min(last, sequence.num_prompt_tokens - 1) + 1]
-                if following:
-                    scores.append(
-                        logprobs(logits[: len(following)], following, request.prompt_logprobs, self._kernels)
-                    )
-        sequence.num_prompt_rows_sent = positions.stop
-        return PromptOutput(
-            offset=positions.start,
-            logits=join_rows(rows) if rows else None,
-            logprobs=join_logprobs(scores) if scores else None,
+    def _count(self, chunks: list[Chunk], outputs: list[StepOutput]) -> None:
+        self.num_steps += 1
+        self._num_prompt_tokens += sum(
+            max(0, min(chunk.stop, chunk.sequence.num_prompt_tokens) - chunk.start) for chunk in chunks
         )
+        for output in outputs:
+            self._num_generated_tokens += len(output.token_ids)
+            if output.request_id in self._unread_bytes:
+                self._unread_bytes[output.request_id] += output.nbytes
 
     # Bounds.
 
@@ -221,6 +169,13 @@ class Engine:
         named = (*prompt, *sampling.logit_bias, *sampling.stop_token_ids, *((spec and spec.token_ids) or ()))
         if not all(0 <= token_id < self.info.vocab_size for token_id in named):
             raise RequestRefusedError(f"a token id is outside the vocabulary of {self.info.vocab_size}")
+        if request.head is not None and request.head.name not in self.info.heads:
+            raise RequestRefusedError(f"there is no head called {request.head.name!r}")
+        needs_logits = sampling.max_tokens > 0 or spec is not None or request.prompt_logprobs is not None
+        if needs_logits and not self.info.can_generate:
+            raise RequestRefusedError(
+                f"{self.info.architecture} has no language-model head: no tokens, no logits"
+            )
         if request.request_id in self._unread_bytes:
             raise RequestRefusedError(f"request id {request.request_id!r} is in use")
         if len(self._scheduler.waiting) >= self.config.max_waiting:
@@ -233,15 +188,12 @@ class Engine:
 
     def _max_chunk(self, sequence: Sequence) -> int | None:
         """Prompt rows of one step must fit a quarter of the request's window."""
-        spec = sequence.logits_spec
-        if not sequence.wants_prompt_rows or spec is None or not spec.wants_prompt:
+        if not sequence.wants_prompt_rows:
             return None
-        return max(1, self.config.logits_window_bytes // 4 // row_nbytes(spec, self.info.vocab_size))
-
-    def _count_unread(self, outputs: list[StepOutput]) -> None:
-        for output in outputs:
-            if output.request_id in self._unread_bytes:
-                self._unread_bytes[output.request_id] += output.nbytes
+        nbytes = self._reporter.prompt_row_nbytes(
+            sequence.request, self.info.vocab_size, self.info.hidden_size
+        )
+        return max(1, self.config.logits_window_bytes // 4 // nbytes) if nbytes else None
 
     def _finish(self, sequence: Sequence) -> None:
         self._scheduler.remove(sequence)

@@ -78,7 +78,8 @@ def fuse(model: PreTrainedModel, kernels: Kernels, shapes: list[LayerShape]) -> 
     if type(decoder) not in LLAMA_FAMILY or not all(_is_known(layer) for layer in decoder.layers):
         return 0
     setattr(model, model.base_model_prefix, FusedDecoder(decoder, kernels, shapes))
-    model.lm_head = FusedLinear(model.lm_head, kernels)
+    if isinstance(getattr(model, "lm_head", None), nn.Linear):
+        model.lm_head = FusedLinear(model.lm_head, kernels)
     return len(decoder.layers) + 2
 
 

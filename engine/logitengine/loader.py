@@ -5,12 +5,20 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from logitkernels import Kernels
 from logitkernels.backend import load_kernels
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
 
 from logitengine.attention import ATTENTION_NAME, register_attention
 from logitengine.checkpoint import Checkpoint, CheckpointError, resolve_checkpoint
@@ -20,8 +28,11 @@ from logitengine.kv_cache import PagedKVCache, bytes_per_block
 from logitengine.logits import TORCH_DTYPES
 from logitengine.messages import ModelInfo
 from logitengine.model_runner import ModelRunner, probe_layers
+from logitengine.value_heads import ValueHead, load_value_head
 
 logger = logging.getLogger(__name__)
+
+CLASSIFIER_HEAD = "score"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +41,12 @@ class LoadedModel:
     runner: ModelRunner
     kernels: Kernels
     kv_cache: PagedKVCache
+    heads: dict[str, ValueHead]
 
 
 def load(config: EngineConfig) -> LoadedModel:
     """Load what ``config`` names. Raises CheckpointError for a model that cannot be served, with the reason."""
+    transformers_logging.disable_progress_bar()
     torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     checkpoint = resolve_checkpoint(config.model)
     device = _device(config.device)
@@ -43,6 +56,8 @@ def load(config: EngineConfig) -> LoadedModel:
         shapes = probe_layers(model, kernels)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{type(model).__name__} cannot be served: {error}") from error
+    can_generate = model.get_output_embeddings() is not None
+    heads = _heads(config, model, kernels, is_classifier=not can_generate)
     fused = fuse(model, kernels, shapes)
     logger.info(
         "%s on %s with %s kernels, %d modules fused", type(model).__name__, device, kernels.name, fused
@@ -64,7 +79,11 @@ def load(config: EngineConfig) -> LoadedModel:
             batch_invariant=kernels.batch_invariant and fused > 0,
             block_size=config.block_size,
             num_blocks=num_blocks,
+            hidden_size=model.config.get_text_config().hidden_size,
+            can_generate=can_generate,
+            heads={name: head.num_outputs for name, head in heads.items()},
         ),
+        heads=heads,
         runner=ModelRunner(model, kernels),
         kernels=kernels,
         kv_cache=PagedKVCache.allocate(
@@ -78,7 +97,7 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     try:
         model_config = AutoConfig.from_pretrained(checkpoint.path)
         _refuse_unsupported(model_config)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = _auto_class(model_config).from_pretrained(
             checkpoint.path,
             config=model_config,
             dtype=dtype,
@@ -90,6 +109,32 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     nn.Module.to(model, device)
     model.eval().requires_grad_(False)
     return model
+
+
+def _auto_class(model_config: PretrainedConfig) -> Any:
+    """What the checkpoint says that it is; anything but a sequence classifier is read as a language model."""
+    architecture = (model_config.architectures or [""])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        return AutoModelForSequenceClassification
+    return AutoModelForCausalLM
+
+
+def _heads(
+    config: EngineConfig, model: PreTrainedModel, kernels: Kernels, *, is_classifier: bool
+) -> dict[str, ValueHead]:
+    """The heads that were attached by name, and a classifier's own under the name `score`."""
+    hidden_size = model.config.get_text_config().hidden_size
+    heads = {
+        name: load_value_head(name, path, hidden_size, kernels) for name, path in config.value_head.items()
+    }
+    if is_classifier:
+        score = getattr(model, CLASSIFIER_HEAD, None)
+        if not isinstance(score, nn.Linear):
+            raise CheckpointError(
+                f"{type(model).__name__} has neither a language-model head nor a linear score"
+            )
+        heads.setdefault(CLASSIFIER_HEAD, ValueHead.from_weights(score.weight, score.bias, kernels))
+    return heads
 
 
 def _refuse_unsupported(model_config: PretrainedConfig) -> None:

@@ -14,6 +14,7 @@ LogitsDtype = Literal["float32", "float16", "bfloat16"]
 LogitsStage = Literal["raw", "processed"]
 LogitsPositions = Literal["generated", "prompt", "all"]
 FinishReason = Literal["stop", "length", "error"]
+Pooling = Literal["mean", "last", "cls"]
 
 
 class Array:
@@ -72,6 +73,28 @@ class LogitsSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         return self.positions != "generated"
 
 
+class HiddenStatesSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which hidden states a request asked to see: the last layer's, after the final norm."""
+
+    positions: LogitsPositions = "generated"
+    dtype: LogitsDtype = "float32"
+
+    @property
+    def wants_generated(self) -> bool:
+        return self.positions != "prompt"
+
+    @property
+    def wants_prompt(self) -> bool:
+        return self.positions != "generated"
+
+
+class HeadSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A value head or classifier to apply to the prompt's hidden states: at its last token, or at every one."""
+
+    name: str
+    every_position: bool = False
+
+
 class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One request: a prompt and ``n`` independent continuations of it.
 
@@ -86,7 +109,21 @@ class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logits: LogitsSpec | None = None
+    hidden_states: HiddenStatesSpec | None = None
+    pooling: Pooling | None = None
+    head: HeadSpec | None = None
     cache_salt: str | None = None
+
+    @property
+    def wants_prompt_rows(self) -> bool:
+        """Whether something is asked of every position of the prompt, so that none may be skipped."""
+        return (
+            self.prompt_logprobs is not None
+            or (self.logits is not None and self.logits.wants_prompt)
+            or (self.hidden_states is not None and self.hidden_states.wants_prompt)
+            or (self.head is not None and self.head.every_position)
+            or self.pooling in ("mean", "cls")
+        )
 
 
 class LogitsRows(Struct, frozen=True, kw_only=True):
@@ -117,19 +154,28 @@ class PromptOutput(Struct, frozen=True, kw_only=True):
 
     ``offset`` is the position of the first row. Logits row j is computed at prompt position j and scores token j + 1; a
     T-token prompt has T rows. Logprobs entry j belongs to token ``j + 1``, so a T-token prompt has T - 1.
-    Carried by choice 0 only.
+    ``hidden_states`` is [rows, H]; ``values`` float32 [rows, outputs of the head], of the last position alone unless every
+    one was asked for; ``pooled`` float32 [H], with the prompt's last rows. Carried by choice 0 only.
     """
 
     offset: int
     logits: LogitsRows | None = None
     logprobs: Logprobs | None = None
+    hidden_states: Array | None = None
+    values: Array | None = None
+    pooled: Array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self.logits, self.hidden_states, self.values, self.pooled)
+        return sum(array.nbytes for array in arrays if array is not None)
 
 
 class StepOutput(Struct, frozen=True, kw_only=True):
     """What one step did for one choice of one request.
 
-    ``token_ids`` holds the tokens drawn in this step (none while only prompt rows were computed); ``logits`` and
-    ``logprobs`` have one row for each. ``stop_token_id`` is set when a stop or EOS token ended the choice; that token is
+    ``token_ids`` holds the tokens drawn in this step (none while only prompt rows were computed); ``logits``, ``logprobs``
+    and ``hidden_states`` have one row for each. ``stop_token_id`` is set when a stop or EOS token ended the choice; that token is
     the last of ``token_ids``. ``finish_reason`` is set on the last output of a choice.
     """
 
@@ -138,6 +184,7 @@ class StepOutput(Struct, frozen=True, kw_only=True):
     token_ids: list[int] = []
     logits: LogitsRows | None = None
     logprobs: Logprobs | None = None
+    hidden_states: Array | None = None
     prompt: PromptOutput | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
@@ -146,8 +193,8 @@ class StepOutput(Struct, frozen=True, kw_only=True):
     @property
     def nbytes(self) -> int:
         """Bytes of its arrays: what counts against the request's window until the reader has taken it."""
-        blocks = (self.logits, self.prompt and self.prompt.logits)
-        return sum(block.nbytes for block in blocks if block)
+        blocks = (self.logits, self.hidden_states, self.prompt)
+        return sum(block.nbytes for block in blocks if block is not None)
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
@@ -169,6 +216,11 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     batch_invariant: bool
     block_size: int
     num_blocks: int
+    hidden_size: int
+    can_generate: bool
+    """False for a sequence classifier: it has hidden states and heads, but no logits over a vocabulary."""
+    heads: dict[str, int]
+    """Value heads and classifiers by name, and how many numbers each gives per position."""
 
 
 class EngineStats(Struct, frozen=True, kw_only=True):

@@ -119,8 +119,8 @@ class EngineLoop:
         try:
             while (message := self._channel.receive()) is not None:
                 self._inbox.put(message)
-        except (OSError, TransportError) as error:
-            logger.error("nothing more can be received from the server: %s", error)
+        except (OSError, TransportError):
+            logger.exception("nothing more can be received from the server")
         self._inbox.put(None)
 
     def _send(self) -> None:

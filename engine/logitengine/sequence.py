@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
 
@@ -20,6 +21,7 @@ class Sequence:
         num_cached: prompt tokens that the prefix cache gave at the first admission.
         num_prompt_rows_sent: prompt rows already handed out; a preempted sequence computes them again but never sends
             them twice.
+        pooled: what the reporter has pooled of the prompt's hidden states so far.
     """
 
     request: GenerationRequest
@@ -32,6 +34,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     num_prompt_rows_sent: int = 0
+    pooled: Any = None
     admitted_once: bool = False
     finished: bool = False
 
@@ -76,8 +79,7 @@ class Sequence:
         """Whether prompt rows were asked for and are still owed. Choice 0 carries them for all choices."""
         if self.index != 0 or self.num_prompt_rows_sent == self.num_prompt_tokens:
             return False
-        spec = self.logits_spec
-        return self.request.prompt_logprobs is not None or (spec is not None and spec.wants_prompt)
+        return self.request.wants_prompt_rows
 
     @property
     def must_wait_for_leader(self) -> bool:

@@ -1,0 +1,68 @@
+"""Linear heads on the hidden states: reward models' value heads and sequence classifiers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from logitkernels import Kernels
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from logitengine.checkpoint import CheckpointError
+
+WEIGHT_NAMES = ("v_head.summary.weight", "summary.weight", "score.weight", "weight")
+"""TRL's name for a value head, the same without its prefix, transformers' name for a classifier, a plain linear."""
+
+
+@dataclass(frozen=True, slots=True)
+class ValueHead:
+    """``apply`` maps float32 hidden states [R, H] to float32 values [R, outputs]."""
+
+    packed: Any
+    num_outputs: int
+    kernels: Kernels
+
+    @classmethod
+    def from_weights(cls, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> ValueHead:
+        """``weight`` is [outputs, H], ``bias`` [outputs]. Computed in float32 whatever the model's dtype."""
+        packed = kernels.pack_linear(weight.detach().float(), None if bias is None else bias.detach().float())
+        return cls(packed, weight.shape[0], kernels)
+
+    @torch.inference_mode()
+    def apply(self, hidden: Tensor) -> Tensor:
+        values: Tensor = self.kernels.linear(hidden.float(), self.packed)
+        return values
+
+
+def load_value_head(name: str, path: Path, hidden_size: int, kernels: Kernels) -> ValueHead:
+    """Read a head from a safetensors file. Raises CheckpointError, naming the head and what is wrong with it.
+
+    Only dense tensors of declared shape are ever read: the safetensors header is checked against the file's size by
+    the library, the shapes are checked here.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"value head {name!r}: {path} could not be read as safetensors: {error}"
+        ) from error
+    for weight_name in WEIGHT_NAMES:
+        if weight_name in tensors:
+            weight, bias = tensors[weight_name], tensors.get(weight_name.removesuffix("weight") + "bias")
+            break
+    else:
+        raise CheckpointError(f"value head {name!r}: {path} holds none of {', '.join(WEIGHT_NAMES)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden_size or not weight.is_floating_point():
+        raise CheckpointError(
+            f"value head {name!r}: the weight is {weight.dtype} {list(weight.shape)}, "
+            f"but the model needs a floating-point [outputs, {hidden_size}]"
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise CheckpointError(f"value head {name!r}: the bias is {bias.dtype} {list(bias.shape)}")
+    if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+        raise CheckpointError(f"value head {name!r}: {path} holds numbers that are not finite")
+    return ValueHead.from_weights(weight, bias, kernels)
