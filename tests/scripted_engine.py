@@ -1,0 +1,87 @@
+"""An engine that does what a test says: what a real one cannot be made to do on demand, behind the real app."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+from logitengine.client import EngineClient
+from logitengine.config import EngineConfig
+from logitengine.errors import EngineError
+from logitengine.messages import GenerationRequest, ModelInfo, StepOutput
+from logitserve.state import ServerState
+
+Step = StepOutput | EngineError | Awaitable[Any]
+Script = Callable[[GenerationRequest], list[Step]]
+
+
+class ScriptedEngine(EngineClient):
+    """Yields the outputs that ``script`` makes of a request, raises its errors and awaits its awaitables."""
+
+    def __init__(self, info: ModelInfo, script: Script) -> None:
+        super().__init__(EngineConfig())
+        self.info = info
+        self.script = script
+        self.reason: str | None = None
+        self.requests: list[GenerationRequest] = []
+        self.aborted: list[tuple[str, int]] = []
+        self.num_open = 0
+        self._changed = asyncio.Condition()
+
+    async def running(self, count: int) -> None:
+        """Wait until this many requests run."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.num_open >= count)
+
+    async def start(self) -> None:
+        """There is no process."""
+
+    async def close(self) -> None:
+        """There is no process."""
+
+    async def wait_ready(self) -> ModelInfo:
+        assert self.info is not None
+        return self.info
+
+    def not_ready_reason(self) -> str | None:
+        return self.reason
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
+        self.requests.append(request)
+        self.num_open += 1
+        async with self._changed:
+            self._changed.notify_all()
+        try:
+            for step in self.script(request):
+                if isinstance(step, EngineError):
+                    raise step
+                if isinstance(step, StepOutput):
+                    if (request.request_id, step.index) not in self.aborted:
+                        yield step
+                else:
+                    await step
+        finally:
+            self.num_open -= 1
+
+    def abort_choice(self, request_id: str, index: int) -> None:
+        self.aborted.append((request_id, index))
+
+
+class App:
+    """A running app, a client for it, and what lies behind."""
+
+    def __init__(self, app: FastAPI, engine: ScriptedEngine, client: httpx.AsyncClient) -> None:
+        self.asgi = app
+        self.engine = engine
+        self.client = client
+        self.state: ServerState = app.state.server
+
+    async def post(self, path: str, body: dict[str, Any], **options: Any) -> httpx.Response:
+        return await self.client.post(path, json=body, **options)
+
+
+OpenApp = Callable[..., contextlib.AbstractAsyncContextManager[App]]

@@ -1,0 +1,59 @@
+"""The app over ASGI, in front of a scripted engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from logitengine.checkpoint import Checkpoint
+from logitengine.messages import ModelInfo
+from logitserve.app import create_app
+from logitserve.config import ServerConfig
+from scripted_engine import App, OpenApp, Script, ScriptedEngine
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def model_info(smollm2: Checkpoint) -> ModelInfo:
+    return ModelInfo(
+        model_path="/models/scripted",
+        tokenizer_path=str(smollm2.tokenizer_path),
+        architecture="LlamaForCausalLM",
+        vocab_size=49152,
+        hidden_size=576,
+        max_model_len=64,
+        eos_token_ids=[2],
+        dtype="float32",
+        device="cpu",
+        kernels="reference",
+        batch_invariant=False,
+        block_size=16,
+        num_blocks=64,
+        can_generate=True,
+        heads={},
+    )
+
+
+@pytest.fixture
+def open_app(model_info: ModelInfo) -> OpenApp:
+    @contextlib.asynccontextmanager
+    async def opened(script: Script = lambda _: [], **options: Any) -> AsyncIterator[App]:
+        engine = ScriptedEngine(model_info, script)
+        app = create_app(engine, ServerConfig(**options))
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+        ):
+            await asyncio.gather(*(task for task in asyncio.all_tasks() if task.get_name() == "load-model"))
+            yield App(app, engine, client)
+
+    return opened

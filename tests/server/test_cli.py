@@ -1,0 +1,91 @@
+"""Flags, variables and defaults of `logitserve serve`, and how bad ones end."""
+
+from __future__ import annotations
+
+import pytest
+from logitengine.config import EngineConfig
+from logitserve import cli, serving
+from logitserve.config import ServerConfig
+
+Started = list[tuple[ServerConfig, EngineConfig]]
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    """What would be served."""
+    calls: Started = []
+
+    def serve(server: ServerConfig, engine: EngineConfig) -> int:
+        calls.append((server, engine))
+        return 0
+
+    monkeypatch.setattr(serving, "serve", serve)
+    return calls
+
+
+def test_every_field_of_both_configs_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["serve", "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    for name in ServerConfig.model_fields | EngineConfig.model_fields:
+        assert f"--{name.replace('_', '-')}" in shown
+
+
+def test_flags_win_over_variables_and_variables_over_defaults(
+    started: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGITSERVE_PORT", "1")
+    monkeypatch.setenv("LOGITSERVE_MAX_N", "3")
+    monkeypatch.setenv("LOGITSERVE_MAX_NUM_SEQS", "5")
+    assert cli.main(["serve", "some/model", "--port", "2", "--no-prefix-caching"]) == 0
+    ((server, engine),) = started
+    assert (server.port, server.max_n, server.host) == (2, 3, "127.0.0.1")
+    assert (engine.model, engine.max_num_seqs, engine.prefix_caching) == ("some/model", 5, False)
+
+
+def test_lists_are_comma_separated_or_repeated(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGITSERVE_API_KEY", "one,two")
+    cli.main(["serve", "--served-model-name", "a", "--served-model-name", "b,c"])
+    ((server, _),) = started
+    assert server.served_model_name == ["a", "b", "c"]
+    assert [key.get_secret_value() for key in server.api_key] == ["one", "two"]
+    assert "one" not in repr(server)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serve", "--port", "99999"], "--port"),
+        (["serve", "--dtype", "float8"], "--dtype"),
+        (["serve", "--max-n", "many"], "--max-n"),
+        (["serve", "--no-such-flag"], "--no-such-flag"),
+        (["serve", "a", "--model", "b"], "differ"),
+        (["serve", "a", "b"], "b"),
+        ([], "COMMAND"),
+        (["dance"], "dance"),
+    ],
+)
+def test_bad_options_exit_with_2_and_say_which(
+    started: Started, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert says in capsys.readouterr().err
+    assert not started
+
+
+def test_a_bad_variable_exits_with_2(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGITSERVE_PORT", "x")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["serve"])
+    assert exit_.value.code == 2
+    assert not started
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.startswith("logitserve ")
