@@ -98,9 +98,9 @@ class EngineClient:
         self._supervisor.add_done_callback(self._on_supervisor_done)
 
     async def wait_ready(self) -> ModelInfo:
-        """Wait until the model is loaded. Raises EngineDeadError when it could not be."""
+        """Wait until requests can be served, also after a restart. Raises EngineDeadError if the model cannot be loaded."""
         await self._loaded.wait()
-        if self.info is None:
+        if self.info is None or self._load_error is not None:
             raise EngineDeadError(self._load_error or "the engine could not be started")
         return self.info
 
@@ -132,6 +132,7 @@ class EngineClient:
                 await self._run_process()
             finally:
                 self._not_ready = "the engine died and is being restarted" if self.info else "the engine died"
+                self._loaded.clear()
                 self._fail_streams()
             if self.info is None:
                 # It never loaded. Trying again would fail again, so whoever waits for it is told.
@@ -226,7 +227,7 @@ class EngineClient:
     def _handle(self, message: FromEngine) -> None:
         match message:
             case Ready(info):
-                self.info, self._not_ready = info, None
+                self.info, self._not_ready, self._load_error = info, None, None
                 self._loaded.set()
                 logger.info("engine ready: %s, %s, %s kernels", info.architecture, info.dtype, info.kernels)
             case StepOutputs(outputs, stats):

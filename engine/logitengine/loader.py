@@ -186,7 +186,8 @@ def _max_model_len(config: EngineConfig, model_config: PretrainedConfig, num_blo
 
 def _eos_token_ids(model: PreTrainedModel) -> list[int]:
     """The generation config's, else the model config's; either may be one id, several or none."""
-    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
+    generation_config = getattr(model, "generation_config", None)  # a classifier has none
+    generation = generation_config.eos_token_id if generation_config is not None else None
     found = generation if generation is not None else model.config.get_text_config().eos_token_id
     if found is None:
         return []

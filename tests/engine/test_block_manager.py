@@ -66,7 +66,9 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
     assert manager.share_prefix(make_sequence(list(range(8))), limit=7) == 0
 
 
-@given(st.lists(st.integers(0, 1), min_size=1, max_size=40), st.lists(st.integers(0, 1), min_size=2, max_size=40))
+@given(
+    st.lists(st.integers(0, 1), min_size=1, max_size=40), st.lists(st.integers(0, 1), min_size=2, max_size=40)
+)
 def test_sharing_finds_exactly_the_common_full_blocks(first: list[int], second: list[int]) -> None:
     manager = BlockManager(64, BLOCK_SIZE, prefix_caching=True)
     compute(manager, make_sequence(first))

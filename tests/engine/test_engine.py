@@ -56,7 +56,9 @@ def full_rows(loaded: LoadedModel, asked: GenerationRequest) -> NDArray[np.gener
     return answer(loaded, msgspec.structs.replace(asked, logits=LogitsSpec())).rows
 
 
-def test_rows_align_with_token_ids_and_the_last_prompt_row_is_the_first_generated(tiny_model: LoadedModel) -> None:
+def test_rows_align_with_token_ids_and_the_last_prompt_row_is_the_first_generated(
+    tiny_model: LoadedModel,
+) -> None:
     got = answer(tiny_model, greedy("a", PROMPT, 6, LogitsSpec(positions="all")))
     assert got.rows.shape == (6, 49152)
     assert got.rows.argmax(-1).tolist() == got.token_ids
@@ -145,7 +147,9 @@ def test_logprobs_are_the_log_softmax_of_the_raw_rows(tiny_model: LoadedModel) -
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 3])
-def test_prompt_logprobs_score_each_prompt_token_but_the_first(tiny_model: LoadedModel, chunk: int | None) -> None:
+def test_prompt_logprobs_score_each_prompt_token_but_the_first(
+    tiny_model: LoadedModel, chunk: int | None
+) -> None:
     rows = answer(tiny_model, greedy("a", PROMPT, 0, LogitsSpec(positions="prompt"))).prompt_rows
     log_mass = torch.log_softmax(torch.from_numpy(rows.copy()).double(), -1).numpy()
     engine = make_engine(tiny_model, max_prefill_chunk=chunk)
@@ -183,7 +187,11 @@ def test_prompt_rows_stay_within_the_window(tiny_model: LoadedModel) -> None:
         if not outputs:
             engine.consumed("a", unread)
             unread = 0
-        rows += sum(output.prompt.logits.values.shape[0] for output in outputs if output.prompt and output.prompt.logits)
+        rows += sum(
+            output.prompt.logits.values.shape[0]
+            for output in outputs
+            if output.prompt and output.prompt.logits
+        )
     assert rows == 120
 
 
@@ -208,7 +216,9 @@ def test_a_row_of_nan_ends_its_own_request_with_an_error(
 ) -> None:
     engine = make_engine(tiny_model)
     head = engine._runner.head
-    monkeypatch.setattr(engine._runner, "head", lambda hidden: head(hidden).index_fill(0, torch.tensor([0]), torch.nan))
+    monkeypatch.setattr(
+        engine._runner, "head", lambda hidden: head(hidden).index_fill(0, torch.tensor([0]), torch.nan)
+    )
     answers = run(engine, [greedy("broken", PROMPT, 4), greedy("fine", PROMPT[:3], 1)])
     assert answers["broken", 0].finish_reason == "error"
     assert answers["fine", 0].finish_reason == "length"

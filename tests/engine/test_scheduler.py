@@ -109,7 +109,9 @@ def test_owed_prompt_rows_are_not_skipped_by_a_prefix_hit() -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(1, 60), st.integers(1, 12), st.booleans(), st.integers(0, 5)), min_size=1, max_size=12
+        st.tuples(st.integers(1, 60), st.integers(1, 12), st.booleans(), st.integers(0, 5)),
+        min_size=1,
+        max_size=12,
     ),
     st.integers(10, 40),
     st.integers(4, 40),

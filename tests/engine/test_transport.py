@@ -67,7 +67,9 @@ def test_arrays_arrive_as_they_were(payloads: list[bytes]) -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        Generate(GenerationRequest(request_id="a", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=1))),
+        Generate(
+            GenerationRequest(request_id="a", prompt_token_ids=[1], sampling=SamplingParams(max_tokens=1))
+        ),
         Abort("a", 2),
         Consumed("a", 1 << 40),
     ],
