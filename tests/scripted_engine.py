@@ -23,7 +23,7 @@ class ScriptedEngine(EngineClient):
     """Yields the outputs that ``script`` makes of a request, raises its errors and awaits its awaitables."""
 
     def __init__(self, info: ModelInfo, script: Script) -> None:
-        super().__init__(EngineConfig())
+        super().__init__(EngineConfig.model_validate({}))
         self.info = info
         self.script = script
         self.reason: str | None = None

@@ -38,6 +38,7 @@ STATUS_CODES = {
     500: "internal_error",
     503: "service_unavailable",
 }
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
@@ -61,9 +62,7 @@ class ApiError(Exception):
 
     @property
     def type(self) -> str:
-        if self.status == 429:
-            return "rate_limit_error"
-        return "invalid_request_error" if self.status < 500 else "server_error"
+        return TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
     def body(self) -> dict[str, Any]:
         """``{"error": {"message", "type", "param", "code"}}``."""

@@ -40,9 +40,7 @@ class Delta:
     @property
     def nbytes(self) -> int:
         """Of the arrays carried."""
-        blocks = [self.logits, self.prompt.logits if self.prompt is not None else None]
-        arrays = [array for block in blocks if block for array in (block.values, block.token_ids) if array]
-        return sum(array.nbytes for array in arrays)
+        return sum(block.nbytes for block in (self.logits, self.prompt) if block is not None)
 
 
 @dataclass(slots=True)

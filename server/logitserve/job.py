@@ -52,7 +52,7 @@ class Job:
 
 async def prepare_chat(body: ChatBody, state: ServerState) -> Job:
     """Render, tokenize and check a chat request. Raises ApiError."""
-    model = state.model()
+    model = generative(state.model())
     name = model.check_name(body.model)
     check_fields(body, model, state.config)
     messages = [message.for_template() for message in body.messages]
@@ -74,7 +74,7 @@ async def prepare_chat(body: ChatBody, state: ServerState) -> Job:
 
 async def prepare_completion(body: CompletionBody, state: ServerState) -> Job:
     """Tokenize and check a completions request. Raises ApiError."""
-    model = state.model()
+    model = generative(state.model())
     name = model.check_name(body.model)
     check_fields(body, model, state.config)
     if len(body.prompt) > state.config.max_batch_prompts:
@@ -103,6 +103,16 @@ def _prepare(prompt: Prompt, texts: Texts, *, add_special_tokens: bool) -> Prepa
 
 
 # Bounds.
+
+
+def generative(model: Model) -> Model:
+    if not model.info.can_generate:
+        raise BadRequestError(
+            f"{model.info.architecture} is a classifier: it generates no text.",
+            param="model",
+            code="cannot_generate",
+        )
+    return model
 
 
 def too_large(param: str, value: int, limit: int, unit: str = "") -> BadRequestError:

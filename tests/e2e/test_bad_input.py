@@ -274,7 +274,7 @@ def test_a_bad_request_gets_an_error_object_that_names_the_field(client: httpx.C
     assert response.headers["content-type"] == "application/json"
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
-    assert error["type"] == "invalid_request_error"
+    assert error["type"] == ("not_found_error" if bad.status == 404 else "invalid_request_error")
     assert error["param"] == bad.param
     assert error["message"]
     assert len(error["message"]) < 500

@@ -43,8 +43,8 @@ def tokenizer(model_info: ModelInfo) -> Tokenizer:
 def row(value: float) -> LogitsRows:
     """One row with one column, by which a test tells it from the others."""
     return LogitsRows(
-        values=Array("float32", (1, 1), np.float32([value]).tobytes()),
-        token_ids=Array("int32", (1, 1), np.int32([7]).tobytes()),
+        values=Array("float32", (1, 1), np.array([value], "<f4").tobytes()),
+        token_ids=Array("int32", (1, 1), np.array([7], "<i4").tobytes()),
     )
 
 
@@ -288,7 +288,13 @@ async def test_a_client_that_goes_away_closes_its_requests(
         async def send(_: object) -> None:
             pass
 
-        scope = {"type": "http", "method": "POST", "path": COMPLETIONS, "raw_path": b"", "query_string": b""}
+        scope: dict[str, Any] = {
+            "type": "http",
+            "method": "POST",
+            "path": COMPLETIONS,
+            "raw_path": b"",
+            "query_string": b"",
+        }
         scope |= {"headers": [], "app": app.asgi, "http_version": "1.1", "scheme": "http", "root_path": ""}
         async with asyncio.timeout(10):
             await app.asgi(scope, receive, send)

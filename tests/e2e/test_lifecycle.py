@@ -1,0 +1,128 @@
+"""Losing clients, losing the engine, and stopping: what a supervisor and a load balancer rely on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from live_server import LiveServer, serving
+
+pytestmark = pytest.mark.anyio
+
+COMPLETIONS = "/v1/completions"
+LONG = {"prompt": [5, 6, 7], "max_tokens": 480, "ignore_eos": True, "temperature": 0}
+OPTIONS = ("--dtype", "float32", "--num-threads", "1")
+
+
+@pytest.fixture(scope="module")
+def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """Its cache holds two long requests and no more, so that blocks which are not freed are missed at once."""
+    log = tmp_path_factory.mktemp("lifecycle") / "server.log"
+    with serving(log, str(tiny_llama), *OPTIONS, "--num-blocks", "64", "--no-prefix-caching") as server:
+        yield server
+
+
+async def first_token(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[httpx.Response, Any]:
+    """A stream that has begun, and its lines."""
+    request = client.build_request("POST", COMPLETIONS, json={**body, "stream": True})
+    response = await client.send(request, stream=True)
+    assert response.status_code == 200
+    lines = response.aiter_lines()
+    assert (await anext(lines)).startswith("data: ")
+    return response, lines
+
+
+async def logged(server: LiveServer, request_id: str) -> dict[str, Any]:
+    """The log line of a request, once it is over."""
+    async with asyncio.timeout(30):
+        while True:
+            for line in server.log.read_text().splitlines():
+                if f'"request_id":"{request_id}"' in line:
+                    entry: dict[str, Any] = json.loads(line)
+                    return entry
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "whole"])
+async def test_clients_that_go_away_free_what_their_requests_held(
+    server: LiveServer, *, streamed: bool
+) -> None:
+    for attempt in range(4):
+        name = f"leaver-{streamed}-{attempt}"
+        headers = {"x-request-id": name}
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, headers=headers) as client:
+            if streamed:
+                response, _ = await first_token(client, LONG)
+                await response.aclose()
+            else:
+                with pytest.raises(httpx.ReadTimeout):
+                    await client.post(COMPLETIONS, json=LONG, timeout=0.15)
+        assert (await logged(server, name))["completion_tokens"] < LONG["max_tokens"]
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        answers = await asyncio.gather(*(client.post(COMPLETIONS, json=LONG) for _ in range(2)))
+    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [480, 480]
+
+
+async def test_eight_streams_survive_the_engines_death_with_an_error_and_the_server_recovers(
+    server: LiveServer,
+) -> None:
+    body = {**LONG, "return_logits": {"top_k": 1}}
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        before = (await client.post(COMPLETIONS, json={**body, "max_tokens": 5})).json()["choices"]
+        streams = [await first_token(client, body) for _ in range(8)]
+        (engine,) = [
+            child
+            for child in psutil.Process(server.process.pid).children(recursive=True)
+            if any("logitengine.process" in argument for argument in child.cmdline())
+        ]
+        engine.kill()
+        killed = time.monotonic()
+        told = [[line async for line in lines if line] for _, lines in streams]
+        assert time.monotonic() - killed < 5
+        for lines in told:
+            assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "engine_dead"
+            assert "data: [DONE]" not in lines
+        server.wait_ready(60)
+        assert (await client.post(COMPLETIONS, json={**body, "max_tokens": 5})).json()["choices"] == before
+
+
+async def test_sigterm_lets_a_stream_end_and_turns_others_away(tiny_llama: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "server.log", str(tiny_llama), *OPTIONS) as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            _, lines = await first_token(client, {**LONG, "n": 8})
+            server.process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(10):
+                while (await client.get("/ready")).status_code == 200:
+                    pass
+            assert "draining" in (await client.get("/ready")).json()["error"]["message"]
+            refused = await client.post(COMPLETIONS, json=LONG)
+            assert refused.status_code == 503
+            assert refused.headers["retry-after"]
+            assert [line async for line in lines if line][-1] == "data: [DONE]"
+        assert server.process.wait(timeout=30) == 0
+
+
+async def test_a_model_that_cannot_be_loaded_ends_the_server_with_1(tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "logitserve",
+        "serve",
+        str(tmp_path),
+        "--port",
+        "0",
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(60):
+        _, errors = await process.communicate()
+    assert process.returncode == 1
+    assert b"config.json" in errors
