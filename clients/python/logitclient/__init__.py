@@ -1,0 +1,76 @@
+"""A client for logitserve: text with the logits it was drawn from, as numpy arrays."""
+
+from logitclient.async_client import AsyncClient, AsyncStream
+from logitclient.client import Client, Stream
+from logitclient.decoding import decode_logits
+from logitclient.errors import (
+    APIError,
+    AuthenticationError,
+    BadRequestError,
+    DecodeError,
+    LogitClientError,
+    MissingDependencyError,
+    NotFoundError,
+    PayloadTooLargeError,
+    RateLimitError,
+    RequestTimeoutError,
+    ServerError,
+    ServiceUnavailableError,
+    StreamError,
+    TransportError,
+)
+from logitclient.options import HiddenStatesSpec, LogitsSpec
+from logitclient.results import (
+    Choice,
+    Chunk,
+    Completion,
+    Embedding,
+    HiddenStates,
+    Logits,
+    LogitsBatch,
+    Model,
+    Perplexity,
+    Results,
+    Reward,
+    SequenceLogits,
+    Usage,
+)
+from logitclient.rows import Rows
+
+__all__ = [
+    "APIError",
+    "AsyncClient",
+    "AsyncStream",
+    "AuthenticationError",
+    "BadRequestError",
+    "Choice",
+    "Chunk",
+    "Client",
+    "Completion",
+    "DecodeError",
+    "Embedding",
+    "HiddenStates",
+    "HiddenStatesSpec",
+    "LogitClientError",
+    "Logits",
+    "LogitsBatch",
+    "LogitsSpec",
+    "MissingDependencyError",
+    "Model",
+    "NotFoundError",
+    "PayloadTooLargeError",
+    "Perplexity",
+    "RateLimitError",
+    "RequestTimeoutError",
+    "Results",
+    "Reward",
+    "Rows",
+    "SequenceLogits",
+    "ServerError",
+    "ServiceUnavailableError",
+    "Stream",
+    "StreamError",
+    "TransportError",
+    "Usage",
+    "decode_logits",
+]

@@ -1,0 +1,217 @@
+"""The client for asyncio and trio: ``Client``'s calls, awaited. What is sent and read is in ``operations``."""
+
+# ruff: noqa: A002 - input is the wire's name
+
+from __future__ import annotations
+
+import random as random_module
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import Generic, Self, TypeVar, Unpack
+
+import anyio  # httpx needs it too
+import httpx
+
+from logitclient import operations
+from logitclient.operations import Operation, Request, StreamOperation
+from logitclient.options import (
+    ChatOptions,
+    CompletionOptions,
+    EmbeddingOptions,
+    Input,
+    LogitsOptions,
+    Messages,
+    RewardOptions,
+)
+from logitclient.results import (
+    Chunk,
+    Completion,
+    Embedding,
+    LogitsBatch,
+    Model,
+    Perplexity,
+    Results,
+    Reward,
+    SequenceLogits,
+    Usage,
+)
+from logitclient.retries import RetryPolicy
+from logitclient.transport import DEFAULT_TIMEOUT, Endpoint, Timeout, api_error, check_injection, translated
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """``Client`` with the same arguments and calls. Streams are used with ``async with`` and ``async for``."""
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        api_key: str | None = None,
+        timeout: Timeout = DEFAULT_TIMEOUT,
+        max_retries: int = 2,
+        http_client: httpx.AsyncClient | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
+        random: Callable[[], float] = random_module.random,
+    ) -> None:
+        check_injection(http_client, transport)
+        self._endpoint = Endpoint(base_url, api_key, timeout)
+        self._owns_http = http_client is None
+        self._http = httpx.AsyncClient(transport=transport) if http_client is None else http_client
+        self._retries = RetryPolicy(max_retries, random)
+        self._sleep = sleep
+
+    async def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Completion:
+        """Continue a conversation."""
+        return await self._run(operations.chat(messages, options))
+
+    def stream_chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> AsyncStream[Chunk]:
+        """Continue a conversation, chunk by chunk."""
+        return self._stream(operations.stream_chat(messages, options))
+
+    async def complete(self, prompt: Input, **options: Unpack[CompletionOptions]) -> Completion:
+        """Continue one or more prompts as they are."""
+        return await self._run(operations.complete(prompt, options))
+
+    def stream_complete(self, prompt: Input, **options: Unpack[CompletionOptions]) -> AsyncStream[Chunk]:
+        """Continue one or more prompts, chunk by chunk; ``Chunk.index`` tells whose."""
+        return self._stream(operations.stream_complete(prompt, options))
+
+    async def logits(
+        self,
+        input: Input | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[LogitsOptions],
+    ) -> Results[SequenceLogits]:
+        """The rows of each input, all at once. For many rows take ``stream_logits``, which holds one step's."""
+        return await self._run(operations.logits(input, messages, options))
+
+    def stream_logits(
+        self,
+        input: Input | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[LogitsOptions],
+    ) -> AsyncStream[LogitsBatch]:
+        """The rows of each input as the engine computes them. Needs pyarrow: MissingDependencyError without."""
+        return self._stream(operations.stream_logits(input, messages, options))
+
+    async def perplexity(self, input: Input, *, model: str | None = None) -> Results[Perplexity]:
+        """How well the model predicts each input."""
+        return await self._run(operations.perplexity(input, model))
+
+    async def rewards(
+        self,
+        input: Input | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[RewardOptions],
+    ) -> Results[Reward]:
+        """What a value head or classifier gives each input."""
+        return await self._run(operations.rewards(input, messages, options))
+
+    async def embeddings(self, input: Input, **options: Unpack[EmbeddingOptions]) -> Results[Embedding]:
+        """A vector for each input."""
+        return await self._run(operations.embeddings(input, options))
+
+    async def models(self) -> Results[Model]:
+        """What is served, under each of its names."""
+        return await self._run(operations.models())
+
+    async def close(self) -> None:
+        """Close the connections, unless they are an ``http_client``'s."""
+        if self._owns_http:
+            await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _run(self, operation: Operation[T]) -> T:
+        response = await self._send(operation.request)
+        try:
+            with translated():
+                content = await response.aread()
+        finally:
+            await response.aclose()
+        return operation.read(content)
+
+    def _stream(self, operation: StreamOperation[T]) -> AsyncStream[T]:
+        return AsyncStream(operation, self._send)
+
+    async def _send(self, request: Request) -> httpx.Response:
+        """A response whose body has not been read; the caller closes it. Raises APIError when retries are over."""
+        retries_done = 0
+        while True:
+            with translated():
+                response = await self._http.send(self._endpoint.build(self._http, request), stream=True)
+            if response.is_success:
+                return response
+            try:
+                with translated():
+                    await response.aread()
+            finally:
+                await response.aclose()
+            error = api_error(response)
+            delay = self._retries.delay(retries_done, error)
+            if delay is None:
+                raise error
+            await self._sleep(delay)
+            retries_done += 1
+
+
+class AsyncStream(Generic[T]):
+    """A stream of parts. The request is sent on entering an ``async with`` statement; leaving it closes the connection.
+
+    Leaving early ends the server's work. ``usage`` is known once a stream of text is over.
+    """
+
+    def __init__(
+        self, operation: StreamOperation[T], send: Callable[[Request], Awaitable[httpx.Response]]
+    ) -> None:
+        self._request = operation.request
+        self._decoder = operation.decoder()
+        self._send = send
+        self._response: httpx.Response | None = None
+        self._parts: AsyncGenerator[T, None] | None = None
+
+    @property
+    def usage(self) -> Usage | None:
+        return self._decoder.usage
+
+    async def __aenter__(self) -> Self:
+        if self._response is not None:
+            raise RuntimeError("a stream can be entered once")
+        self._response = await self._send(self._request)
+        self._parts = self._read(self._response)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._parts is not None:
+            await self._parts.aclose()
+        if self._response is not None:
+            await self._response.aclose()
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        if self._parts is None:
+            raise RuntimeError("a stream is read inside an async with statement")
+        return self._parts
+
+    async def _read(self, response: httpx.Response) -> AsyncGenerator[T, None]:
+        try:
+            with translated():
+                async for data in response.aiter_bytes():
+                    for part in self._decoder.feed(data):
+                        yield part
+            self._decoder.finish()
+        finally:
+            await response.aclose()

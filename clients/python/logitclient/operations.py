@@ -1,0 +1,169 @@
+"""Each call as a value: what to send, and how to read what comes back. Knows nothing of sockets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from logitclient import decoding
+from logitclient.arrow import ArrowDecoder
+from logitclient.options import (
+    ChatOptions,
+    CompletionOptions,
+    EmbeddingOptions,
+    HiddenStatesSpec,
+    Input,
+    LogitsOptions,
+    LogitsSpec,
+    Messages,
+    RewardOptions,
+)
+from logitclient.results import (
+    Chunk,
+    Completion,
+    Embedding,
+    LogitsBatch,
+    Model,
+    Perplexity,
+    Results,
+    Reward,
+    SequenceLogits,
+)
+from logitclient.streams import ChunkDecoder, StreamDecoder
+
+T = TypeVar("T")
+
+JSON = "application/json"
+EVENTS = "text/event-stream"
+ARROW = "application/vnd.apache.arrow.stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What goes over the wire, but for the address and the key."""
+
+    method: str
+    path: str
+    accept: str
+    body: Mapping[str, Any] | None = None
+
+    @property
+    def content(self) -> bytes | None:
+        """The body as JSON. Raises TypeError or ValueError for what JSON lacks."""
+        if self.body is None:
+            return None
+        return json.dumps(self.body, default=_plain, allow_nan=False).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Operation(Generic[T]):
+    """A call that has one answer."""
+
+    request: Request
+    parse: Callable[[dict[str, Any]], T]
+
+    def read(self, content: bytes) -> T:
+        """The answer's meaning. Raises DecodeError."""
+        with decoding.decoding(f"answer of {self.request.path}"):
+            return self.parse(json.loads(content))
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOperation(Generic[T]):
+    """A call whose answer comes in parts, which a decoder made for it reads."""
+
+    request: Request
+    decoder: Callable[[], StreamDecoder[T]]
+
+
+def _plain(value: object) -> Any:
+    """numpy's numbers and arrays, and our own specs, as JSON has them."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, LogitsSpec | HiddenStatesSpec):
+        chosen = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+        # Always base64: exact, and a fortieth of a list's cost for the server.
+        return {name: item for name, item in chosen.items() if item is not None} | {"encoding": "base64"}
+    raise TypeError(f"{type(value).__name__} cannot be sent as JSON")
+
+
+def _post(path: str, body: Mapping[str, Any], accept: str = JSON) -> Request:
+    return Request("POST", path, accept, body)
+
+
+def _generation(options: ChatOptions | CompletionOptions, *, stream: bool) -> dict[str, Any]:
+    body: dict[str, Any] = dict(options)
+    if "stream" in body:
+        raise TypeError("'stream' is chosen by the method: stream_chat or stream_complete")
+    # The wire's own "true" would mean lists for chosen columns.
+    if body.get("return_logits") is True:
+        body["return_logits"] = LogitsSpec()
+    if body.get("return_hidden_states") is True:
+        body["return_hidden_states"] = HiddenStatesSpec()
+    return {**body, "stream": True, "stream_options": {"include_usage": True}} if stream else body
+
+
+def _with_input(given: Input | None, messages: Messages | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    if (given is None) == (messages is None):
+        raise TypeError("exactly one of input and messages is needed")
+    return {**options, **({"messages": messages} if given is None else {"input": given})}
+
+
+def chat(messages: Messages, options: ChatOptions) -> Operation[Completion]:
+    body = {**_generation(options, stream=False), "messages": messages}
+    return Operation(_post("/v1/chat/completions", body), decoding.chat_completion)
+
+
+def stream_chat(messages: Messages, options: ChatOptions) -> StreamOperation[Chunk]:
+    body = {**_generation(options, stream=True), "messages": messages}
+    return StreamOperation(
+        _post("/v1/chat/completions", body, EVENTS), lambda: ChunkDecoder(decoding.chat_chunk)
+    )
+
+
+def complete(prompt: Input, options: CompletionOptions) -> Operation[Completion]:
+    body = {**_generation(options, stream=False), "prompt": prompt}
+    return Operation(_post("/v1/completions", body), decoding.text_completion)
+
+
+def stream_complete(prompt: Input, options: CompletionOptions) -> StreamOperation[Chunk]:
+    body = {**_generation(options, stream=True), "prompt": prompt}
+    return StreamOperation(_post("/v1/completions", body, EVENTS), lambda: ChunkDecoder(decoding.text_chunk))
+
+
+def logits(
+    given: Input | None, messages: Messages | None, options: LogitsOptions
+) -> Operation[Results[SequenceLogits]]:
+    body = _with_input(given, messages, options) | {"encoding": "base64"}
+    return Operation(_post("/v1/logits", body), decoding.logits)
+
+
+def stream_logits(
+    given: Input | None, messages: Messages | None, options: LogitsOptions
+) -> StreamOperation[LogitsBatch]:
+    return StreamOperation(_post("/v1/logits", _with_input(given, messages, options), ARROW), ArrowDecoder)
+
+
+def perplexity(given: Input, model: str | None) -> Operation[Results[Perplexity]]:
+    body = {"input": given} if model is None else {"input": given, "model": model}
+    return Operation(_post("/v1/perplexity", body), decoding.perplexities)
+
+
+def rewards(
+    given: Input | None, messages: Messages | None, options: RewardOptions
+) -> Operation[Results[Reward]]:
+    return Operation(_post("/v1/rewards", _with_input(given, messages, options)), decoding.rewards)
+
+
+def embeddings(given: Input, options: EmbeddingOptions) -> Operation[Results[Embedding]]:
+    body = {**options, "input": given, "encoding_format": "base64"}
+    return Operation(_post("/v1/embeddings", body), decoding.embeddings)
+
+
+def models() -> Operation[Results[Model]]:
+    return Operation(Request("GET", "/v1/models", JSON), decoding.models)

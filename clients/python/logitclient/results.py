@@ -1,0 +1,205 @@
+"""What the calls return. ``raw`` is the answer's own JSON, without the arrays that are decoded beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitclient.rows import Rows
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+Stage = Literal["raw", "processed"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HiddenStates:
+    """Rows of hidden states [rows, hidden], of the last layer after the final norm."""
+
+    generated: Rows | None = None
+    prompt: Rows | None = None
+
+    def to_torch(self) -> dict[str, torch.Tensor]:
+        """Copies of the values, by "generated" and "prompt", of those that are there."""
+        return _to_torch(self.generated, self.prompt)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Logits:
+    """Rows of logits: [rows, vocabulary], or [rows, k] with the ids of the columns in ``Rows.token_ids``.
+
+    Row i of ``generated`` is what token i was drawn from. Row j of ``prompt`` scores the token at ``offset + j + 1``.
+    ``batch_invariant`` is False where the server warns that rows depend on what else it was serving.
+    """
+
+    stage: Stage
+    generated: Rows | None = None
+    prompt: Rows | None = None
+    batch_invariant: bool = True
+
+    def to_torch(self) -> dict[str, torch.Tensor]:
+        """Copies of the values, by "generated" and "prompt", of those that are there."""
+        return _to_torch(self.generated, self.prompt)
+
+
+def _to_torch(generated: Rows | None, prompt: Rows | None) -> dict[str, torch.Tensor]:
+    blocks = {"generated": generated, "prompt": prompt}
+    return {name: rows.to_torch() for name, rows in blocks.items() if rows is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens read and written; ``cached_tokens`` of the prompt came from the prefix cache."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """One continuation. ``token_ids`` int32 [tokens] is None unless logits, hidden states or token ids were asked for."""
+
+    index: int
+    text: str
+    finish_reason: str | None
+    token_ids: NDArray[np.int32] | None = None
+    logits: Logits | None = None
+    hidden_states: HiddenStates | None = None
+    raw: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk(Choice):
+    """A part of one choice: the text, tokens and rows of one step. A prompt's rows come before its first token."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Completion:
+    """An answer. ``text`` and the like are those of the first choice; ``choices`` has all, prompt by prompt."""
+
+    id: str
+    model: str
+    choices: tuple[Choice, ...]
+    usage: Usage
+    raw: dict[str, Any] = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.choices[0].finish_reason
+
+    @property
+    def token_ids(self) -> NDArray[np.int32] | None:
+        return self.choices[0].token_ids
+
+    @property
+    def logits(self) -> Logits | None:
+        return self.choices[0].logits
+
+    @property
+    def hidden_states(self) -> HiddenStates | None:
+        return self.choices[0].hidden_states
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Results(Sequence[T], Generic[T]):
+    """A sequence with one result for each input (or model), and what was said beside them."""
+
+    data: tuple[T, ...]
+    model: str | None
+    usage: Usage | None
+    raw: dict[str, Any] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.data)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
+    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
+        return self.data[index]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SequenceLogits:
+    """One input's rows. ``prompt_token_ids`` and ``token_ids`` (those generated) are int32 [tokens]."""
+
+    index: int
+    prompt_token_ids: NDArray[np.int32]
+    token_ids: NDArray[np.int32]
+    logits: Logits
+    hidden_states: HiddenStates | None
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LogitsBatch:
+    """Rows of one engine step, from a stream of logits; everything is [rows] or [rows, columns].
+
+    ``sequence`` int32 tells the input and ``position`` int32 the place of the token that the row scores. ``token_id``
+    int32 is that token, -1 where it does not exist (yet); ``logprob`` float32 its log-probability, NaN likewise.
+    """
+
+    sequence: NDArray[np.int32]
+    position: NDArray[np.int32]
+    token_id: NDArray[np.int32]
+    logprob: NDArray[np.float32]
+    logits: Rows
+    hidden_states: Rows | None = None
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """Natural logarithms: ``nll`` is summed over ``num_tokens`` scored tokens; ``perplexity`` None where there are none."""
+
+    index: int
+    nll: float
+    num_tokens: int
+    perplexity: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reward:
+    """``reward`` is the last token's: float64 [], or [outputs]. ``values`` float64 [tokens] or [tokens, outputs]."""
+
+    index: int
+    head: str
+    reward: NDArray[np.float64]
+    values: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """``vector`` float32 [dimensions]."""
+
+    index: int
+    vector: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A served model by one of its names. ``raw`` has what else the server says of it."""
+
+    id: str
+    vocab_size: int | None
+    max_model_len: int | None
+    batch_invariant: bool | None
+    raw: dict[str, Any] = field(repr=False)

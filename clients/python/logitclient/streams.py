@@ -1,0 +1,76 @@
+"""Streams of text: bytes of server-sent events in, chunks out. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+from logitclient.decoding import chunk_usage, decoding
+from logitclient.errors import StreamError
+from logitclient.results import Chunk, Usage
+from logitclient.sse import Event, SSEDecoder
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class StreamDecoder(Protocol[T_co]):
+    """Takes a stream's bytes as they come."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the stream has said of it so far."""
+
+    def feed(self, data: bytes) -> Sequence[T_co]:
+        """The parts that ``data`` completes. Raises StreamError or DecodeError."""
+
+    def finish(self) -> None:
+        """Called when there is no more. Raises StreamError unless the stream had come to its end."""
+
+
+class ChunkDecoder:
+    """Chunks of chat or completions. ``parse`` reads one choice; a chunk that says nothing is left out."""
+
+    def __init__(self, parse: Callable[[dict[str, Any]], Chunk]) -> None:
+        self._parse = parse
+        self._events = SSEDecoder()
+        self._done = False
+        self.usage: Usage | None = None
+
+    def feed(self, data: bytes) -> list[Chunk]:
+        return [chunk for event in self._events.feed(data) for chunk in self._chunks(event)]
+
+    def finish(self) -> None:
+        if not self._done:
+            raise StreamError("the stream ended before its [DONE]")
+
+    def _chunks(self, event: Event) -> list[Chunk]:
+        if self._done:
+            return []
+        if event.is_done:
+            self._done = True
+            return []
+        with decoding("chunk"):
+            body = json.loads(event.data)
+            if body.get("error") is not None:
+                raise _stream_error(body["error"])
+            self.usage = chunk_usage(body) or self.usage
+            chunks = [self._parse(choice) for choice in body["choices"]]
+        return [chunk for chunk in chunks if _says_something(chunk)]
+
+
+def _says_something(chunk: Chunk) -> bool:
+    """False for the chunk that only opens a chat's answer."""
+    rows = [
+        part for held in (chunk.logits, chunk.hidden_states) if held for part in (held.generated, held.prompt)
+    ]
+    has_tokens = chunk.token_ids is not None and len(chunk.token_ids) > 0
+    return bool(chunk.text or chunk.finish_reason or has_tokens or any(part is not None for part in rows))
+
+
+def _stream_error(error: Any) -> StreamError:
+    if not isinstance(error, dict):
+        return StreamError(str(error))
+    return StreamError(
+        str(error.get("message")), type=error.get("type"), code=error.get("code"), param=error.get("param")
+    )
