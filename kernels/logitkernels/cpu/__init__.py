@@ -1,5 +1,6 @@
 """The native CPU backend: C++ compiled on first use, behind the same functions as the other backends."""
 
 from logitkernels.cpu.kernels import CpuKernels
+from logitkernels.cpu.linear import GgufType
 
-__all__ = ["CpuKernels"]
+__all__ = ["CpuKernels", "GgufType"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logitkernels.cpu import linear as linears
 from logitkernels.cpu.library import AttentionStruct, BatchStruct, CacheStruct, DecoderLayerStruct, Library
-from logitkernels.cpu.linear import PackedLinear
+from logitkernels.cpu.linear import GgufType, PackedLinear
 from logitkernels.interface import AttentionMetadata, DecoderLayerWeights, Kernels
 
 
@@ -60,6 +60,23 @@ class CpuKernels(Kernels):
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         return linears.pack(self._library, weight.detach(), bias, exact=self._exact)
+
+    def pack_gguf(
+        self,
+        raw: Tensor,
+        shape: tuple[int, int],
+        gguf_type: GgufType,
+        bias: Tensor | None = None,
+        *,
+        exact: bool | None = None,
+    ) -> PackedLinear:
+        """A weight [N, K] from the bytes of a GGUF tensor in Q4_0, Q4_1 or Q8_0, kept as stored (see linear.py).
+
+        Weights are what the file says, ``d q + m``, unrounded; activations are rounded to bfloat16 unless ``exact``
+        (default: as the kernels were made).
+        """
+        exact = self._exact if exact is None else exact
+        return linears.pack_gguf(self._library, raw, shape, gguf_type, bias, exact=exact)
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         if x.shape[-1] != packed.in_features:

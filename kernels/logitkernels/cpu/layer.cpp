@@ -43,15 +43,17 @@ struct Workspace {
             widest_output = std::max({widest_output, layers[i].qkv->n, layers[i].gate_up->n});
         }
         input = allocate<float>(tokens * widest_input);
+        sums = allocate<float>(tokens * ceil_div(widest_input, kSumBlock));
         projected = allocate<float>(tokens * widest_output);
     }
 
     Activations input_of(const Linear& linear) const {
-        return {input.get(), activation_stride(linear.k), reads_bf16(linear)};
+        return {input.get(), activation_stride(linear.k), reads_bf16(linear), sums.get()};
     }
 
     int64_t widest_output = 0;
     Buffer<float> input;      // what the next linear layer reads
+    Buffer<float> sums;       // of blocks of it
     Buffer<float> projected;  // what qkv and gate_up return
 };
 

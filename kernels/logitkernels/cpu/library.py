@@ -88,6 +88,7 @@ class DecoderLayerStruct(Structure):
 _SIGNATURES: dict[str, list[type]] = {
     "pack_bf16": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "pack_f32": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "pack_gguf": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "linear": [POINTER(LinearStruct), c_void_p, c_int64, c_void_p, c_int],
     "rms_norm": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
     "silu_and_mul": [c_void_p, c_int64, c_int64, c_void_p, c_int],

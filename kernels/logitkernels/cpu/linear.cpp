@@ -4,10 +4,11 @@
 
 #include <algorithm>
 
+#include "linear_tile.h"
+#include "quantized.h"
+
 namespace logitkernels {
 namespace {
-
-constexpr int kVectors = kPanelColumns / kLanes;
 
 // A format says how one step along k of a panel is read. Every format adds to each sum in the order of k, one fused
 // multiply-add or dot product at a time, whatever the number of rows R: this is what makes rows batch-invariant.
@@ -103,30 +104,6 @@ struct F32Fma {
     static inline void tail(const float*, int64_t, int64_t, const char*, __m512 (&)[R][kVectors]) {}
 };
 
-struct Target {
-    float* out;
-    int64_t stride;
-    const float* bias;  // null, or the bias of the panel's first column
-    int64_t columns;    // of the panel that exist
-    Epilogue epilogue;
-};
-
-template <int R>
-inline void finish(const __m512 (&sums)[R][kVectors], const Target& target) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-        __mmask16 mask = lane_mask(target.columns - v * kLanes);
-        __m512 bias = target.bias ? load(target.bias + v * kLanes, mask) : _mm512_setzero_ps();
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            float* out = target.out + r * target.stride + v * kLanes;
-            __m512 result = target.bias ? _mm512_add_ps(sums[r][v], bias) : sums[r][v];
-            if (target.epilogue == Epilogue::kAdd) result = _mm512_add_ps(load(out, mask), result);
-            store(out, mask, result);
-        }
-    }
-}
-
 // R rows times one panel. Meanwhile a share of the next panel is fetched into the second-level cache: `ahead` points
 // to the share and `ahead_lines` says how many cache lines of it go with every 8 steps.
 template <class Format, int R>
@@ -164,16 +141,12 @@ void tile_of(int64_t rows, const typename Format::Element* x, int64_t stride, co
     }
 }
 
-// Bytes of activations that stay in the second-level cache while all panels pass by.
-constexpr int64_t kActivationBytes = 512 * 1024;
-
 template <class Format>
 void multiply_panels(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
                      Epilogue epilogue) {
     using Element = typename Format::Element;
     const int64_t k = linear.k, panels = ceil_div(linear.n, kPanelColumns), panel_bytes = Format::panel_bytes(k);
-    int64_t block = std::max<int64_t>(kActivationBytes / (x.stride * int64_t(sizeof(Element))), kMaxTileRows);
-    block = block / kMaxTileRows * kMaxTileRows;
+    const int64_t block = rows_per_block(rows, x.stride * int64_t(sizeof(Element)));
     const int64_t blocks = ceil_div(rows, block);
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < blocks * panels; ++item) {
@@ -189,9 +162,7 @@ void multiply_panels(const Linear& linear, const Activations& x, int64_t rows, f
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t size = small + (t < larger);
             const char* ahead = weights + panel_bytes + t * share;
-            Target target{out + row * ldo + panel * kPanelColumns, ldo,
-                          linear.bias ? linear.bias + panel * kPanelColumns : nullptr,
-                          linear.n - panel * kPanelColumns, epilogue};
+            const Target target = target_of(linear, row, panel, out, ldo, epilogue);
             tile_of<Format>(size, static_cast<const Element*>(x.data) + row * x.stride, x.stride, weights, k, ahead,
                             t * share < panel_bytes ? lines : 0, target);
             row += size;
@@ -221,7 +192,8 @@ void multiply(const Linear& linear, const Activations& x, int64_t rows, float* o
     switch (linear.kind) {
         case kBf16Dot: return multiply_panels<Bf16Dot>(linear, x, rows, out, ldo, epilogue);
         case kBf16Fma: return multiply_panels<Bf16Fma>(linear, x, rows, out, ldo, epilogue);
-        default: return multiply_panels<F32Fma>(linear, x, rows, out, ldo, epilogue);
+        case kF32Fma: return multiply_panels<F32Fma>(linear, x, rows, out, ldo, epilogue);
+        default: return multiply_quantized(linear, x, rows, out, ldo, epilogue);
     }
 }
 
@@ -260,8 +232,9 @@ void logitkernels_linear(const Linear* linear, const float* x, int64_t rows, flo
     const bool rounds = reads_bf16(*linear);
     const int64_t stride = activation_stride(linear->k);
     Buffer<bf16> rounded = allocate<bf16>(rounds ? rows * stride : 0);
-    Activations activations{const_cast<float*>(x), linear->k, false};
-    if (rounds) activations = {rounded.get(), stride, true};
+    Buffer<float> sums = allocate<float>(rows * ceil_div(linear->k, kSumBlock));
+    Activations activations{const_cast<float*>(x), linear->k, false, sums.get()};
+    if (rounds) activations = {rounded.get(), stride, true, sums.get()};
 #pragma omp parallel num_threads(threads)
     {
         if (rounds) convert_activations(x, linear->k, rows, linear->k, activations);

@@ -10,6 +10,13 @@ enum LinearKind : int64_t {
     kBf16Dot = 0,  // bf16 weights, activations rounded to bf16, products summed in float32
     kBf16Fma = 1,  // bf16 weights widened in registers, float32 activations
     kF32Fma = 2,   // float32 weights and activations
+    // Blocks of GGUF files, with activations rounded to bf16 (dot) or in float32 (fma); see quantized.h.
+    kQ40Dot = 3,
+    kQ40Fma = 4,
+    kQ41Dot = 5,
+    kQ41Fma = 6,
+    kQ80Dot = 7,
+    kQ80Fma = 8,
 };
 
 // A packed linear layer. The weights lie in panels of 32 output features, which one tile of the product reads from end
@@ -32,9 +39,16 @@ struct Activations {
     void* data;
     int64_t stride;
     bool is_bf16;
+    // Room for [rows, k / 32], where `multiply` keeps the sums of blocks for the formats that need them; or null where
+    // no linear layer reads the rows.
+    float* block_sums = nullptr;
 };
 
-inline bool reads_bf16(const Linear& linear) { return linear.kind == kBf16Dot; }
+constexpr int64_t kSumBlock = 32;
+
+inline bool reads_bf16(const Linear& linear) {
+    return linear.kind == kBf16Dot || linear.kind == kQ40Dot || linear.kind == kQ41Dot || linear.kind == kQ80Dot;
+}
 
 // Whether the result replaces what `out` holds or is added to it (the residual stream).
 enum class Epilogue { kStore, kAdd };

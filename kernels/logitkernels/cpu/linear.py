@@ -20,6 +20,25 @@ class LinearKind(IntEnum):
     BF16_DOT = 0
     BF16_FMA = 1
     F32_FMA = 2
+    Q4_0_DOT = 3
+    Q4_0_FMA = 4
+    Q4_1_DOT = 5
+    Q4_1_FMA = 6
+    Q8_0_DOT = 7
+    Q8_0_FMA = 8
+
+
+class GgufType(IntEnum):
+    """Block formats of GGUF files that are multiplied as stored, by their numbers in the file."""
+
+    Q4_0 = 2
+    Q4_1 = 3
+    Q8_0 = 8
+
+
+BLOCK = 32
+STORED_BYTES = {GgufType.Q4_0: 18, GgufType.Q4_1: 20, GgufType.Q8_0: 34}
+"""Bytes of a block of 32 weights in the file; a packed panel takes as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +99,47 @@ def pack(library: Library, weight: Tensor, bias: Tensor | None, *, exact: bool) 
     pack_panels = library.pack_f32 if kind == LinearKind.F32_FMA else library.pack_bf16
     pack_panels(weight.data_ptr(), depth, rows, depth, packed.data_ptr(), torch.get_num_threads())
     return PackedLinear(kind, rows, depth, packed, pack_bias(bias))
+
+
+def pack_gguf(
+    library: Library,
+    raw: Tensor,
+    shape: tuple[int, int],
+    gguf_type: GgufType,
+    bias: Tensor | None,
+    *,
+    exact: bool,
+) -> PackedLinear:
+    """The blocks of a GGUF file, repacked without loss.
+
+    Args:
+        library: the compiled kernels.
+        raw: uint8, the tensor's bytes: its rows [N, K / 32 * block bytes], flat or not.
+        shape: (N, K) of the weight; K is a multiple of 32.
+        gguf_type: the block format.
+        bias: [N] or None.
+        exact: multiply by float32 activations instead of activations rounded to bfloat16.
+
+    Raises:
+        TypeError: raw is not uint8.
+        ValueError: the shapes do not fit.
+    """
+    rows, depth = shape
+    if raw.dtype != torch.uint8:
+        raise TypeError(f"raw is {raw.dtype}; the blocks of a GGUF file are torch.uint8")
+    if rows < 1 or depth < 1 or depth % BLOCK:
+        raise ValueError(f"shape is {shape}; K must be a multiple of {BLOCK} and both above zero")
+    expected = rows * depth // BLOCK * STORED_BYTES[gguf_type]
+    if raw.numel() != expected:
+        raise ValueError(f"raw has {raw.numel()} bytes; {shape} in {gguf_type.name} has {expected}")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias is {list(bias.shape)}; a weight of {list(shape)} needs [{rows}]")
+    dot, fma = (LinearKind[f"{gguf_type.name}_{how}"] for how in ("DOT", "FMA"))
+    padded = -(-rows // PANEL_COLUMNS) * PANEL_COLUMNS
+    packed = torch.zeros(padded * depth // BLOCK * STORED_BYTES[gguf_type], dtype=torch.uint8)
+    raw = raw.contiguous()
+    library.pack_gguf(raw.data_ptr(), dot, rows, depth, packed.data_ptr(), torch.get_num_threads())
+    return PackedLinear(fma if exact else dot, rows, depth, packed, pack_bias(bias))
 
 
 def check_shapes(weight: Tensor, bias: Tensor | None) -> None:

@@ -1,0 +1,362 @@
+#include "quantized.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "linear_tile.h"
+
+namespace logitkernels {
+namespace {
+
+constexpr int64_t kBlock = kSumBlock;
+constexpr int kFusedRows = 4;     // up to here integers are unpacked where they are used, above into a scratch panel
+constexpr int kScratchRows = 6;   // by 32 columns: 12 sums of the block and 12 of the row
+
+// A format unpacks two neighbouring steps of k of 16 features: pair<P>(block) as bf16 pairs, and even<P>, odd<P> as
+// float32, P from 0 to 15.
+
+template <bool kHasMinimum>
+struct Nibbles {
+    static constexpr bool has_minimum = kHasMinimum;
+    static constexpr int64_t header_bytes = kHasMinimum ? 64 : 32;
+    static constexpr int64_t block_bytes = header_bytes + 256;
+
+    // A nibble's integer: as stored beside a minimum, minus 8 without one.
+    static constexpr int offset = kHasMinimum ? 0 : 8;
+
+    // Lookup ignores the bits above a nibble: bf16 tables repeat after 16 entries because the index has 5 bits.
+    static LOGITKERNELS_INLINE __m512i bf16_table() {
+        const __m512 floats = float_table();
+        return (__m512i)_mm512_cvtne2ps_pbh(floats, floats);
+    }
+    static LOGITKERNELS_INLINE __m512 float_table() {
+        const __m512i ids = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        return _mm512_cvtepi32_ps(_mm512_sub_epi32(ids, _mm512_set1_epi32(offset)));
+    }
+
+    template <int P>
+    static LOGITKERNELS_INLINE __m512i shifted(const char* block, int bits) {
+        const __m512i lanes = _mm512_loadu_si512(block + header_bytes + P / 4 * 64);
+        return _mm512_srli_epi32(lanes, unsigned(4 * (P % 4) + bits));
+    }
+    template <int P>
+    static LOGITKERNELS_INLINE __m512i pair(const char* block) {
+        return _mm512_permutexvar_epi16(shifted<P>(block, 0), bf16_table());
+    }
+    template <int P>
+    static LOGITKERNELS_INLINE __m512 even(const char* block) {
+        return _mm512_permutexvar_ps(shifted<P>(block, 0), float_table());
+    }
+    template <int P>
+    static LOGITKERNELS_INLINE __m512 odd(const char* block) {
+        return _mm512_permutexvar_ps(shifted<P>(block, 16), float_table());
+    }
+};
+
+struct Bytes {
+    static constexpr bool has_minimum = false;
+    static constexpr int64_t header_bytes = 32;
+    static constexpr int64_t block_bytes = header_bytes + 512;
+
+    template <int P>
+    static LOGITKERNELS_INLINE __m512i pair(const char* block) {
+        const char* source = block + header_bytes + P * 32;
+        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+        const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 16));
+        return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high)),
+                                            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)));
+    }
+    template <int P>
+    static LOGITKERNELS_INLINE __m512i words(const char* block) {
+        const char* source = block + header_bytes + P * 32;
+        return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+    }
+    template <int P>
+    static LOGITKERNELS_INLINE __m512 even(const char* block) {
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words<P>(block), 24), 24));
+    }
+    template <int P>
+    static LOGITKERNELS_INLINE __m512 odd(const char* block) {
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(words<P>(block), 8));
+    }
+};
+
+LOGITKERNELS_INLINE __m512 half_floats(const char* source) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+}
+
+// How q and x meet. Unpacked is a scratch panel's element for two steps of 16 features.
+struct Dot {
+    using Element = bf16;
+    static constexpr int64_t unpacked_bytes = 64;
+
+    template <class Format, int P>
+    static LOGITKERNELS_INLINE void unpack(const char* block, char* scratch) {
+        _mm512_store_si512(scratch, Format::template pair<P>(block));
+    }
+    template <class Format, int P, int R>
+    static LOGITKERNELS_INLINE void add_packed(const char* block, const bf16* x, int64_t stride, __m512 (&sums)[R]) {
+        add<R>(Format::template pair<P>(block), x, stride, sums);
+    }
+    template <int R>
+    static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const bf16* x, int64_t stride, __m512 (&sums)[R]) {
+        add<R>(_mm512_load_si512(scratch), x, stride, sums);
+    }
+    template <int R>
+    static LOGITKERNELS_INLINE void add(__m512i pairs, const bf16* x, int64_t stride, __m512 (&sums)[R]) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            int32_t pair;
+            __builtin_memcpy(&pair, x + r * stride, sizeof pair);
+            sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(pair));
+        }
+    }
+};
+
+struct Fma {
+    using Element = float;
+    static constexpr int64_t unpacked_bytes = 128;
+
+    template <class Format, int P>
+    static LOGITKERNELS_INLINE void unpack(const char* block, char* scratch) {
+        _mm512_store_ps(scratch, Format::template even<P>(block));
+        _mm512_store_ps(scratch + 64, Format::template odd<P>(block));
+    }
+    template <class Format, int P, int R>
+    static LOGITKERNELS_INLINE void add_packed(const char* block, const float* x, int64_t stride, __m512 (&sums)[R]) {
+        add<R>(Format::template even<P>(block), Format::template odd<P>(block), x, stride, sums);
+    }
+    template <int R>
+    static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const float* x, int64_t stride, __m512 (&sums)[R]) {
+        add<R>(_mm512_load_ps(scratch), _mm512_load_ps(scratch + 64), x, stride, sums);
+    }
+    template <int R>
+    static LOGITKERNELS_INLINE void add(__m512 even, __m512 odd, const float* x, int64_t stride, __m512 (&sums)[R]) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * stride]), even, sums[r]);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * stride + 1]), odd, sums[r]);
+    }
+};
+
+template <class Step>
+LOGITKERNELS_INLINE void for_each_pair(Step step) {
+    [&]<int... P>(std::integer_sequence<int, P...>) __attribute__((always_inline)) {
+        (step.template operator()<P>(), ...);
+    }(std::make_integer_sequence<int, kBlock / 2>());
+}
+
+// Rows of activations and the sums of their blocks, from some row on.
+template <class Element>
+struct Inputs {
+    const Element* x;
+    int64_t stride;
+    const float* block_sums;
+    int64_t blocks;
+};
+
+template <class Format, int R>
+LOGITKERNELS_INLINE void scale_block(const __m512 (&block)[R], __m512 d, __m512 m, const float* block_sums, int64_t blocks,
+                                     __m512 (&totals)[R]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        totals[r] = _mm512_fmadd_ps(block[r], d, totals[r]);
+        if constexpr (Format::has_minimum)
+            totals[r] = _mm512_fmadd_ps(_mm512_set1_ps(block_sums[r * blocks]), m, totals[r]);
+    }
+}
+
+template <class Format, class Product, int R>
+void fused_tile(const char* panel, const Inputs<typename Product::Element>& in, const Target& target) {
+    __m512 sums[R][kVectors];
+#pragma GCC unroll 2
+    for (int g = 0; g < kVectors; ++g) {
+        const char* block = panel + g * in.blocks * Format::block_bytes;
+        __m512 totals[R];
+        for (int r = 0; r < R; ++r) totals[r] = _mm512_setzero_ps();
+        for (int64_t b = 0; b < in.blocks; ++b, block += Format::block_bytes) {
+            for (int64_t line = 0; line < Format::block_bytes; line += 64)
+                prefetch(block + kVectors * in.blocks * Format::block_bytes + line);
+            const auto* x = in.x + b * kBlock;
+            __m512 partial[R];
+            for (int r = 0; r < R; ++r) partial[r] = _mm512_setzero_ps();
+            for_each_pair([&]<int P>() __attribute__((always_inline)) {
+                Product::template add_packed<Format, P, R>(block, x + 2 * P, in.stride, partial);
+            });
+            scale_block<Format, R>(partial, half_floats(block), half_floats(block + Format::header_bytes - 32),
+                                   in.block_sums + b, in.blocks, totals);
+        }
+        for (int r = 0; r < R; ++r) sums[r][g] = totals[r];
+    }
+    finish<R>(sums, target);
+}
+
+// A panel unpacked for many rows: per group its integers, then its scales and minima as float32.
+template <class Format, class Product>
+class ScratchPanel {
+  public:
+    explicit ScratchPanel(int64_t blocks)
+        : blocks_(blocks),
+          group_bytes_(blocks * kBlock / 2 * Product::unpacked_bytes),
+          integers_(allocate<char>(kVectors * group_bytes_)),
+          scales_(allocate<float>(kVectors * blocks * 2 * kLanes)) {}
+
+    void unpack(const char* panel) {
+        for (int g = 0; g < kVectors; ++g)
+            for (int64_t b = 0; b < blocks_; ++b) {
+                const char* block = panel + (g * blocks_ + b) * Format::block_bytes;
+                for (int64_t line = 0; line < Format::block_bytes; line += 64)
+                    prefetch(block + kVectors * blocks_ * Format::block_bytes + line);
+                char* target = integers_.get() + g * group_bytes_ + b * kBlock / 2 * Product::unpacked_bytes;
+                for_each_pair([&]<int P>() __attribute__((always_inline)) {
+                    Product::template unpack<Format, P>(block, target + P * Product::unpacked_bytes);
+                });
+                float* scales = scales_.get() + (g * blocks_ + b) * 2 * kLanes;
+                _mm512_store_ps(scales, half_floats(block));
+                _mm512_store_ps(scales + kLanes, half_floats(block + Format::header_bytes - 32));
+            }
+    }
+
+    template <int R>
+    void multiply(const Inputs<typename Product::Element>& in, const Target& target) const {
+        __m512 totals0[R], totals1[R];
+        for (int r = 0; r < R; ++r) totals0[r] = totals1[r] = _mm512_setzero_ps();
+        for (int64_t b = 0; b < blocks_; ++b) {
+            const char* integers = integers_.get() + b * kBlock / 2 * Product::unpacked_bytes;
+            const auto* x = in.x + b * kBlock;
+            __m512 block0[R], block1[R];
+            for (int r = 0; r < R; ++r) block0[r] = block1[r] = _mm512_setzero_ps();
+            for (int p = 0; p < kBlock / 2; ++p) {
+                const char* step = integers + p * Product::unpacked_bytes;
+                Product::template add_unpacked<R>(step, x + 2 * p, in.stride, block0);
+                Product::template add_unpacked<R>(step + group_bytes_, x + 2 * p, in.stride, block1);
+            }
+            const float *scales0 = scales_.get() + b * 2 * kLanes, *scales1 = scales0 + blocks_ * 2 * kLanes;
+            scale_block<Format, R>(block0, _mm512_load_ps(scales0), _mm512_load_ps(scales0 + kLanes), in.block_sums + b,
+                                   in.blocks, totals0);
+            scale_block<Format, R>(block1, _mm512_load_ps(scales1), _mm512_load_ps(scales1 + kLanes), in.block_sums + b,
+                                   in.blocks, totals1);
+        }
+        __m512 sums[R][kVectors];
+        for (int r = 0; r < R; ++r) sums[r][0] = totals0[r], sums[r][1] = totals1[r];
+        finish<R>(sums, target);
+    }
+
+  private:
+    const int64_t blocks_, group_bytes_;
+    Buffer<char> integers_;
+    Buffer<float> scales_;
+};
+
+template <class Format, class Product>
+void multiply_format(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
+                     Epilogue epilogue) {
+    using Element = typename Product::Element;
+    const int64_t blocks = linear.k / kBlock, panels = ceil_div(linear.n, kPanelColumns);
+    const int64_t panel_bytes = kVectors * blocks * Format::block_bytes;
+    const int64_t row_block = rows_per_block(rows, x.stride * int64_t(sizeof(Element)));
+    ScratchPanel<Format, Product> scratch(rows > kFusedRows ? blocks : 0);
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < ceil_div(rows, row_block) * panels; ++item) {
+        const int64_t first = item / panels * row_block, panel = item % panels;
+        const int64_t count = std::min(row_block, rows - first);
+        const char* weights = static_cast<const char*>(linear.weights) + panel * panel_bytes;
+        const int64_t most = count <= kFusedRows ? kFusedRows : kScratchRows;
+        const int64_t tiles = ceil_div(count, most), small = count / tiles, larger = count % tiles;
+        if (count > kFusedRows) scratch.unpack(weights);
+        for (int64_t t = 0, row = first; t < tiles; ++t) {
+            const int64_t size = small + (t < larger);
+            const Inputs<Element> in{static_cast<const Element*>(x.data) + row * x.stride, x.stride,
+                                     x.block_sums + row * blocks, blocks};
+            const Target target = target_of(linear, row, panel, out, ldo, epilogue);
+            row += size;
+            if (count <= kFusedRows) {
+                switch (size) {
+                    case 1: fused_tile<Format, Product, 1>(weights, in, target); break;
+                    case 2: fused_tile<Format, Product, 2>(weights, in, target); break;
+                    case 3: fused_tile<Format, Product, 3>(weights, in, target); break;
+                    default: fused_tile<Format, Product, 4>(weights, in, target); break;
+                }
+                continue;
+            }
+            switch (size) {
+                case 1: scratch.template multiply<1>(in, target); break;
+                case 2: scratch.template multiply<2>(in, target); break;
+                case 3: scratch.template multiply<3>(in, target); break;
+                case 4: scratch.template multiply<4>(in, target); break;
+                case 5: scratch.template multiply<5>(in, target); break;
+                default: scratch.template multiply<6>(in, target); break;
+            }
+        }
+    }
+}
+
+// The sum of every block of 32 activations, as they are after rounding.
+template <class Element>
+void sum_blocks(const Activations& x, int64_t rows, int64_t blocks) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t b = 0; b < blocks; ++b) {
+            const Element* source = static_cast<const Element*>(x.data) + row * x.stride + b * kBlock;
+            const __m512 sum = _mm512_add_ps(load(source, 0xffff), load(source + kLanes, 0xffff));
+            x.block_sums[row * blocks + b] = _mm512_reduce_add_ps(sum);
+        }
+}
+
+}  // namespace
+
+void multiply_quantized(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
+                        Epilogue epilogue) {
+    const int64_t blocks = linear.k / kBlock;
+    switch (linear.kind) {
+        case kQ40Dot: return multiply_format<Nibbles<false>, Dot>(linear, x, rows, out, ldo, epilogue);
+        case kQ40Fma: return multiply_format<Nibbles<false>, Fma>(linear, x, rows, out, ldo, epilogue);
+        case kQ41Dot:
+            sum_blocks<bf16>(x, rows, blocks);
+            return multiply_format<Nibbles<true>, Dot>(linear, x, rows, out, ldo, epilogue);
+        case kQ41Fma:
+            sum_blocks<float>(x, rows, blocks);
+            return multiply_format<Nibbles<true>, Fma>(linear, x, rows, out, ldo, epilogue);
+        case kQ80Dot: return multiply_format<Bytes, Dot>(linear, x, rows, out, ldo, epilogue);
+        default: return multiply_format<Bytes, Fma>(linear, x, rows, out, ldo, epilogue);
+    }
+}
+
+}  // namespace logitkernels
+
+using namespace logitkernels;
+
+// Blocks as a GGUF file holds them, row after row of the weight [n, k], into panels. `kind` is one of the dot kinds;
+// `target` is zeroed and holds ceil(n / 32) panels. In the file a Q4 block is d, (m,) and 16 bytes whose lower nibbles
+// are steps 0 to 15 and whose upper ones are steps 16 to 31; a Q8_0 block is d and 32 int8.
+extern "C" void logitkernels_pack_gguf(const uint8_t* raw, int64_t kind, int64_t n, int64_t k, uint8_t* target,
+                                       int threads) {
+    const int64_t header = kind == kQ41Dot ? 4 : 2, source_bytes = header + (kind == kQ80Dot ? 32 : 16);
+    const int64_t blocks = k / kBlock, block_bytes = header * kLanes + (kind == kQ80Dot ? 512 : 256);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t column = 0; column < n; ++column)
+        for (int64_t b = 0; b < blocks; ++b) {
+            const uint8_t* source = raw + (column * blocks + b) * source_bytes;
+            uint8_t* block = target + (column / kLanes * blocks + b) * block_bytes;
+            const int64_t lane = column % kLanes;
+            for (int64_t part = 0; part < header / 2; ++part)
+                std::memcpy(block + part * 32 + lane * 2, source + part * 2, 2);
+            uint8_t* integers = block + header * kLanes;
+            for (int64_t step = 0; step < kBlock; ++step) {
+                if (kind == kQ80Dot) {
+                    integers[step / 2 * 32 + lane * 2 + step % 2] = source[header + step];
+                    continue;
+                }
+                const uint8_t byte = source[header + step % 16];
+                const uint32_t nibble = step < 16 ? byte & 15 : byte >> 4;
+                uint8_t* vector = integers + step / 8 * 64 + lane * 4;
+                uint32_t lanes;
+                std::memcpy(&lanes, vector, sizeof lanes);
+                lanes |= nibble << (step % 2 * 16 + step % 8 / 2 * 4);
+                std::memcpy(vector, &lanes, sizeof lanes);
+            }
+        }
+}
