@@ -29,7 +29,9 @@ def paged(
         tables[row, :blocks] = table
         keys.append(key_cache[table].transpose(0, 1).flatten(1, 2)[:, :total])
         values.append(value_cache[table].transpose(0, 1).flatten(1, 2)[:, :total])
-        slots += [int(table[p // block_size]) * block_size + p % block_size for p in range(total - query, total)]
+        slots += [
+            int(table[p // block_size]) * block_size + p % block_size for p in range(total - query, total)
+        ]
     starts = torch.tensor([0, *(query for query, _ in lengths)]).cumsum(0)
     metadata = AttentionMetadata(
         query_start=starts.to(torch.int32),

@@ -28,9 +28,7 @@ def expected_support(scores: NDArray[np.float64], row: RowSampling) -> set[int]:
     return set(kept[inside].tolist())
 
 
-logits_rows = st.lists(
-    st.integers(-40, 40).map(lambda steps: steps / 8), min_size=2, max_size=60
-)
+logits_rows = st.lists(st.integers(-40, 40).map(lambda steps: steps / 8), min_size=2, max_size=60)
 
 
 @settings(deadline=None)

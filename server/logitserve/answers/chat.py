@@ -19,7 +19,7 @@ class ChatAnswer(Answer):
     def opening_choice(self, record: Record) -> dict[str, Any]:
         """The role, in a chunk without tokens as OpenAI sends it: its npm package counts a first chunk's logprobs twice."""
         delta = {"role": "assistant", "content": ""}
-        return {"index": record.index, "delta": delta, **self._tail(record), "logprobs": None}
+        return {"index": record.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
     def chunk_choice(self, record: Record, *, is_first: bool) -> dict[str, Any]:  # noqa: ARG002 - completions' need
         delta = {"content": record.text} if record.text else {}

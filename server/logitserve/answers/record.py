@@ -90,7 +90,7 @@ class Record:
             extras["token_ids"] = self.token_ids
         if body.return_token_ids and self.is_first_of_prompt:
             extras["prompt_token_ids"] = self.prompt.token_ids
-        if body.return_logits is not None:
+        if body.return_logits is not None and not (self._generated.is_empty and self._prompt_block.is_empty):
             extras["logits"] = self._logits(body.return_logits.stage)
         return extras
 
