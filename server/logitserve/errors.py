@@ -147,7 +147,7 @@ def from_validation(error: ValidationError) -> BadRequestError:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer every error, the framework's own included, with OpenAI's error object."""
+    """Answer every foreseen error, the framework's own included, with OpenAI's error object."""
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
@@ -161,4 +161,3 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ApiError, on_error)
     app.add_exception_handler(EngineError, on_error)
-    app.add_exception_handler(Exception, on_error)

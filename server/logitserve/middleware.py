@@ -13,7 +13,7 @@ from typing import Any, Self
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logitserve.config import ServerConfig
-from logitserve.errors import ApiError, not_ready
+from logitserve.errors import ApiError, from_exception, not_ready
 from logitserve.generation import Counts
 from logitserve.state import ServerState
 
@@ -42,7 +42,7 @@ class LogFields:
 
 
 class RequestLog:
-    """Gives each request an id, counts it as running, and writes one line when it is over."""
+    """Gives each request an id, counts it as running, turns what nobody caught into a 500, and writes one line at the end."""
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
@@ -67,6 +67,10 @@ class RequestLog:
             self._state.request_started()
         try:
             await self._app(scope, receive, send_with_id)
+        except Exception as error:  # noqa: BLE001 - the last stop: whatever was not foreseen is a 500 with an id
+            response = from_exception(error).response()
+            if status == 0:
+                await response(scope, receive, send_with_id)
         finally:
             if scope["path"] not in OPEN_PATHS:
                 self._state.request_ended()

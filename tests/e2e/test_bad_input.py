@@ -190,6 +190,7 @@ TABLE = [
     completion("prompt_logprobs over the limit", "prompt_logprobs", prompt_logprobs=10_000),
     completion("stream_options without stream", "stream_options", stream_options={"include_usage": True}),
     completion("unknown stream option", "stream_options.foo", stream=True, stream_options={"foo": 1}),
+    completion("scored echo of many choices", "echo", echo=True, logprobs=1, stream=True, n=2),
     completion("stream as text", "stream", stream="yes"),
     completion("salt as number", "cache_salt", cache_salt=1),
     completion("long salt", "cache_salt", cache_salt="x" * 1000),

@@ -251,6 +251,7 @@ async def test_an_unforeseen_failure_tells_nothing_of_its_cause(open_app: OpenAp
     assert answer.status_code == 500
     assert "secret" not in answer.text
     assert answer.json()["error"]["type"] == "server_error"
+    assert answer.headers["x-request-id"]
 
 
 async def test_logits_that_are_not_finite_are_an_error_and_no_text(open_app: OpenApp) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PlainValidator
 
+from logitserve.errors import BadRequestError
 from logitserve.protocol.base import IGNORED_FIELDS, NEUTRAL_VALUES
 from logitserve.protocol.generation import LARGEST_ID, GenerationBody
 
@@ -41,3 +42,12 @@ class CompletionBody(GenerationBody):
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=5)
     add_special_tokens: bool = True
+
+    def check(self) -> None:
+        super().check()
+        if self.stream and self.echo and self.logprobs is not None and self.n > 1:
+            raise BadRequestError(
+                "'echo' of a scored prompt can be streamed for one choice only: set 'n' to 1, or leave out 'logprobs' "
+                "or 'stream'.",
+                param="echo",
+            )
