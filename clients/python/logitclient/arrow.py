@@ -21,6 +21,9 @@ CONTINUATION = b"\xff\xff\xff\xff"
 PREFIX_BYTES = 8
 LARGEST_METADATA = 16 << 20
 
+# pyarrow tells of a broken flatbuffer by OSError; the rest are columns that are missing or of another type.
+MALFORMED = (OSError, AttributeError, KeyError, TypeError, ValueError)
+
 
 class MessageCutter:
     """Cuts a stream's bytes into encapsulated messages. Holds no more than came."""
@@ -93,7 +96,7 @@ class ArrowDecoder:
         for message in self._cutter.feed(data):
             try:
                 batch = self._read(message)
-            except (self._pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            except (self._pa.ArrowException, *MALFORMED) as error:
                 raise DecodeError(f"an Arrow message is malformed: {error!r}") from error
             if batch is not None:
                 batches.append(batch)
@@ -138,6 +141,10 @@ class ArrowDecoder:
 def _rows(stored: NDArray[Any], dtype: str, token_ids: NDArray[np.int32] | None = None) -> Rows:
     if stored.dtype != STORAGE[dtype]:
         raise DecodeError(f"a column holds {stored.dtype}, where the stream's dtype is {dtype}")
+    if token_ids is not None and token_ids.shape != stored.shape:
+        raise DecodeError(
+            f"{list(token_ids.shape)} token ids name the columns of {list(stored.shape)} logits"
+        )
     return Rows(widened(stored, dtype), token_ids, dtype=dtype)
 
 

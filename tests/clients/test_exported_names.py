@@ -1,0 +1,15 @@
+"""The package's face. A name here is a promise."""
+
+import logitclient
+
+NAMES = """
+APIError AsyncClient AsyncStream AuthenticationError BadRequestError Choice Chunk Client Completion DecodeError
+Embedding HiddenStates HiddenStatesSpec LogitClientError Logits LogitsBatch LogitsSpec MissingDependencyError Model
+NotFoundError PayloadTooLargeError Perplexity RateLimitError RequestTimeoutError Results Reward Rows SequenceLogits
+ServerError ServiceUnavailableError Stream StreamError TransportError Usage decode_logits
+"""
+
+
+def test_exactly_these_names_are_exported() -> None:
+    assert sorted(logitclient.__all__) == sorted(NAMES.split())
+    assert all(hasattr(logitclient, name) for name in NAMES.split())
