@@ -47,10 +47,14 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="smollm2", help="model of the server that is started")
     parser.add_argument("--url", help="a server that runs already, instead of starting one")
-    parser.add_argument("--server-option", action="append", default=[], help="passed on, e.g. --server-option=--dtype=float32")
+    parser.add_argument(
+        "--server-option", action="append", default=[], help="passed on, e.g. --server-option=--dtype=float32"
+    )
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -69,7 +73,17 @@ def serving(model: str, options: list[str]) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "logitserve", "serve", model, "--port", str(port), "--log-level", "warning"]
+    command = [
+        sys.executable,
+        "-m",
+        "logitserve",
+        "serve",
+        model,
+        "--port",
+        str(port),
+        "--log-level",
+        "warning",
+    ]
     process = subprocess.Popen([*command, *options])
     url = f"http://127.0.0.1:{port}"
     try:
@@ -83,9 +97,11 @@ def serving(model: str, options: list[str]) -> Iterator[str]:
 def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(urllib.error.URLError, ConnectionError):
-            with urllib.request.urlopen(f"{url}/ready", timeout=5):  # noqa: S310 - our own loopback address
-                return
+        with (
+            contextlib.suppress(urllib.error.URLError, ConnectionError),
+            urllib.request.urlopen(f"{url}/ready", timeout=5),  # noqa: S310 - our own loopback address
+        ):
+            return
         time.sleep(0.1)
     raise SystemExit("the server did not become ready")
 
@@ -183,7 +199,9 @@ def measure_rounds(
     results: dict[str, dict[int, list[float]]] = {name: {} for name in contestants}
 
     def prompts(streams: int) -> list[list[int]]:
-        return [[chooser.randrange(100, 49000) for _ in range(arguments.prompt_tokens)] for _ in range(streams)]
+        return [
+            [chooser.randrange(100, 49000) for _ in range(arguments.prompt_tokens)] for _ in range(streams)
+        ]
 
     for measure in contestants.values():
         measure(prompts(1))
@@ -193,7 +211,9 @@ def measure_rounds(
                 seconds = measure(prompts(streams))
                 rate = streams * arguments.new_tokens / seconds
                 results[name].setdefault(streams, []).append(rate)
-                print(f"round {round_number + 1}  {streams:3} streams  {rate:8.1f} tokens/s  {name}", flush=True)
+                print(
+                    f"round {round_number + 1}  {streams:3} streams  {rate:8.1f} tokens/s  {name}", flush=True
+                )
     return results
 
 

@@ -19,9 +19,10 @@ def smollm2() -> Checkpoint:
 @pytest.fixture(scope="session")
 def smollm2_float32(smollm2: Checkpoint) -> PreTrainedModel:
     """transformers' own eager float32 model on the same weights: the reference."""
-    return LlamaForCausalLM.from_pretrained(
+    model: PreTrainedModel = LlamaForCausalLM.from_pretrained(
         smollm2.path, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    )
+    return model.eval()
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -32,7 +33,7 @@ STOP_SECONDS = 40
 EVERY_ROW = LogitsSpec(positions="all")
 
 
-def to_numpy(array: Array) -> NDArray[np.generic]:
+def to_numpy(array: Array) -> NDArray[Any]:
     """The array's numbers; bfloat16 widened to float32."""
     if array.dtype == "bfloat16":
         bits = np.frombuffer(array.data, dtype="<u2").astype(np.uint32) << 16
@@ -55,12 +56,12 @@ class Collected:
         self.finish_reason = output.finish_reason
 
     @property
-    def rows(self) -> NDArray[np.generic]:
+    def rows(self) -> NDArray[Any]:
         """Generated rows, one for each token id."""
         return np.concatenate([to_numpy(output.logits.values) for output in self.outputs if output.logits])
 
     @property
-    def prompt_rows(self) -> NDArray[np.generic]:
+    def prompt_rows(self) -> NDArray[Any]:
         blocks = [output.prompt for output in self.outputs if output.prompt and output.prompt.logits]
         expected = 0
         for block in blocks:

@@ -24,7 +24,7 @@ def mortal_url(
         (server,) = {
             psutil.Process(connection.pid)
             for connection in psutil.net_connections("tcp")
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
         }
         yield url, server
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 import pytest
@@ -52,7 +54,7 @@ def answer(loaded: LoadedModel, asked: GenerationRequest) -> Collected:
     return run(make_engine(loaded), [asked])[asked.request_id, 0]
 
 
-def full_rows(loaded: LoadedModel, asked: GenerationRequest) -> NDArray[np.generic]:
+def full_rows(loaded: LoadedModel, asked: GenerationRequest) -> NDArray[Any]:
     return answer(loaded, msgspec.structs.replace(asked, logits=LogitsSpec())).rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -52,11 +53,11 @@ def request(
     )
 
 
-def values(answer: Collected) -> NDArray[np.generic]:
+def values(answer: Collected) -> NDArray[Any]:
     return np.concatenate([to_numpy(o.prompt.values) for o in answer.outputs if o.prompt and o.prompt.values])
 
 
-def hidden(answer: Collected) -> NDArray[np.generic]:
+def hidden(answer: Collected) -> NDArray[Any]:
     blocks = [o.prompt.hidden_states for o in answer.outputs if o.prompt and o.prompt.hidden_states]
     blocks += [o.hidden_states for o in answer.outputs if o.hidden_states]
     return np.concatenate([to_numpy(block) for block in blocks])
@@ -67,7 +68,8 @@ def reference_hidden(directory: Path, token_ids: list[int]) -> NDArray[np.float3
     model = LlamaForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).model
-    return model(torch.tensor([token_ids])).last_hidden_state[0].numpy()
+    states: NDArray[np.float32] = model(torch.tensor([token_ids])).last_hidden_state[0].numpy()
+    return states
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +145,7 @@ def test_values_equal_the_value_heads_own_computation(
 def test_a_reward_is_the_same_alone_and_in_a_batch_at_any_temperature(
     reward_model: LoadedModel, temperature: float
 ) -> None:
-    prompts = [PROMPT[: 1 + i % len(PROMPT)] + [i] for i in range(16)]
+    prompts = [[*PROMPT[: 1 + i % len(PROMPT)], i] for i in range(16)]
     asked = [
         request(f"r{i}", prompt, temperature=temperature, head=HeadSpec(name="helpful"))
         for i, prompt in enumerate(prompts)

@@ -24,8 +24,8 @@ def make_sequence(arrival: int, prompt: int, answer: int, *, prompt_rows: bool =
     )
 
 
-def make_scheduler(num_blocks: int = 64, **options: int) -> tuple[Scheduler, BlockManager]:
-    config = EngineConfig(block_size=8, **options)
+def make_scheduler(num_blocks: int = 64, **options: int | None) -> tuple[Scheduler, BlockManager]:
+    config = EngineConfig.model_validate({"block_size": 8, **options})
     blocks = BlockManager(num_blocks, 8, prefix_caching=True)
     return Scheduler(config, blocks), blocks
 
