@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from logitkernels import AttentionMetadata, DecoderLayerWeights, Kernels
-from logitkernels.cpu import CpuKernels
+from logitkernels import AttentionMetadata, DecoderLayerWeights
+from logitkernels.cpu import CpuKernels, GgufType
+from logitkernels.cpu.linear import STORED_BYTES
 from torch import Tensor
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 576, 1536, 30, 9, 3, 64, 49152
@@ -47,14 +48,20 @@ def metadata_of(query_lens: list[int], seq_lens: list[int]) -> AttentionMetadata
 class Decoder:
     """Random weights of the model's shape, and caches for a batch."""
 
-    def __init__(self, kernels: Kernels, dtype: torch.dtype) -> None:
+    def __init__(self, kernels: CpuKernels, gguf_type: GgufType | None = None) -> None:
         self.kernels = kernels
-        self.dtype = dtype
+        self.gguf_type = gguf_type
         self.layers = [kernels.prepare_layer(self._layer()) for _ in range(LAYERS)]
         self.head = self._linear(VOCAB, HIDDEN)
 
     def _linear(self, n: int, k: int) -> object:
-        return self.kernels.pack_linear((torch.randn(n, k) * k**-0.5).to(self.dtype))
+        if self.gguf_type is None:
+            return self.kernels.pack_linear((torch.randn(n, k) * k**-0.5).bfloat16())
+        # Random integers under small scales.
+        raw = torch.randint(0, 256, (n * k // 32, STORED_BYTES[self.gguf_type]), dtype=torch.uint8)
+        raw[:, 1] = 0x20
+        raw[:, 3] = 0x20
+        return self.kernels.pack_gguf(raw, (n, k), self.gguf_type)
 
     def _layer(self) -> DecoderLayerWeights:
         return DecoderLayerWeights(
@@ -91,7 +98,7 @@ class Decoder:
 
     def caches(self, metadata: AttentionMetadata) -> list[Tensor]:
         blocks = int(metadata.block_tables.max()) + 1
-        return [torch.randn(blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM).to(self.dtype) for _ in range(2 * LAYERS)]
+        return [torch.randn(blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM).bfloat16() for _ in range(2 * LAYERS)]
 
     def attention(self, query_lens: list[int], seq_lens: list[int]) -> Callable[[], None]:
         metadata = metadata_of(query_lens, seq_lens)
@@ -124,15 +131,15 @@ def void(_: object) -> None:
     """Drop a result."""
 
 
-def measure(cases: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each case, the cases taking turns."""
+def measure(cases: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Median and least milliseconds of each case, the cases taking turns."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
         for name, run in cases.items():
             start = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
+    return {name: (statistics.median(values[1:]), min(values[1:])) for name, values in times.items()}
 
 
 def main() -> None:
@@ -144,8 +151,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     decoders = {
-        "bf16": Decoder(CpuKernels(), torch.bfloat16),
-        "bf16 exact": Decoder(CpuKernels(exact=True), torch.bfloat16),
+        "bf16": Decoder(CpuKernels()),
+        "bf16 exact": Decoder(CpuKernels(exact=True)),
+        "q4_1": Decoder(CpuKernels(), GgufType.Q4_1),
+        "q4_1 exact": Decoder(CpuKernels(exact=True), GgufType.Q4_1),
+        "q8_0": Decoder(CpuKernels(), GgufType.Q8_0),
+        "q8_0 exact": Decoder(CpuKernels(exact=True), GgufType.Q8_0),
     }
     cases: dict[str, Callable[[], None]] = {}
     for kind, decoder in decoders.items():
@@ -167,7 +178,7 @@ def main() -> None:
     cases = {name: run for name, run in cases.items() if options.only in name}
     results = measure(cases, options.rounds)
     for name, value in results.items():
-        print(f"{name:40} {value:9.2f} ms")
+        print(f"{name:40} {value[0]:9.2f} ms, at best {value[1]:9.2f}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=2))
 

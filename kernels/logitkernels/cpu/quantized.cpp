@@ -12,6 +12,7 @@ namespace logitkernels {
 namespace {
 
 constexpr int64_t kBlock = kSumBlock;
+constexpr int64_t kScaleBytes = kLanes * 2;  // the scales, or the minima, of a block in 16 features
 constexpr int kFusedRows = 4;     // up to here integers are unpacked where they are used, above into a scratch panel
 constexpr int kScratchRows = 6;   // by 32 columns: 12 sums of the block and 12 of the row
 
@@ -21,8 +22,7 @@ constexpr int kScratchRows = 6;   // by 32 columns: 12 sums of the block and 12 
 template <bool kHasMinimum>
 struct Nibbles {
     static constexpr bool has_minimum = kHasMinimum;
-    static constexpr int64_t header_bytes = kHasMinimum ? 64 : 32;
-    static constexpr int64_t block_bytes = header_bytes + 256;
+    static constexpr int64_t block_bytes = kScaleBytes + 256;
 
     // A nibble's integer: as stored beside a minimum, minus 8 without one.
     static constexpr int offset = kHasMinimum ? 0 : 8;
@@ -39,7 +39,7 @@ struct Nibbles {
 
     template <int P>
     static LOGITKERNELS_INLINE __m512i shifted(const char* block, int bits) {
-        const __m512i lanes = _mm512_loadu_si512(block + header_bytes + P / 4 * 64);
+        const __m512i lanes = _mm512_loadu_si512(block + kScaleBytes + P / 4 * 64);
         return _mm512_srli_epi32(lanes, unsigned(4 * (P % 4) + bits));
     }
     template <int P>
@@ -58,12 +58,11 @@ struct Nibbles {
 
 struct Bytes {
     static constexpr bool has_minimum = false;
-    static constexpr int64_t header_bytes = 32;
-    static constexpr int64_t block_bytes = header_bytes + 512;
+    static constexpr int64_t block_bytes = kScaleBytes + 512;
 
     template <int P>
     static LOGITKERNELS_INLINE __m512i pair(const char* block) {
-        const char* source = block + header_bytes + P * 32;
+        const char* source = block + kScaleBytes + P * 32;
         const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
         const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 16));
         return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high)),
@@ -71,7 +70,7 @@ struct Bytes {
     }
     template <int P>
     static LOGITKERNELS_INLINE __m512i words(const char* block) {
-        const char* source = block + header_bytes + P * 32;
+        const char* source = block + kScaleBytes + P * 32;
         return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
     }
     template <int P>
@@ -158,72 +157,98 @@ struct Inputs {
     int64_t blocks;
 };
 
-template <class Format, int R>
-LOGITKERNELS_INLINE void scale_block(const __m512 (&block)[R], __m512 d, __m512 m, const float* block_sums, int64_t blocks,
-                                     __m512 (&totals)[R]) {
+template <class Format>
+int64_t minima_bytes(int64_t blocks) {
+    return Format::has_minimum ? blocks * kScaleBytes : 0;
+}
+
+template <class Format>
+int64_t group_bytes(int64_t blocks) {
+    return minima_bytes<Format>(blocks) + blocks * Format::block_bytes;
+}
+
+template <int R, class Element>
+LOGITKERNELS_INLINE void add_minimum(__m512 m, const Inputs<Element>& in, int64_t b, __m512 (&totals)[R]) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-        totals[r] = _mm512_fmadd_ps(block[r], d, totals[r]);
-        if constexpr (Format::has_minimum)
-            totals[r] = _mm512_fmadd_ps(_mm512_set1_ps(block_sums[r * blocks]), m, totals[r]);
-    }
+    for (int r = 0; r < R; ++r)
+        totals[r] = _mm512_fmadd_ps(_mm512_set1_ps(in.block_sums[r * in.blocks + b]), m, totals[r]);
+}
+
+template <int R>
+LOGITKERNELS_INLINE void add_block(const __m512 (&block)[R], __m512 d, __m512 (&totals)[R]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) totals[r] = _mm512_fmadd_ps(block[r], d, totals[r]);
 }
 
 template <class Format, class Product, int R>
 void fused_tile(const char* panel, const Inputs<typename Product::Element>& in, const Target& target) {
+    const int64_t bytes = group_bytes<Format>(in.blocks);
     __m512 sums[R][kVectors];
 #pragma GCC unroll 2
     for (int g = 0; g < kVectors; ++g) {
-        const char* block = panel + g * in.blocks * Format::block_bytes;
+        const char* group = panel + g * bytes;
         __m512 totals[R];
         for (int r = 0; r < R; ++r) totals[r] = _mm512_setzero_ps();
+        if constexpr (Format::has_minimum)
+            for (int64_t b = 0; b < in.blocks; ++b) {
+                if (b % 2 == 0) prefetch(group + kVectors * bytes + b * kScaleBytes);
+                add_minimum<R>(half_floats(group + b * kScaleBytes), in, b, totals);
+            }
+        const char* block = group + minima_bytes<Format>(in.blocks);
         for (int64_t b = 0; b < in.blocks; ++b, block += Format::block_bytes) {
-            for (int64_t line = 0; line < Format::block_bytes; line += 64)
-                prefetch(block + kVectors * in.blocks * Format::block_bytes + line);
+            for (int64_t line = 0; line < Format::block_bytes; line += 64) prefetch(block + kVectors * bytes + line);
             const auto* x = in.x + b * kBlock;
             __m512 partial[R];
             for (int r = 0; r < R; ++r) partial[r] = _mm512_setzero_ps();
             for_each_pair([&]<int P>() __attribute__((always_inline)) {
                 Product::template add_packed<Format, P, R>(block, x + 2 * P, in.stride, partial);
             });
-            scale_block<Format, R>(partial, half_floats(block), half_floats(block + Format::header_bytes - 32),
-                                   in.block_sums + b, in.blocks, totals);
+            add_block<R>(partial, half_floats(block), totals);
         }
         for (int r = 0; r < R; ++r) sums[r][g] = totals[r];
     }
     finish<R>(sums, target);
 }
 
-// A panel unpacked for many rows: per group its integers, then its scales and minima as float32.
+// A panel unpacked for many rows: per group its integers, and its scales and minima as float32.
 template <class Format, class Product>
 class ScratchPanel {
   public:
     explicit ScratchPanel(int64_t blocks)
         : blocks_(blocks),
-          group_bytes_(blocks * kBlock / 2 * Product::unpacked_bytes),
-          integers_(allocate<char>(kVectors * group_bytes_)),
-          scales_(allocate<float>(kVectors * blocks * 2 * kLanes)) {}
+          integer_bytes_(blocks * kBlock / 2 * Product::unpacked_bytes),
+          integers_(allocate<char>(kVectors * integer_bytes_)),
+          scales_(allocate<float>(kVectors * blocks * kLanes)),
+          minima_(allocate<float>(kVectors * blocks * kLanes)) {}
 
     void unpack(const char* panel) {
-        for (int g = 0; g < kVectors; ++g)
+        const int64_t bytes = group_bytes<Format>(blocks_);
+        for (int g = 0; g < kVectors; ++g) {
+            const char* group = panel + g * bytes;
+            for (int64_t line = 0; line < bytes; line += 64) prefetch(group + kVectors * bytes + line);
             for (int64_t b = 0; b < blocks_; ++b) {
-                const char* block = panel + (g * blocks_ + b) * Format::block_bytes;
-                for (int64_t line = 0; line < Format::block_bytes; line += 64)
-                    prefetch(block + kVectors * blocks_ * Format::block_bytes + line);
-                char* target = integers_.get() + g * group_bytes_ + b * kBlock / 2 * Product::unpacked_bytes;
+                const char* block = group + minima_bytes<Format>(blocks_) + b * Format::block_bytes;
+                char* target = integers_.get() + g * integer_bytes_ + b * kBlock / 2 * Product::unpacked_bytes;
                 for_each_pair([&]<int P>() __attribute__((always_inline)) {
                     Product::template unpack<Format, P>(block, target + P * Product::unpacked_bytes);
                 });
-                float* scales = scales_.get() + (g * blocks_ + b) * 2 * kLanes;
-                _mm512_store_ps(scales, half_floats(block));
-                _mm512_store_ps(scales + kLanes, half_floats(block + Format::header_bytes - 32));
+                const int64_t place = (g * blocks_ + b) * kLanes;
+                _mm512_store_ps(scales_.get() + place, half_floats(block));
+                if constexpr (Format::has_minimum)
+                    _mm512_store_ps(minima_.get() + place, half_floats(group + b * kScaleBytes));
             }
+        }
     }
 
     template <int R>
     void multiply(const Inputs<typename Product::Element>& in, const Target& target) const {
         __m512 totals0[R], totals1[R];
         for (int r = 0; r < R; ++r) totals0[r] = totals1[r] = _mm512_setzero_ps();
+        if constexpr (Format::has_minimum)
+            for (int64_t b = 0; b < blocks_; ++b) {
+                add_minimum<R>(_mm512_load_ps(minima_.get() + b * kLanes), in, b, totals0);
+                add_minimum<R>(_mm512_load_ps(minima_.get() + (blocks_ + b) * kLanes), in, b, totals1);
+            }
         for (int64_t b = 0; b < blocks_; ++b) {
             const char* integers = integers_.get() + b * kBlock / 2 * Product::unpacked_bytes;
             const auto* x = in.x + b * kBlock;
@@ -232,13 +257,10 @@ class ScratchPanel {
             for (int p = 0; p < kBlock / 2; ++p) {
                 const char* step = integers + p * Product::unpacked_bytes;
                 Product::template add_unpacked<R>(step, x + 2 * p, in.stride, block0);
-                Product::template add_unpacked<R>(step + group_bytes_, x + 2 * p, in.stride, block1);
+                Product::template add_unpacked<R>(step + integer_bytes_, x + 2 * p, in.stride, block1);
             }
-            const float *scales0 = scales_.get() + b * 2 * kLanes, *scales1 = scales0 + blocks_ * 2 * kLanes;
-            scale_block<Format, R>(block0, _mm512_load_ps(scales0), _mm512_load_ps(scales0 + kLanes), in.block_sums + b,
-                                   in.blocks, totals0);
-            scale_block<Format, R>(block1, _mm512_load_ps(scales1), _mm512_load_ps(scales1 + kLanes), in.block_sums + b,
-                                   in.blocks, totals1);
+            add_block<R>(block0, _mm512_load_ps(scales_.get() + b * kLanes), totals0);
+            add_block<R>(block1, _mm512_load_ps(scales_.get() + (blocks_ + b) * kLanes), totals1);
         }
         __m512 sums[R][kVectors];
         for (int r = 0; r < R; ++r) sums[r][0] = totals0[r], sums[r][1] = totals1[r];
@@ -246,9 +268,9 @@ class ScratchPanel {
     }
 
   private:
-    const int64_t blocks_, group_bytes_;
+    const int64_t blocks_, integer_bytes_;
     Buffer<char> integers_;
-    Buffer<float> scales_;
+    Buffer<float> scales_, minima_;
 };
 
 template <class Format, class Product>
@@ -256,7 +278,7 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
                      Epilogue epilogue) {
     using Element = typename Product::Element;
     const int64_t blocks = linear.k / kBlock, panels = ceil_div(linear.n, kPanelColumns);
-    const int64_t panel_bytes = kVectors * blocks * Format::block_bytes;
+    const int64_t panel_bytes = kVectors * group_bytes<Format>(blocks);
     const int64_t row_block = rows_per_block(rows, x.stride * int64_t(sizeof(Element)));
     ScratchPanel<Format, Product> scratch(rows > kFusedRows ? blocks : 0);
 #pragma omp for schedule(static)
@@ -334,19 +356,22 @@ using namespace logitkernels;
 // are steps 0 to 15 and whose upper ones are steps 16 to 31; a Q8_0 block is d and 32 int8.
 extern "C" void logitkernels_pack_gguf(const uint8_t* raw, int64_t kind, int64_t n, int64_t k, uint8_t* target,
                                        int threads) {
-    const int64_t header = kind == kQ41Dot ? 4 : 2, source_bytes = header + (kind == kQ80Dot ? 32 : 16);
-    const int64_t blocks = k / kBlock, block_bytes = header * kLanes + (kind == kQ80Dot ? 512 : 256);
+    const bool is_bytes = kind == kQ80Dot, has_minimum = kind == kQ41Dot;
+    const int64_t header = has_minimum ? 4 : 2, source_bytes = header + (is_bytes ? 32 : 16);
+    const int64_t blocks = k / kBlock, block_bytes = kScaleBytes + (is_bytes ? 512 : 256);
+    const int64_t minima = has_minimum ? blocks * kScaleBytes : 0;
 #pragma omp parallel for num_threads(threads)
     for (int64_t column = 0; column < n; ++column)
         for (int64_t b = 0; b < blocks; ++b) {
             const uint8_t* source = raw + (column * blocks + b) * source_bytes;
-            uint8_t* block = target + (column / kLanes * blocks + b) * block_bytes;
+            uint8_t* group = target + column / kLanes * (minima + blocks * block_bytes);
+            uint8_t* block = group + minima + b * block_bytes;
             const int64_t lane = column % kLanes;
-            for (int64_t part = 0; part < header / 2; ++part)
-                std::memcpy(block + part * 32 + lane * 2, source + part * 2, 2);
-            uint8_t* integers = block + header * kLanes;
+            std::memcpy(block + lane * 2, source, 2);
+            if (has_minimum) std::memcpy(group + b * kScaleBytes + lane * 2, source + 2, 2);
+            uint8_t* integers = block + kScaleBytes;
             for (int64_t step = 0; step < kBlock; ++step) {
-                if (kind == kQ80Dot) {
+                if (is_bytes) {
                     integers[step / 2 * 32 + lane * 2 + step % 2] = source[header + step];
                     continue;
                 }

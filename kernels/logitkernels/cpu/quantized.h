@@ -3,11 +3,11 @@
 // A block is 32 weights along k with a scale d (and a minimum m): w = d q + m. The integers q are exact in bf16, so the
 // sum over a block is taken over q x and scaled once, in the same order whatever the number of rows:
 //
-//     sum_k w_k x_k = sum_blocks  d (sum_k q_k x_k) + m (sum_k x_k)
+//     sum_k w_k x_k = (sum_blocks m sum_k x_k) + sum_blocks d (sum_k q_k x_k)
 //
-// Panels are 32 output features as two groups of 16. A group holds its blocks one after the other:
+// Panels are 32 output features as two groups of 16. A group holds the minima of its blocks (Q4_1 only),
+// float16 m[k / 32][16], then its blocks one after the other: float16 d[16] and the integers, a 32-bit lane per feature:
 //
-//     float16 d[16], float16 m[16] (Q4_1 only), then the integers, one 32-bit lane per feature:
 //     Q4_0, Q4_1:  4 vectors of 8 steps of k, nibble i of the lower half step 2 i, of the upper half step 2 i + 1
 //     Q8_0:        16 half vectors of 2 steps of k, [16 features][2] int8
 //
