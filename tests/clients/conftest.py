@@ -1,10 +1,113 @@
-"""Servers for the client: one in this process, and one over HTTP, both with the tiny model."""
+"""Servers for the client: an app in this process, and ``logitserve serve`` over HTTP, both with the tiny model."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
 import pytest
+from fastapi import FastAPI
+from logitclient import AsyncClient
+from logitengine.client import EngineClient
+from logitengine.config import EngineConfig
+from logitserve.app import create_app
+from logitserve.config import ServerConfig
+
+START_SECONDS = 120
+STOP_SECONDS = 40
+MODEL = "tiny"
+KEY = "secret"
+ENGINE = {"dtype": "float32", "kv_cache_bytes": 1 << 24, "num_threads": 1}
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+async def app(tiny_llama: Path) -> AsyncIterator[FastAPI]:
+    """The server's app with a real engine. The client itself waits until it is loaded: until then it answers 503."""
+    config = EngineConfig.model_validate({"model": str(tiny_llama), **ENGINE})
+    server = ServerConfig.model_validate(
+        {"served_model_name": [MODEL], "api_key": [KEY], "max_body_bytes": 1 << 16}
+    )
+    app = create_app(EngineClient(config), server)
+
+    async def short_sleep(_seconds: float) -> None:
+        await asyncio.sleep(0.05)
+
+    async with app.router.lifespan_context(app):
+        async with (
+            asyncio.timeout(START_SECONDS),
+            AsyncClient(
+                transport=httpx.ASGITransport(app), api_key=KEY, max_retries=1 << 20, sleep=short_sleep
+            ) as client,
+        ):
+            await client.models()
+        yield app
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+async def client(app: FastAPI) -> AsyncIterator[AsyncClient]:
+    """A client of ``app``, without sockets."""
+    async with AsyncClient(transport=httpx.ASGITransport(app), api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def url(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server process, without a key."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items()]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "logitserve",
+                "serve",
+                str(tiny_llama),
+                f"--port={port}",
+                f"--served-model-name={MODEL}",
+                *flags,
+            ],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+    try:
+        wait_ready(process, f"http://127.0.0.1:{port}", log)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            code = process.wait(timeout=STOP_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+    assert code == 0, log.read_text()[-4000:]
+
+
+def wait_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the server ended while it was starting:\n{log.read_text()[-4000:]}"
+        try:
+            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    pytest.fail(f"the server was not ready within {START_SECONDS} s:\n{log.read_text()[-4000:]}")

@@ -22,7 +22,7 @@ PREFIX_BYTES = 8
 LARGEST_METADATA = 16 << 20
 
 # pyarrow tells of a broken flatbuffer by OSError; the rest are columns that are missing or of another type.
-MALFORMED = (OSError, AttributeError, KeyError, TypeError, ValueError)
+MALFORMED = (OSError, AttributeError, KeyError, OverflowError, TypeError, ValueError)
 
 
 class MessageCutter:
