@@ -27,6 +27,7 @@ async def test_every_path_but_the_probes_needs_the_key(open_app: OpenApp, path: 
             {},
             {"authorization": "Bearer wrong"},
             {"authorization": "right"},
+            {"authorization": "Basic right"},
             {"host": "/health"},
         ):
             answer = await app.client.get(path, headers=headers)

@@ -1,0 +1,48 @@
+"""The engine's streams merged into one, and closed with it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from logitengine.messages import GenerationRequest, StepOutput
+from logitserve.generation import Generation
+from logitserve.job import prepare_completion
+from logitserve.protocol.completions import CompletionBody
+from scripted_engine import OpenApp, Step
+
+pytestmark = pytest.mark.anyio
+
+
+def script(request: GenerationRequest) -> list[Step]:
+    """One token at once, then nothing for ever."""
+    first = StepOutput(request_id=request.request_id, index=0, token_ids=[33], num_cached_tokens=1)
+    return [first, asyncio.get_running_loop().create_future()]
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+async def test_closing_the_deltas_closes_every_request(open_app: OpenApp, prompts: int) -> None:
+    """Also one whose next output nobody waits for."""
+    async with open_app(script) as app:
+        body = CompletionBody.model_validate({"prompt": ["Hi"] * prompts})
+        job = await prepare_completion(body, app.state)
+        generation = Generation(app.engine, job, app.state.model().texts.table)
+        deltas = generation.deltas()
+        seen = {(await anext(deltas)).index for _ in range(prompts)}
+        assert seen == set(range(prompts))
+        assert app.engine.num_open == prompts
+        await deltas.aclose()
+        assert app.engine.num_open == 0
+        usage = generation.counts.usage()
+        assert usage["prompt_tokens_details"] == {"cached_tokens": prompts}
+        assert usage["completion_tokens"] == prompts
+
+
+async def test_unseeded_prompts_of_a_batch_draw_their_own_seeds(open_app: OpenApp) -> None:
+    async with open_app(script) as app:
+        unseeded = await prepare_completion(CompletionBody.model_validate({"prompt": ["Hi"] * 2}), app.state)
+        seeded = await prepare_completion(
+            CompletionBody.model_validate({"prompt": ["Hi"] * 2, "seed": -1}), app.state
+        )
+    assert len({request.sampling.seed for request in unseeded.requests}) == 2
+    assert {request.sampling.seed for request in seeded.requests} == {2**64 - 1}
