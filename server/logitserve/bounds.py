@@ -5,6 +5,7 @@ from __future__ import annotations
 from logitserve.config import ServerConfig
 from logitserve.errors import BadRequestError
 from logitserve.protocol.generation import GenerationBody
+from logitserve.protocol.rows import ReturnLogits, RowOptions
 from logitserve.state import Model
 from logitserve.texts import Texts
 
@@ -60,13 +61,17 @@ def check_fields(body: GenerationBody, model: Model, config: ServerConfig) -> No
         raise too_large("logit_bias", len(body.logit_bias), config.max_logit_bias, "entries")
     if body.prompt_logprobs is not None and body.prompt_logprobs > config.max_prompt_logprobs:
         raise too_large("prompt_logprobs", body.prompt_logprobs, config.max_prompt_logprobs)
-    logits = body.return_logits
-    if logits is not None and logits.top_k is not None and logits.top_k > model.info.vocab_size:
-        raise too_large("return_logits.top_k", logits.top_k, model.info.vocab_size)
-    if logits is not None and logits.token_ids is not None:
+    if body.return_logits is not None:
+        _check_columns(body.return_logits, model)
+
+
+def _check_columns(logits: ReturnLogits, model: Model) -> None:
+    if logits.top_k is not None and logits.top_k > model.info.vocab_size:
+        raise too_large(logits.field("top_k"), logits.top_k, model.info.vocab_size)
+    if logits.token_ids is not None:
         if len(logits.token_ids) > model.info.vocab_size:
-            raise too_large("return_logits.token_ids", len(logits.token_ids), model.info.vocab_size, "ids")
-        check_ids(logits.token_ids, model, "return_logits.token_ids")
+            raise too_large(logits.field("token_ids"), len(logits.token_ids), model.info.vocab_size, "ids")
+        check_ids(logits.token_ids, model, logits.field("token_ids"))
 
 
 def parse_logit_bias(body: GenerationBody, model: Model) -> dict[int, float]:
@@ -80,22 +85,56 @@ def parse_logit_bias(body: GenerationBody, model: Model) -> dict[int, float]:
     return bias
 
 
-def check_answer_bytes(
-    body: GenerationBody, prompt_lengths: list[int], limits: list[int], model: Model, config: ServerConfig
-) -> None:
-    """Refuse more logits than the budget: ``rows * row bytes``, the generated rows once for each choice."""
-    logits = body.return_logits
-    if logits is None:
-        return
-    item = ITEM_BYTES[logits.dtype]
-    columns = logits.top_k or (len(logits.token_ids) if logits.token_ids else None)
-    row_bytes = model.info.vocab_size * item if columns is None else columns * (item + ID_BYTES)
-    rows = sum(prompt_lengths) if logits.wants_prompt else 0
-    rows += body.n * sum(limits) if logits.positions != "prompt" else 0
-    if rows * row_bytes > config.max_answer_bytes:
-        raise BadRequestError(
-            f"'return_logits' asks for up to {rows} rows of {row_bytes} bytes, {rows * row_bytes} in all; this server "
-            f"allows {config.max_answer_bytes}. Lower max_tokens, or choose top_k, token_ids or a smaller dtype.",
-            param="return_logits",
-            code="answer_too_large",
+def check_context(num_prompt_tokens: int, max_tokens: int | None, model: Model, param: str) -> None:
+    """Refuse a prompt without tokens, and one that leaves no room for ``max_tokens`` (None: for a single one)."""
+    if num_prompt_tokens == 0:
+        raise BadRequestError(f"'{param}' is empty: it has no tokens.", param=param)
+    context = model.info.max_model_len
+    left = context - num_prompt_tokens
+    if left < (1 if max_tokens is None else max_tokens):
+        asked = (
+            f" and 'max_tokens' is {max_tokens}: {num_prompt_tokens + max_tokens} in all"
+            if max_tokens
+            else ""
         )
+        raise BadRequestError(
+            f"'{param}' has {num_prompt_tokens} tokens{asked}; the model's context is {context} tokens, "
+            "the answer included.",
+            param="max_tokens" if max_tokens and left > 0 else param,
+            code="context_length_exceeded",
+        )
+
+
+def answer_nbytes(body: GenerationBody, num_prompt_tokens: int, max_tokens: int, model: Model) -> int:
+    """Most bytes of rows that one prompt's answer can have: its own rows once, generated ones for each choice."""
+    nbytes = 0
+    logits, hidden_states = body.return_logits, body.return_hidden_states
+    if logits is not None:
+        item = ITEM_BYTES[logits.dtype]
+        columns = logits.top_k or (len(logits.token_ids) if logits.token_ids else None)
+        row_bytes = model.info.vocab_size * item if columns is None else columns * (item + ID_BYTES)
+        nbytes += _num_rows(logits, body.n, num_prompt_tokens, max_tokens) * row_bytes
+    if hidden_states is not None:
+        row_bytes = model.info.hidden_size * ITEM_BYTES[hidden_states.dtype]
+        nbytes += _num_rows(hidden_states, body.n, num_prompt_tokens, max_tokens) * row_bytes
+    return nbytes
+
+
+def _num_rows(wanted: RowOptions, n: int, num_prompt_tokens: int, max_tokens: int) -> int:
+    return (num_prompt_tokens if wanted.wants_prompt else 0) + (
+        n * max_tokens if wanted.wants_generated else 0
+    )
+
+
+def check_answer_bytes(body: GenerationBody, nbytes: int, config: ServerConfig) -> None:
+    """Refuse a request whose rows would exceed the budget."""
+    if nbytes <= config.max_answer_bytes:
+        return
+    logits = body.return_logits
+    param = "return_hidden_states" if logits is None else logits.path or "input"
+    raise BadRequestError(
+        f"'{param}' asks for up to {nbytes} bytes of rows in all; this server allows {config.max_answer_bytes}. "
+        "Lower max_tokens, ask for fewer positions, or choose top_k, token_ids or a smaller dtype.",
+        param=param,
+        code="answer_too_large",
+    )

@@ -6,37 +6,30 @@ import secrets
 import uuid
 from dataclasses import dataclass
 
-from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.messages import GenerationRequest, HiddenStatesSpec, LogitsSpec, SamplingParams
 
 from logitserve.bounds import (
+    answer_nbytes,
     check_answer_bytes,
+    check_context,
     check_fields,
-    check_ids,
-    check_length,
     generative,
     parse_logit_bias,
     too_large,
 )
 from logitserve.config import ServerConfig
 from logitserve.errors import BadRequestError
+from logitserve.prompts import PreparedPrompt, from_input, from_messages, from_texts, input_param
 from logitserve.protocol.chat import ChatBody
-from logitserve.protocol.completions import CompletionBody, Prompt
+from logitserve.protocol.completions import CompletionBody
 from logitserve.protocol.generation import GenerationBody
+from logitserve.protocol.logits import LogitsBody
 from logitserve.state import Model, ServerState
-from logitserve.texts import Texts
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing a float32 logit by them would overflow."""
 
 DEFAULT_COMPLETION_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class PreparedPrompt:
-    """A prompt's tokens, and its text where it came as text."""
-
-    token_ids: list[int]
-    text: str | None
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,8 @@ class Job:
     model_name: str
     prompts: list[PreparedPrompt]
     requests: list[GenerationRequest]
+    largest_nbytes: int
+    """Most bytes of rows that any one of the requests can make."""
 
     @property
     def num_choices(self) -> int:
@@ -62,21 +57,12 @@ async def prepare_chat(body: ChatBody, state: ServerState) -> Job:
     model = generative(state.model())
     name = model.check_name(body.model)
     check_fields(body, model, state.config)
-    messages = [message.for_template() for message in body.messages]
-    check_length(sum(len(message["content"]) for message in messages), model.texts, "messages")
-
-    def tokenize() -> PreparedPrompt:
-        text = model.texts.render(messages, add_generation_prompt=body.add_generation_prompt)
-        check_length(len(text), model.texts, "messages")
-        return PreparedPrompt(model.texts.encode(text, add_special_tokens=False), text)
-
-    prompt = await state.text_worker.run(tokenize, param="messages")
+    prompt = await from_messages(body.messages, state, add_generation_prompt=body.add_generation_prompt)
     if body.top_logprobs is not None and body.top_logprobs > state.config.max_logprobs:
         raise too_large("top_logprobs", body.top_logprobs, state.config.max_logprobs)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _job(
-        body, name, [prompt], model, state.config, _Asked("messages", body.token_limit, None, logprobs)
-    )
+    asked = _Asked("messages", body.token_limit, None, logprobs)
+    return _job(body, name, [prompt], model, state.config, asked)
 
 
 async def prepare_completion(body: CompletionBody, state: ServerState) -> Job:
@@ -84,29 +70,22 @@ async def prepare_completion(body: CompletionBody, state: ServerState) -> Job:
     model = generative(state.model())
     name = model.check_name(body.model)
     check_fields(body, model, state.config)
-    if len(body.prompt) > state.config.max_batch_prompts:
-        raise too_large("prompt", len(body.prompt), state.config.max_batch_prompts, "prompts")
-    for prompt in body.prompt:
-        if isinstance(prompt, str):
-            check_length(len(prompt), model.texts, "prompt")
-        else:
-            check_ids(prompt, model, "prompt")
-
-    def tokenize() -> list[PreparedPrompt]:
-        return [
-            _prepare(prompt, model.texts, add_special_tokens=body.add_special_tokens)
-            for prompt in body.prompt
-        ]
-
-    prompts = await state.text_worker.run(tokenize, param="prompt")
+    prompts = await from_texts(body.prompt, "prompt", state, add_special_tokens=body.add_special_tokens)
     asked = _Asked("prompt", body.max_tokens, DEFAULT_COMPLETION_TOKENS, body.logprobs, echo=body.echo)
     return _job(body, name, prompts, model, state.config, asked)
 
 
-def _prepare(prompt: Prompt, texts: Texts, *, add_special_tokens: bool) -> PreparedPrompt:
-    if isinstance(prompt, str):
-        return PreparedPrompt(texts.encode(prompt, add_special_tokens=add_special_tokens), prompt)
-    return PreparedPrompt(prompt, None)
+async def prepare_logits(body: LogitsBody, state: ServerState, *, scored: bool) -> Job:
+    """Tokenize and check a logits request; ``scored``: with the log-probability of each row's token. Raises ApiError."""
+    model = generative(state.model())
+    name = model.check_name(body.model)
+    generation = body.as_generation()
+    check_fields(generation, model, state.config)
+    prompts = await from_input(body, state)
+    logprobs = 0 if scored and body.wants_generated else None
+    prompt_logprobs = 0 if scored and body.wants_prompt else None
+    asked = _Asked(input_param(body), body.max_tokens, None, logprobs, prompt_logprobs=prompt_logprobs)
+    return _job(generation, name, prompts, model, state.config, asked)
 
 
 @dataclass(frozen=True)
@@ -118,6 +97,7 @@ class _Asked:
     default_max_tokens: int | None
     logprobs: int | None
     echo: bool = False
+    prompt_logprobs: int | None = None
 
 
 def _job(
@@ -129,12 +109,16 @@ def _job(
     asked: _Asked,
 ) -> Job:
     limits = [_max_tokens(body, len(prompt.token_ids), model, asked) for prompt in prompts]
-    check_answer_bytes(body, [len(prompt.token_ids) for prompt in prompts], limits, model, config)
+    sizes = [
+        answer_nbytes(body, len(prompt.token_ids), limit, model)
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    check_answer_bytes(body, sum(sizes), config)
     bias = parse_logit_bias(body, model)
-    prompt_logprobs = body.prompt_logprobs
+    prompt_logprobs = asked.prompt_logprobs if body.prompt_logprobs is None else body.prompt_logprobs
     if asked.echo and asked.logprobs is not None:
         prompt_logprobs = max(asked.logprobs, prompt_logprobs or 0)
-    spec = _logits_spec(body)
+    logits, hidden_states = _logits_spec(body), _hidden_states_spec(body)
 
     def request(prompt: PreparedPrompt, max_tokens: int) -> GenerationRequest:
         return GenerationRequest(
@@ -144,46 +128,32 @@ def _job(
             n=body.n,
             logprobs=asked.logprobs,
             prompt_logprobs=prompt_logprobs,
-            logits=spec,
+            logits=logits,
+            hidden_states=hidden_states,
             cache_salt=body.cache_salt,
         )
 
     requests = [request(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
-    return Job(body, name, prompts, requests)
+    return Job(body, name, prompts, requests, max(sizes))
 
 
 def _max_tokens(body: GenerationBody, num_prompt_tokens: int, model: Model, asked: _Asked) -> int:
     """The explicit limit if it fits, else the default or what is left of the context."""
-    context = model.info.max_model_len
-    if num_prompt_tokens == 0:
-        raise BadRequestError(f"'{asked.param}' is empty: it has no tokens.", param=asked.param)
-    left = context - num_prompt_tokens
     wanted = asked.max_tokens
-    if wanted == 0 and not (asked.echo or _wants_prompt(body)):
+    if wanted == 0 and not (asked.echo or body.wants_prompt):
         raise BadRequestError(
-            "'max_tokens' may be 0 only with 'echo', 'prompt_logprobs' or 'return_logits' of the prompt.",
+            "'max_tokens' may be 0 only with 'echo', or where rows or logprobs of the prompt are asked for.",
             param="max_tokens",
         )
-    if left < (1 if wanted is None else wanted):
-        raise BadRequestError(
-            f"'{asked.param}' has {num_prompt_tokens} tokens"
-            + (f" and 'max_tokens' is {wanted}: {num_prompt_tokens + wanted} in all" if wanted else "")
-            + f"; the model's context is {context} tokens, the answer included.",
-            param="max_tokens" if wanted and left > 0 else asked.param,
-            code="context_length_exceeded",
-        )
+    check_context(num_prompt_tokens, wanted, model, asked.param)
     if wanted is None:
+        left = model.info.max_model_len - num_prompt_tokens
         wanted = left if asked.default_max_tokens is None else min(asked.default_max_tokens, left)
     if body.min_tokens > wanted:
         raise BadRequestError(
             f"'min_tokens' is {body.min_tokens}, more than the {wanted} tokens allowed.", param="min_tokens"
         )
     return wanted
-
-
-def _wants_prompt(body: GenerationBody) -> bool:
-    logits = body.return_logits
-    return body.prompt_logprobs is not None or (logits is not None and logits.wants_prompt)
 
 
 def _logits_spec(body: GenerationBody) -> LogitsSpec | None:
@@ -197,6 +167,11 @@ def _logits_spec(body: GenerationBody) -> LogitsSpec | None:
         token_ids=tuple(logits.token_ids) if logits.token_ids is not None else None,
         dtype=logits.dtype,
     )
+
+
+def _hidden_states_spec(body: GenerationBody) -> HiddenStatesSpec | None:
+    wanted = body.return_hidden_states
+    return None if wanted is None else HiddenStatesSpec(positions=wanted.positions, dtype=wanted.dtype)
 
 
 def _sampling(body: GenerationBody, max_tokens: int, logit_bias: dict[int, float]) -> SamplingParams:

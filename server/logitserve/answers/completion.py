@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from logitserve.answers.answer import Answer
 from logitserve.answers.record import Record
 from logitserve.detokenizer import Detokenizer
-from logitserve.job import Job, PreparedPrompt
+from logitserve.job import Job
 from logitserve.logprobs import CompletionLogprobs
+from logitserve.prompts import PreparedPrompt
 from logitserve.protocol.completions import CompletionBody
 from logitserve.state import Model
 from logitserve.token_table import TokenTable

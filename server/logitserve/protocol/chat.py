@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import IGNORED_FIELDS, NEUTRAL_VALUES, StrictModel
-from logitserve.protocol.generation import LARGEST_ID, GenerationBody
+from logitserve.protocol.generation import GenerationBody
+from logitserve.protocol.rows import LARGEST_ID
 
 COMPLETIONS_ONLY = frozenset({"suffix", "best_of"})
 

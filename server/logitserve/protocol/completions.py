@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import ClassVar
 
-from pydantic import Field, PlainValidator
+from pydantic import Field
 
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import IGNORED_FIELDS, NEUTRAL_VALUES
-from logitserve.protocol.generation import LARGEST_ID, GenerationBody
-
-Prompt = str | list[int]
-
-
-def is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= LARGEST_ID for item in value)
-
-
-def _as_prompts(value: Any) -> list[Prompt]:
-    """A string, token ids, or a list of either, as a list of prompts."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        if isinstance(value[0], int) and is_token_ids(value):
-            return [value]
-        if all(isinstance(item, str) for item in value):
-            return list(value)
-        if all(isinstance(item, list) and is_token_ids(item) for item in value):
-            return list(value)
-    msg = "must be a string, a list of token ids, or a list of strings or of lists of token ids, not empty"
-    raise ValueError(msg)
+from logitserve.protocol.generation import GenerationBody
+from logitserve.protocol.inputs import Prompts
 
 
 class CompletionBody(GenerationBody):
@@ -38,7 +18,7 @@ class CompletionBody(GenerationBody):
     ignored: ClassVar[frozenset[str]] = frozenset(IGNORED_FIELDS)
     refused: ClassVar[frozenset[str]] = frozenset(NEUTRAL_VALUES)
 
-    prompt: Annotated[list[Prompt], PlainValidator(_as_prompts)]
+    prompt: Prompts
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=5)
     add_special_tokens: bool = True

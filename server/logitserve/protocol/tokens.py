@@ -7,7 +7,7 @@ from pydantic import Field
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import RequestBody
 from logitserve.protocol.chat import Message
-from logitserve.protocol.generation import TokenId
+from logitserve.protocol.rows import TokenId
 
 
 class TokenizeBody(RequestBody):

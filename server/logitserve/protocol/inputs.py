@@ -1,0 +1,66 @@
+"""``input``, or ``messages`` in its place: what the endpoints read that score a prompt instead of continuing it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, PlainValidator
+
+from logitserve.errors import BadRequestError
+from logitserve.protocol.base import IGNORED_FIELDS, RequestBody
+from logitserve.protocol.chat import Message
+from logitserve.protocol.rows import LARGEST_ID
+
+Prompt = str | list[int]
+
+
+def is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= LARGEST_ID for item in value)
+
+
+def _as_prompts(value: Any) -> list[Prompt]:
+    """A string, token ids, or a list of either, as a list of prompts."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if isinstance(value[0], int) and is_token_ids(value):
+            return [value]
+        if all(isinstance(item, str) for item in value):
+            return list(value)
+        if all(isinstance(item, list) and is_token_ids(item) for item in value):
+            return list(value)
+    msg = "must be a string, a list of token ids, or a list of strings or of lists of token ids, not empty"
+    raise ValueError(msg)
+
+
+Prompts = Annotated[list[Prompt], PlainValidator(_as_prompts)]
+
+
+class InputBody(RequestBody):
+    """A model and what it reads. Special tokens are added to text as they are to a completions prompt."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(IGNORED_FIELDS)
+
+    model: str | None = None
+    input: Prompts
+    add_special_tokens: bool = True
+
+    def check(self) -> None:
+        """What no single field shows. Raises BadRequestError with the field to change."""
+
+
+class InputOrMessagesBody(RequestBody):
+    """The same, or a conversation under the chat template; ``add_generation_prompt`` opens the assistant's turn."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(IGNORED_FIELDS)
+
+    model: str | None = None
+    input: Prompts | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = False
+
+    def check(self) -> None:
+        """Raises BadRequestError unless exactly one of ``input`` and ``messages`` is given."""
+        if (self.input is None) == (self.messages is None):
+            raise BadRequestError("Exactly one of 'input' and 'messages' is needed.", param="input")
