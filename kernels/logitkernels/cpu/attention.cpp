@@ -100,11 +100,34 @@ void transpose_keys(const Element* const* keys, int64_t size, float* target) {
     for (int c = 0; c < 4; ++c) store_column(columns[c], target + (whole + c * per_column) * kBlockKeys, Element());
 }
 
+// Cache lines to fetch, a few at a time between other work: the processor has few misses in flight, and a burst of
+// fetches would make the loads behind it wait.
+class Fetcher {
+  public:
+    void begin(int64_t capacity) {
+        lines_.resize(size_t(capacity));
+        position_ = count_ = 0;
+    }
+    void add(const void* row, int64_t bytes) {
+        for (int64_t i = 0; i < bytes; i += 64) lines_[size_t(count_++)] = static_cast<const char*>(row) + i;
+    }
+    LOGITKERNELS_INLINE void step() {
+        if (position_ < count_) prefetch(lines_[size_t(position_++)]);
+    }
+    void steps(int64_t count) {
+        for (int64_t i = 0; i < count; ++i) step();
+    }
+
+  private:
+    std::vector<const char*> lines_;
+    int64_t position_ = 0, count_ = 0;
+};
+
 // scores[r][key] = q_r . k_key, summed in the order of the head's dimensions.
 template <int R>
-void score(const float* query, int64_t size, const float* keys, int64_t from, int64_t to, float* scores) {
+void score(const float* query, int64_t size, const float* keys, Range range, float* scores, Fetcher& fetcher) {
     constexpr int64_t width = kKeyVectors * kLanes;
-    for (int64_t key = from / width * width; key < to; key += width) {
+    for (int64_t key = range.from / width * width; key < range.to; key += width) {
         __m512 sums[R][kKeyVectors];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
@@ -112,6 +135,7 @@ void score(const float* query, int64_t size, const float* keys, int64_t from, in
             for (int v = 0; v < kKeyVectors; ++v) sums[r][v] = _mm512_setzero_ps();
         const float* column = keys + key;
         for (int64_t d = 0; d < size; ++d, column += kBlockKeys) {
+            fetcher.step();
             __m512 k[kKeyVectors];
 #pragma GCC unroll 4
             for (int v = 0; v < kKeyVectors; ++v) {
@@ -149,13 +173,15 @@ struct CachedValues {
 
 // sums[r][d] += weights[r][key] * values[key][d] over keys in ascending order, V vectors of d at a time.
 template <int R, int V, class Values>
-void weigh_columns(const float* weights, const Values& values, int64_t d, Range keys, float* sums, int64_t stride) {
+void weigh_columns(const float* weights, const Values& values, int64_t d, Range keys, float* sums, int64_t stride,
+                   Fetcher& fetcher) {
     __m512 s[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) s[r][v] = _mm512_load_ps(sums + r * stride + d + v * kLanes);
     for (int64_t key = keys.from; key < keys.to; ++key) {
+        fetcher.step();
         __m512 x[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) x[v] = values.at(key, d + v * kLanes);
@@ -173,13 +199,14 @@ void weigh_columns(const float* weights, const Values& values, int64_t d, Range 
 }
 
 template <int R, class Values>
-void weigh(const float* weights, const Values& values, Range keys, float* sums, int64_t stride) {
+void weigh(const float* weights, const Values& values, Range keys, float* sums, int64_t stride,
+           Fetcher& fetcher) {
     int64_t d = 0;
-    for (; d + 4 * kLanes <= stride; d += 4 * kLanes) weigh_columns<R, 4>(weights, values, d, keys, sums, stride);
+    for (; d + 4 * kLanes <= stride; d += 4 * kLanes) weigh_columns<R, 4>(weights, values, d, keys, sums, stride, fetcher);
     switch ((stride - d) / kLanes) {
-        case 3: return weigh_columns<R, 3>(weights, values, d, keys, sums, stride);
-        case 2: return weigh_columns<R, 2>(weights, values, d, keys, sums, stride);
-        case 1: return weigh_columns<R, 1>(weights, values, d, keys, sums, stride);
+        case 3: return weigh_columns<R, 3>(weights, values, d, keys, sums, stride, fetcher);
+        case 2: return weigh_columns<R, 2>(weights, values, d, keys, sums, stride, fetcher);
+        case 1: return weigh_columns<R, 1>(weights, values, d, keys, sums, stride, fetcher);
         default: return;
     }
 }
@@ -299,12 +326,14 @@ class Worker {
     // Transposes the keys and widens the values of a block that the tile sees, while the same part of the next block is
     // fetched: its rows are scattered over the cache, where the processor does not foresee them.
     void load_block(const AttentionItem& item, int64_t block) {
+        constexpr int64_t loading_share = 36;  // lines a group of keys, of 64 when a head has 64 dimensions in bf16
         const int64_t start = block * kBlockKeys;
         const Range seen{within_block(visible_to_row(0), block).from / kLanes * kLanes,
                          within_block(visible_to_row(rows_ - 1), block).to};
         Rows rows;
+        plan_fetches(item, start + kBlockKeys);
         for (int64_t group = seen.from; group < seen.to; group += kLanes) {
-            fetch_rows(item, start + kBlockKeys + group);
+            fetcher_.steps(loading_share);
             // Lanes past the last key repeat it: they are masked later, and no memory beyond the cache is read.
             find_rows(item, start + group, start + seen.to - 1, rows);
             transpose_keys(rows.keys, attention_.key_size, keys_.get() + group);
@@ -349,20 +378,18 @@ class Worker {
         }
     }
 
-    void fetch_rows(const AttentionItem& item, int64_t position) const {
+    // What the tile sees of the block that begins at `start`, in the order in which it will be read.
+    void plan_fetches(const AttentionItem& item, int64_t start) {
+        const int64_t key_bytes = attention_.key_size * int64_t(sizeof(Element));
+        const int64_t value_bytes = attention_.value_size * int64_t(sizeof(Element));
         const int64_t last = visible_to_row(rows_ - 1).to - 1;
-        if (position > last) return;
+        fetcher_.begin(kBlockKeys * (ceil_div(key_bytes, 64) + ceil_div(value_bytes, 64)));
         Rows rows;
-        find_rows(item, position, last, rows);
-        for (int64_t i = 0; i < kLanes; ++i) {
-            fetch(rows.keys[i], attention_.key_size);
-            fetch(rows.values[i], attention_.value_size);
+        for (int64_t position = start; position < start + kBlockKeys && position <= last; position += kLanes) {
+            find_rows(item, position, last, rows);
+            for (int64_t i = 0; i < kLanes; ++i) fetcher_.add(rows.keys[i], key_bytes);
+            for (int64_t i = 0; i < kLanes; ++i) fetcher_.add(rows.values[i], value_bytes);
         }
-    }
-
-    static void fetch(const Element* row, int64_t size) {
-        const char* bytes = reinterpret_cast<const char*>(row);
-        for (int64_t i = 0; i < size * int64_t(sizeof(Element)); i += 64) prefetch(bytes + i);
     }
 
     static const Element* row_of(const Cache& cache, int64_t block, int64_t head, int64_t offset) {
@@ -391,8 +418,8 @@ class Worker {
         }
         RowState states[R];
         if (!all.empty()) {
-            score<R>(query_.get() + first_row * attention_.key_size, attention_.key_size, keys_.get(), all.from, all.to,
-                     scores_.get());
+            score<R>(query_.get() + first_row * attention_.key_size, attention_.key_size, keys_.get(), all,
+                     scores_.get(), fetcher_);
             for (int r = 0; r < R; ++r)
                 if (!keys[r].empty()) states[r] = soften(scores_.get() + r * kBlockKeys, keys[r], attention_.softcap);
             if (reads_values_in_place())
@@ -421,14 +448,14 @@ class Worker {
         const float* weights = scores_.get();
         float* output = block_output_.get();
         auto alone = [&](int r, Range range) {
-            if (!range.empty()) weigh<1>(weights + r * kBlockKeys, values, range, output + r * padded_, padded_);
+            if (!range.empty()) weigh<1>(weights + r * kBlockKeys, values, range, output + r * padded_, padded_, fetcher_);
         };
         if (shared.empty()) {
             for (int r = 0; r < R; ++r) alone(r, keys[r]);
             return;
         }
         for (int r = 0; r < R; ++r) alone(r, {keys[r].from, shared.from});
-        weigh<R>(weights, values, shared, output, padded_);
+        weigh<R>(weights, values, shared, output, padded_, fetcher_);
         for (int r = 0; r < R; ++r) alone(r, {shared.to, keys[r].to});
     }
 
@@ -466,6 +493,7 @@ class Worker {
     Buffer<float> keys_, values_, query_, output_;
     Buffer<RowState> states_;
     Buffer<float> scores_, block_output_;
+    Fetcher fetcher_;
     const Element* value_rows_[kBlockKeys];
     int64_t first_position_ = 0, rows_ = 0;
 };
