@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from logitkernels import AttentionMetadata, DecoderLayerWeights
 from logitkernels.cpu import CpuKernels, GgufType
-from logitkernels.cpu.linear import STORED_BYTES
+from logitkernels.cpu.linear import STORED_BYTES, PackedLinear
 from torch import Tensor
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 576, 1536, 30, 9, 3, 64, 49152
@@ -54,7 +54,7 @@ class Decoder:
         self.layers = [kernels.prepare_layer(self._layer()) for _ in range(LAYERS)]
         self.head = self._linear(VOCAB, HIDDEN)
 
-    def _linear(self, n: int, k: int) -> object:
+    def _linear(self, n: int, k: int) -> PackedLinear:
         if self.gguf_type is None:
             return self.kernels.pack_linear((torch.randn(n, k) * k**-0.5).bfloat16())
         # Random integers under small scales.
