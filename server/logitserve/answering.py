@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from functools import partial
+from typing import Protocol
 
 import orjson
 from fastapi import Request
 from fastapi.responses import Response
 
 from logitserve.answers.answer import Answer
+from logitserve.answers.arrow import ArrowAnswer
 from logitserve.errors import from_exception
-from logitserve.generation import Delta, Generation
+from logitserve.generation import Counts, Delta, Generation
 from logitserve.job import Job
 from logitserve.middleware import LogFields
-from logitserve.sse import DONE, ClientDisconnectedError, EventStream, event, until_disconnect
+from logitserve.sse import DONE, ArrowStream, ClientDisconnectedError, EventStream, event, until_disconnect
 from logitserve.state import ServerState
 
 INLINE_BASE64_BYTES = 1 << 20
@@ -25,40 +27,36 @@ INLINE_LIST_BYTES = 1 << 14
 CLIENT_CLOSED_REQUEST = 499
 
 
+class WholeAnswer(Protocol):
+    """Collects deltas into one body."""
+
+    def add(self, delta: Delta) -> None: ...
+
+    def whole(self, counts: Counts) -> bytes: ...
+
+
 async def respond(job: Job, answer: Answer, state: ServerState, request: Request) -> Response:
-    """Run the job. Raises EngineError or ApiError while nothing has been sent."""
-    generation = Generation(state.engine, job, answer.model.texts.table)
-    log = LogFields.of(request.scope)
-    log.answer_id = answer.id
-    log.counts = generation.counts
-    deltas = generation.deltas()
+    """Run the job and answer as its body asks. Raises EngineError or ApiError while nothing has been sent."""
+    LogFields.of(request.scope).answer_id = answer.id
     if not job.body.stream:
-        return await _whole(job, answer, state, request, generation, deltas)
+        return await respond_whole(job, answer, state, request)
+    generation = _begin(job, state, request)
+    deltas = generation.deltas()
     try:
-        # The first delta decides the status: a refusal is no stream.
-        first = await until_disconnect(request.receive, anext_of(deltas))
+        first = await _first(deltas, request)
     except ClientDisconnectedError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return EventStream(_events(first, deltas, job, answer, state, generation))
 
 
-async def anext_of(deltas: AsyncIterator[Delta]) -> Delta:
-    return await anext(deltas)
-
-
-async def _whole(
-    job: Job,
-    answer: Answer,
-    state: ServerState,
-    request: Request,
-    generation: Generation,
-    deltas: AsyncGenerator[Delta, None],
-) -> Response:
+async def respond_whole(job: Job, answer: WholeAnswer, state: ServerState, request: Request) -> Response:
+    """Run the job and answer with one JSON body. Raises EngineError or ApiError."""
+    generation = _begin(job, state, request)
     inline = _inline_bytes(job)
 
     async def collect() -> bytes:
         nbytes = 0
-        async with contextlib.aclosing(deltas):
+        async with contextlib.aclosing(generation.deltas()) as deltas:
             async for delta in deltas:
                 nbytes += delta.nbytes
                 await state.encode(partial(answer.add, delta), delta.nbytes, inline)
@@ -69,6 +67,31 @@ async def _whole(
     except ClientDisconnectedError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return Response(body, media_type="application/json")
+
+
+async def respond_arrow(job: Job, answer: ArrowAnswer, state: ServerState, request: Request) -> Response:
+    """Run the job and send its rows as they come. Raises EngineError or ApiError while nothing has been sent."""
+    deltas = _begin(job, state, request).deltas()
+    try:
+        first = await _first(deltas, request)
+    except ClientDisconnectedError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return ArrowStream(_batches(first, deltas, answer))
+
+
+def _begin(job: Job, state: ServerState, request: Request) -> Generation:
+    generation = Generation(state.engine, job, state.model().texts.table)
+    LogFields.of(request.scope).counts = generation.counts
+    return generation
+
+
+async def _first(deltas: AsyncIterator[Delta], request: Request) -> Delta:
+    """The first delta, which decides the status: a refusal is no stream. Raises ClientDisconnectedError."""
+
+    async def wait() -> Delta:
+        return await anext(deltas)
+
+    return await until_disconnect(request.receive, wait())
 
 
 async def _events(
@@ -95,6 +118,18 @@ async def _events(
     yield DONE
 
 
+async def _batches(
+    first: Delta, deltas: AsyncGenerator[Delta, None], answer: ArrowAnswer
+) -> AsyncGenerator[bytes | memoryview, None]:
+    """The next delta is asked for when the batches of this one have left: so a slow reader slows its own request."""
+    async with contextlib.aclosing(deltas):
+        async for delta in _with_first(first, deltas):
+            for piece in answer.batches(delta):
+                yield piece
+    for piece in answer.end():
+        yield piece
+
+
 async def _with_first(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
     yield first
     async for delta in rest:
@@ -102,5 +137,6 @@ async def _with_first(first: Delta, rest: AsyncIterator[Delta]) -> AsyncIterator
 
 
 def _inline_bytes(job: Job) -> int:
-    logits = job.body.return_logits
-    return INLINE_LIST_BYTES if logits is not None and logits.wire_encoding == "list" else INLINE_BASE64_BYTES
+    rows = (job.body.return_logits, job.body.return_hidden_states)
+    as_lists = any(wanted is not None and wanted.wire_encoding == "list" for wanted in rows)
+    return INLINE_LIST_BYTES if as_lists else INLINE_BASE64_BYTES

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from logitengine.client import EngineClient
-from logitengine.messages import GenerationRequest, LogitsRows, Logprobs, PromptOutput, StepOutput
+from logitengine.messages import Array, GenerationRequest, LogitsRows, Logprobs, PromptOutput, StepOutput
 
 from logitserve.detokenizer import Detokenizer
 from logitserve.errors import ApiError
 from logitserve.job import Job
 from logitserve.stop_strings import StopStrings
+from logitserve.streams import outputs_of
 from logitserve.token_table import TokenTable
 
 
@@ -21,8 +21,8 @@ from logitserve.token_table import TokenTable
 class Delta:
     """What one step added to one choice.
 
-    ``token_ids``, the rows of ``logits`` and ``logprobs`` and ``text_offsets`` (where each token's text begins in the
-    choice's text) align one to one. ``text`` may lag behind the tokens: characters that are not whole and text that may
+    ``token_ids``, the rows of ``logits``, ``logprobs`` and ``hidden_states`` [rows, H], and ``text_offsets`` (where each
+    token's text begins in the choice's text) align one to one. ``text`` may lag behind the tokens: characters that are not whole and text that may
     become a stop string are held back. A stop string ends the text, not the rows: the token that completed it keeps its
     row.
     """
@@ -33,6 +33,7 @@ class Delta:
     text_offsets: list[int]
     logits: LogitsRows | None = None
     logprobs: Logprobs | None = None
+    hidden_states: Array | None = None
     prompt: PromptOutput | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
@@ -40,7 +41,8 @@ class Delta:
     @property
     def nbytes(self) -> int:
         """Of the arrays carried."""
-        return sum(block.nbytes for block in (self.logits, self.prompt) if block is not None)
+        blocks = (self.logits, self.hidden_states, self.prompt)
+        return sum(block.nbytes for block in blocks if block is not None)
 
 
 @dataclass(slots=True)
@@ -95,6 +97,7 @@ class Choice:
             text_offsets=offsets,
             logits=output.logits,
             logprobs=output.logprobs,
+            hidden_states=output.hidden_states,
             prompt=output.prompt,
             finish_reason=self.finish_reason,
             stop_reason=stop_reason,
@@ -127,7 +130,7 @@ class Generation:
         ]
         open_choices = len(choices)
         cached: dict[int, int] = {}
-        outputs = _merged([self._engine.generate(request) for request in self._job.requests])
+        outputs = outputs_of(self._engine, self._job.requests, self._job.largest_nbytes)
         async with contextlib.aclosing(outputs):
             async for prompt, output in outputs:
                 choice = choices[prompt * n + output.index]
@@ -145,32 +148,3 @@ class Generation:
                 yield delta
                 if open_choices == 0:
                     return
-
-
-async def _merged(
-    streams: list[AsyncGenerator[StepOutput, None]],
-) -> AsyncGenerator[tuple[int, StepOutput], None]:
-    """The streams' outputs as they come, each with its stream's number. Holds at most one output of each back."""
-    if len(streams) == 1:
-        async with contextlib.aclosing(streams[0]) as stream:
-            async for output in stream:
-                yield 0, output
-        return
-    waiting = {asyncio.ensure_future(anext(stream)): number for number, stream in enumerate(streams)}
-    try:
-        while waiting:
-            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for call in done:
-                number = waiting.pop(call)
-                try:
-                    output = call.result()
-                except StopAsyncIteration:
-                    continue
-                yield number, output
-                waiting[asyncio.ensure_future(anext(streams[number]))] = number
-    finally:
-        for call in waiting:
-            call.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
-        for stream in streams:
-            await stream.aclose()

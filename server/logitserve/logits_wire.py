@@ -1,8 +1,8 @@
-"""Logits rows as they go into JSON: base64 of the engine's bytes, or nested lists."""
+"""Rows of numbers as they go into JSON: base64 of the engine's bytes, or nested lists."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import orjson
@@ -10,7 +10,7 @@ import pybase64
 from logitengine.messages import Array, LogitsRows
 from numpy.typing import NDArray
 
-Encoding = Literal["base64", "list"]
+from logitserve.protocol.rows import Encoding
 
 
 class BlockWriter:
@@ -58,11 +58,35 @@ class BlockWriter:
         return block
 
 
-def block(rows: LogitsRows, encoding: Encoding) -> dict[str, Any]:
-    """One block of these rows alone."""
-    writer = BlockWriter(encoding)
-    writer.add(rows)
-    return writer.finish()
+class RowBlocks:
+    """The rows of one choice, logits or hidden states: ``{"generated": block, "prompt": {**block, "offset"}}``."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        self._generated = BlockWriter(encoding)
+        self._prompt = BlockWriter(encoding)
+        self._offset = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return self._generated.is_empty and self._prompt.is_empty
+
+    def add_generated(self, rows: LogitsRows) -> None:
+        self._generated.add(rows)
+
+    def add_prompt(self, rows: LogitsRows, offset: int) -> None:
+        """Append prompt rows, the first of them at position ``offset``."""
+        if self._prompt.is_empty:
+            self._offset = offset
+        self._prompt.add(rows)
+
+    def finish(self) -> dict[str, Any]:
+        """The blocks that have rows."""
+        blocks: dict[str, Any] = {}
+        if not self._generated.is_empty:
+            blocks["generated"] = self._generated.finish()
+        if not self._prompt.is_empty:
+            blocks["prompt"] = {**self._prompt.finish(), "offset": self._offset}
+        return blocks
 
 
 class _Base64Column:

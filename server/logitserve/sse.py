@@ -1,14 +1,20 @@
-"""Server-sent events, and answers that end their work when the client goes away."""
+"""Streamed answers, and answers that end their work when the client goes away."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 from fastapi.responses import Response
+from logitengine.errors import EngineError
 from starlette.types import Receive, Scope, Send
+
+from logitserve.errors import ApiError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -47,23 +53,40 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-class EventStream(Response):
-    """Sends events as they come. The generator is closed however the stream ends."""
+class ByteStream(Response):
+    """Sends pieces as they come, and waits while the client does not read. The generator is closed however it ends.
 
-    media_type = "text/event-stream"
+    A failure leaves the body without its end, so that the client's HTTP library sees that it is not whole.
+    """
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, pieces: AsyncGenerator[bytes | memoryview, None]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._pieces = pieces
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        async with contextlib.aclosing(self._events):
+        async with contextlib.aclosing(self._pieces):
             with contextlib.suppress(ClientDisconnectedError):
                 await until_disconnect(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for data in self._events:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+        try:
+            async for piece in self._pieces:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except (EngineError, ApiError) as error:
+            logger.warning("a stream was cut off: %s", error)
+            return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class EventStream(ByteStream):
+    """Server-sent events."""
+
+    media_type = "text/event-stream"
+
+
+class ArrowStream(ByteStream):
+    """Arrow IPC messages."""
+
+    media_type = "application/vnd.apache.arrow.stream"

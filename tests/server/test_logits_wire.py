@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from logitengine.messages import Array, LogitsRows
-from logitserve.logits_wire import BlockWriter, Encoding
+from logitserve.logits_wire import BlockWriter
+from logitserve.protocol.rows import Encoding
 
 # All of them survive bfloat16.
 VALUES = [[0.5, -2.0, 3.0], [1.5, 0.0, -0.25]]

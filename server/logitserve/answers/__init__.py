@@ -1,1 +1,1 @@
-"""Deltas as JSON: chunks of a stream, or one whole answer, in the shapes of chat and of completions."""
+"""Deltas as answers: chunks of a stream or one whole body in the shapes of chat, completions and logits, or Arrow."""

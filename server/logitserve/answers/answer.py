@@ -52,7 +52,7 @@ class Answer(ABC):
     def says_nothing(self, delta: Delta) -> bool:
         """Whether a stream may leave this delta out: no text, and nothing asked for beside the text."""
         body = self.job.body
-        wanted = body.return_token_ids or body.return_logits is not None or delta.logprobs is not None
+        wanted = body.return_token_ids or body.returns_rows or delta.logprobs is not None
         return not (delta.text or delta.finish_reason or delta.prompt or (wanted and delta.token_ids))
 
     def chunks(self, delta: Delta) -> list[bytes]:

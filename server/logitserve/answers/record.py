@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from logitengine.messages import Logprobs
+from logitengine.messages import LogitsRows, Logprobs, PromptOutput
 
 from logitserve.generation import Delta
 from logitserve.job import Job
-from logitserve.logits_wire import BlockWriter
+from logitserve.logits_wire import RowBlocks
 from logitserve.logprobs import joined, prompt_entries
+from logitserve.protocol.rows import RowOptions
 from logitserve.state import Model
 
 
@@ -28,10 +29,8 @@ class Record:
         self._logprobs: list[Logprobs] = []
         self._prompt_logprobs: list[Logprobs] = []
         self._prompt_offset: int | None = None
-        logits = job.body.return_logits
-        encoding = "base64" if logits is None else logits.wire_encoding
-        self._generated = BlockWriter(encoding)
-        self._prompt_block = BlockWriter(encoding)
+        self._logits = _blocks(job.body.return_logits)
+        self._hidden_states = _blocks(job.body.return_hidden_states)
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
 
@@ -42,16 +41,23 @@ class Record:
         if delta.logprobs is not None:
             self._logprobs.append(delta.logprobs)
         if delta.logits is not None:
-            self._generated.add(delta.logits)
+            self._logits.add_generated(delta.logits)
+        if delta.hidden_states is not None:
+            self._hidden_states.add_generated(LogitsRows(values=delta.hidden_states))
         if delta.prompt is not None:
-            if self._prompt_offset is None:
-                self._prompt_offset = delta.prompt.offset
-            if delta.prompt.logits is not None:
-                self._prompt_block.add(delta.prompt.logits)
-            if delta.prompt.logprobs is not None:
-                self._prompt_logprobs.append(delta.prompt.logprobs)
+            self._add_prompt(delta.prompt)
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
+
+    def _add_prompt(self, prompt: PromptOutput) -> None:
+        if self._prompt_offset is None:
+            self._prompt_offset = prompt.offset
+        if prompt.logits is not None:
+            self._logits.add_prompt(prompt.logits, prompt.offset)
+        if prompt.hidden_states is not None:
+            self._hidden_states.add_prompt(LogitsRows(values=prompt.hidden_states), prompt.offset)
+        if prompt.logprobs is not None:
+            self._prompt_logprobs.append(prompt.logprobs)
 
     @property
     def text(self) -> str:
@@ -82,24 +88,27 @@ class Record:
         first: list[dict[str, Any] | None] = [None] if offset == 0 else []
         return first + prompt_entries(self._model.texts.table, scored, scores, self._job.body.prompt_logprobs)
 
+    def rows(self) -> dict[str, Any]:
+        """``logits`` and ``hidden_states``, those that there are."""
+        rows: dict[str, Any] = {}
+        logits = self._job.body.return_logits
+        if logits is not None and not self._logits.is_empty:
+            caveat = {} if self._model.info.batch_invariant else {"batch_invariant": False}
+            rows["logits"] = {"stage": logits.stage, **caveat, **self._logits.finish()}
+        if not self._hidden_states.is_empty:
+            rows["hidden_states"] = self._hidden_states.finish()
+        return rows
+
     def extras(self) -> dict[str, Any]:
-        """``token_ids``, ``logits`` and ``stop_reason``, beyond what OpenAI defines."""
+        """``token_ids``, ``logits``, ``hidden_states`` and ``stop_reason``, beyond what OpenAI defines."""
         body = self._job.body
         extras: dict[str, Any] = {"stop_reason": self.stop_reason}
-        if body.return_token_ids or body.return_logits is not None:
+        if body.return_token_ids or body.returns_rows:
             extras["token_ids"] = self.token_ids
         if body.return_token_ids and self.is_first_of_prompt:
             extras["prompt_token_ids"] = self.prompt.token_ids
-        if body.return_logits is not None and not (self._generated.is_empty and self._prompt_block.is_empty):
-            extras["logits"] = self._logits(body.return_logits.stage)
-        return extras
+        return {**extras, **self.rows()}
 
-    def _logits(self, stage: str) -> dict[str, Any]:
-        logits: dict[str, Any] = {"stage": stage}
-        if not self._model.info.batch_invariant:
-            logits["batch_invariant"] = False
-        if not self._generated.is_empty:
-            logits["generated"] = self._generated.finish()
-        if not self._prompt_block.is_empty:
-            logits["prompt"] = {**self._prompt_block.finish(), "offset": self._prompt_offset}
-        return logits
+
+def _blocks(wanted: RowOptions | None) -> RowBlocks:
+    return RowBlocks("base64" if wanted is None else wanted.wire_encoding)

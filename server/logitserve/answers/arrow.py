@@ -1,0 +1,163 @@
+"""Rows as an Arrow IPC stream: https://arrow.apache.org/docs/format/Columnar.html#ipc-streaming-format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+from logitengine.messages import Array, LogitsRows, Logprobs
+
+from logitserve.generation import Delta
+from logitserve.job import Job
+from logitserve.protocol.logits import LogitsBody
+from logitserve.state import Model
+
+TYPES: dict[str, Any] = {
+    "float32": pa.float32(),
+    "float16": pa.float16(),
+    "bfloat16": pa.uint16(),  # Arrow has no such type: the bits
+    "int32": pa.int32(),
+}
+SENT_BYTES = 256 << 10
+"""Most bytes handed on at once: what is on its way to a slow reader is no more than this, however long a batch is."""
+
+
+class ArrowAnswer:
+    """Renders deltas as record batches; the engine's arrays are not copied."""
+
+    def __init__(self, job: Job, body: LogitsBody, model: Model) -> None:
+        self._job = job
+        self._has_top = body.top_k is not None
+        self._num_generated = [0] * len(job.requests)
+        self._schema = _schema(body, job.model_name, model)
+        self._pieces = _Pieces()
+        self._writer = pa.ipc.new_stream(self._pieces, self._schema)
+
+    def batches(self, delta: Delta) -> Iterator[bytes | memoryview]:
+        """The batches of a delta's prompt rows and of its generated rows; before the first one, the schema."""
+        prompt, index = delta.prompt, delta.index
+        if prompt is not None and prompt.logits is not None:
+            token_ids = self._job.requests[index].prompt_token_ids[prompt.offset + 1 :]
+            yield from self._batch(
+                index, prompt.offset + 1, token_ids, prompt.logprobs, prompt.logits, prompt.hidden_states
+            )
+        if delta.logits is not None:
+            position = len(self._job.requests[index].prompt_token_ids) + self._num_generated[index]
+            yield from self._batch(
+                index, position, delta.token_ids, delta.logprobs, delta.logits, delta.hidden_states
+            )
+        self._num_generated[index] += len(delta.token_ids)
+
+    def end(self) -> Iterator[bytes | memoryview]:
+        """The end-of-stream marker."""
+        self._writer.close()
+        return self._pieces.take()
+
+    def _batch(
+        self,
+        index: int,
+        position: int,
+        token_ids: Sequence[int],
+        logprobs: Logprobs | None,
+        logits: LogitsRows,
+        hidden_states: Array | None,
+    ) -> Iterator[bytes | memoryview]:
+        """Rows that score the tokens at ``position`` and on; fewer tokens than rows leave the last ones null."""
+        rows = logits.values.shape[0]
+        scores = [] if logprobs is None else logprobs.token_logprobs
+        columns = [
+            pa.array(np.full(rows, index, np.int32)),
+            pa.array(np.arange(position, position + rows, dtype=np.int32)),
+            _padded(token_ids, rows, pa.int32()),
+            _padded(scores, rows, pa.float32()),
+        ]
+        if self._has_top and logits.token_ids is not None:
+            columns.append(_fixed_lists(logits.token_ids))
+        columns.append(_fixed_lists(logits.values))
+        if hidden_states is not None:
+            columns.append(_fixed_lists(hidden_states))
+        self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+        return self._pieces.take()
+
+
+class _Pieces:
+    """The file that the writer believes it writes: keeps what was written until it is taken."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes | pa.Buffer] = []
+
+    def write(self, piece: bytes | pa.Buffer) -> int:
+        self._pieces.append(piece)
+        return len(piece)
+
+    def flush(self) -> None:
+        """Nothing lies in between."""
+
+    def take(self) -> Iterator[bytes | memoryview]:
+        """What was written: small pieces joined, long ones as views of SENT_BYTES at most."""
+        pieces, self._pieces = self._pieces, []
+        small: list[bytes | pa.Buffer] = []
+        for piece in pieces:
+            if len(piece) <= SENT_BYTES // 8:
+                small.append(piece)
+                continue
+            yield b"".join(small)
+            small = []
+            view = memoryview(piece).cast("B")
+            for start in range(0, len(view), SENT_BYTES):
+                yield view[start : start + SENT_BYTES]
+        yield b"".join(small)
+
+
+def _schema(body: LogitsBody, model_name: str, model: Model) -> pa.Schema:
+    info = model.info
+    metadata = {
+        "model": model_name,
+        "stage": body.stage,
+        "dtype": body.dtype,
+        "positions": body.positions,
+        "batch_invariant": orjson.dumps(info.batch_invariant),
+    }
+    fields = [
+        pa.field("sequence", pa.int32(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("token_id", pa.int32()),
+        pa.field("logprob", pa.float32()),
+    ]
+    if body.top_k is not None:
+        fields.append(_list_field("top_ids", "int32", body.top_k))
+        fields.append(_list_field("top_logits", body.dtype, body.top_k))
+    elif body.token_ids is not None:
+        fields.append(_list_field("logits", body.dtype, len(body.token_ids)))
+        metadata["token_ids"] = orjson.dumps(body.token_ids)
+    else:
+        fields.append(_list_field("logits", body.dtype, info.vocab_size))
+    if body.hidden_states:
+        fields.append(_list_field("hidden_states", body.dtype, info.hidden_size))
+    return pa.schema(fields, metadata)
+
+
+def _list_field(name: str, dtype: str, width: int) -> pa.Field:
+    return pa.field(name, _list_type(dtype, width), nullable=False)
+
+
+def _list_type(dtype: str, width: int) -> pa.DataType:
+    return pa.list_(pa.field("item", TYPES[dtype], nullable=False), width)
+
+
+def _padded(values: Sequence[float], rows: int, kind: pa.DataType) -> pa.Array:
+    """The first ``rows`` values; null where there are fewer."""
+    known = list(values[:rows])
+    return pa.array([*known, *[None] * (rows - len(known))], kind)
+
+
+def _fixed_lists(array: Array) -> pa.Array:
+    """``array`` [rows, width] as fixed-size lists over its own bytes."""
+    rows, width = array.shape
+    values = pa.Array.from_buffers(TYPES[array.dtype], rows * width, [None, pa.py_buffer(array.data)])
+    return pa.FixedSizeListArray.from_arrays(values, type=_list_type(array.dtype, width))
