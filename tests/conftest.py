@@ -22,7 +22,8 @@ def smollm2_float32(smollm2: Checkpoint) -> PreTrainedModel:
     model: PreTrainedModel = LlamaForCausalLM.from_pretrained(
         smollm2.path, dtype=torch.float32, attn_implementation="eager"
     )
-    return model.eval()
+    model.eval()
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -9,14 +9,14 @@ from logitengine.loader import LoadedModel, load
 
 @pytest.fixture(scope="session")
 def float32_model() -> LoadedModel:
-    return load(EngineConfig(dtype="float32", kv_cache_bytes=1 << 30))
+    return load(EngineConfig(dtype="float32", kv_cache_bytes=1 << 30, num_threads=1))
 
 
 @pytest.fixture(scope="session")
 def bfloat16_model() -> LoadedModel:
-    return load(EngineConfig(dtype="bfloat16", kv_cache_bytes=1 << 29))
+    return load(EngineConfig(dtype="bfloat16", kv_cache_bytes=1 << 29, num_threads=1))
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_llama: Path) -> LoadedModel:
-    return load(EngineConfig(model=str(tiny_llama), dtype="float32", kv_cache_bytes=1 << 24))
+    return load(EngineConfig(model=str(tiny_llama), dtype="float32", kv_cache_bytes=1 << 24, num_threads=1))
