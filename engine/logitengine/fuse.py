@@ -49,10 +49,9 @@ class FusedDecoder(nn.Module):
         """``input_ids`` and ``position_ids`` [1, T] -> float32 hidden states [1, T, H]."""
         hidden = self._embedding(input_ids[0]).float()
         cos, sin = (table[0] for table in self._rotary(hidden, position_ids))
-        for index, layer in enumerate(self._layers):
-            hidden = kernels.decoder_layer(
-                hidden, layer, cos, sin, kv_cache.keys[index], kv_cache.values[index], attention_metadata
-            )
+        hidden = kernels.decoder_layers(
+            hidden, self._layers, cos, sin, kv_cache.keys, kv_cache.values, attention_metadata
+        )
         return BaseModelOutputWithPast(
             last_hidden_state=kernels.rms_norm(hidden, self._norm, self._eps)[None]
         )
@@ -90,7 +89,7 @@ def _is_known(layer: Any) -> bool:
 def _pack_layer(layer: Any, kernels: Kernels, shape: LayerShape) -> DecoderLayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     config = attention.config
-    return DecoderLayerWeights(
+    weights = DecoderLayerWeights(
         input_norm=layer.input_layernorm.weight.detach().float(),
         qkv=_pack([attention.q_proj, attention.k_proj, attention.v_proj], kernels),
         q_norm=_norm_weight(attention, "q_norm"),
@@ -106,6 +105,7 @@ def _pack_layer(layer: Any, kernels: Kernels, shape: LayerShape) -> DecoderLayer
         scale=attention.scaling,
         sliding_window=shape.sliding_window,
     )
+    return kernels.prepare_layer(weights)
 
 
 def _norm_weight(attention: nn.Module, name: str) -> Tensor | None:

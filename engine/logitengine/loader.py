@@ -51,6 +51,10 @@ def load(config: EngineConfig) -> LoadedModel:
     checkpoint = resolve_checkpoint(config.model)
     device = _device(config.device)
     kernels = load_kernels(config.kernels, device.type)
+    if config.dtype == "float16" and kernels.name == "cpu":
+        raise CheckpointError(
+            "the native CPU kernels compute in bfloat16 or float32; use kernels=reference for float16"
+        )
     model = _load_model(checkpoint, _dtype(config.dtype), device)
     try:
         shapes = probe_layers(model, kernels)

@@ -37,16 +37,16 @@ def select(rows: Tensor, spec: LogitsSpec, kernels: Kernels) -> LogitsRows:
 
 def logprobs(rows: Tensor, token_ids: list[int], top: int, kernels: Kernels) -> Logprobs:
     """Log-softmax of ``rows`` (float32 [R, V]) at ``token_ids`` [R] and at the ``top`` most likely tokens of each."""
-    log_mass = torch.log_softmax(rows, dim=-1)
-    chosen = log_mass.gather(-1, torch.tensor(token_ids, device=rows.device)[:, None])
-    ranks = (rows > rows.gather(-1, torch.tensor(token_ids, device=rows.device)[:, None])).sum(-1)
+    normaliser = kernels.logsumexp(rows)[:, None]
+    chosen = rows.gather(-1, torch.tensor(token_ids, device=rows.device)[:, None])
+    ranks = (rows > chosen).sum(-1)
     top_ids: list[list[int]] = [[] for _ in token_ids]
     top_logprobs: list[list[float]] = [[] for _ in token_ids]
     if top:
-        ids, _ = kernels.top_k_logits(rows, top)
-        top_ids, top_logprobs = ids.tolist(), log_mass.gather(-1, ids).tolist()
+        ids, values = kernels.top_k_logits(rows, top)
+        top_ids, top_logprobs = ids.tolist(), (values - normaliser).tolist()
     return Logprobs(
-        token_logprobs=chosen.squeeze(-1).tolist(),
+        token_logprobs=(chosen - normaliser).squeeze(-1).tolist(),
         ranks=ranks.tolist(),
         top_ids=top_ids,
         top_logprobs=top_logprobs,

@@ -183,6 +183,10 @@ class Kernels(ABC):
             hidden = self.decoder_layer(hidden, layer, cos, sin, key_cache, value_cache, metadata)
         return hidden
 
+    def logsumexp(self, logits: Tensor) -> Tensor:
+        """``log(sum(exp(row)))`` of [R, V] -> [R]; subtracted from a row's logits it gives log-probabilities."""
+        return torch.logsumexp(logits, dim=-1)
+
     def top_k_logits(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k largest of each row of ``logits`` [R, V], ties broken by lower id: ids int64 and values, both [R, k]."""
         # A stable descending sort is the definition; topk first narrows the row to a candidate set that contains every
