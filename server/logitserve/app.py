@@ -13,7 +13,7 @@ from logitserve import __version__
 from logitserve.config import ServerConfig
 from logitserve.errors import install_error_handlers
 from logitserve.middleware import BodyLimit, DrainGate, KeyGate, RequestLog
-from logitserve.routes import chat, completions, health, logits, models, tokens
+from logitserve.routes import chat, completions, embeddings, health, logits, models, scores, tokens
 from logitserve.state import ServerState
 
 
@@ -47,7 +47,7 @@ def create_app(engine_client: EngineClient, config: ServerConfig) -> FastAPI:
         redoc_url=None,
     )
     app.state.server = state
-    for noun in (chat, completions, logits, models, tokens, health):
+    for noun in (chat, completions, logits, scores, embeddings, models, tokens, health):
         app.include_router(noun.router)
     install_error_handlers(app)
     # The last one added is the outermost.

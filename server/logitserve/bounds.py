@@ -16,7 +16,7 @@ ID_BYTES = 4
 def generative(model: Model) -> Model:
     if not model.info.can_generate:
         raise BadRequestError(
-            f"{model.info.architecture} is a classifier: it generates no text.",
+            f"The model ({model.info.architecture}) is a classifier: it has no logits over a vocabulary, and no text.",
             param="model",
             code="cannot_generate",
         )

@@ -34,14 +34,14 @@ class ServerConfig(BaseModel):
     max_body_bytes: int = Field(8 << 20, ge=1, description="largest request body")
     max_header_bytes: int = Field(32 << 10, ge=1024, description="largest request head")
     max_n: int = Field(32, ge=1, description="largest n")
-    max_batch_prompts: int = Field(256, ge=1, description="most prompts in one completions request")
+    max_batch_prompts: int = Field(256, ge=1, description="most prompts or inputs in one request")
     max_logprobs: int = Field(20, ge=0, description="largest top_logprobs of a chat request")
     max_prompt_logprobs: int = Field(20, ge=0, description="largest prompt_logprobs")
     max_stop: int = Field(16, ge=1, description="most stop strings, and most stop token ids")
     max_stop_length: int = Field(256, ge=1, description="longest stop string, in characters")
     max_logit_bias: int = Field(1024, ge=1, description="most entries of logit_bias")
     max_answer_bytes: int = Field(
-        2 << 30, ge=1, description="most bytes of logits that one request may ask for"
+        2 << 30, ge=1, description="most bytes of logits and hidden states that one request may ask for"
     )
     tokenize_timeout: float = Field(
         10.0, gt=0, description="seconds to render and tokenize one request's prompts"
