@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-import httpx
 import msgspec
 import numpy as np
 import torch
@@ -26,9 +19,6 @@ from logitengine.loader import LoadedModel
 from logitengine.messages import Array, GenerationRequest, LogitsSpec, SamplingParams, StepOutput
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-
-START_SECONDS = 180
-STOP_SECONDS = 40
 
 EVERY_ROW = LogitsSpec(positions="all")
 
@@ -130,39 +120,3 @@ def reference_logits(model: torch.nn.Module, token_ids: list[int]) -> NDArray[np
 def _reference_logits(model: torch.nn.Module, token_ids: tuple[int, ...]) -> NDArray[np.float32]:
     logits: torch.Tensor = model(torch.tensor([token_ids]), use_cache=False).logits[0]
     return logits.float().numpy()
-
-
-def wait_ready(url: str, process: subprocess.Popen[bytes] | None = None) -> None:
-    """Ask /ready until it says so. Fails when the process has ended or the deadline is over."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        assert process is None or process.poll() is None, "the server ended while it was starting"
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
-                return
-        time.sleep(0.05)
-    raise AssertionError(f"the server was not ready within {START_SECONDS} s")
-
-
-@contextlib.contextmanager
-def start_server(directory: Path, *options: str) -> Iterator[str]:
-    """``logitserve serve`` with these options on a free port, as a user starts it. SIGTERM must end it with 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = directory / "server.log"
-    command = [sys.executable, "-m", "logitserve", "serve", *options, "--port", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        wait_ready(f"http://127.0.0.1:{port}", process)
-        yield f"http://127.0.0.1:{port}"
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=STOP_SECONDS)
-    except BaseException as error:
-        error.add_note(f"the server's log ends with:\n{log.read_text()[-4000:]}")
-        raise
-    finally:
-        process.kill()
-        process.wait()
-    assert code == 0, log.read_text()[-4000:]

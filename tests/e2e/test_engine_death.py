@@ -10,27 +10,22 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from support import start_server, wait_ready
+from live_server import LiveServer, serving
 
 STREAMS = 8
 
 
 @pytest.fixture(scope="module")
-def mortal_url(
-    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path
-) -> Iterator[tuple[str, psutil.Process]]:
-    with start_server(tmp_path_factory.mktemp("mortal"), str(tiny_llama), "--dtype=float32") as url:
-        port = httpx.URL(url).port
-        (server,) = {
-            psutil.Process(connection.pid)
-            for connection in psutil.net_connections("tcp")
-            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
-        }
-        yield url, server
+def mortal(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[LiveServer]:
+    with serving(
+        tmp_path_factory.mktemp("mortal") / "server.log", str(tiny_llama), "--dtype=float32"
+    ) as server:
+        yield server
 
 
-def engine_of(server: psutil.Process) -> psutil.Process:
-    (engine,) = [child for child in server.children() if "logitengine.process" in " ".join(child.cmdline())]
+def engine_of(server: LiveServer) -> psutil.Process:
+    children = psutil.Process(server.process.pid).children()
+    (engine,) = [child for child in children if "logitengine.process" in " ".join(child.cmdline())]
     return engine
 
 
@@ -59,14 +54,14 @@ async def read_until_it_ends(client: httpx.AsyncClient, url: str, started: async
 
 
 @pytest.mark.anyio
-async def test_the_server_survives_its_engine(mortal_url: tuple[str, psutil.Process]) -> None:
-    url, server = mortal_url
+async def test_the_server_survives_its_engine(mortal: LiveServer) -> None:
+    url = mortal.url
     async with httpx.AsyncClient(timeout=60) as client:
         before = (await client.post(f"{url}/v1/completions", json=body(8, stream=False))).json()["choices"][0]
         started = asyncio.Barrier(STREAMS + 1)
         streams = [asyncio.create_task(read_until_it_ends(client, url, started)) for _ in range(STREAMS)]
         await started.wait()
-        engine_of(server).kill()
+        engine_of(mortal).kill()
         async with asyncio.timeout(5):
             endings = await asyncio.gather(*streams)
         for lines in endings:
@@ -78,6 +73,6 @@ async def test_the_server_survives_its_engine(mortal_url: tuple[str, psutil.Proc
         refused = await client.post(f"{url}/v1/completions", json=body(8, stream=False))
         assert refused.status_code == 503
         assert refused.json()["error"]["message"]
-        await asyncio.to_thread(wait_ready, url)
+        await asyncio.to_thread(mortal.wait_ready, 60)
         after = (await client.post(f"{url}/v1/completions", json=body(8, stream=False))).json()["choices"][0]
     assert (after["text"], after["logits"]) == (before["text"], before["logits"])

@@ -13,7 +13,8 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from support import reference_logits, start_server
+from live_server import serving
+from support import reference_logits
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 MESSAGES = [{"role": "user", "content": "Name three colours."}]
@@ -33,8 +34,8 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def float32_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with start_server(tmp_path_factory.mktemp("float32"), "--dtype", "float32") as url:
-        yield url
+    with serving(tmp_path_factory.mktemp("float32") / "server.log", "--dtype", "float32") as server:
+        yield server.url
 
 
 def test_special_tokens_and_template_are_the_checkpoints(float32_url: str, tokenizer: Any) -> None:
