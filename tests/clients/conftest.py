@@ -14,12 +14,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from fastapi import FastAPI
 from logitclient import AsyncClient
 from logitengine.client import EngineClient
 from logitengine.config import EngineConfig
 from logitserve.app import create_app
 from logitserve.config import ServerConfig
+from safetensors.torch import save_file
 
 START_SECONDS = 120
 STOP_SECONDS = 40
@@ -34,9 +36,25 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-async def app(tiny_llama: Path) -> AsyncIterator[FastAPI]:
+def value_head() -> dict[str, torch.Tensor]:
+    """A value head on the tiny model, in TRL's naming: [1, 64] and [1]."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "v_head.summary.weight": torch.randn(1, 64, generator=generator),
+        "v_head.summary.bias": torch.randn(1, generator=generator),
+    }
+
+
+@pytest.fixture(scope="session")
+async def app(
+    tiny_llama: Path, value_head: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[FastAPI]:
     """The server's app with a real engine. The client itself waits until it is loaded: until then it answers 503."""
-    config = EngineConfig.model_validate({"model": str(tiny_llama), **ENGINE})
+    head = tmp_path_factory.mktemp("head") / "head.safetensors"
+    save_file(value_head, head)
+    config = EngineConfig.model_validate(
+        {"model": str(tiny_llama), "value_head": {"helpful": str(head)}, **ENGINE}
+    )
     server = ServerConfig.model_validate(
         {"served_model_name": [MODEL], "api_key": [KEY], "max_body_bytes": 1 << 16}
     )

@@ -104,9 +104,8 @@ def test_the_top_k_come_with_their_ids() -> None:
     assert np.array_equal(batch.logits.token_ids, ids)
 
 
-@pytest.mark.parametrize("named", ["[7, 5, 6]", "7,5,6"])
-def test_chosen_columns_are_named_for_every_row(named: str) -> None:
-    (batch,) = read(written([columns(ROWS)], token_ids=named))
+def test_chosen_columns_are_named_for_every_row() -> None:
+    (batch,) = read(written([columns(ROWS)], token_ids="[7, 5, 6]"))
     assert batch.logits.token_ids is not None
     assert batch.logits.token_ids.tolist() == [[7, 5, 6]] * 4
 
@@ -136,8 +135,8 @@ def test_a_stream_that_was_cut_off_is_told(missing: int) -> None:
         WHOLE[: 8 + struct.unpack_from("<i", WHOLE, 4)[0]] * 2,
         written([columns(ROWS)], dtype="float16"),
         written([columns(ROWS)], dtype="float64"),
-        written([columns(ROWS)], token_ids="1,x"),
-        written([columns(ROWS)], token_ids="1,2"),
+        written([columns(ROWS)], token_ids="[1,"),
+        written([columns(ROWS)], token_ids="[1,2]"),
         written([{name: column for name, column in columns(ROWS).items() if name != "logits"}]),
         written([columns(ROWS) | {"position": pa.array([1, 2, 3, None], pa.int32())}]),
         written([columns(ROWS) | {"position": pa.array([1, 2, 3, 4], pa.int64())}]),

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
-from logitclient import AsyncClient, Client, DecodeError, TransportError
+from logitclient import AsyncClient, Client, DecodeError, StreamError, TransportError
 
 CHUNK = b'data: {"choices": [{"index": 0, "text": "a", "finish_reason": null}]}\n\n'
 
@@ -135,6 +135,7 @@ async def test_leaving_a_stream_early_closes_it() -> None:
     [
         (Body([CHUNK, b"data: {\n\n", CHUNK]), DecodeError),
         (Body([CHUNK], httpx.RemoteProtocolError("cut")), TransportError),
+        (Body([CHUNK]), StreamError),
     ],
 )
 @pytest.mark.anyio

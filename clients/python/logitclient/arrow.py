@@ -7,6 +7,7 @@ handed to pyarrow whole.
 
 from __future__ import annotations
 
+import json
 import struct
 from typing import Any
 
@@ -170,5 +171,5 @@ def _chosen(token_ids: str | None, num_rows: int) -> NDArray[np.int32] | None:
     """The columns asked for, which the schema names once, for every row."""
     if token_ids is None:
         return None
-    ids = np.array([int(token) for token in token_ids.strip("[]").split(",")], np.int32)
+    ids = np.array(json.loads(token_ids), np.int32)
     return np.broadcast_to(ids, (num_rows, len(ids)))

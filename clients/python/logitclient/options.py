@@ -90,6 +90,7 @@ class LogitsOptions(SamplingOptions, total=False):
     token_ids: TokenIds
     dtype: Dtype
     hidden_states: bool
+    add_generation_prompt: bool
 
 
 class RewardOptions(TypedDict, total=False):
