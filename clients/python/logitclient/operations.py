@@ -100,11 +100,6 @@ def _generation(options: ChatOptions | CompletionOptions, *, stream: bool) -> di
     body: dict[str, Any] = dict(options)
     if "stream" in body:
         raise TypeError("'stream' is chosen by the method: stream_chat or stream_complete")
-    # The wire's own "true" would mean lists for chosen columns.
-    if body.get("return_logits") is True:
-        body["return_logits"] = LogitsSpec()
-    if body.get("return_hidden_states") is True:
-        body["return_hidden_states"] = HiddenStatesSpec()
     return {**body, "stream": True, "stream_options": {"include_usage": True}} if stream else body
 
 
