@@ -1,11 +1,15 @@
-"""A real server with the default model, started once."""
+"""Real servers, each started once: the default model, and a tiny one with two value heads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 from live_server import serving
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 
 @pytest.fixture
@@ -18,3 +22,42 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The base URL of ``logitserve serve`` with all defaults but the port."""
     with serving(tmp_path_factory.mktemp("server") / "server.log") as server:
         yield server.url
+
+
+@pytest.fixture(scope="session")
+def value_heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """``helpful``: one output, as TRL saves it. ``kind``: three, a plain linear. For the tiny model."""
+    directory = tmp_path_factory.mktemp("heads")
+    generator = torch.Generator().manual_seed(3)
+    weights = {
+        "helpful": {
+            "v_head.summary.weight": torch.randn(1, 64, generator=generator),
+            "v_head.summary.bias": torch.randn(1, generator=generator),
+        },
+        "kind": {"weight": torch.randn(3, 64, generator=generator)},
+    }
+    for name, tensors in weights.items():
+        save_file(tensors, directory / f"{name}.safetensors")
+    return {name: directory / f"{name}.safetensors" for name in weights}
+
+
+@pytest.fixture(scope="session")
+def tiny_url(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, value_heads: dict[str, Path]
+) -> Iterator[str]:
+    """The base URL of the tiny model in float32, with both heads."""
+    flags = [flag for name, path in value_heads.items() for flag in ("--value-head", f"{name}={path}")]
+    log = tmp_path_factory.mktemp("tiny-server") / "server.log"
+    with serving(
+        log, "--model", str(tiny_llama), "--dtype", "float32", "--served-model-name", "tiny", *flags
+    ) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def tiny_float32(tiny_llama: Path) -> PreTrainedModel:
+    """transformers' own tiny model: the reference."""
+    model: PreTrainedModel = LlamaForCausalLM.from_pretrained(
+        tiny_llama, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    return model

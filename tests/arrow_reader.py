@@ -1,0 +1,42 @@
+"""/v1/logits read as any Arrow program would: pyarrow over the socket, while the answer arrives."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+
+@contextlib.contextmanager
+def open_logits(url: str, **body: Any) -> Iterator[pa.RecordBatchStreamReader]:
+    """A reader over the live response; leaving the context closes the connection."""
+    address = urlsplit(url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+    try:
+        connection.request("POST", "/v1/logits", json.dumps(body), {"content-type": "application/json"})
+        with connection.getresponse() as response:
+            assert response.status == 200, response.read()
+            assert response.headers["content-type"] == "application/vnd.apache.arrow.stream"
+            yield pa.ipc.open_stream(pa.PythonFile(response, "r"))
+    finally:
+        connection.close()
+
+
+def read_logits(url: str, **body: Any) -> pa.Table:
+    """The whole answer."""
+    with open_logits(url, **body) as reader:
+        return reader.read_all()
+
+
+def matrix(table: pa.Table | pa.RecordBatch, name: str) -> NDArray[Any]:
+    """A fixed-size list column as [rows, columns]."""
+    chunks = getattr(table[name], "chunks", [table[name]])
+    width = table.schema.field(name).type.list_size
+    return np.concatenate([chunk.flatten().to_numpy().reshape(-1, width) for chunk in chunks])
