@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -16,6 +10,7 @@ import httpx
 import pytest
 import torch
 from fastapi import FastAPI
+from live_server import serving
 from logitclient import AsyncClient
 from logitengine.client import EngineClient
 from logitengine.config import EngineConfig
@@ -24,7 +19,6 @@ from logitserve.config import ServerConfig
 from safetensors.torch import save_file
 
 START_SECONDS = 120
-STOP_SECONDS = 40
 MODEL = "tiny"
 KEY = "secret"
 ENGINE = {"dtype": "float32", "kv_cache_bytes": 1 << 24, "num_threads": 1}
@@ -84,48 +78,7 @@ async def client(app: FastAPI) -> AsyncIterator[AsyncClient]:
 @pytest.fixture(scope="session")
 def url(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a server process, without a key."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "server.log"
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items()]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "logitserve",
-                "serve",
-                str(tiny_llama),
-                f"--port={port}",
-                f"--served-model-name={MODEL}",
-                *flags,
-            ],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-    try:
-        wait_ready(process, f"http://127.0.0.1:{port}", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            code = process.wait(timeout=STOP_SECONDS)
-        finally:
-            process.kill()
-            process.wait()
-    assert code == 0, log.read_text()[-4000:]
-
-
-def wait_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        assert process.poll() is None, f"the server ended while it was starting:\n{log.read_text()[-4000:]}"
-        try:
-            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    pytest.fail(f"the server was not ready within {START_SECONDS} s:\n{log.read_text()[-4000:]}")
+    with serving(log, str(tiny_llama), f"--served-model-name={MODEL}", *flags) as server:
+        yield server.url

@@ -110,6 +110,13 @@ def test_chosen_columns_are_named_for_every_row() -> None:
     assert batch.logits.token_ids.tolist() == [[7, 5, 6]] * 4
 
 
+def test_a_batch_tells_what_its_rows_are() -> None:
+    (batch,) = read(written([columns(ROWS)]))
+    assert (batch.stage, batch.batch_invariant) == ("raw", True)
+    (batch,) = read(written([columns(ROWS)], stage="processed", batch_invariant="false"))
+    assert (batch.stage, batch.batch_invariant) == ("processed", False)
+
+
 def test_a_stream_of_no_batches_is_empty() -> None:
     empty = written([columns(ROWS)])
     schema_bytes = 8 + struct.unpack_from("<i", empty, 4)[0]
@@ -135,6 +142,7 @@ def test_a_stream_that_was_cut_off_is_told(missing: int) -> None:
         WHOLE[: 8 + struct.unpack_from("<i", WHOLE, 4)[0]] * 2,
         written([columns(ROWS)], dtype="float16"),
         written([columns(ROWS)], dtype="float64"),
+        written([columns(ROWS)], stage="cooked"),
         written([columns(ROWS)], token_ids="[1,"),
         written([columns(ROWS)], token_ids="[1,2]"),
         written([{name: column for name, column in columns(ROWS).items() if name != "logits"}]),

@@ -224,7 +224,7 @@ def test_perplexities_are_read() -> None:
         {"object": "perplexity", "index": 1, "nll": 0.0, "num_tokens": 0, "perplexity": None},
     ]
     first, second = read(
-        operations.perplexity(["a", "b"], None),
+        operations.perplexity(["a", "b"], {}),
         {"model": "m", "data": data, "usage": {"prompt_tokens": 6, "total_tokens": 6}},
     )
     assert (first.nll, first.num_tokens, first.perplexity) == (12.5, 5, 12.18)
@@ -271,7 +271,7 @@ def test_models_are_read_with_all_that_is_said_of_them() -> None:
     "make",
     [
         lambda: operations.logits("a", None, {}),
-        lambda: operations.perplexity("a", None),
+        lambda: operations.perplexity("a", {}),
         lambda: operations.rewards("a", None, {}),
         lambda: operations.embeddings("a", {}),
         operations.models,

@@ -64,7 +64,7 @@ def test_numpys_numbers_and_arrays_are_sent_as_plain_ones() -> None:
     assert sent(operation)["prompt"] == [[3, 4], [3]]
     assert sent(operation)["stop_token_ids"] == [3, 4]
     assert sent(operation)["return_logits"]["token_ids"] == [3, 4]
-    assert sent(operations.perplexity(ids, "m")) == {"input": [3, 4], "model": "m"}
+    assert sent(operations.perplexity(ids, {"model": "m"})) == {"input": [3, 4], "model": "m"}
 
 
 def test_rows_come_as_json_or_as_a_stream_of_arrow() -> None:

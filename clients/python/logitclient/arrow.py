@@ -123,6 +123,9 @@ class ArrowDecoder:
         if dtype not in FLOATS:
             raise DecodeError(f"the stream's dtype is {dtype!r}, not one of {', '.join(FLOATS)}")
         names = set(batch.schema.names)
+        stage = metadata["stage"]
+        if stage not in ("raw", "processed"):
+            raise DecodeError(f"the stream's stage is {stage!r}")
         token_ids: NDArray[np.int32] | None
         if "top_ids" in names:
             values, token_ids = _matrix(batch["top_logits"]), _integers(_matrix(batch["top_ids"]))
@@ -136,6 +139,8 @@ class ArrowDecoder:
             logprob=_column(batch["logprob"].fill_null(float("nan"))).astype(np.float32, copy=False),
             logits=_rows(values, dtype, token_ids),
             hidden_states=None if hidden is None else _rows(hidden, dtype),
+            stage=stage,
+            batch_invariant=metadata.get("batch_invariant") != "false",
         )
 
 

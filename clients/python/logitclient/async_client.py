@@ -19,6 +19,7 @@ from logitclient.options import (
     CompletionOptions,
     EmbeddingOptions,
     Input,
+    InputOptions,
     LogitsOptions,
     Messages,
     RewardOptions,
@@ -99,9 +100,9 @@ class AsyncClient:
         """The rows of each input as the engine computes them. Needs pyarrow: MissingDependencyError without."""
         return self._stream(operations.stream_logits(input, messages, options))
 
-    async def perplexity(self, input: Input, *, model: str | None = None) -> Results[Perplexity]:
+    async def perplexity(self, input: Input, **options: Unpack[InputOptions]) -> Results[Perplexity]:
         """How well the model predicts each input."""
-        return await self._run(operations.perplexity(input, model))
+        return await self._run(operations.perplexity(input, options))
 
     async def rewards(
         self,

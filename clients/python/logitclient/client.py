@@ -19,6 +19,7 @@ from logitclient.options import (
     CompletionOptions,
     EmbeddingOptions,
     Input,
+    InputOptions,
     LogitsOptions,
     Messages,
     RewardOptions,
@@ -104,9 +105,9 @@ class Client:
         """The rows of each input as the engine computes them. Needs pyarrow: MissingDependencyError without."""
         return self._stream(operations.stream_logits(input, messages, options))
 
-    def perplexity(self, input: Input, *, model: str | None = None) -> Results[Perplexity]:
+    def perplexity(self, input: Input, **options: Unpack[InputOptions]) -> Results[Perplexity]:
         """How well the model predicts each input."""
-        return self._run(operations.perplexity(input, model))
+        return self._run(operations.perplexity(input, options))
 
     def rewards(
         self,

@@ -18,6 +18,7 @@ from logitclient.options import (
     EmbeddingOptions,
     HiddenStatesSpec,
     Input,
+    InputOptions,
     LogitsOptions,
     LogitsSpec,
     Messages,
@@ -144,9 +145,8 @@ def stream_logits(
     return StreamOperation(_post("/v1/logits", _with_input(given, messages, options), ARROW), ArrowDecoder)
 
 
-def perplexity(given: Input, model: str | None) -> Operation[Results[Perplexity]]:
-    body = {"input": given} if model is None else {"input": given, "model": model}
-    return Operation(_post("/v1/perplexity", body), decoding.perplexities)
+def perplexity(given: Input, options: InputOptions) -> Operation[Results[Perplexity]]:
+    return Operation(_post("/v1/perplexity", {**options, "input": given}), decoding.perplexities)
 
 
 def rewards(

@@ -90,21 +90,28 @@ class LogitsOptions(SamplingOptions, total=False):
     token_ids: TokenIds
     dtype: Dtype
     hidden_states: bool
+    add_special_tokens: bool
     add_generation_prompt: bool
 
 
-class RewardOptions(TypedDict, total=False):
+class InputOptions(TypedDict, total=False):
+    """``add_special_tokens``: to text, as the tokenizer does by itself."""
+
+    model: str
+    add_special_tokens: bool
+
+
+class RewardOptions(InputOptions, total=False):
     """``head`` may be left out where the server has one; ``return_values`` gives every position's value."""
 
-    model: str
     head: str
     return_values: bool
+    add_generation_prompt: bool
 
 
-class EmbeddingOptions(TypedDict, total=False):
+class EmbeddingOptions(InputOptions, total=False):
     """``dimensions`` cuts the pooled vector before it is normalised."""
 
-    model: str
     dimensions: int
     pooling: Literal["mean", "last", "cls"]
     normalize: bool

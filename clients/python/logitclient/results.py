@@ -149,7 +149,9 @@ class SequenceLogits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LogitsBatch:
-    """Rows of one engine step, from a stream of logits; everything is [rows] or [rows, columns].
+    """Rows that one engine step computed of one input; everything is [rows] or [rows, columns].
+
+    Batches of several inputs interleave; the rows of each come in order.
 
     ``sequence`` int32 tells the input and ``position`` int32 the place of the token that the row scores. ``token_id``
     int32 is that token, -1 where it does not exist (yet); ``logprob`` float32 its log-probability, NaN likewise.
@@ -161,6 +163,8 @@ class LogitsBatch:
     logprob: NDArray[np.float32]
     logits: Rows
     hidden_states: Rows | None = None
+    stage: Stage = "raw"
+    batch_invariant: bool = True
 
     def __len__(self) -> int:
         return len(self.sequence)
