@@ -16,25 +16,15 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
-import platform
-import random
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+from http_load import greedy, machine, post, serving
 
 Measure = Callable[[list[list[int]]], float]
-
-READ_SIZE = 1 << 20
 
 
 def main() -> None:
@@ -67,45 +57,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@contextlib.contextmanager
-def serving(model: str, options: list[str]) -> Iterator[str]:
-    """A server of ours on a free port, ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "logitserve",
-        "serve",
-        model,
-        "--port",
-        str(port),
-        "--log-level",
-        "warning",
-    ]
-    process = subprocess.Popen([*command, *options])
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until_ready(url, process)
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=30)
-
-
-def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        with (
-            contextlib.suppress(urllib.error.URLError, ConnectionError),
-            urllib.request.urlopen(f"{url}/ready", timeout=5),  # noqa: S310 - our own loopback address
-        ):
-            return
-        time.sleep(0.1)
-    raise SystemExit("the server did not become ready")
-
-
 def make_contestants(url: str, arguments: argparse.Namespace) -> dict[str, Measure]:
     contestants: dict[str, Measure] = {"logitserve": http_measure(url, arguments, {})}
     if arguments.logits:
@@ -135,33 +86,10 @@ async def run_streams(url: str, prompts: list[list[int]], new_tokens: int, extra
 
 
 async def stream_one(url: str, prompt: list[int], new_tokens: int, extra: dict[str, Any]) -> int:
-    """One streamed completion, read as fast as it comes; returns the completion tokens that the usage chunk counts.
-
-    The reading is bare on purpose: the client shares the cores with the server.
-    """
-    body = {
-        "prompt": prompt,
-        "max_tokens": new_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        **extra,
-    }
-    payload = json.dumps(body).encode()
-    target = urlsplit(url)
-    reader, writer = await asyncio.open_connection(target.hostname, target.port, limit=READ_SIZE)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n".encode() + payload)
-    status = (await reader.readline()).decode(errors="replace").strip()
-    if " 200 " not in f"{status} ":
-        raise SystemExit(f"{url} answered {status}")
-    tail = b""
-    while piece := await reader.read(READ_SIZE):
-        tail = (tail + piece)[-4096:]
-    writer.close()
-    usage = tail[tail.rindex(b'"usage"') :]
-    return int(usage.split(b'"completion_tokens":')[1].split(b",")[0].split(b"}")[0])
+    """One streamed completion; returns the completion tokens that its usage chunk counts."""
+    body = {**greedy(prompt, new_tokens), "stream": True, "stream_options": {"include_usage": True}, **extra}
+    answer = await post(f"{url}/v1/completions", body)
+    return answer.completion_tokens
 
 
 def transformers_measure(arguments: argparse.Namespace) -> Measure:
@@ -195,14 +123,8 @@ def measure_rounds(
     contestants: dict[str, Measure], arguments: argparse.Namespace
 ) -> dict[str, dict[int, list[float]]]:
     """Tokens per second: {contestant: {streams: [one per round]}}."""
-    chooser = random.Random(0)  # noqa: S311 - prompts, not secrets
+    prompts = RandomPrompts(arguments.prompt_tokens)
     results: dict[str, dict[int, list[float]]] = {name: {} for name in contestants}
-
-    def prompts(streams: int) -> list[list[int]]:
-        return [
-            [chooser.randrange(100, 49000) for _ in range(arguments.prompt_tokens)] for _ in range(streams)
-        ]
-
     for measure in contestants.values():
         measure(prompts(1))
     for round_number in range(arguments.rounds):
@@ -230,8 +152,7 @@ def report(results: dict[str, dict[int, list[float]]], arguments: argparse.Names
         cells = [f"{by_streams[n]:.1f} ({ours[n] / by_streams[n]:.2f})" for n in arguments.streams]
         print(f"| {name} | " + " | ".join(cells) + " |")
     if arguments.json:
-        machine = {"cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
-        document = {"machine": machine, "options": vars(arguments), "rates": results, "medians": medians}
+        document = {"machine": machine(), "options": vars(arguments), "rates": results, "medians": medians}
         arguments.json.write_text(json.dumps(document, indent=2, default=str))
 
 
