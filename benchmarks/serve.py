@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from http_load import greedy, machine, post, serving
+from http_load import RandomPrompts, greedy, machine, post, serving
 
 Measure = Callable[[list[list[int]]], float]
 
