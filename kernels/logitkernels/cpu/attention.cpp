@@ -10,6 +10,7 @@
 // Keys are transposed to float32 once per block and tile; values are widened likewise when many rows share them. So a
 // decode step moves each cached byte once: 2 (D + Dv) bytes per token, layer and key-value head in bf16.
 #include "attention.h"
+#include "team.h"
 
 #include <omp.h>
 
@@ -502,12 +503,14 @@ template <class Element>
 void attend_typed(const Attention& attention, const Batch& batch, const AttentionPlan& plan, const float* query,
                   int64_t query_stride, const Activations& out) {
     Worker<Element> worker(attention, batch, plan);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (size_t i = 0; i < plan.items.size(); ++i)
         worker.run(plan.items[i], query, query_stride, out, plan.partials.get());
+    team_barrier();
     if (plan.merges.empty()) return;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (size_t i = 0; i < plan.merges.size(); ++i) worker.merge_partials(plan.merges[i], plan.partials.get(), out);
+    team_barrier();
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "pointwise.h"
+#include "team.h"
 
 namespace logitkernels {
 
@@ -61,7 +62,7 @@ struct Workspace {
 void rotate_and_store(const DecoderLayer& layer, float* qkv, int64_t tokens, const float* cos, const float* sin,
                       int64_t rotary, const Cache& keys, const Cache& values, const int64_t* slots) {
     const int64_t size = layer.head_size, all_heads = layer.heads + 2 * layer.kv_heads;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t item = 0; item < tokens * all_heads; ++item) {
         const int64_t token = item / all_heads, head = item % all_heads;
         float* x = qkv + item * size;
@@ -75,6 +76,7 @@ void rotate_and_store(const DecoderLayer& layer, float* qkv, int64_t tokens, con
         rotate_head(x, cos + token * rotary, sin + token * rotary, rotary, size, x);
         if (!is_query) store_head(x, size, keys, slots[token], head - layer.heads);
     }
+    team_barrier();
 }
 
 }  // namespace
@@ -107,8 +109,10 @@ extern "C" void logitkernels_decoder_layers(const DecoderLayer* layers, int64_t 
             plan_of.push_back(plan_of[same]);
         }
     }
+    Barrier barrier;
 #pragma omp parallel num_threads(threads)
     for (int64_t i = 0; i < count; ++i) {
+        const Team team(barrier);
         const DecoderLayer& layer = layers[i];
         const int64_t h = layer.qkv->k, qkv_width = layer.qkv->n;
         float* projected = workspace.projected.get();

@@ -6,6 +6,7 @@
 
 #include "linear_tile.h"
 #include "quantized.h"
+#include "team.h"
 
 namespace logitkernels {
 namespace {
@@ -148,7 +149,7 @@ void multiply_panels(const Linear& linear, const Activations& x, int64_t rows, f
     const int64_t k = linear.k, panels = ceil_div(linear.n, kPanelColumns), panel_bytes = Format::panel_bytes(k);
     const int64_t block = rows_per_block(rows, x.stride * int64_t(sizeof(Element)));
     const int64_t blocks = ceil_div(rows, block);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t item = 0; item < blocks * panels; ++item) {
         const int64_t first = item / panels * block, panel = item % panels;
         const int64_t count = std::min(block, rows - first);
@@ -168,12 +169,13 @@ void multiply_panels(const Linear& linear, const Activations& x, int64_t rows, f
             row += size;
         }
     }
+    team_barrier();
 }
 
 }  // namespace
 
 void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, const Activations& target) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; ++row) {
         const float* source = x + row * ldx;
         for (int64_t i = 0; i < k; i += kLanes) {
@@ -186,6 +188,7 @@ void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, c
                 store(static_cast<float*>(target.data) + row * target.stride + i, 0xffff, values);
         }
     }
+    team_barrier();
 }
 
 void multiply(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo, Epilogue epilogue) {

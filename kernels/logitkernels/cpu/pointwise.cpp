@@ -1,4 +1,5 @@
 #include "pointwise.h"
+#include "team.h"
 
 #include <cmath>
 #include <cstring>
@@ -45,7 +46,7 @@ float inverse_rms(const float* x, int64_t size, float eps) {
 
 void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t size,
               const Activations& out) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; ++row) {
         if (out.is_bf16) {
             bf16* target = static_cast<bf16*>(out.data) + row * out.stride;
@@ -55,12 +56,13 @@ void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64
             norm_row(x + row * ldx, weight, eps, size, static_cast<float*>(out.data) + row * out.stride);
         }
     }
+    team_barrier();
 }
 
 void norm_head(float* x, const float* weight, float eps, int64_t size) { norm_row(x, weight, eps, size, x); }
 
 void silu_and_mul(const float* gate_up, int64_t rows, int64_t size, const Activations& out) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; ++row) {
         const float *gate = gate_up + row * 2 * size, *up = gate + size;
         if (out.is_bf16) {
@@ -71,6 +73,7 @@ void silu_and_mul(const float* gate_up, int64_t rows, int64_t size, const Activa
             silu_and_mul_row(gate, up, size, static_cast<float*>(out.data) + row * out.stride);
         }
     }
+    team_barrier();
 }
 
 void rotate_head(const float* x, const float* cos, const float* sin, int64_t rotary, int64_t size, float* out) {

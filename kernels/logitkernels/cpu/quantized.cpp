@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "linear_tile.h"
+#include "team.h"
 
 namespace logitkernels {
 namespace {
@@ -281,7 +282,7 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
     const int64_t panel_bytes = kVectors * group_bytes<Format>(blocks);
     const int64_t row_block = rows_per_block(rows, x.stride * int64_t(sizeof(Element)));
     ScratchPanel<Format, Product> scratch(rows > kFusedRows ? blocks : 0);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t item = 0; item < ceil_div(rows, row_block) * panels; ++item) {
         const int64_t first = item / panels * row_block, panel = item % panels;
         const int64_t count = std::min(row_block, rows - first);
@@ -314,18 +315,20 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
             }
         }
     }
+    team_barrier();
 }
 
 // The sum of every block of 32 activations, as they are after rounding.
 template <class Element>
 void sum_blocks(const Activations& x, int64_t rows, int64_t blocks) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t b = 0; b < blocks; ++b) {
             const Element* source = static_cast<const Element*>(x.data) + row * x.stride + b * kBlock;
             const __m512 sum = _mm512_add_ps(load(source, 0xffff), load(source + kLanes, 0xffff));
             x.block_sums[row * blocks + b] = _mm512_reduce_add_ps(sum);
         }
+    team_barrier();
 }
 
 }  // namespace
