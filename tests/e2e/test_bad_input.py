@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from bad_requests import COMPLETIONS, Bad, check_refusal, normal_answer
 
 CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A request, and the status, field and words that its refusal must have."""
-
-    name: str
-    path: str
-    body: Any = None
-    status: int = 400
-    param: str | None = None
-    says: str = ""
-    raw: bytes | None = None
-    method: str = "POST"
 
 
 def chat(name: str, param: str | None, says: str = "", **fields: Any) -> Bad:
@@ -233,26 +217,11 @@ TABLE = [
     Bad("detokenize too many", "/detokenize", {"tokens": [1] * 100_000}, param="tokens"),
 ]
 
-NORMAL = {
-    "prompt": "The capital of France is",
-    "max_tokens": 3,
-    "temperature": 0,
-    "return_logits": {"dtype": "float32"},
-    "cache_salt": "bad-input",
-}
-
 
 @pytest.fixture(scope="module")
 def client(server_url: str) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server_url, timeout=60) as client:
         yield client
-
-
-def normal_answer(client: httpx.Client) -> dict[str, Any]:
-    response = client.post(COMPLETIONS, json=NORMAL)
-    assert response.status_code == 200, response.text
-    choice: dict[str, Any] = response.json()["choices"][0]
-    return choice
 
 
 @pytest.fixture(scope="module")
@@ -266,21 +235,7 @@ def unharmed(client: httpx.Client) -> Iterator[None]:
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("bad", TABLE, ids=lambda bad: bad.name)
 def test_a_bad_request_gets_an_error_object_that_names_the_field(client: httpx.Client, bad: Bad) -> None:
-    content = bad.raw if bad.raw is not None else json.dumps(bad.body).encode()
-    headers = {"content-type": "application/json"}
-    if bad.method != "POST":
-        content = b""
-    response = client.request(bad.method, bad.path, content=content, headers=headers)
-    assert response.status_code == bad.status, response.text[:500]
-    assert response.headers["content-type"] == "application/json"
-    error = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert error["type"] == ("not_found_error" if bad.status == 404 else "invalid_request_error")
-    assert error["param"] == bad.param
-    assert error["message"]
-    assert len(error["message"]) < 500
-    assert bad.says in error["message"]
-    assert bad.param is None or bad.param.split("[")[0] in error["message"] or bad.status == 404
+    check_refusal(client, bad)
 
 
 def test_the_names_of_the_table_are_many_and_distinct() -> None:

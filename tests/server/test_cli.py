@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from logitengine.config import EngineConfig
 from logitserve import cli, serving
@@ -51,6 +53,19 @@ def test_lists_are_comma_separated_or_repeated(started: Started, monkeypatch: py
     assert server.served_model_name == ["a", "b", "c"]
     assert [key.get_secret_value() for key in server.api_key] == ["one", "two"]
     assert "one" not in repr(server)
+
+
+def test_value_heads_are_repeated_flags_or_json(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOGITSERVE_VALUE_HEAD", '{"calm": "/heads/c.safetensors"}')
+    cli.main(["serve"])
+    monkeypatch.delenv("LOGITSERVE_VALUE_HEAD")
+    cli.main(["serve", "--value-head", "helpful=/heads/h.safetensors", "--value-head", "kind=k=1.safetensors"])
+    (_, from_variable), (_, from_flags) = started
+    assert from_variable.value_head == {"calm": Path("/heads/c.safetensors")}
+    assert from_flags.value_head == {
+        "helpful": Path("/heads/h.safetensors"),
+        "kind": Path("k=1.safetensors"),
+    }
 
 
 @pytest.mark.parametrize(

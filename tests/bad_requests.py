@@ -1,0 +1,59 @@
+"""Requests that must be refused, and what a refusal must say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+COMPLETIONS = "/v1/completions"
+NORMAL = {
+    "prompt": "The capital of France is",
+    "max_tokens": 3,
+    "temperature": 0,
+    "return_logits": {"dtype": "float32"},
+    "cache_salt": "bad-input",
+}
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A request, and the status, field and words that its refusal must have."""
+
+    name: str
+    path: str
+    body: Any = None
+    status: int = 400
+    param: str | None = None
+    says: str = ""
+    raw: bytes | None = None
+    method: str = "POST"
+
+
+def normal_answer(client: httpx.Client) -> dict[str, Any]:
+    """What a well-behaved client is told."""
+    response = client.post(COMPLETIONS, json=NORMAL)
+    assert response.status_code == 200, response.text
+    choice: dict[str, Any] = response.json()["choices"][0]
+    return choice
+
+
+def check_refusal(client: httpx.Client, bad: Bad) -> None:
+    """Send the request; it must get OpenAI's error object, and the field at fault must be named."""
+    content = bad.raw if bad.raw is not None else json.dumps(bad.body).encode()
+    headers = {"content-type": "application/json"}
+    if bad.method != "POST":
+        content = b""
+    response = client.request(bad.method, bad.path, content=content, headers=headers)
+    assert response.status_code == bad.status, response.text[:500]
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["type"] == ("not_found_error" if bad.status == 404 else "invalid_request_error")
+    assert error["param"] == bad.param
+    assert error["message"]
+    assert len(error["message"]) < 500
+    assert bad.says in error["message"]
+    assert bad.param is None or bad.param.split("[")[0] in error["message"] or bad.status == 404
