@@ -1,4 +1,4 @@
-"""The openai npm package drives the real server."""
+"""Packages of npm drive the real server: openai the API, apache-arrow the stream of rows."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).parent / "npm"
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
-@pytest.mark.skipif(
-    not (PACKAGE / "node_modules" / "openai").is_dir(), reason="needs `make test`, or npm install"
-)
-def test_the_npm_package_gets_what_it_expects(server_url: str) -> None:
+@pytest.mark.parametrize(("package", "program"), [("openai", "check.mjs"), ("apache-arrow", "arrow.mjs")])
+def test_the_npm_package_gets_what_it_expects(server_url: str, package: str, program: str) -> None:
+    if not (PACKAGE / "node_modules" / package).is_dir():
+        pytest.skip("needs `make test`, or npm install")
     result = subprocess.run(
-        ["node", "check.mjs", server_url],
+        ["node", program, server_url],
         cwd=PACKAGE,
         capture_output=True,
         text=True,
