@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 from pydantic_settings import NoDecode
 
+ENV_PREFIX = "LOGITSERVE_"
 
-def _split_commas(value: Any) -> Any:
+
+def split_commas(value: Any) -> Any:
     """``a,b`` from a variable, or ``["a", "b,c"]`` from repeated flags, as one list."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
@@ -23,11 +25,11 @@ class ServerConfig(BaseModel):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
-    served_model_name: Annotated[list[str], NoDecode, BeforeValidator(_split_commas)] = Field(
+    served_model_name: Annotated[list[str], NoDecode, BeforeValidator(split_commas)] = Field(
         [],
         description="names that requests may call the model by, comma-separated; default: the checkpoint's own",
     )
-    api_key: Annotated[list[SecretStr], NoDecode, BeforeValidator(_split_commas)] = Field(
+    api_key: Annotated[list[SecretStr], NoDecode, BeforeValidator(split_commas)] = Field(
         [],
         description="keys, comma-separated, one of which every request but /health and /ready must then bear",
     )

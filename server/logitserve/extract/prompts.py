@@ -1,0 +1,98 @@
+"""The input: a JSONL file of prompts, read once in full to check it and afterwards line by line where it is needed."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import orjson
+from pydantic import Field, StrictInt, ValidationError, model_validator
+
+from logitserve.errors import ApiError, from_validation
+from logitserve.extract.errors import UsageError
+from logitserve.protocol.base import StrictModel
+from logitserve.protocol.chat import Message
+from logitserve.protocol.rows import TokenId
+
+
+class _Line(StrictModel):
+    """What a line may hold."""
+
+    id: str | StrictInt | None = None
+    prompt: str | list[TokenId] | None = Field(None, min_length=1)
+    messages: list[Message] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            msg = "exactly one of 'prompt' and 'messages' is needed"
+            raise ValueError(msg)
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One line. ``source`` is its part of the request body: ``input`` or ``messages``."""
+
+    index: int
+    id: str
+    source: dict[str, Any]
+
+
+class PromptFile:
+    """A checked input. Holds a number for each line, not the lines."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises UsageError with the number of the first line that is malformed."""
+        self._path = path
+        self._starts = array("Q", [0])
+        digest = hashlib.sha256()
+        try:
+            with path.open("rb") as file:
+                for index, line in enumerate(file):
+                    digest.update(line)
+                    _parse(line, index)
+                    self._starts.append(self._starts[-1] + len(line))
+        except OSError as error:
+            msg = f"{path} cannot be read: {error.strerror}"
+            raise UsageError(msg) from error
+        if len(self) == 0:
+            msg = f"{path} holds no prompts"
+            raise UsageError(msg)
+        self.sha256 = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def read(self, indices: Sequence[int]) -> list[Prompt]:
+        """The prompts of some consecutive lines."""
+        with self._path.open("rb") as file:
+            file.seek(self._starts[indices[0]])
+            return [_parse(file.readline(), index) for index in indices]
+
+    def ids(self) -> list[str]:
+        """The id of every prompt."""
+        with self._path.open("rb") as file:
+            return [_parse(line, index).id for index, line in enumerate(file)]
+
+
+def _parse(line: bytes, index: int) -> Prompt:
+    try:
+        raw = orjson.loads(line)
+        checked = _Line.model_validate(raw)
+    except orjson.JSONDecodeError as error:
+        msg = f"line {index + 1}: not valid JSON: {error}" if line.strip() else f"line {index + 1}: empty"
+        raise UsageError(msg) from None
+    except ValidationError as error:
+        msg = f"line {index + 1}: {from_validation(error).message}"
+        raise UsageError(msg) from None
+    except ApiError as error:
+        msg = f"line {index + 1}: {error.message}"
+        raise UsageError(msg) from None
+    name = str(index) if checked.id is None else str(checked.id)
+    source = {"messages": raw["messages"]} if checked.prompt is None else {"input": raw["prompt"]}
+    return Prompt(index, name, source)
