@@ -59,7 +59,9 @@ def test_value_heads_are_repeated_flags_or_json(started: Started, monkeypatch: p
     monkeypatch.setenv("LOGITSERVE_VALUE_HEAD", '{"calm": "/heads/c.safetensors"}')
     cli.main(["serve"])
     monkeypatch.delenv("LOGITSERVE_VALUE_HEAD")
-    cli.main(["serve", "--value-head", "helpful=/heads/h.safetensors", "--value-head", "kind=k=1.safetensors"])
+    cli.main(
+        ["serve", "--value-head", "helpful=/heads/h.safetensors", "--value-head", "kind=k=1.safetensors"]
+    )
     (_, from_variable), (_, from_flags) = started
     assert from_variable.value_head == {"calm": Path("/heads/c.safetensors")}
     assert from_flags.value_head == {
