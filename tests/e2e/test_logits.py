@@ -143,6 +143,38 @@ def test_hidden_states_ride_along_and_are_what_the_head_multiplies(
     np.testing.assert_allclose(hidden @ weight.T, matrix(table, "logits"), atol=TOLERANCE)
 
 
+def test_a_cached_prefix_loses_no_row_and_changes_no_bit(tiny_url: str) -> None:
+    prompt = [9, 8, 7, 6] * 20
+    cold = read_logits(tiny_url, input=prompt, cache_salt="cold")
+    for _ in range(2):
+        np.testing.assert_array_equal(
+            matrix(read_logits(tiny_url, input=prompt), "logits"), matrix(cold, "logits")
+        )
+
+
+def test_processed_rows_are_what_the_sampler_drew_from(tiny_url: str) -> None:
+    """A bias that leaves one token to draw, and everything else filtered away."""
+    asked = {"input": PROMPT, "positions": "generated", "max_tokens": 3, "ignore_eos": True}
+    drawn = {"logit_bias": {"77": 100}, "top_p": 0.5, "seed": 1}
+    table = read_logits(tiny_url, **asked, **drawn, stage="processed")
+    assert table["token_id"].to_pylist() == [77, 77, 77]
+    rows = matrix(table, "logits")
+    assert np.isfinite(rows).sum(-1).tolist() == [1, 1, 1]
+    assert rows.argmax(-1).tolist() == [77, 77, 77]
+    raw = read_logits(tiny_url, **asked, **drawn)
+    assert np.isfinite(matrix(raw, "logits")).all()
+    assert raw["logprob"].to_pylist() == table["logprob"].to_pylist()
+
+
+def test_a_stop_string_ends_the_rows_with_the_token_that_completed_it(tiny_url: str) -> None:
+    asked = {"input": PROMPT, "positions": "generated", "max_tokens": 6, "ignore_eos": True, "temperature": 0}
+    whole = read_logits(tiny_url, **asked, token_ids=[1])["token_id"].to_pylist()
+    with httpx.Client(base_url=tiny_url) as client:
+        text = post(client, "/detokenize", tokens=whole[:3])["prompt"]
+    stopped = read_logits(tiny_url, **asked, token_ids=[1], stop=text)["token_id"].to_pylist()
+    assert stopped == whole[:3]
+
+
 def test_json_holds_the_same_bits(tiny_url: str, client: httpx.Client) -> None:
     asked = {"input": PROMPT, "positions": "all", "max_tokens": 2, "temperature": 0, "hidden_states": True}
     table = read_logits(tiny_url, **asked)
