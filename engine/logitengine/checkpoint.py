@@ -18,10 +18,12 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from logitengine.stored_weights import write_stored_weights
+
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2"
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 """Part of the cache key: raise it when what a conversion writes changes."""
 
 
@@ -96,6 +98,7 @@ def _from_gguf(name: str, gguf: Path) -> Checkpoint:
         for tied in model.all_tied_weights_keys:
             weights.pop(tied, None)
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        write_stored_weights(gguf, model, directory)
 
     try:
         path = _cached("gguf", gguf, convert)

@@ -19,6 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from logitengine.kv_cache import LayerShape, PagedKVCache
+from logitengine.stored_weights import StoredWeights
 
 LLAMA_FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 
@@ -26,15 +27,15 @@ LLAMA_FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 class FusedDecoder(nn.Module):
     """A whole decoder of the Llama family: embedding, layers, final norm. The residual stream is float32."""
 
-    def __init__(self, decoder: Any, kernels: Kernels, shapes: list[LayerShape]) -> None:
+    def __init__(self, decoder: Any, packer: Packer, shapes: list[LayerShape]) -> None:
         super().__init__()
         self._embedding = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
         self._norm = decoder.norm.weight.detach().float()
         self._eps: float = decoder.norm.variance_epsilon
-        self._kernels = kernels
         self._layers = [
-            _pack_layer(layer, kernels, shape) for layer, shape in zip(decoder.layers, shapes, strict=True)
+            _pack_layer(layer, packer, f"model.layers.{index}", shape)
+            for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True))
         ]
 
     def forward(
@@ -60,10 +61,10 @@ class FusedDecoder(nn.Module):
 class FusedLinear(nn.Module):
     """A linear layer over the kernels' own packing of its weight."""
 
-    def __init__(self, linear: nn.Linear, kernels: Kernels) -> None:
+    def __init__(self, packed: Any, kernels: Kernels) -> None:
         super().__init__()
         self._kernels = kernels
-        self._packed = kernels.pack_linear(linear.weight.detach(), linear.bias)
+        self._packed = packed
 
     def forward(self, x: Tensor) -> Tensor:
         leading = x.shape[:-1]
@@ -71,14 +72,41 @@ class FusedLinear(nn.Module):
         return output.reshape(*leading, -1)
 
 
-def fuse(model: PreTrainedModel, kernels: Kernels, shapes: list[LayerShape]) -> int:
+class Packer:
+    """Packs linear layers for the kernels: as stored in the GGUF file where that was kept, else from their weights."""
+
+    def __init__(self, kernels: Kernels, stored: StoredWeights | None, *, exact: bool) -> None:
+        self.kernels = kernels
+        self._stored = stored
+        self._exact = exact
+
+    def pack(self, linears: dict[str, nn.Linear]) -> Any:
+        """Several layers over the same input as one, by parameter name without ``.weight``."""
+        biases: list[Tensor] = [
+            linear.bias.detach() for linear in linears.values() if linear.bias is not None
+        ]
+        if biases and len(biases) != len(linears):
+            raise ValueError(f"of {', '.join(linears)} some have a bias and some have none")
+        bias = torch.cat(biases) if biases else None
+        stored = [self._stored.get(f"{name}.weight") if self._stored else None for name in linears]
+        blocks = [weight for weight in stored if weight is not None]
+        formats = {weight.format for weight in blocks}
+        if len(blocks) == len(linears) and len(formats) == 1 and formats <= self.kernels.gguf_formats:
+            raw = torch.cat([weight.raw for weight in blocks])
+            shape = (raw.shape[0], blocks[0].shape[1])
+            return self.kernels.pack_stored(raw, shape, formats.pop(), bias, exact=self._exact)
+        weight = torch.cat([linear.weight.detach() for linear in linears.values()])
+        return self.kernels.pack_linear(weight, bias)
+
+
+def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape]) -> int:
     """Swap what can be swapped, in place; returns how many modules were."""
     decoder = getattr(model, model.base_model_prefix)
     if type(decoder) not in LLAMA_FAMILY or not all(_is_known(layer) for layer in decoder.layers):
         return 0
-    setattr(model, model.base_model_prefix, FusedDecoder(decoder, kernels, shapes))
+    setattr(model, model.base_model_prefix, FusedDecoder(decoder, packer, shapes))
     if isinstance(getattr(model, "lm_head", None), nn.Linear):
-        model.lm_head = FusedLinear(model.lm_head, kernels)
+        model.lm_head = FusedLinear(packer.pack({"lm_head": model.lm_head}), packer.kernels)
     return len(decoder.layers) + 2
 
 
@@ -86,18 +114,18 @@ def _is_known(layer: Any) -> bool:
     return bool(layer.self_attn.config.hidden_act == "silu")
 
 
-def _pack_layer(layer: Any, kernels: Kernels, shape: LayerShape) -> DecoderLayerWeights:
+def _pack_layer(layer: Any, packer: Packer, name: str, shape: LayerShape) -> DecoderLayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     config = attention.config
     weights = DecoderLayerWeights(
         input_norm=layer.input_layernorm.weight.detach().float(),
-        qkv=_pack([attention.q_proj, attention.k_proj, attention.v_proj], kernels),
+        qkv=packer.pack(_named(attention, f"{name}.self_attn", "q_proj", "k_proj", "v_proj")),
         q_norm=_norm_weight(attention, "q_norm"),
         k_norm=_norm_weight(attention, "k_norm"),
-        output=_pack([attention.o_proj], kernels),
+        output=packer.pack(_named(attention, f"{name}.self_attn", "o_proj")),
         post_attention_norm=layer.post_attention_layernorm.weight.detach().float(),
-        gate_up=_pack([mlp.gate_proj, mlp.up_proj], kernels),
-        down=_pack([mlp.down_proj], kernels),
+        gate_up=packer.pack(_named(mlp, f"{name}.mlp", "gate_proj", "up_proj")),
+        down=packer.pack(_named(mlp, f"{name}.mlp", "down_proj")),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
@@ -105,7 +133,7 @@ def _pack_layer(layer: Any, kernels: Kernels, shape: LayerShape) -> DecoderLayer
         scale=attention.scaling,
         sliding_window=shape.sliding_window,
     )
-    return kernels.prepare_layer(weights)
+    return packer.kernels.prepare_layer(weights)
 
 
 def _norm_weight(attention: nn.Module, name: str) -> Tensor | None:
@@ -113,9 +141,5 @@ def _norm_weight(attention: nn.Module, name: str) -> Tensor | None:
     return None if norm is None else norm.weight.detach().float()
 
 
-def _pack(linears: list[nn.Linear], kernels: Kernels) -> Any:
-    weight = torch.cat([linear.weight.detach() for linear in linears])
-    biases: list[Tensor] = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    if biases and len(biases) != len(linears):
-        raise ValueError("some of the layers packed together have a bias and some have none")
-    return kernels.pack_linear(weight, torch.cat(biases) if biases else None)
+def _named(module: nn.Module, prefix: str, *children: str) -> dict[str, nn.Linear]:
+    return {f"{prefix}.{child}": getattr(module, child) for child in children}

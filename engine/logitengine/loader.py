@@ -23,11 +23,12 @@ from transformers.utils import logging as transformers_logging
 from logitengine.attention import ATTENTION_NAME, register_attention
 from logitengine.checkpoint import Checkpoint, CheckpointError, resolve_checkpoint
 from logitengine.config import EngineConfig
-from logitengine.fuse import fuse
+from logitengine.fuse import Packer, fuse
 from logitengine.kv_cache import PagedKVCache, bytes_per_block
 from logitengine.logits import TORCH_DTYPES
 from logitengine.messages import ModelInfo
 from logitengine.model_runner import ModelRunner, probe_layers
+from logitengine.stored_weights import StoredWeights
 from logitengine.value_heads import ValueHead, load_value_head
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ def load(config: EngineConfig) -> LoadedModel:
         raise CheckpointError(
             "the native CPU kernels compute in bfloat16 or float32; use kernels=reference for float16"
         )
+    stored = _stored_weights(config, checkpoint, kernels)
     model = _load_model(checkpoint, _dtype(config.dtype), device)
     try:
         shapes = probe_layers(model, kernels)
@@ -62,7 +64,7 @@ def load(config: EngineConfig) -> LoadedModel:
         raise CheckpointError(f"{type(model).__name__} cannot be served: {error}") from error
     can_generate = model.get_output_embeddings() is not None
     heads = _heads(config, model, kernels, is_classifier=not can_generate)
-    fused = fuse(model, kernels, shapes)
+    fused = fuse(model, Packer(kernels, stored, exact=model.dtype == torch.float32), shapes)
     logger.info(
         "%s on %s with %s kernels, %d modules fused", type(model).__name__, device, kernels.name, fused
     )
@@ -113,6 +115,18 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     nn.Module.to(model, device)
     model.eval().requires_grad_(False)
     return model
+
+
+def _stored_weights(config: EngineConfig, checkpoint: Checkpoint, kernels: Kernels) -> StoredWeights | None:
+    if config.weights == "dense":
+        return None
+    stored = StoredWeights.load(checkpoint.path) if kernels.gguf_formats else None
+    if stored is None and config.weights == "stored":
+        raise CheckpointError(
+            f"weights=stored needs a GGUF file and kernels that multiply its blocks; {checkpoint.name} with the "
+            f"{kernels.name} kernels has neither or one of them"
+        )
+    return stored
 
 
 def _auto_class(model_config: PretrainedConfig) -> Any:

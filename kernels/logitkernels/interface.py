@@ -77,6 +77,25 @@ class Kernels(ABC):
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> Any:
         """Pack ``weight`` [N, K] and ``bias`` [N] into whatever ``linear`` reads fastest. Done once, at load."""
 
+    gguf_formats: frozenset[str] = frozenset()
+    """Block formats of GGUF files that ``pack_stored`` takes."""
+
+    def pack_stored(
+        self,
+        raw: Tensor,
+        shape: tuple[int, int],
+        gguf_format: str,
+        bias: Tensor | None = None,
+        *,
+        exact: bool,
+    ) -> Any:
+        """Pack a weight [N, K] from ``raw`` uint8 [N, bytes of a row], the blocks of a GGUF file, without loss.
+
+        ``exact`` multiplies by float32 activations, otherwise they are rounded to bfloat16. Raises ValueError for a
+        format that is not among ``gguf_formats``.
+        """
+        raise ValueError(f"the {self.name} kernels do not multiply {gguf_format} blocks as stored")
+
     @abstractmethod
     def linear(self, x: Tensor, packed: Any) -> Tensor:
         """``x @ weight.T + bias``: [T, K] -> [T, N], in the dtype of ``x``, accumulated in float32 or better."""

@@ -45,6 +45,7 @@ class CpuKernels(Kernels):
 
     name = "cpu"
     batch_invariant = True
+    gguf_formats = frozenset(kind.name for kind in GgufType)
 
     def __init__(self, *, exact: bool = False) -> None:
         """Build the library if needed and load it.
@@ -77,6 +78,19 @@ class CpuKernels(Kernels):
         """
         exact = self._exact if exact is None else exact
         return linears.pack_gguf(self._library, raw, shape, gguf_type, bias, exact=exact)
+
+    def pack_stored(
+        self,
+        raw: Tensor,
+        shape: tuple[int, int],
+        gguf_format: str,
+        bias: Tensor | None = None,
+        *,
+        exact: bool,
+    ) -> PackedLinear:
+        if gguf_format not in self.gguf_formats:
+            raise ValueError(f"{gguf_format} is not among {', '.join(sorted(self.gguf_formats))}")
+        return self.pack_gguf(raw, shape, GgufType[gguf_format], bias, exact=exact)
 
     def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
         if x.shape[-1] != packed.in_features:

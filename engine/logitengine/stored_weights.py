@@ -1,0 +1,108 @@
+"""Weights in the blocks of the GGUF file they came from, for kernels that multiply them as they are stored.
+
+Written once, when a GGUF file is converted: a safetensors file of uint8 rows named like the model's parameters. A
+parameter is in it only if its blocks, dequantised, are exactly the weights that transformers read from the same file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+FILE_NAME = "blocks.safetensors"
+
+BLOCK_WEIGHTS = 32
+FORMATS = ("Q4_0", "Q4_1", "Q8_0")
+
+LAYER_TENSORS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """``raw`` uint8 [N, bytes of a row] holds a weight [N, K] in the GGUF block format ``format``."""
+
+    raw: Tensor
+    format: str
+    shape: tuple[int, int]
+
+
+class StoredWeights:
+    """The stored weights of a converted checkpoint, by parameter name."""
+
+    def __init__(self, weights: dict[str, StoredWeight]) -> None:
+        self._weights = weights
+
+    def get(self, name: str) -> StoredWeight | None:
+        return self._weights.get(name)
+
+    @classmethod
+    def load(cls, directory: Path) -> StoredWeights | None:
+        """What the conversion left beside the model, or None where there is nothing (a Hugging Face directory)."""
+        path = directory / FILE_NAME
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            formats = file.metadata()
+            weights = {}
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                raw, (block_format, columns) = file.get_tensor(name), formats[name].split()
+                weights[name] = StoredWeight(raw, block_format, (raw.shape[0], int(columns)))
+        return cls(weights)
+
+
+def write_stored_weights(gguf: Path, model: PreTrainedModel, directory: Path) -> None:
+    """Copy the blocks of ``gguf`` that stand for linear layers of ``model`` (float32, from the same file)."""
+    tensors = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    blocks: dict[str, Tensor] = {}
+    formats: dict[str, str] = {}
+    for name, weight in model.state_dict().items():
+        tensor = next((tensors[key] for key in _gguf_names(name) if key in tensors), None)
+        if tensor is None or tensor.tensor_type.name not in FORMATS:
+            continue
+        raw = np.array(tensor.data).reshape(weight.shape[0], -1)
+        dense = dequantize(raw, tensor.tensor_type)
+        for order in _row_orders(weight.shape[0], heads.get(name.split(".")[-2])):
+            if np.array_equal(dense[order], weight.numpy()):
+                blocks[name] = torch.from_numpy(raw[order])
+                formats[name] = f"{tensor.tensor_type.name} {weight.shape[1]}"
+                break
+    if blocks:
+        save_file(blocks, directory / FILE_NAME, metadata=formats)
+
+
+def _gguf_names(parameter: str) -> list[str]:
+    """What the GGUF file may call a linear layer's weight."""
+    if parameter == "lm_head.weight":
+        return ["output.weight", "token_embd.weight"]
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", parameter)
+    if match is None or match[2] not in LAYER_TENSORS:
+        return []
+    return [f"blk.{match[1]}.{LAYER_TENSORS[match[2]]}.weight"]
+
+
+def _row_orders(rows: int, num_heads: int | None) -> list[NDArray[np.int64]]:
+    """The file's own order, and for queries and keys the one that undoes GGUF's interleaving of rotary pairs."""
+    own = np.arange(rows)
+    if num_heads is None:
+        return [own]
+    return [own, own.reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(rows)]
