@@ -12,7 +12,7 @@ from typing import Any, Self
 import orjson
 from pydantic import Field, StrictInt, ValidationError, model_validator
 
-from logitserve.errors import ApiError, from_validation
+from logitserve.errors import from_validation
 from logitserve.extract.errors import UsageError
 from logitserve.protocol.base import StrictModel
 from logitserve.protocol.chat import Message
@@ -83,15 +83,15 @@ class PromptFile:
 def _parse(line: bytes, index: int) -> Prompt:
     try:
         raw = orjson.loads(line)
+        if not isinstance(raw, dict):
+            msg = f"line {index + 1}: not a JSON object"
+            raise UsageError(msg)
         checked = _Line.model_validate(raw)
     except orjson.JSONDecodeError as error:
         msg = f"line {index + 1}: not valid JSON: {error}" if line.strip() else f"line {index + 1}: empty"
         raise UsageError(msg) from None
     except ValidationError as error:
         msg = f"line {index + 1}: {from_validation(error).message}"
-        raise UsageError(msg) from None
-    except ApiError as error:
-        msg = f"line {index + 1}: {error.message}"
         raise UsageError(msg) from None
     name = str(index) if checked.id is None else str(checked.id)
     source = {"messages": raw["messages"]} if checked.prompt is None else {"input": raw["prompt"]}
