@@ -57,7 +57,8 @@ async def respond_scored(
     async def collect() -> bytes:
         scores = [new_score() for _ in requests]
         nbytes = 0
-        async with contextlib.aclosing(outputs_of(state.engine, requests, 1)) as outputs:
+        # What comes of a prompt is small and reduced at once: nothing stands against running all of them.
+        async with contextlib.aclosing(outputs_of(state.engine, requests, largest_nbytes=0)) as outputs:
             async for index, output in outputs:
                 nbytes += output.nbytes
                 if output.prompt is not None:
@@ -92,6 +93,7 @@ async def _requests(
             prompt_logprobs=asked.prompt_logprobs,
             pooling=asked.pooling,
             head=asked.head,
+            cache_salt=body.cache_salt,
         )
         for prompt in prompts
     ]

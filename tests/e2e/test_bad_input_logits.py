@@ -73,6 +73,7 @@ TABLE = [
     *everywhere("more text than the context", "input", "context", input="a" * 1_000_000),
     *everywhere("unknown field", "prompt", "Unknown field", input="Hi", prompt="Hi"),
     *everywhere("special tokens as text", "add_special_tokens", input="Hi", add_special_tokens="no"),
+    *everywhere("empty salt", "cache_salt", input="Hi", cache_salt=""),
     *(Bad(f"{path}: truncated JSON", path, raw=b'{"input": ["Hi"') for path in READING),
     *(Bad(f"{path}: NaN", path, raw=b'{"input": [NaN]}') for path in READING),
     *(Bad(f"{path}: a list", path, raw=b"[]") for path in READING),
@@ -121,7 +122,6 @@ TABLE = [
     logits("n", "n", "Unknown field", n=2),
     logits("stream", "stream", "Unknown field", stream=True),
     logits("nested options", "return_logits", "Unknown field", return_logits=True),
-    logits("empty salt", "cache_salt", cache_salt=""),
     logits("more bytes than allowed", "input", "in all", input=[[5] * 400] * 30),
     logits(
         "more bytes of hidden states than allowed",

@@ -93,7 +93,7 @@ def numbers(scores: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("served", ["tokens", "text"])
-@pytest.mark.parametrize(("task", "count"), [("logitserve_facts", 48), ("logitserve_texts", 5)])
+@pytest.mark.parametrize(("task", "count"), [("logitserve_facts", 32), ("logitserve_texts", 5)])
 def test_log_likelihoods_are_those_of_lm_evals_own_model(
     evaluated: Any, served: str, task: str, count: int
 ) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from logitserve.errors import BadRequestError
 
@@ -37,6 +37,10 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "best_of": (),
 }
 """Fields of OpenAI's that change the answer and are not served, each with the values that change nothing."""
+
+
+CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
+"""Prefixes are shared only by requests that bear the same: nobody else can tell from the timing what was asked."""
 
 
 class StrictModel(BaseModel):

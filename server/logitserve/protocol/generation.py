@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from logitserve.errors import BadRequestError
-from logitserve.protocol.base import RequestBody, StrictModel
+from logitserve.protocol.base import CacheSalt, RequestBody, StrictModel
 from logitserve.protocol.rows import LARGEST_ID, ReturnHiddenStates, ReturnLogits, TokenId, all_or_nothing
 
 SMALLEST_SEED = -(2**63)
@@ -45,7 +45,7 @@ class SamplingBody(RequestBody):
     min_tokens: int = Field(0, ge=0, le=LARGEST_ID)
     stop_token_ids: list[TokenId] = Field([])
     ignore_eos: bool = False
-    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    cache_salt: CacheSalt | None = None
 
     def check(self) -> None:
         """What no single field shows. Raises BadRequestError with the field to change."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, PlainValidator
 
 from logitserve.errors import BadRequestError
-from logitserve.protocol.base import IGNORED_FIELDS, RequestBody
+from logitserve.protocol.base import IGNORED_FIELDS, CacheSalt, RequestBody
 from logitserve.protocol.chat import Message
 from logitserve.protocol.rows import LARGEST_ID
 
@@ -44,6 +44,7 @@ class InputBody(RequestBody):
     model: str | None = None
     input: Prompts
     add_special_tokens: bool = True
+    cache_salt: CacheSalt | None = None
 
     def check(self) -> None:
         """What no single field shows. Raises BadRequestError with the field to change."""
@@ -59,6 +60,7 @@ class InputOrMessagesBody(RequestBody):
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool = True
     add_generation_prompt: bool = False
+    cache_salt: CacheSalt | None = None
 
     def check(self) -> None:
         """Raises BadRequestError unless exactly one of ``input`` and ``messages`` is given."""
