@@ -99,7 +99,7 @@ class Extraction:
         missing = self._folder.missing()
         if missing:
             _run(self._collect(missing))
-        say(f"joining {self._folder.num_parts} parts")
+        say("joining the parts")
         self._join()
 
     async def _collect(self, missing: list[int]) -> None:
