@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,9 +45,12 @@ class PagedKVCache:
         device: torch.device,
     ) -> PagedKVCache:
         # Unwritten slots are never attended to, but padded gathers read them: NaN there would survive a zero weight.
-        # zeros() of this size are untouched pages, so nothing is spent until a block is used.
         def blocks(shape: LayerShape, dim: int) -> Tensor:
-            return torch.zeros(num_blocks, shape.num_kv_heads, block_size, dim, dtype=dtype, device=device)
+            size = (num_blocks, shape.num_kv_heads, block_size, dim)
+            if device.type != "cpu":
+                return torch.zeros(size, dtype=dtype, device=device)
+            # numpy leaves the zeroing to the kernel's fresh pages: no memory is spent until a block is used.
+            return torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, np.uint8)).view(dtype).view(size)
 
         return cls(
             keys=[blocks(shape, shape.key_dim) for shape in shapes],
