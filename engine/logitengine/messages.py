@@ -55,37 +55,31 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ignore_eos: bool = False
 
 
-class LogitsSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which logits a request asked to see. At most one of ``top_k`` and ``token_ids``; neither: the whole vocabulary."""
+class RowsSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which positions a request asked to see rows of, and in which dtype."""
 
     positions: LogitsPositions = "generated"
+    dtype: LogitsDtype = "float32"
+
+    @property
+    def wants_generated(self) -> bool:
+        return self.positions != "prompt"
+
+    @property
+    def wants_prompt(self) -> bool:
+        return self.positions != "generated"
+
+
+class LogitsSpec(RowsSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which logits. At most one of ``top_k`` and ``token_ids``; neither: the whole vocabulary."""
+
     stage: LogitsStage = "raw"
     top_k: int | None = None
     token_ids: tuple[int, ...] | None = None
-    dtype: LogitsDtype = "float32"
-
-    @property
-    def wants_generated(self) -> bool:
-        return self.positions != "prompt"
-
-    @property
-    def wants_prompt(self) -> bool:
-        return self.positions != "generated"
 
 
-class HiddenStatesSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which hidden states a request asked to see: the last layer's, after the final norm."""
-
-    positions: LogitsPositions = "generated"
-    dtype: LogitsDtype = "float32"
-
-    @property
-    def wants_generated(self) -> bool:
-        return self.positions != "prompt"
-
-    @property
-    def wants_prompt(self) -> bool:
-        return self.positions != "generated"
+class HiddenStatesSpec(RowsSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which hidden states: the last layer's, after the final norm."""
 
 
 class HeadSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
