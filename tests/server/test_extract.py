@@ -190,13 +190,17 @@ def test_two_processes_cannot_hold_one_folder(folder: PartsFolder) -> None:
         pass
 
 
+@pytest.mark.parametrize("is_made_again", [False, True])
 def test_a_lock_on_a_folder_that_was_removed_meanwhile_is_none(
-    folder: PartsFolder, monkeypatch: pytest.MonkeyPatch
+    folder: PartsFolder, monkeypatch: pytest.MonkeyPatch, is_made_again: bool
 ) -> None:
     real = fcntl.flock
 
     def removed_first(descriptor: int, operation: int) -> None:
         folder.remove()
+        if is_made_again:
+            folder.path.mkdir()
+            (folder.path / "lock").touch()
         real(descriptor, operation)
 
     monkeypatch.setattr(fcntl, "flock", removed_first)
