@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 STUCK_SECONDS = 30.0
 """An engine with work that says nothing for this long is not ready. It says something every second when it waits."""
 
+ACKNOWLEDGED_SHARE = 1 / 8
+"""Of a request's window, how much is read before the engine is told: each telling wakes a thread beside its kernels."""
+
 OPENMP_SPINS = "1000"
 
 RESTART_SECONDS = (0.1, 1.0, 5.0, 30.0)
@@ -284,6 +287,7 @@ class EngineClient:
         stream = self._streams[request.request_id] = _Stream(request.n)
         outbox = self._outbox
         outbox.put_nowait(Generate(request))
+        consumed = 0
         try:
             while (output := await stream.queue.get()) is not None:
                 if isinstance(output, EngineError):
@@ -291,8 +295,10 @@ class EngineClient:
                     raise output
                 if output.index not in stream.aborted_choices:
                     yield output
-                if output.nbytes:
-                    outbox.put_nowait(Consumed(request.request_id, output.nbytes))
+                consumed += output.nbytes
+                if consumed >= self._config.logits_window_bytes * ACKNOWLEDGED_SHARE:
+                    outbox.put_nowait(Consumed(request.request_id, consumed))
+                    consumed = 0
         finally:
             del self._streams[request.request_id]
             if stream.open_choices:

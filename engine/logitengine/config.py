@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _integer(value: Any) -> Any:
+    """Flags and variables are strings, which a Literal of integers does not read."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class EngineConfig(BaseModel):
@@ -28,7 +33,9 @@ class EngineConfig(BaseModel):
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt plus answer; default: the model's own"
     )
-    block_size: Literal[8, 16, 32, 64] = Field(16, description="tokens per KV block")
+    block_size: Annotated[Literal[8, 16, 32, 64], BeforeValidator(_integer)] = Field(
+        16, description="tokens per KV block"
+    )
     kv_cache_bytes: int = Field(2 << 30, ge=1 << 20, description="memory for the paged KV cache")
     num_blocks: int | None = Field(None, ge=2, description="KV blocks; overrides kv-cache-bytes")
     max_num_seqs: int = Field(64, ge=1, description="sequences in one step")

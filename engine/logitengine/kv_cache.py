@@ -50,7 +50,9 @@ class PagedKVCache:
             if device.type != "cpu":
                 return torch.zeros(size, dtype=dtype, device=device)
             # numpy leaves the zeroing to the kernel's fresh pages: no memory is spent until a block is used.
-            return torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, np.uint8)).view(dtype).view(size)
+            return (
+                torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, np.uint8)).view(dtype).view(size)
+            )
 
         return cls(
             keys=[blocks(shape, shape.key_dim) for shape in shapes],

@@ -1,6 +1,6 @@
-"""Messages over a local stream socket: one msgpack frame, then the raw bytes of each array it names.
+"""Messages over a local stream socket: one msgpack frame, then a raw frame for each array that it names.
 
-    u32 number of frames | u64 length of each | frame 0: msgpack | frame 1..: array bytes
+    u32 number of arrays | u64 length of the message | u64 length of each array | message: msgpack | arrays: raw bytes
 
 Little-endian. Nothing is ever unpickled, and a frame that does not decode into the declared message types is an error.
 """
@@ -16,8 +16,9 @@ import msgspec
 
 from logitengine.messages import Array
 
-MAX_FRAMES = 1 << 16
-MAX_FRAME_BYTES = 1 << 32
+MAX_ARRAYS = 1 << 16
+MAX_BYTES = 1 << 32
+PREFIX = struct.Struct("<IQ")
 
 M = TypeVar("M")
 
@@ -30,52 +31,56 @@ class TransportError(Exception):
 
 def encode(message: object) -> list[Buffer]:
     """The buffers to put on the socket, in order. Arrays are not copied."""
-    frames: list[Buffer] = []
+    arrays: list[Buffer] = []
 
     def hook(value: object) -> object:
         if isinstance(value, Array):
-            frames.append(value.data)
-            return (value.dtype, value.shape, len(frames))
+            arrays.append(value.data)
+            return (value.dtype, value.shape, len(arrays) - 1)
         raise NotImplementedError(f"{type(value).__name__} cannot be sent")
 
     body = msgspec.msgpack.encode(message, enc_hook=hook)
-    sizes = [len(body), *(memoryview(frame).nbytes for frame in frames)]
-    return [struct.pack(f"<I{len(sizes)}Q", len(sizes), *sizes), body, *frames]
+    sizes = [memoryview(array).nbytes for array in arrays]
+    return [PREFIX.pack(len(sizes), len(body)) + struct.pack(f"<{len(sizes)}Q", *sizes) + body, *arrays]
 
 
 class Decoder(Generic[M]):
-    """Turns a msgpack frame and its array frames back into a message of the given union of types."""
+    """Turns a msgpack frame and its arrays back into a message of the given union of types."""
 
     def __init__(self, types: Any) -> None:  # a union of Struct types: no narrower annotation exists for it
         self._types = types
 
-    def decode(self, frames: list[bytearray]) -> M:
+    def decode(self, body: Buffer, arrays: list[bytearray]) -> M:
         def hook(kind: type, value: Any) -> object:
             if kind is not Array:
                 raise NotImplementedError(kind)
             dtype, shape, index = value
-            if not 1 <= index < len(frames):
-                raise TransportError("an array names a frame that was not sent")
-            return Array(dtype, tuple(shape), memoryview(frames[index]))
+            if not 0 <= index < len(arrays):
+                raise TransportError("a message names an array that was not sent")
+            return Array(dtype, tuple(shape), memoryview(arrays[index]))
 
         try:
-            message: M = msgspec.msgpack.decode(frames[0], type=self._types, dec_hook=hook)
+            message: M = msgspec.msgpack.decode(body, type=self._types, dec_hook=hook)
         except (msgspec.MsgspecError, ValueError, TypeError) as error:
             raise TransportError(str(error)) from error
         return message
 
 
-def _frame_sizes(count_bytes: Buffer) -> int:
-    (count,) = struct.unpack("<I", count_bytes)
-    if not 1 <= count <= MAX_FRAMES:
-        raise TransportError(f"{count} frames announced")
-    return int(count)
+def _head_size(prefix: Buffer) -> int:
+    """Bytes of the array lengths and of the message, which are read together."""
+    count, body_size = PREFIX.unpack(prefix)
+    if count > MAX_ARRAYS or body_size > MAX_BYTES:
+        raise TransportError(f"{count} arrays and a message of {body_size} bytes announced")
+    return 8 * int(count) + int(body_size)
 
 
-def _check_sizes(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    if max(sizes) > MAX_FRAME_BYTES:
-        raise TransportError("a frame over the limit announced")
-    return sizes
+def _split_head(prefix: Buffer, head: bytearray) -> tuple[tuple[int, ...], memoryview]:
+    """The arrays' lengths, and the message."""
+    (count, _) = PREFIX.unpack(prefix)
+    sizes: tuple[int, ...] = struct.unpack_from(f"<{count}Q", head)
+    if max(sizes, default=0) > MAX_BYTES:
+        raise TransportError(f"an array of {max(sizes)} bytes announced")
+    return sizes, memoryview(head)[8 * count :]
 
 
 class BlockingChannel(Generic[M]):
@@ -97,16 +102,13 @@ class BlockingChannel(Generic[M]):
 
     def receive(self) -> M | None:
         """The next message, or None once the other side has closed."""
-        count_bytes = self._read(4)
-        if count_bytes is None:
+        prefix = self._read(PREFIX.size)
+        head = None if prefix is None else self._read(_head_size(prefix))
+        if prefix is None or head is None:
             return None
-        count = _frame_sizes(count_bytes)
-        header = self._read(8 * count)
-        if header is None:
-            return None
-        frames = [self._read(size) for size in _check_sizes(struct.unpack(f"<{count}Q", header))]
-        whole = [frame for frame in frames if frame is not None]
-        return self._decoder.decode(whole) if len(whole) == count else None
+        sizes, body = _split_head(prefix, head)
+        arrays = [array for size in sizes if (array := self._read(size)) is not None]
+        return self._decoder.decode(body, arrays) if len(arrays) == len(sizes) else None
 
     def _read(self, size: int) -> bytearray | None:
         buffer = bytearray(size)
@@ -139,9 +141,9 @@ class AsyncChannel(Generic[M]):
     async def receive(self) -> M | None:
         """The next message, or None once the other side has closed or died."""
         try:
-            count = _frame_sizes(await self._read(4))
-            sizes = _check_sizes(struct.unpack(f"<{count}Q", await self._read(8 * count)))
-            return self._decoder.decode([await self._read(size) for size in sizes])
+            prefix = await self._read(PREFIX.size)
+            sizes, body = _split_head(prefix, await self._read(_head_size(prefix)))
+            return self._decoder.decode(body, [await self._read(size) for size in sizes])
         except (EOFError, ConnectionError):
             return None
 

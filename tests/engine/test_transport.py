@@ -89,13 +89,13 @@ def test_a_closed_socket_ends_the_conversation() -> None:
 @pytest.mark.parametrize(
     "raw",
     [
-        struct.pack("<I", 0),
-        struct.pack("<I", 1 << 30),
-        struct.pack("<IQ", 1, 1 << 60),
-        struct.pack("<IQ", 1, 3) + b"\xc1\xc1\xc1",
-        struct.pack("<IQ", 1, len(UNKNOWN)) + UNKNOWN,
+        struct.pack("<IQ", 1 << 30, 1),
+        struct.pack("<IQ", 0, 1 << 60),
+        struct.pack("<IQQ", 1, 1, 1 << 60) + b"\xc0",
+        struct.pack("<IQ", 0, 3) + b"\xc1\xc1\xc1",
+        struct.pack("<IQ", 0, len(UNKNOWN)) + UNKNOWN,
     ],
-    ids=["no-frames", "many-frames", "huge-frame", "garbage", "unknown-type"],
+    ids=["many-arrays", "huge-message", "huge-array", "garbage", "unknown-type"],
 )
 def test_what_is_no_message_is_refused(raw: bytes) -> None:
     left, right = socket.socketpair()
