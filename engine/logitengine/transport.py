@@ -2,7 +2,8 @@
 
     u32 number of arrays | u64 length of the message | u64 length of each array | message: msgpack | arrays: raw bytes
 
-Little-endian. Nothing is ever unpickled, and a frame that does not decode into the declared message types is an error.
+Little-endian. Small arrays are inside the message. Nothing is ever unpickled, and a frame that does not decode into the
+declared message types is an error.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from logitengine.messages import Array
+
+INLINE_BYTES = 4096
+"""Arrays up to this size travel inside the message: a read of their own costs more than the copy."""
 
 MAX_ARRAYS = 1 << 16
 MAX_BYTES = 1 << 32
@@ -35,6 +39,8 @@ def encode(message: object) -> list[Buffer]:
 
     def hook(value: object) -> object:
         if isinstance(value, Array):
+            if value.nbytes <= INLINE_BYTES:
+                return (value.dtype, value.shape, bytes(value.data))
             arrays.append(value.data)
             return (value.dtype, value.shape, len(arrays) - 1)
         raise NotImplementedError(f"{type(value).__name__} cannot be sent")
@@ -55,6 +61,8 @@ class Decoder(Generic[M]):
             if kind is not Array:
                 raise NotImplementedError(kind)
             dtype, shape, index = value
+            if isinstance(index, bytes):
+                return Array(dtype, tuple(shape), index)
             if not 0 <= index < len(arrays):
                 raise TransportError("a message names an array that was not sent")
             return Array(dtype, tuple(shape), memoryview(arrays[index]))

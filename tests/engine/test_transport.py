@@ -24,7 +24,7 @@ from logitengine.messages import (
     StepOutputs,
     ToEngine,
 )
-from logitengine.transport import AsyncChannel, BlockingChannel, TransportError
+from logitengine.transport import AsyncChannel, BlockingChannel, TransportError, encode
 
 UNKNOWN = msgspec.msgpack.encode({"type": "Exec", "code": "import os"})
 
@@ -43,7 +43,9 @@ def round_trip(message: object, types: object) -> object:
         receiver.close()
 
 
-@given(st.lists(st.binary(max_size=300_000), max_size=5))
+@given(
+    st.lists(st.one_of(st.binary(max_size=9_000), st.binary(min_size=200_000, max_size=300_000)), max_size=5)
+)
 def test_arrays_arrive_as_they_were(payloads: list[bytes]) -> None:
     outputs = [
         StepOutput(
@@ -127,3 +129,16 @@ async def test_the_two_ends_understand_each_other() -> None:
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+def test_large_arrays_are_not_copied_into_the_message() -> None:
+    row = b"x" * 200_000
+    rows = LogitsRows(values=Array("float32", (1, 50_000), row))
+    message = StepOutputs([StepOutput(request_id="a", index=0, logits=rows)], EngineStats())
+    head, array = encode(message)
+    assert array is row
+    assert len(head) < 1000
+    received = round_trip(message, FromEngine)
+    assert isinstance(received, StepOutputs)
+    assert received.outputs[0].logits is not None
+    assert bytes(received.outputs[0].logits.values.data) == row
