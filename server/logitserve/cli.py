@@ -60,7 +60,7 @@ class Command:
         except ValidationError as error:
             self._refuse(error)
         except SettingsError as error:
-            self.parser.error(str(error))
+            self.parser.error(f"{error} (a flag that names something is written --flag NAME=VALUE)")
 
     def _refuse(self, error: ValidationError) -> NoReturn:
         fault = error.errors(include_url=False)[0]
