@@ -86,8 +86,9 @@ def causal_mask(
     config: PreTrainedConfig,
     use_vmap: bool,
     device: torch.device,
+    local_size: int | None = None,
 ) -> None:
-    """No mask: causality is in the metadata, sliding windows are in the kwargs of the attention function.
+    """No mask: causality is in the metadata, and a sliding window (``local_size`` here) comes to the attention function too.
 
     Raises ValueError for a padding mask and for a model that overlays a mask of its own (image blocks, say), which
     would otherwise be dropped.

@@ -1,0 +1,125 @@
+"""Architectures of several families, tiny and random: the rows are transformers' eager float32 logits, or it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from logitengine.checkpoint import CheckpointError
+from logitengine.config import EngineConfig
+from logitengine.loader import load
+from support import EVERY_ROW, greedy, make_engine, reference_logits, run
+
+TOLERANCE = 5e-4
+PROMPT = [
+    5,
+    100,
+    7,
+    300,
+    12,
+    12,
+    9,
+    44,
+    210,
+    77,
+    8,
+    3,
+    99,
+    250,
+    31,
+    64,
+    17,
+    200,
+    6,
+    1,
+    90,
+    41,
+    33,
+    7,
+    7,
+    12,
+    150,
+    2,
+]
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+FUSED: dict[str, dict[str, Any]] = {
+    "Llama": {"attention_bias": False, "tie_word_embeddings": True},
+    "Mistral": {"sliding_window": 9},
+    "Qwen2": {},
+    "Qwen3": {},
+}
+AS_THEY_ARE: dict[str, dict[str, Any]] = {
+    "Gemma2": {"sliding_window": 7, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
+    "Cohere": {"logit_scale": 0.25},
+    "Granite": {"logits_scaling": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7},
+    "Olmo2": {},
+    "Phi3": {},
+}
+
+
+def save_tiny(directory: Path, family: str, options: dict[str, Any], tokenizer: Path) -> None:
+    torch.manual_seed(7)
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, **options})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
+    model.save_pretrained(directory)
+    (directory / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
+
+
+@pytest.mark.parametrize("family", [*FUSED, *AS_THEY_ARE])
+def test_rows_are_the_models_in_every_family(tmp_path: Path, tiny_llama: Path, family: str) -> None:
+    """Chunks of 5 and decoding go through the paged cache; the reference reads the sequence whole."""
+    save_tiny(tmp_path, family, FUSED.get(family) or AS_THEY_ARE.get(family) or {}, tiny_llama)
+    loaded = load(EngineConfig(model=str(tmp_path), dtype="float32", kv_cache_bytes=1 << 24, num_threads=1))
+    assert loaded.info.architecture == f"{family}ForCausalLM"
+    answer = run(make_engine(loaded, max_prefill_chunk=5), [greedy("a", PROMPT, 6, EVERY_ROW)])["a", 0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    expected = reference_logits(model, PROMPT + answer.token_ids)
+    np.testing.assert_allclose(answer.prompt_rows, expected[: len(PROMPT)], atol=TOLERANCE)
+    np.testing.assert_allclose(answer.rows, expected[len(PROMPT) - 1 : -1], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        (
+            "Llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "dynamic rotary embeddings",
+        ),
+        ("Qwen3Next", {"num_experts": 4, "num_experts_per_tok": 2}, "layers of type linear_attention"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_refused(
+    tmp_path: Path, tiny_llama: Path, family: str, options: dict[str, Any], reason: str
+) -> None:
+    config = getattr(transformers, f"{family}Config")(
+        **{**COMMON, **options}, architectures=[f"{family}ForCausalLM"]
+    )
+    config.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((tiny_llama / "tokenizer.json").read_bytes())
+    with pytest.raises(CheckpointError, match=reason):
+        load(EngineConfig(model=str(tmp_path), dtype="float32", kv_cache_bytes=1 << 24))
