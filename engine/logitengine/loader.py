@@ -71,6 +71,9 @@ def load(config: EngineConfig) -> LoadedModel:
     num_blocks = config.num_blocks or config.kv_cache_bytes // bytes_per_block(
         shapes, config.block_size, model.dtype
     )
+    runner = ModelRunner(model, kernels)
+    if can_generate:
+        _check_head(runner, model)
     return LoadedModel(
         info=ModelInfo(
             model_path=str(checkpoint.path),
@@ -90,7 +93,7 @@ def load(config: EngineConfig) -> LoadedModel:
             heads={name: head.num_outputs for name, head in heads.items()},
         ),
         heads=heads,
-        runner=ModelRunner(model, kernels),
+        runner=runner,
         kernels=kernels,
         kv_cache=PagedKVCache.allocate(
             shapes, num_blocks=num_blocks, block_size=config.block_size, dtype=model.dtype, device=device
@@ -127,6 +130,19 @@ def _stored_weights(config: EngineConfig, checkpoint: Checkpoint, kernels: Kerne
             f"{kernels.name} kernels has neither or one of them"
         )
     return stored
+
+
+def _check_head(runner: ModelRunner, model: PreTrainedModel) -> None:
+    """Run the head once: what it cannot do must show while the model is loaded, not in somebody's request."""
+    config = model.config.get_text_config()
+    try:
+        logits = runner.head(torch.zeros(1, config.hidden_size, dtype=model.dtype, device=model.device))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the head of {type(model).__name__} cannot be served: {error}") from error
+    if logits.shape != (1, config.vocab_size):
+        raise CheckpointError(
+            f"the head of {type(model).__name__} gives {logits.shape[-1]} logits for a vocabulary of {config.vocab_size}"
+        )
 
 
 def _auto_class(model_config: PretrainedConfig) -> Any:

@@ -8,7 +8,7 @@ import torch
 from logitkernels import Kernels
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from logitengine.batch import Batch
 from logitengine.kv_cache import LayerShape, PagedKVCache, ShapeProbe
@@ -18,15 +18,13 @@ class _HiddenStatesThrough(nn.Module):
     """Takes the decoder's place under the head, so that the head's own transform (softcap, scaling) is what runs."""
 
     def forward(
-        self,
-        input_ids: None = None,
-        inputs_embeds: Tensor | None = None,
-        attention_mask: None = None,
-        position_ids: None = None,
-        past_key_values: None = None,
-        use_cache: bool | None = None,
-    ) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+        self, input_ids: None = None, *, inputs_embeds: Tensor, use_cache: bool | None = None, **unset: object
+    ) -> MoeModelOutputWithPast:
+        """``inputs_embeds`` are the hidden states. Heads pass down many options of their decoder; none may be set."""
+        asked = [name for name, value in unset.items() if value is not None and value is not False]
+        if asked:
+            raise TypeError(f"the head asks its decoder for {', '.join(asked)}")
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 class ModelRunner:

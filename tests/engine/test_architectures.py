@@ -61,6 +61,8 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+
 FUSED: dict[str, dict[str, Any]] = {
     "Llama": {"attention_bias": False, "tie_word_embeddings": True},
     "Mistral": {"sliding_window": 9},
@@ -72,6 +74,28 @@ AS_THEY_ARE: dict[str, dict[str, Any]] = {
     "Cohere": {"logit_scale": 0.25},
     "Granite": {"logits_scaling": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7},
     "Olmo2": {},
+    "DeepseekV3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+        "head_dim": 16,
+    },
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "GptOss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "rope_parameters": PLAIN_ROPE,
+    },
     "Phi3": {},
 }
 
@@ -122,4 +146,14 @@ def test_what_would_be_silently_wrong_is_refused(
     config.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((tiny_llama / "tokenizer.json").read_bytes())
     with pytest.raises(CheckpointError, match=reason):
+        load(EngineConfig(model=str(tmp_path), dtype="float32", kv_cache_bytes=1 << 24))
+
+
+def test_a_head_that_cannot_run_by_itself_is_refused_at_load(tmp_path: Path, tiny_llama: Path) -> None:
+    config = transformers.GPT2Config(
+        vocab_size=320, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((tiny_llama / "tokenizer.json").read_bytes())
+    with pytest.raises(CheckpointError, match="the head of GPT2LMHeadModel cannot be served"):
         load(EngineConfig(model=str(tmp_path), dtype="float32", kv_cache_bytes=1 << 24))
