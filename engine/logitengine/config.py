@@ -26,7 +26,7 @@ class EngineConfig(BaseModel):
         "auto", description="stored: multiply a GGUF file's blocks as they are; dense: unpack them to dtype"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
-    kernels: Literal["auto", "reference", "cpu", "triton"] = Field("auto", description="kernel backend")
+    kernels: Literal["auto", "reference", "cpu"] = Field("auto", description="kernel backend")
     value_head: dict[str, Path] = Field(
         {}, description="NAME=PATH of a safetensors value head on the hidden states; may be repeated"
     )
