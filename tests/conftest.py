@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from logitengine.checkpoint import Checkpoint, resolve_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+
+def pytest_configure() -> None:
+    """Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when they are imported."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

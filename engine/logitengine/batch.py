@@ -1,13 +1,15 @@
-"""A step's chunks, flattened into the tensors that the model reads."""
+"""A step's chunks, flattened into the arrays that the model reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from logitkernels import AttentionMetadata
+from numpy.typing import NDArray
 from torch import Tensor
 
 from logitengine.scheduler import Chunk
@@ -15,60 +17,125 @@ from logitengine.scheduler import Chunk
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The chunks one after another, without padding.
+    """The chunks one after another, without padding, on the host.
 
-    ``input_ids`` and ``position_ids`` are int64 [1, T]; chunk i's tokens are the rows
-    ``starts[i]:starts[i] + len(chunk)`` of the flattened batch.
+    Chunk i's tokens are the rows ``starts[i]:starts[i] + len(chunk)`` of the flattened batch.
+
+    Attributes:
+        drawing: the chunks that draw a token, in order; ``drawing_rows`` int64 are the rows that score it.
+        arrays: ``input_ids`` and ``position_ids`` int64 [T]; ``token_sources`` int32 [T], the row of the previous step's
+            draw that an input token comes from, or -1 where ``input_ids`` has it; and AttentionMetadata's arrays.
+        max_query_len, max_seq_len: as in AttentionMetadata.
     """
 
     chunks: list[Chunk]
     starts: list[int]
-    input_ids: Tensor
-    position_ids: Tensor
-    metadata: AttentionMetadata
+    drawing: list[Chunk]
+    drawing_rows: NDArray[np.int64]
+    arrays: dict[str, NDArray[Any]]
+    max_query_len: int
+    max_seq_len: int
 
     @property
     def num_tokens(self) -> int:
-        return self.input_ids.shape[1]
+        return len(self.arrays["input_ids"])
+
+    @property
+    def is_decode(self) -> bool:
+        """Every chunk is one token that draws the next: the batch's rows are the drawing rows."""
+        return self.max_query_len == 1 and len(self.drawing) == len(self.chunks)
 
     def split(self, rows: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
         """Each chunk with its own rows of something [T, ...] that was computed for the batch."""
         for chunk, start in zip(self.chunks, self.starts, strict=True):
             yield chunk, rows[start : start + chunk.stop - chunk.start]
 
-    @property
-    def drawing_rows(self) -> list[int]:
-        """The rows of the flattened batch that score a next token: the last of each chunk that draws one."""
-        return [
-            start + chunk.stop - chunk.start - 1
-            for chunk, start in zip(self.chunks, self.starts, strict=True)
-            if chunk.draws_token
-        ]
+    def padded(self, num_seqs: int, num_blocks: int) -> dict[str, NDArray[Any]]:
+        """The arrays of a decode batch as those of ``num_seqs`` sequences with tables of ``num_blocks`` blocks."""
+        padding = self.padding(num_seqs, num_blocks)
+        for name, array in self.arrays.items():
+            if name == "block_tables":
+                padding[name][: array.shape[0], : array.shape[1]] = array
+            elif name != "query_start":
+                padding[name][: len(array)] = array
+        return padding
+
+    @staticmethod
+    def padding(num_seqs: int, num_blocks: int) -> dict[str, NDArray[Any]]:
+        """The arrays of a decode batch of empty sequences: nothing is stored for them and their attention is zero."""
+        return {
+            "input_ids": np.zeros(num_seqs, dtype=np.int64),
+            "position_ids": np.zeros(num_seqs, dtype=np.int64),
+            "token_sources": np.full(num_seqs, -1, dtype=np.int32),
+            "query_start": np.arange(num_seqs + 1, dtype=np.int32),
+            "seq_lens": np.zeros(num_seqs, dtype=np.int32),
+            "block_tables": np.zeros((num_seqs, num_blocks), dtype=np.int32),
+            "slot_mapping": np.full(num_seqs, -1, dtype=np.int64),
+        }
 
 
-def build_batch(chunks: list[Chunk], block_size: int, device: torch.device) -> Batch:
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """A batch on the device: ``input_ids`` and ``position_ids`` int64 [1, T]."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    metadata: AttentionMetadata
+
+    @classmethod
+    def of(
+        cls, tensors: Mapping[str, Tensor], last_tokens: Tensor, max_query_len: int, max_seq_len: int
+    ) -> DeviceBatch:
+        """From a batch's arrays on the device, and the tokens int32 that the previous step drew.
+
+        A sequence whose draw failed goes on as token 0 until the host learns of it.
+        """
+        sources = tensors["token_sources"]
+        drawn = last_tokens[sources.clamp(min=0)].clamp(min=0)
+        return cls(
+            input_ids=torch.where(sources >= 0, drawn, tensors["input_ids"])[None],
+            position_ids=tensors["position_ids"][None],
+            metadata=AttentionMetadata(
+                query_start=tensors["query_start"],
+                seq_lens=tensors["seq_lens"],
+                block_tables=tensors["block_tables"],
+                slot_mapping=tensors["slot_mapping"],
+                max_query_len=max_query_len,
+                max_seq_len=max_seq_len,
+            ),
+        )
+
+
+def build_batch(chunks: list[Chunk], block_size: int) -> Batch:
     lengths = np.array([chunk.stop - chunk.start for chunk in chunks])
     ends = np.cumsum(lengths)
     starts = ends - lengths
     input_ids = np.concatenate([chunk.sequence.token_ids[chunk.start : chunk.stop] for chunk in chunks])
     positions = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+    sources = np.full(len(input_ids), -1, dtype=np.int32)
+    for chunk, end in zip(chunks, ends, strict=True):
+        if chunk.stop == chunk.sequence.num_tokens and chunk.sequence.draw_row is not None:
+            sources[end - 1] = chunk.sequence.draw_row
     tables = np.zeros((len(chunks), max(len(chunk.sequence.block_table) for chunk in chunks)), dtype=np.int32)
     for row, chunk in enumerate(chunks):
         tables[row, : len(chunk.sequence.block_table)] = chunk.sequence.block_table
     owner = np.repeat(np.arange(len(chunks)), lengths)
     slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    metadata = AttentionMetadata(
-        query_start=torch.from_numpy(np.concatenate(([0], ends)).astype(np.int32)).to(device),
-        seq_lens=torch.tensor([chunk.stop for chunk in chunks], dtype=torch.int32, device=device),
-        block_tables=torch.from_numpy(tables).to(device),
-        slot_mapping=torch.from_numpy(slots).to(device),
-        max_query_len=int(lengths.max()),
-        max_seq_len=max(chunk.stop for chunk in chunks),
-    )
+    draws = np.array([chunk.draws_token for chunk in chunks])
     return Batch(
         chunks=chunks,
         starts=starts.tolist(),
-        input_ids=torch.from_numpy(input_ids.astype(np.int64))[None].to(device),
-        position_ids=torch.from_numpy(positions.astype(np.int64))[None].to(device),
-        metadata=metadata,
+        drawing=[chunk for chunk in chunks if chunk.draws_token],
+        drawing_rows=(ends - 1)[draws],
+        arrays={
+            "input_ids": input_ids.astype(np.int64),
+            "position_ids": positions.astype(np.int64),
+            "token_sources": sources,
+            "query_start": np.concatenate(([0], ends)).astype(np.int32),
+            "seq_lens": np.array([chunk.stop for chunk in chunks], dtype=np.int32),
+            "block_tables": tables,
+            "slot_mapping": slots,
+        },
+        max_query_len=int(lengths.max()),
+        max_seq_len=max(chunk.stop for chunk in chunks),
     )

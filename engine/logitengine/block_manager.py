@@ -74,10 +74,14 @@ class BlockManager:
         return len(sequence.block_table) * self.block_size
 
     def publish(self, sequence: Sequence) -> None:
-        """Make the blocks that the sequence has filled findable. Call after their keys and values were computed."""
+        """Make the blocks that the sequence has filled with known tokens findable.
+
+        Call after their keys and values were computed, or are sure to be before a later step reads them.
+        """
         if not self._prefix_caching:
             return
-        for position in range(len(sequence.block_hashes), sequence.num_computed // self.block_size):
+        filled = min(sequence.num_computed, sequence.num_known) // self.block_size
+        for position in range(len(sequence.block_hashes), filled):
             content_hash = self._hash(sequence, position)
             sequence.block_hashes.append(content_hash)
             # Of two sequences that computed the same block in the same step, the first one's is kept for sharing.

@@ -26,7 +26,11 @@ class EngineConfig(BaseModel):
         "auto", description="stored: multiply a GGUF file's blocks as they are; dense: unpack them to dtype"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
-    kernels: Literal["auto", "reference", "cpu"] = Field("auto", description="kernel backend")
+    kernels: Literal["auto", "reference", "cpu", "triton"] = Field("auto", description="kernel backend")
+    batch_invariant: bool = Field(
+        False,
+        description="rows bitwise independent of batch and chunking with the triton kernels too, where it costs speed",
+    )
     value_head: dict[str, Path] = Field(
         {}, description="NAME=PATH of a safetensors value head on the hidden states; may be repeated"
     )
@@ -36,7 +40,14 @@ class EngineConfig(BaseModel):
     block_size: Annotated[Literal[8, 16, 32, 64], BeforeValidator(_integer)] = Field(
         16, description="tokens per KV block"
     )
-    kv_cache_bytes: int = Field(2 << 30, ge=1 << 20, description="memory for the paged KV cache")
+    kv_cache_bytes: int | None = Field(
+        None,
+        ge=1 << 20,
+        description="memory for the paged KV cache; default: 2 GiB, on a GPU what memory-fraction leaves",
+    )
+    memory_fraction: float = Field(
+        0.9, gt=0, le=1, description="share of a GPU's memory to use when kv-cache-bytes is not given"
+    )
     num_blocks: int | None = Field(None, ge=2, description="KV blocks; overrides kv-cache-bytes")
     max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
     max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step")

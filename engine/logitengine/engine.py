@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from msgspec.structs import replace
-from torch import Tensor
 
-from logitengine.batch import build_batch
+from logitengine.batch import Batch, build_batch
 from logitengine.block_manager import BlockManager
 from logitengine.config import EngineConfig
 from logitengine.errors import EngineOverloadedError, RequestRefusedError
-from logitengine.kv_cache import PagedKVCache
 from logitengine.loader import LoadedModel
-from logitengine.messages import EngineStats, GenerationRequest, ModelInfo, PromptOutput, StepOutput
+from logitengine.messages import EngineStats, GenerationRequest, ModelInfo, StepOutput
 from logitengine.model_runner import ModelRunner
-from logitengine.reporter import Reporter
-from logitengine.sampler import Draw, Sampler
+from logitengine.reporter import Reporter, Shown
+from logitengine.sampler import Sampler
 from logitengine.scheduler import Chunk, Scheduler
 from logitengine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step that was launched: the tokens that ``positions`` await and what was asked of it come when ``wait`` is over."""
+
+    batch: Batch
+    positions: list[int]
+    shown: Shown
+    wait: Callable[[], None]
 
 
 class Engine:
@@ -31,8 +40,8 @@ class Engine:
         self.config = config
         self.info: ModelInfo = loaded.info
         self._runner: ModelRunner = loaded.runner
-        self._kv_cache: PagedKVCache = loaded.kv_cache
-        self._reporter = Reporter(loaded.runner, loaded.kernels, loaded.heads)
+        self._device = loaded.device
+        self._reporter = Reporter(loaded.runner, loaded.kernels, loaded.heads, loaded.device)
         self._blocks = BlockManager(
             loaded.info.num_blocks, config.block_size, prefix_caching=config.prefix_caching
         )
@@ -40,6 +49,7 @@ class Engine:
             config, self._blocks, throttled=self._is_throttled, max_chunk=self._max_chunk
         )
         self._sampler = Sampler(loaded.info.eos_token_ids)
+        self._under_way: _Step | None = None
         self._unread_bytes: dict[str, int] = {}
         self._num_arrivals = 0
         self.num_steps = 0
@@ -73,7 +83,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self.is_computing
+
+    @property
+    def is_computing(self) -> bool:
+        """A step was launched and has not been reported."""
+        return self._under_way is not None
 
     @property
     def stats(self) -> EngineStats:
@@ -91,59 +106,75 @@ class Engine:
     # One step.
 
     def step(self) -> list[StepOutput]:
-        """Schedule, run, sample, and say what came of it. Empty when everyone's reader lags behind."""
+        """Schedule, run, sample, and say what came of it. Empty when everyone's reader lags behind.
+
+        On a device that overlaps, what is reported is the step before the one that is launched here.
+        """
+        launched = self._launch()
+        if self._device.overlaps:
+            launched, self._under_way = self._under_way, launched
+        return self._report(launched) if launched is not None else []
+
+    def _launch(self) -> _Step | None:
+        """Put the next step on the device. Sequences go on from tokens that only the device knows yet."""
         chunks = self._scheduler.schedule()
         if not chunks:
-            return []
-        batch = build_batch(chunks, self.config.block_size, self._runner.device)
-        hidden = self._runner.run(batch, self._kv_cache)
-        prompts = [self._reporter.prompt_output(chunk, rows) for chunk, rows in batch.split(hidden)]
-        drawing = [chunk.sequence for chunk in chunks if chunk.draws_token]
-        last_hidden = hidden[batch.drawing_rows]
-        logits = self._runner.head(last_hidden) if drawing else last_hidden
-        draws = dict(zip(drawing, self._sampler.sample(logits, drawing), strict=True))
-        outputs: list[StepOutput] = []
-        for chunk, prompt in zip(chunks, prompts, strict=True):
+            return None
+        batch = build_batch(chunks, self.config.block_size)
+        computed = self._runner.execute(batch, [self._sampler.row(chunk.sequence) for chunk in batch.drawing])
+        shown = self._reporter.show(batch, computed)
+        for chunk in chunks:
             self._scheduler.complete(chunk)
-            if chunk.sequence in draws:
-                row = drawing.index(chunk.sequence)
-                shown = logits[row : row + 1], last_hidden[row : row + 1]
-                outputs.append(self._advance(chunk.sequence, draws[chunk.sequence], *shown, prompt))
+        positions = [chunk.sequence.await_token(row) for row, chunk in enumerate(batch.drawing)]
+        return _Step(batch, positions, shown, self._device.mark())
+
+    def _report(self, step: _Step) -> list[StepOutput]:
+        """Wait for a launched step and say what it did for the sequences that are still there."""
+        step.wait()
+        token_ids: list[int] = step.shown.tokens.tolist()
+        drawn = {
+            chunk.sequence: (row, position, token_id)
+            for row, (chunk, position, token_id) in enumerate(
+                zip(step.batch.drawing, step.positions, token_ids, strict=True)
+            )
+        }
+        outputs: list[StepOutput] = []
+        for chunk in step.batch.chunks:
+            if chunk.sequence.finished:
+                continue
+            if chunk.sequence in drawn:
+                outputs.append(self._advance(chunk.sequence, *drawn[chunk.sequence], step.shown))
             else:
-                outputs += self._hold(chunk.sequence, prompt)
-        self._count(chunks, outputs)
+                outputs += self._hold(chunk, step.shown)
+        self._count(step.batch.chunks, outputs)
         return outputs
 
     def _advance(
-        self, sequence: Sequence, draw: Draw, logits: Tensor, hidden: Tensor, prompt: PromptOutput | None
+        self, sequence: Sequence, row: int, position: int, token_id: int, shown: Shown
     ) -> StepOutput:
-        """Append the drawn token and report it, with the rows [1, V] and [1, H] that it came from."""
-        output = self._reporter.generated_output(sequence, draw, logits, hidden, prompt)
-        if draw.token_id is None:
+        """Learn the token that was drawn for ``position`` and report it with the rows that it came from."""
+        if token_id < 0:
             self._finish(sequence)
-            return output
-        sequence.token_ids.append(draw.token_id)
-        if self._sampler.ends(sequence, draw.token_id):
+            return replace(shown.output(sequence, None, None), finish_reason="error")
+        output = shown.output(sequence, row, token_id)
+        sequence.learn(position, token_id)
+        if self._sampler.ends(sequence, token_id):
             self._finish(sequence)
-            return replace(output, finish_reason="stop", stop_token_id=draw.token_id)
-        if sequence.num_generated >= sequence.sampling.max_tokens:
+            return replace(output, finish_reason="stop", stop_token_id=token_id)
+        if position + 1 - sequence.num_prompt_tokens >= sequence.sampling.max_tokens:
             self._finish(sequence)
             return replace(output, finish_reason="length")
         return output
 
-    def _hold(self, sequence: Sequence, prompt: PromptOutput | None) -> Iterator[StepOutput]:
+    def _hold(self, chunk: Chunk, shown: Shown) -> Iterator[StepOutput]:
         """Report a chunk that drew nothing: its prompt rows if there are any, and the end of a prompt-only request."""
-        complete = sequence.sampling.max_tokens == 0 and sequence.num_computed == sequence.num_prompt_tokens
+        sequence = chunk.sequence
+        complete = sequence.sampling.max_tokens == 0 and chunk.stop == sequence.num_prompt_tokens
         if complete:
             self._finish(sequence)
-        if complete or prompt is not None:
-            yield StepOutput(
-                request_id=sequence.request.request_id,
-                index=sequence.index,
-                num_cached_tokens=sequence.num_cached,
-                prompt=prompt,
-                finish_reason="length" if complete else None,
-            )
+        output = shown.output(sequence, None, None)
+        if complete or output.prompt is not None:
+            yield replace(output, finish_reason="length" if complete else None)
 
     def _count(self, chunks: list[Chunk], outputs: list[StepOutput]) -> None:
         self.num_steps += 1

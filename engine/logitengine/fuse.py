@@ -6,13 +6,19 @@ norm of another kind) is left as transformers has it, only slower.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
 
 import torch
 from logitkernels import AttentionMetadata, DecoderLayerWeights, Kernels
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.gemma.modeling_gemma import GemmaModel, GemmaRMSNorm
+from transformers.models.gemma2.modeling_gemma2 import Gemma2Model, Gemma2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3TextModel
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
@@ -22,20 +28,41 @@ from logitengine.kv_cache import LayerShape, PagedKVCache
 from logitengine.stored_weights import StoredWeights
 
 LLAMA_FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+GEMMA_FAMILY = (GemmaModel, Gemma2Model, Gemma3TextModel)
+
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""transformers' names of the activations that the kernels have."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Successive layers that share one rotary embedding; ``rope`` names it where the model has several (Gemma 3)."""
+
+    rope: str | None
+    layers: list[DecoderLayerWeights]
+    start: int
+
+    @property
+    def indices(self) -> slice:
+        return slice(self.start, self.start + len(self.layers))
 
 
 class FusedDecoder(nn.Module):
-    """A whole decoder of the Llama family: embedding, layers, final norm. The residual stream is float32."""
+    """A whole decoder of the Llama or Gemma family: embedding, layers, final norm. The residual stream is float32."""
 
-    def __init__(self, decoder: Any, packer: Packer, shapes: list[LayerShape]) -> None:
+    def __init__(self, decoder: Any, layers: list[DecoderLayerWeights]) -> None:
         super().__init__()
         self._embedding = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
-        self._norm = decoder.norm.weight.detach().float()
-        self._eps: float = decoder.norm.variance_epsilon
-        self._layers = [
-            _pack_layer(layer, packer, f"model.layers.{index}", shape)
-            for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True))
+        self._norm = _norm_weight(decoder.norm)
+        self._eps = _eps(decoder.norm)
+        ropes = _ropes(decoder)
+        self._runs = [
+            _Run(rope, layers[indices[0] : indices[-1] + 1], indices[0])
+            for rope, indices in (
+                (rope, list(group)) for rope, group in groupby(range(len(layers)), key=ropes.__getitem__)
+            )
         ]
 
     def forward(
@@ -49,10 +76,14 @@ class FusedDecoder(nn.Module):
     ) -> BaseModelOutputWithPast:
         """``input_ids`` and ``position_ids`` [1, T] -> float32 hidden states [1, T, H]."""
         hidden = self._embedding(input_ids[0]).float()
-        cos, sin = (table[0] for table in self._rotary(hidden, position_ids))
-        hidden = kernels.decoder_layers(
-            hidden, self._layers, cos, sin, kv_cache.keys, kv_cache.values, attention_metadata
-        )
+        tables = {
+            run.rope: self._rotary(hidden, position_ids, *([] if run.rope is None else [run.rope]))
+            for run in self._runs
+        }
+        for run in self._runs:
+            cos, sin = (table[0] for table in tables[run.rope])
+            keys, values = kv_cache.keys[run.indices], kv_cache.values[run.indices]
+            hidden = kernels.decoder_layers(hidden, run.layers, cos, sin, keys, values, attention_metadata)
         return BaseModelOutputWithPast(
             last_hidden_state=kernels.rms_norm(hidden, self._norm, self._eps)[None]
         )
@@ -102,43 +133,76 @@ class Packer:
 def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape]) -> int:
     """Swap what can be swapped, in place; returns how many modules were."""
     decoder = getattr(model, model.base_model_prefix)
-    if type(decoder) not in LLAMA_FAMILY or not all(_is_known(layer) for layer in decoder.layers):
+    if type(decoder) not in LLAMA_FAMILY + GEMMA_FAMILY or not all(
+        _activation(layer) is not None for layer in decoder.layers
+    ):
         return 0
-    setattr(model, model.base_model_prefix, FusedDecoder(decoder, packer, shapes))
+    layers: list[DecoderLayerWeights] = []
+    for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True)):
+        packed = _pack_layer(layer, packer, f"model.layers.{index}", shape)
+        if not packer.kernels.runs_fused(packed):
+            return 0
+        layers.append(packer.kernels.prepare_layer(packed))
+    setattr(model, model.base_model_prefix, FusedDecoder(decoder, layers))
     if isinstance(getattr(model, "lm_head", None), nn.Linear):
         model.lm_head = FusedLinear(packer.pack({"lm_head": model.lm_head}), packer.kernels)
-    return len(decoder.layers) + 2
+    return len(layers) + 2
 
 
-def _is_known(layer: Any) -> bool:
-    return bool(layer.self_attn.config.hidden_act == "silu")
+def _activation(layer: Any) -> Activation | None:
+    """What the layer's gated MLP applies, by the class of its module; None if the kernels do not have it."""
+    for name, activation in ACTIVATIONS.items():
+        if type(layer.mlp.act_fn) is type(ACT2FN[name]):
+            return activation
+    return None
 
 
 def _pack_layer(layer: Any, packer: Packer, name: str, shape: LayerShape) -> DecoderLayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     config = attention.config
-    weights = DecoderLayerWeights(
-        input_norm=layer.input_layernorm.weight.detach().float(),
+    activation = _activation(layer)
+    assert activation is not None  # noqa: S101 - fuse() has looked
+    # Gemma 2 and 3 norm what attention and MLP give as well as what they read, and name the norms accordingly.
+    has_output_norms = hasattr(layer, "pre_feedforward_layernorm")
+    mlp_norm = layer.pre_feedforward_layernorm if has_output_norms else layer.post_attention_layernorm
+    return DecoderLayerWeights(
+        input_norm=_norm_weight(layer.input_layernorm),
         qkv=packer.pack(_named(attention, f"{name}.self_attn", "q_proj", "k_proj", "v_proj")),
-        q_norm=_norm_weight(attention, "q_norm"),
-        k_norm=_norm_weight(attention, "k_norm"),
+        q_norm=_norm_weight(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        k_norm=_norm_weight(attention.k_norm) if hasattr(attention, "k_norm") else None,
         output=packer.pack(_named(attention, f"{name}.self_attn", "o_proj")),
-        post_attention_norm=layer.post_attention_layernorm.weight.detach().float(),
+        post_attention_norm=_norm_weight(mlp_norm),
         gate_up=packer.pack(_named(mlp, f"{name}.mlp", "gate_proj", "up_proj")),
         down=packer.pack(_named(mlp, f"{name}.mlp", "down_proj")),
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
-        eps=layer.input_layernorm.variance_epsilon,
+        eps=_eps(layer.input_layernorm),
         scale=attention.scaling,
         sliding_window=shape.sliding_window,
+        activation=activation,
+        softcap=shape.softcap,
+        attention_output_norm=_norm_weight(layer.post_attention_layernorm) if has_output_norms else None,
+        mlp_output_norm=_norm_weight(layer.post_feedforward_layernorm) if has_output_norms else None,
     )
-    return packer.kernels.prepare_layer(weights)
 
 
-def _norm_weight(attention: nn.Module, name: str) -> Tensor | None:
-    norm = getattr(attention, name, None)
-    return None if norm is None else norm.weight.detach().float()
+def _norm_weight(norm: Any) -> Tensor:
+    """What multiplies the normed values, float32. Gemma stores it less 1."""
+    weight: Tensor = norm.weight.detach().float()
+    return weight + 1 if isinstance(norm, (GemmaRMSNorm, Gemma2RMSNorm, Gemma3RMSNorm)) else weight
+
+
+def _eps(norm: Any) -> float:
+    eps: float = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    return eps
+
+
+def _ropes(decoder: Any) -> list[str | None]:
+    """The name of each layer's rotary embedding where the model has several."""
+    if isinstance(decoder, Gemma3TextModel):
+        return list(decoder.config.layer_types or [])
+    return [None] * len(decoder.layers)
 
 
 def _named(module: nn.Module, prefix: str, *children: str) -> dict[str, nn.Linear]:

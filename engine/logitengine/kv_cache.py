@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What a layer stores per token, and how far back it looks (None: to the beginning).
+    """What a layer stores per token, how far back it looks (None: to the beginning), and how it caps its scores.
 
     The sizes of a key and of a value differ in some architectures.
     """
@@ -21,6 +21,7 @@ class LayerShape:
     key_dim: int
     value_dim: int
     sliding_window: int | None = None
+    softcap: float | None = None
 
     @property
     def numel_per_token(self) -> int:
@@ -33,6 +34,14 @@ class PagedKVCache:
 
     keys: list[Tensor]
     values: list[Tensor]
+
+    @property
+    def num_blocks(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def block_size(self) -> int:
+        return self.keys[0].shape[2]
 
     @classmethod
     def allocate(
@@ -70,9 +79,11 @@ class ShapeProbe:
 
     shapes: dict[int, LayerShape] = field(default_factory=dict)
 
-    def record(self, layer: int, key: Tensor, value: Tensor, sliding_window: int | None) -> None:
+    def record(
+        self, layer: int, key: Tensor, value: Tensor, sliding_window: int | None, softcap: float | None
+    ) -> None:
         """``key`` and ``value`` are [1, Hkv, T, D]."""
-        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3], sliding_window)
+        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3], sliding_window, softcap)
 
     def in_order(self) -> list[LayerShape]:
         """Raises ValueError if some layer did not come through our attention function."""

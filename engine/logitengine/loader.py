@@ -23,11 +23,13 @@ from transformers.utils import logging as transformers_logging
 from logitengine.attention import ATTENTION_NAME, register_attention
 from logitengine.checkpoint import Checkpoint, CheckpointError, resolve_checkpoint
 from logitengine.config import EngineConfig
+from logitengine.devices import Device, choose_device
 from logitengine.fuse import Packer, fuse
-from logitengine.kv_cache import PagedKVCache, bytes_per_block
+from logitengine.kv_cache import LayerShape, PagedKVCache, bytes_per_block
 from logitengine.logits import TORCH_DTYPES
 from logitengine.messages import ModelInfo
 from logitengine.model_runner import ModelRunner, probe_layers
+from logitengine.profiling import largest_step
 from logitengine.stored_weights import StoredWeights
 from logitengine.value_heads import ValueHead, load_value_head
 
@@ -41,23 +43,31 @@ class LoadedModel:
     info: ModelInfo
     runner: ModelRunner
     kernels: Kernels
-    kv_cache: PagedKVCache
+    device: Device
     heads: dict[str, ValueHead]
 
 
-def load(config: EngineConfig) -> LoadedModel:
-    """Load what ``config`` names. Raises CheckpointError for a model that cannot be served, with the reason."""
+def load(config: EngineConfig, device: Device | None = None) -> LoadedModel:
+    """Load what ``config`` names, onto ``device`` in place of the one that it names if one is given.
+
+    Raises CheckpointError for a model that cannot be served, with the reason.
+    """
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     checkpoint = resolve_checkpoint(config.model)
-    device = _device(config.device)
-    kernels = load_kernels(config.kernels, device.type)
+    try:
+        device = device or choose_device(config.device)
+        kernels = load_kernels(
+            config.kernels, device.torch_device.type, batch_invariant=config.batch_invariant
+        )
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     if config.dtype == "float16" and kernels.name == "cpu":
         raise CheckpointError(
             "the native CPU kernels compute in bfloat16 or float32; use kernels=reference for float16"
         )
     stored = _stored_weights(config, checkpoint, kernels)
-    model = _load_model(checkpoint, _dtype(config.dtype), device)
+    model = _load_model(checkpoint, _dtype(config.dtype), device.torch_device)
     try:
         shapes = probe_layers(model, kernels)
     except (TypeError, ValueError) as error:
@@ -65,13 +75,21 @@ def load(config: EngineConfig) -> LoadedModel:
     can_generate = model.get_output_embeddings() is not None
     heads = _heads(config, model, kernels, is_classifier=not can_generate)
     fused = fuse(model, Packer(kernels, stored, exact=model.dtype == torch.float32), shapes)
+    if config.batch_invariant and not fused:
+        raise CheckpointError(
+            f"batch_invariant was asked for, but {type(model).__name__} runs through transformers' own modules, "
+            "which do not hold it"
+        )
     logger.info(
-        "%s on %s with %s kernels, %d modules fused", type(model).__name__, device, kernels.name, fused
+        "%s on %s with %s kernels, %d modules fused",
+        type(model).__name__,
+        device.torch_device,
+        kernels.name,
+        fused,
     )
-    num_blocks = config.num_blocks or config.kv_cache_bytes // bytes_per_block(
-        shapes, config.block_size, model.dtype
-    )
-    runner = ModelRunner(model, kernels)
+    servable = _Servable(config, model, kernels, device, shapes, is_fused=fused > 0)
+    num_blocks = config.num_blocks or servable.affordable_blocks()
+    runner = servable.runner(num_blocks)
     if can_generate:
         _check_head(runner, model)
     return LoadedModel(
@@ -83,7 +101,7 @@ def load(config: EngineConfig) -> LoadedModel:
             max_model_len=_max_model_len(config, model.config, num_blocks),
             eos_token_ids=_eos_token_ids(model),
             dtype=str(model.dtype).removeprefix("torch."),
-            device=str(device),
+            device=str(device.torch_device),
             kernels=kernels.name,
             batch_invariant=kernels.batch_invariant and fused > 0,
             block_size=config.block_size,
@@ -95,10 +113,50 @@ def load(config: EngineConfig) -> LoadedModel:
         heads=heads,
         runner=runner,
         kernels=kernels,
-        kv_cache=PagedKVCache.allocate(
-            shapes, num_blocks=num_blocks, block_size=config.block_size, dtype=model.dtype, device=device
-        ),
+        device=device,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Servable:
+    """A model with all that a runner needs but the KV cache."""
+
+    config: EngineConfig
+    model: PreTrainedModel
+    kernels: Kernels
+    device: Device
+    shapes: list[LayerShape]
+    is_fused: bool
+
+    def runner(self, num_blocks: int) -> ModelRunner:
+        kv_cache = PagedKVCache.allocate(
+            self.shapes,
+            num_blocks=num_blocks,
+            block_size=self.config.block_size,
+            dtype=self.model.dtype,
+            device=self.device.torch_device,
+        )
+        return ModelRunner(
+            self.model,
+            self.kernels,
+            self.device,
+            kv_cache,
+            max_num_seqs=self.config.max_num_seqs,
+            record=self.is_fused,
+        )
+
+    def affordable_blocks(self) -> int:
+        """As many as the memory for the cache holds."""
+        budget = self.config.kv_cache_bytes or self.device.kv_cache_bytes(
+            self.config.memory_fraction, lambda: largest_step(self.runner(1), self.config)
+        )
+        num_blocks = budget // bytes_per_block(self.shapes, self.config.block_size, self.model.dtype)
+        if num_blocks < 2:
+            raise CheckpointError(
+                f"the KV cache has {budget} bytes, which hold {max(num_blocks, 0)} blocks; at least 2 are needed: "
+                "raise kv_cache_bytes or memory_fraction, or lower max_num_seqs or max_num_batched_tokens"
+            )
+        return num_blocks
 
 
 def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -174,13 +232,15 @@ def _heads(
 def _refuse_unsupported(model_config: PretrainedConfig) -> None:
     """Name what the attention function cannot see in its kwargs and would otherwise get silently wrong."""
     config = model_config.get_text_config()
-    rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    rope_types = _rope_types(getattr(config, "rope_parameters", None) or {})
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     unknown = sorted(layer_types - {"full_attention", "sliding_attention"})
     reasons = {
         f"layers of type {', '.join(unknown)}": bool(unknown),
         # Their frequencies follow the longest sequence of the batch, so a neighbour would change a request's logits.
-        f"{rope_type} rotary embeddings": rope_type in ("dynamic", "longrope"),
+        f"{', '.join(sorted(rope_types))} rotary embeddings": not rope_types.isdisjoint(
+            {"dynamic", "longrope"}
+        ),
         "chunked attention": bool(getattr(config, "attention_chunk_size", None)),
         "bidirectional attention": getattr(config, "is_causal", True) is False
         or bool(getattr(config, "use_bidirectional_attention", False)),
@@ -191,12 +251,10 @@ def _refuse_unsupported(model_config: PretrainedConfig) -> None:
             raise ValueError(f"{model_config.model_type} has {reason}, which is not supported")
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError("device=cuda was asked for, but torch sees no CUDA device")
-    return torch.device(name)
+def _rope_types(parameters: dict[str, Any]) -> set[str]:
+    """The types of a model's rotary embeddings, of which some models have one for each type of layer."""
+    nested = [part for part in parameters.values() if isinstance(part, dict)]
+    return {part.get("rope_type", "default") for part in nested or [parameters]}
 
 
 def _dtype(name: str) -> torch.dtype:

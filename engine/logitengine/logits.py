@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from logitkernels import Kernels
 from torch import Tensor
 
+from logitengine.devices import Device
 from logitengine.messages import Array, LogitsRows, LogitsSpec, Logprobs
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -20,66 +23,101 @@ def row_nbytes(spec: LogitsSpec, vocab_size: int) -> int:
     return vocab_size * itemsize if columns is None else columns * (itemsize + 4)
 
 
-def select(rows: Tensor, spec: LogitsSpec, kernels: Kernels) -> LogitsRows:
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """The asked-for columns of some rows: ``values`` [R, V], or [R, k] with ``token_ids`` int32 [R, k]."""
+
+    values: Tensor
+    token_ids: Tensor | None = None
+
+    def fetch(self, device: Device) -> Selected:
+        """On their way to the host: to be read once the wait of the device's next mark is over."""
+        return Selected(
+            device.fetch(self.values), None if self.token_ids is None else device.fetch(self.token_ids)
+        )
+
+    def rows(self, start: int, stop: int) -> LogitsRows:
+        """Some of the rows, of fetched ones, as they travel."""
+        return LogitsRows(
+            values=to_array(self.values[start:stop]),
+            token_ids=None if self.token_ids is None else to_array(self.token_ids[start:stop]),
+        )
+
+
+def select(rows: Tensor, spec: LogitsSpec, kernels: Kernels) -> Selected:
     """The asked-for columns of ``rows`` (float32 [R, V]) in the asked-for dtype. Always a copy."""
+    dtype = TORCH_DTYPES[spec.dtype]
     if spec.top_k is not None:
         ids, values = kernels.top_k_logits(rows, spec.top_k)
     elif spec.token_ids is not None:
         chosen = torch.tensor(spec.token_ids, device=rows.device)
         ids, values = chosen.expand(rows.shape[0], -1), rows[:, chosen]
     else:
-        return LogitsRows(values=to_array(rows.to(TORCH_DTYPES[spec.dtype], copy=True)))
-    return LogitsRows(
-        values=to_array(values.to(TORCH_DTYPES[spec.dtype])),
-        token_ids=to_array(ids.to(torch.int32).contiguous()),
+        return Selected(rows.to(dtype, copy=True))
+    return Selected(values.to(dtype), ids.to(torch.int32).contiguous())
+
+
+def join_selected(parts: list[Selected]) -> Selected:
+    if len(parts) == 1:
+        return parts[0]
+    ids = [part.token_ids for part in parts if part.token_ids is not None]
+    return Selected(torch.cat([part.values for part in parts]), torch.cat(ids) if ids else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-softmax of some raw rows: of a token in each, its rank, and of the k likeliest.
+
+    ``logprobs`` float32 [R], ``ranks`` int64 [R], ``top_ids`` int64 [R, k], ``top_logprobs`` float32 [R, k].
+    """
+
+    logprobs: Tensor
+    ranks: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+    def fetch(self, device: Device) -> Scores:
+        """On their way to the host: to be read once the wait of the device's next mark is over."""
+        tensors = (self.logprobs, self.ranks, self.top_ids, self.top_logprobs)
+        return Scores(*(device.fetch(tensor) for tensor in tensors))
+
+    def rows(self, start: int, stop: int) -> Logprobs:
+        """Some of the rows, of fetched ones, as they travel."""
+        return Logprobs(
+            token_logprobs=self.logprobs[start:stop].tolist(),
+            ranks=self.ranks[start:stop].tolist(),
+            top_ids=self.top_ids[start:stop].tolist(),
+            top_logprobs=self.top_logprobs[start:stop].tolist(),
+        )
+
+
+def score(rows: Tensor, token_ids: Tensor, top: int, kernels: Kernels) -> Scores:
+    """The scores of ``token_ids`` int64 [R] and of the ``top`` likeliest tokens in ``rows`` (float32 [R, V])."""
+    chosen, normaliser = kernels.gather_logits(rows, token_ids[:, None])
+    normaliser = normaliser[:, None]
+    ids, values = (
+        kernels.top_k_logits(rows, top) if top else (token_ids.new_empty(len(rows), 0), chosen[:, :0])
+    )
+    return Scores(
+        logprobs=(chosen - normaliser).squeeze(-1),
+        ranks=(rows > chosen).sum(-1),
+        top_ids=ids,
+        top_logprobs=values - normaliser,
     )
 
 
-def logprobs(rows: Tensor, token_ids: list[int], top: int, kernels: Kernels) -> Logprobs:
-    """Log-softmax of ``rows`` (float32 [R, V]) at ``token_ids`` [R] and at the ``top`` most likely tokens of each."""
-    normaliser = kernels.logsumexp(rows)[:, None]
-    chosen = rows.gather(-1, torch.tensor(token_ids, device=rows.device)[:, None])
-    ranks = (rows > chosen).sum(-1)
-    top_ids: list[list[int]] = [[] for _ in token_ids]
-    top_logprobs: list[list[float]] = [[] for _ in token_ids]
-    if top:
-        ids, values = kernels.top_k_logits(rows, top)
-        top_ids, top_logprobs = ids.tolist(), (values - normaliser).tolist()
-    return Logprobs(
-        token_logprobs=(chosen - normaliser).squeeze(-1).tolist(),
-        ranks=ranks.tolist(),
-        top_ids=top_ids,
-        top_logprobs=top_logprobs,
-    )
-
-
-def join_logprobs(parts: list[Logprobs]) -> Logprobs:
-    return Logprobs(
-        token_logprobs=[value for part in parts for value in part.token_logprobs],
-        ranks=[value for part in parts for value in part.ranks],
-        top_ids=[ids for part in parts for ids in part.top_ids],
-        top_logprobs=[values for part in parts for values in part.top_logprobs],
-    )
-
-
-def join_rows(parts: list[LogitsRows]) -> LogitsRows:
-    return LogitsRows(
-        values=_join([part.values for part in parts]),
-        token_ids=_join([part.token_ids for part in parts if part.token_ids is not None])
-        if parts[0].token_ids is not None
-        else None,
+def join_scores(parts: list[Scores]) -> Scores:
+    if len(parts) == 1:
+        return parts[0]
+    return Scores(
+        logprobs=torch.cat([part.logprobs for part in parts]),
+        ranks=torch.cat([part.ranks for part in parts]),
+        top_ids=torch.cat([part.top_ids for part in parts]),
+        top_logprobs=torch.cat([part.top_logprobs for part in parts]),
     )
 
 
 def to_array(tensor: Tensor) -> Array:
-    """The bytes of a tensor, little-endian and row-major, without a copy if it lies contiguous in host memory."""
-    host = tensor.contiguous().cpu()
-    data = host.view(torch.uint8).numpy().data.cast("B")
+    """The bytes of a host tensor, little-endian and row-major, without a copy if it lies contiguous."""
+    data = tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
     return Array(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)
-
-
-def _join(arrays: list[Array]) -> Array:
-    if len(arrays) == 1:
-        return arrays[0]
-    rows = sum(array.shape[0] for array in arrays)
-    return Array(arrays[0].dtype, (rows, *arrays[0].shape[1:]), b"".join(array.data for array in arrays))

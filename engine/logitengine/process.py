@@ -85,7 +85,7 @@ class EngineLoop:
         while self._take_messages(engine, wait=not computed):
             steps_before = engine.num_steps
             outputs = engine.step()
-            computed = engine.num_steps > steps_before
+            computed = engine.num_steps > steps_before or engine.is_computing
             if outputs or not computed:
                 self._outbox.put(StepOutputs(outputs, engine.stats))
 

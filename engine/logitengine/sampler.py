@@ -1,62 +1,31 @@
-"""Draws the next token of every sequence that is due one."""
+"""How the next token of every sequence that is due one is to be drawn."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
-from logitkernels.sampling import RowSampling, draw, process_logits
+from logitkernels.sampling import RowSampling
 from torch import Tensor
 
 from logitengine.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """``token_id`` is None when the row holds a NaN: there is no distribution to draw from."""
-
-    token_id: int | None
-    processed: Tensor | None
-
-
 class Sampler:
-    """Stateless but for what it knows of the model: which tokens end an answer."""
+    """From sampling params to the kernels' terms. Stateless but for which tokens of the model end an answer."""
 
     def __init__(self, eos_token_ids: list[int]) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
 
-    @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Draw]:
-        """One draw for each row of ``logits`` (float32 [R, V], left as they are)."""
-        largest, argmax = logits.max(dim=-1)
-        is_nan, best = largest.isnan().tolist(), argmax.tolist()
-        return [
-            Draw(None, None) if is_nan[row] else self._draw(logits[row], best[row], sequence)
-            for row, sequence in enumerate(sequences)
-        ]
-
-    def _draw(self, logits: Tensor, best: int, sequence: Sequence) -> Draw:
-        row = self._row_sampling(sequence)
-        spec = sequence.logits_spec
-        shows_processed = spec is not None and spec.stage == "processed" and spec.wants_generated
-        if row.is_plain_argmax and not shows_processed:
-            return Draw(best, None)
-        processed = process_logits(logits, row)
-        return Draw(draw(processed, row), processed if shows_processed else None)
-
-    def _row_sampling(self, sequence: Sequence) -> RowSampling:
+    def row(self, sequence: Sequence) -> RowSampling:
+        """How the sequence's next token is drawn, as far as the host knows its tokens."""
         sampling = sequence.sampling
+        penalises_generated = bool(sampling.presence_penalty or sampling.frequency_penalty)
         seen = generated = counts = None
         if sampling.repetition_penalty != 1.0:
-            seen = torch.from_numpy(np.unique(np.array(sequence.token_ids, dtype=np.int64)))
-        if (sampling.presence_penalty or sampling.frequency_penalty) and sequence.num_generated:
-            generated, counts = (
-                torch.from_numpy(values)
-                for values in np.unique(
-                    np.array(sequence.generated_token_ids, dtype=np.int64), return_counts=True
-                )
-            )
+            seen, _ = _counted(sequence.token_ids[: sequence.num_known])
+        if penalises_generated and sequence.generated_token_ids:
+            generated, counts = _counted(sequence.generated_token_ids)
+        spec = sequence.logits_spec
         return RowSampling(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -73,6 +42,8 @@ class Sampler:
             seen=seen,
             generated=generated,
             counts=counts,
+            pending=sequence.draw_row if seen is not None or penalises_generated else None,
+            shows_processed=spec is not None and spec.stage == "processed" and spec.wants_generated,
         )
 
     def ends(self, sequence: Sequence, token_id: int) -> bool:
@@ -88,3 +59,9 @@ class Sampler:
         if sequence.num_generated >= sampling.min_tokens:
             return ()
         return sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos_token_ids)
+
+
+def _counted(token_ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Each id once, in order, and how often it stands there; both int64."""
+    ids, counts = np.unique(np.array(token_ids, dtype=np.int64), return_counts=True)
+    return torch.from_numpy(ids), torch.from_numpy(counts)

@@ -77,6 +77,7 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished or aborted sequence and free its blocks."""
         sequence.finished = True
+        self._blocks.publish(sequence)
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._blocks.release(sequence)
 
@@ -94,7 +95,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self._config.max_num_seqs:
                 break
-            if sequence.must_wait_for_leader or self._throttled(sequence):
+            if sequence.is_answered or sequence.must_wait_for_leader or self._throttled(sequence):
                 continue
             if not self._admit(sequence):
                 break
@@ -106,7 +107,7 @@ class Scheduler:
         return sorted(chunks, key=lambda chunk: chunk.sequence.arrival)
 
     def complete(self, chunk: Chunk) -> None:
-        """Record that the chunk's keys and values are in the cache."""
+        """Record that the chunk's keys and values are in the cache, or will be before a step that is scheduled later."""
         chunk.sequence.num_computed = chunk.stop
         self._blocks.publish(chunk.sequence)
 

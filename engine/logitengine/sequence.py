@@ -7,6 +7,9 @@ from typing import Any
 
 from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
 
+UNKNOWN = 0
+"""Stands in ``token_ids`` for a token that the host has not read yet; a valid id, since nothing may look at it."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -15,9 +18,11 @@ class Sequence:
     Attributes:
         arrival: order of arrival; older sequences are served first and preempted last.
         leader: the first choice of the same request; the others wait for its prefill, then share its blocks.
-        token_ids: the prompt, then what was generated.
+        token_ids: the prompt, then what was generated; the newest ``num_unknown`` of them are placeholders for tokens that
+            steps under way have drawn.
+        draw_row: the newest token's row in the latest draw while the host does not know it, else None.
         block_table: physical KV blocks, in order.
-        num_computed: tokens whose keys and values are in the cache.
+        num_computed: tokens whose keys and values are in the cache, or will be before a step that is scheduled now.
         num_cached: prompt tokens that the prefix cache gave at the first admission.
         num_prompt_rows_sent: prompt rows already handed out; a preempted sequence computes them again but never sends
             them twice.
@@ -31,6 +36,8 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
+    num_unknown: int = 0
+    draw_row: int | None = None
     num_computed: int = 0
     num_cached: int = 0
     num_prompt_rows_sent: int = 0
@@ -62,12 +69,37 @@ class Sequence:
         return self.num_tokens - self.num_prompt_tokens
 
     @property
+    def num_known(self) -> int:
+        return self.num_tokens - self.num_unknown
+
+    @property
     def num_uncomputed(self) -> int:
-        return self.num_tokens - self.num_computed
+        """Tokens to compute before the answer is whole: not its last one, from which nothing is drawn."""
+        return self.num_tokens - self.is_answered - self.num_computed
+
+    @property
+    def is_answered(self) -> bool:
+        """Its last token has been drawn, though the host may not know it yet."""
+        return self.num_generated > 0 and self.num_generated >= self.sampling.max_tokens
 
     @property
     def generated_token_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt_tokens :]
+        """As far as the host knows them."""
+        return self.token_ids[self.num_prompt_tokens : self.num_known]
+
+    def await_token(self, row: int) -> int:
+        """Row ``row`` of the latest draw gives the next token; returns the position to `learn` it at."""
+        self.token_ids.append(UNKNOWN)
+        self.num_unknown += 1
+        self.draw_row = row
+        return self.num_tokens - 1
+
+    def learn(self, position: int, token_id: int) -> None:
+        """The oldest unknown token, at ``position``, is ``token_id``."""
+        self.token_ids[position] = token_id
+        self.num_unknown -= 1
+        if not self.num_unknown:
+            self.draw_row = None
 
     @property
     def is_decoding(self) -> bool:

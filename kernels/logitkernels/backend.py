@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from logitkernels.interface import Kernels
 from logitkernels.reference import ReferenceKernels
@@ -10,27 +11,48 @@ from logitkernels.reference import ReferenceKernels
 logger = logging.getLogger(__name__)
 
 
-def load_kernels(name: str, device: str) -> Kernels:
+def load_kernels(name: str, device: str, *, batch_invariant: bool = False) -> Kernels:
     """The backend called ``name`` for a device ("cpu" or "cuda").
 
-    "auto" takes the fastest one that works here and says in the log when that is the reference. Raises ValueError for
-    a name that is unknown or cannot run on the device, RuntimeError when a backend asked for by name does not build.
+    "auto" takes the fastest one that works here and says in the log when that is the reference. With
+    ``batch_invariant`` the backend must hold that a row's bits never depend on the batch or the chunking, even where
+    that costs speed.
+
+    Raises ValueError for a name that is unknown or cannot run on the device, or a property that it does not hold;
+    RuntimeError when a backend asked for by name does not build.
     """
+    kernels = _load(name, device, batch_invariant=batch_invariant)
+    if batch_invariant and not kernels.batch_invariant:
+        raise ValueError(f"batch_invariant was asked for, but the {kernels.name} kernels do not hold it")
+    return kernels
+
+
+def _load(name: str, device: str, *, batch_invariant: bool) -> Kernels:
     if name == "reference":
         return ReferenceKernels()
     if name == "cpu" and device == "cpu":
         return _native()
-    if name == "auto" and device == "cpu":
-        from logitkernels.cpu.build import BuildError
+    if name == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            "kernels=triton on device 'cpu' runs only in Triton's interpreter, for tests: set TRITON_INTERPRET=1"
+        )
+    if name == "triton" or (name == "auto" and device == "cuda"):
+        from logitkernels.triton import TritonKernels
 
-        try:
-            return _native()
-        except BuildError as error:
-            logger.warning("native CPU kernels are not available, using the torch reference: %s", error)
-            return ReferenceKernels()
-    if name == "auto":
-        return ReferenceKernels()
+        return TritonKernels(batch_invariant=batch_invariant)
+    if name == "auto" and device == "cpu":
+        return _native_or_reference()
     raise ValueError(f"kernels={name!r} cannot run on device {device!r}")
+
+
+def _native_or_reference() -> Kernels:
+    from logitkernels.cpu.build import BuildError
+
+    try:
+        return _native()
+    except BuildError as error:
+        logger.warning("native CPU kernels are not available, using the torch reference: %s", error)
+        return ReferenceKernels()
 
 
 def _native() -> Kernels:

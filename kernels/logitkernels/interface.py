@@ -10,10 +10,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
+
+from logitkernels.sampling import PackedRows, RowSampling, Sampled, sample_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +28,9 @@ class AttentionMetadata:
     Sequence s owns the queries ``query_start[s]:query_start[s + 1]``. They are the last ones of its ``seq_lens[s]``
     tokens, so query i of the sequence has position ``seq_lens[s] - query_len[s] + i`` and attends to every position up
     to its own.
+
+    A batch that is padded to a captured size (CUDA graphs) ends in sequences of length 0 with one query each: their slots
+    are -1, nothing is stored for them, and their attention is zero.
 
     Attributes:
         query_start: int32 [S + 1], cumulative query lengths.
@@ -44,10 +52,12 @@ class AttentionMetadata:
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayerWeights:
-    """The weights of one Llama-family decoder layer, packed by the backend that will run it.
+    """The weights of one decoder layer of the Llama or Gemma family, packed by the backend that will run it.
 
     ``qkv`` is [ (Hq + 2 Hkv) D, H ] in the order q, k, v; ``gate_up`` is [2 I, H] in the order gate, up.
-    ``q_norm`` and ``k_norm`` are [D] (Qwen3's per-head norms) or None.
+    ``q_norm`` and ``k_norm`` are [D] (per-head norms of Qwen3 and Gemma 3) or None. ``attention_output_norm`` and
+    ``mlp_output_norm`` [H] are applied to what attention and MLP give before it is added to the residual stream
+    (Gemma 2 and 3) or None. Norm weights are what multiplies the normed values (Gemma's ``1 + w`` already added).
     """
 
     input_norm: Tensor
@@ -64,6 +74,20 @@ class DecoderLayerWeights:
     eps: float
     scale: float
     sliding_window: int | None
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    softcap: float | None = None
+    attention_output_norm: Tensor | None = None
+    mlp_output_norm: Tensor | None = None
+
+    @property
+    def is_llama(self) -> bool:
+        """Whether nothing of the layer goes beyond the Llama family."""
+        return (
+            self.activation == "silu"
+            and self.softcap is None
+            and self.attention_output_norm is None
+            and self.mlp_output_norm is None
+        )
 
 
 class Kernels(ABC):
@@ -107,9 +131,21 @@ class Kernels(ABC):
         Follows Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
         """
 
+    def add_rms_norm(
+        self, residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """``sum = residual + x``, both [T, H] -> ``sum`` in the dtype of ``residual``, and ``rms_norm(sum)`` in ``dtype``."""
+        total = residual + x.to(residual.dtype)
+        return total, self.rms_norm(total, weight, eps).to(dtype)
+
     @abstractmethod
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """``silu(gate) * up`` of [T, 2 I] -> [T, I]; gate is the first half of each row."""
+
+    def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
+        """``gelu(gate) * up`` of [T, 2 I] -> [T, I] by the tanh approximation of Hendrycks and Gimpel (2016)."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.gelu(gate, approximate="tanh") * up
 
     @abstractmethod
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -122,6 +158,21 @@ class Kernels(ABC):
         self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         """Write ``key`` [T, Hkv, D] and ``value`` [T, Hkv, Dv] into caches [num_blocks, Hkv, block_size, D or Dv]."""
+
+    def rope_and_store(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """``rope`` of ``query`` [T, Hq, D], which is returned, and ``store_kv`` of the turned ``key`` and of ``value``."""
+        self.store_kv(self.rope(key, cos, sin), value, key_cache, value_cache, slot_mapping)
+        return self.rope(query, cos, sin)
 
     @abstractmethod
     def paged_attention(
@@ -143,6 +194,10 @@ class Kernels(ABC):
         ``c * tanh(s / c)``; ``sinks`` [Hq] adds one logit per head to the softmax denominator only.
         """
 
+    def runs_fused(self, layer: DecoderLayerWeights) -> bool:
+        """Whether ``decoder_layer`` takes such a layer."""
+        return True
+
     def prepare_layer(self, layer: DecoderLayerWeights) -> DecoderLayerWeights:
         """What ``decoder_layer`` reads fastest. Done once, at load; a layer that is not prepared gives the same result."""
         return layer
@@ -157,7 +212,7 @@ class Kernels(ABC):
         value_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        """One pre-norm decoder layer of the Llama family: ``hidden`` [T, H] -> [T, H], same dtype.
+        """One pre-norm decoder layer of the Llama or Gemma family: ``hidden`` [T, H] -> [T, H], same dtype.
 
         Backends override this where one call is faster than the operations one by one.
         """
@@ -173,8 +228,9 @@ class Kernels(ABC):
         if layer.q_norm is not None and layer.k_norm is not None:
             query = self.rms_norm(query, layer.q_norm, layer.eps)
             key = self.rms_norm(key, layer.k_norm, layer.eps)
-        query, key = self.rope(query, cos, sin), self.rope(key, cos, sin)
-        self.store_kv(key, value, key_cache, value_cache, metadata.slot_mapping)
+        query = self.rope_and_store(
+            query, key, value, cos, sin, key_cache, value_cache, metadata.slot_mapping
+        )
         attended = self.paged_attention(
             query,
             key_cache,
@@ -182,10 +238,18 @@ class Kernels(ABC):
             metadata,
             scale=layer.scale,
             sliding_window=layer.sliding_window,
+            softcap=layer.softcap,
         )
-        hidden = hidden + self.linear(attended.reshape(tokens, heads * head_dim), layer.output)
-        normed = self.rms_norm(hidden, layer.post_attention_norm, layer.eps)
-        return hidden + self.linear(self.silu_and_mul(self.linear(normed, layer.gate_up)), layer.down)
+        update = self.linear(attended.reshape(tokens, heads * head_dim), layer.output)
+        if layer.attention_output_norm is not None:
+            update = self.rms_norm(update, layer.attention_output_norm, layer.eps)
+        hidden, normed = self.add_rms_norm(hidden, update, layer.post_attention_norm, layer.eps, hidden.dtype)
+        gate_up = self.linear(normed, layer.gate_up)
+        gated = self.silu_and_mul(gate_up) if layer.activation == "silu" else self.gelu_and_mul(gate_up)
+        update = self.linear(gated, layer.down)
+        if layer.mlp_output_norm is not None:
+            update = self.rms_norm(update, layer.mlp_output_norm, layer.eps)
+        return hidden + update
 
     def decoder_layers(
         self,
@@ -217,3 +281,25 @@ class Kernels(ABC):
             order = torch.sort(logits[row, candidates], descending=True, stable=True).indices[:k]
             ids[row] = candidates[order]
         return ids, logits.gather(-1, ids)
+
+    def gather_logits(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits [R, V] at ``ids`` int64 [R, K] -> [R, K], and each row's ``logsumexp`` [R]."""
+        return logits.gather(-1, ids), self.logsumexp(logits)
+
+    packs_sampling: bool = False
+    """Whether ``sample`` reads PackedRows rather than RowSamplings."""
+
+    def pack_sampling(self, rows: Sequence[RowSampling], num_rows: int, num_edits: int) -> NDArray[np.int32]:
+        """The rows as one array whose layout depends on the two numbers alone; missing rows are greedy ones."""
+        raise NotImplementedError(f"the {self.name} kernels read the rows as they are")
+
+    def sample(
+        self, logits: Tensor, rows: Sequence[RowSampling] | PackedRows, last_tokens: Tensor | None = None
+    ) -> Sampled:
+        """One draw for each row of ``logits`` (float32 [R, V], left as they are); see `logitkernels.sampling`.
+
+        ``last_tokens`` int32 are the tokens that ``RowSampling.pending`` refers to.
+        """
+        if isinstance(rows, PackedRows):
+            raise TypeError(f"the {self.name} kernels do not read packed rows")
+        return sample_rows(logits, rows, last_tokens)

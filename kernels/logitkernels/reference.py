@@ -62,9 +62,10 @@ class ReferenceKernels(Kernels):
         self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         block_size = key_cache.shape[2]
-        block, offset = slot_mapping // block_size, slot_mapping % block_size
-        key_cache[block, :, offset] = key.to(key_cache.dtype)
-        value_cache[block, :, offset] = value.to(value_cache.dtype)
+        written = slot_mapping >= 0
+        block, offset = slot_mapping[written] // block_size, slot_mapping[written] % block_size
+        key_cache[block, :, offset] = key[written].to(key_cache.dtype)
+        value_cache[block, :, offset] = value[written].to(value_cache.dtype)
 
     def paged_attention(
         self,
@@ -78,7 +79,7 @@ class ReferenceKernels(Kernels):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        output = query.new_empty(query.shape[0], query.shape[1], value_cache.shape[-1])
+        output = query.new_zeros(query.shape[0], query.shape[1], value_cache.shape[-1])
         for tile in _query_tiles(metadata):
             keys = _gather(key_cache, tile.block_tables, query.dtype)
             values = _gather(value_cache, tile.block_tables, query.dtype)
@@ -121,7 +122,7 @@ class _QueryTile:
 
 def _query_tiles(metadata: AttentionMetadata) -> list[_QueryTile]:
     """Cut the batch into tiles: the single queries together, and long ones in pieces of QUERY_TILE."""
-    query_lens = metadata.query_start.diff().long()
+    query_lens = metadata.query_start.diff().long() * (metadata.seq_lens > 0)
     tiles = []
     for length in sorted({1, min(metadata.max_query_len, QUERY_TILE)}):
         members = query_lens == 1 if length == 1 else query_lens > 1

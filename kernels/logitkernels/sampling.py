@@ -6,7 +6,8 @@ in the batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +32,10 @@ class RowSampling:
         seen: int64 ids of the prompt and of the generated tokens, each once (repetition penalty), or None.
         generated, counts: int64 ids of the generated tokens, each once, and how often (presence, frequency), or None.
         seed, stream, position: the counter of the draw; see `philox_uniform`.
+        pending: where the sequence's newest token lies among the tokens drawn in the step before, when the host does not
+            know it yet; it counts as seen and generated once more than the fields above say. Only told where a penalty
+            needs it.
+        shows_processed: whether the processed scores were asked for.
     """
 
     temperature: float
@@ -48,13 +53,77 @@ class RowSampling:
     seen: Tensor | None = None
     generated: Tensor | None = None
     counts: Tensor | None = None
+    pending: int | None = None
+    shows_processed: bool = False
 
     @property
     def is_plain_argmax(self) -> bool:
         """Greedy over the raw logits themselves."""
         return self.temperature == 0 and not (
-            self.bias or self.banned or self.seen is not None or self.generated is not None
+            self.bias
+            or self.banned
+            or self.seen is not None
+            or self.generated is not None
+            or self.pending is not None
         )
+
+    @property
+    def num_edits(self) -> int:
+        """At least as many as the entries that bias, bans and penalties change."""
+        ids = (self.bias or (), self.banned, *(ids for ids in (self.seen, self.generated) if ids is not None))
+        return sum(len(group) for group in ids)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """``num_rows`` rows with room for ``num_edits`` edits in one int32 tensor on the device; see `Kernels.pack_sampling`."""
+
+    buffer: Tensor
+    num_rows: int
+    num_edits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What was drawn for R rows.
+
+    Attributes:
+        token_ids: int32 [R]; -1 where the row holds a NaN: there is no distribution to draw from.
+        processed: float32 [R, V], defined for the rows that show it; None if none does.
+    """
+
+    token_ids: Tensor
+    processed: Tensor | None
+
+
+def sample_rows(logits: Tensor, rows: Sequence[RowSampling], last_tokens: Tensor | None = None) -> Sampled:
+    """Draw for each row of ``logits`` (float32 [R, V], left as they are): what every backend is compared with."""
+    largest, argmax = logits.max(dim=-1)
+    token_ids = torch.where(largest.isnan(), -1, argmax).tolist()
+    processed = torch.empty_like(logits) if any(row.shows_processed for row in rows) else None
+    for index, row in enumerate(rows):
+        if token_ids[index] < 0 or (row.is_plain_argmax and not row.shows_processed):
+            continue
+        scores = process_logits(logits[index], _with_pending(row, last_tokens))
+        token_ids[index] = draw(scores, row)
+        if processed is not None:
+            processed[index] = scores
+    return Sampled(torch.tensor(token_ids, dtype=torch.int32), processed)
+
+
+def _with_pending(row: RowSampling, last_tokens: Tensor | None) -> RowSampling:
+    """The row with the token that was drawn in the step before among its seen and generated ones."""
+    if row.pending is None:
+        return row
+    if last_tokens is None:
+        raise ValueError("a row's newest token is pending, but no tokens of the step before are given")
+    token = last_tokens[row.pending].long().reshape(1)
+    nothing = token[:0]
+    seen = torch.cat((nothing if row.seen is None else row.seen, token)).unique()
+    generated, counts = (nothing if ids is None else ids for ids in (row.generated, row.counts))
+    ids, index = torch.cat((generated, token)).unique(return_inverse=True)
+    totals = torch.zeros_like(ids).index_add(0, index, torch.cat((counts, torch.ones_like(token))))
+    return replace(row, seen=seen, generated=ids, counts=totals, pending=None)
 
 
 def process_logits(logits: Tensor, row: RowSampling) -> Tensor:

@@ -68,9 +68,18 @@ FUSED: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": 9},
     "Qwen2": {},
     "Qwen3": {},
+    "Gemma": {"hidden_act": "gelu_pytorch_tanh"},
+    "Gemma2": {"sliding_window": 7, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
+    "Gemma3": {
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
 }
 AS_THEY_ARE: dict[str, dict[str, Any]] = {
-    "Gemma2": {"sliding_window": 7, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
     "Cohere": {"logit_scale": 0.25},
     "Granite": {"logits_scaling": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.7},
     "Olmo2": {},
@@ -102,7 +111,8 @@ AS_THEY_ARE: dict[str, dict[str, Any]] = {
 
 def save_tiny(directory: Path, family: str, options: dict[str, Any], tokenizer: Path) -> None:
     torch.manual_seed(7)
-    config = getattr(transformers, f"{family}Config")(**{**COMMON, **options})
+    name = "Gemma3Text" if family == "Gemma3" else family  # Gemma3Config is the multimodal model's
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **options})
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:

@@ -196,6 +196,9 @@ class CpuKernels(Kernels):
         )
         return out.to(query.dtype)
 
+    def runs_fused(self, layer: DecoderLayerWeights) -> bool:
+        return layer.is_llama
+
     def prepare_layer(self, layer: DecoderLayerWeights) -> CpuDecoderLayer:
         if isinstance(layer, CpuDecoderLayer):
             return layer

@@ -1,0 +1,41 @@
+"""The host itself: nothing is copied and nothing waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from logitengine.devices.device import Device
+
+DEFAULT_KV_CACHE_BYTES = 2 << 30
+
+
+class CpuDevice(Device):
+    """The cores that torch uses."""
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+        self.overlaps = False
+        self.captures = False
+
+    def host_buffer(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def mark(self) -> Callable[[], None]:
+        return _nothing
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        function()
+        return function
+
+    def kv_cache_bytes(self, fraction: float, largest_step: Callable[[], None]) -> int:  # noqa: ARG002
+        return DEFAULT_KV_CACHE_BYTES
+
+
+def _nothing() -> None:
+    """Everything is there already."""

@@ -1,0 +1,45 @@
+"""The step that takes the most memory, run once to see how much that is."""
+
+from __future__ import annotations
+
+from logitkernels.sampling import RowSampling
+
+from logitengine.batch import build_batch
+from logitengine.config import EngineConfig
+from logitengine.messages import GenerationRequest, SamplingParams
+from logitengine.model_runner import ModelRunner
+from logitengine.scheduler import Chunk
+from logitengine.sequence import Sequence
+
+
+def largest_step(runner: ModelRunner, config: EngineConfig) -> None:
+    """A full token budget over as many sequences as may run, all drawing, filtered, with every row asked for.
+
+    The runner's cache needs one block: what is computed is never read.
+    """
+    count = min(config.max_num_seqs, config.max_num_batched_tokens)
+    length = config.max_num_batched_tokens // count
+    chunks = [Chunk(_prompt(index, length, config.block_size), 0, length) for index in range(count)]
+    row = RowSampling(
+        temperature=1.0,
+        top_k=0,
+        top_p=0.9,
+        min_p=0.0,
+        seed=0,
+        stream=0,
+        position=length,
+        shows_processed=True,
+    )
+    computed = runner.execute(build_batch(chunks, config.block_size), [row] * count)
+    # What is shown is a copy: of the drawn rows in their widest dtype, and of the prompt rows that one window holds.
+    shown = computed.logits.clone()
+    del shown
+
+
+def _prompt(index: int, length: int, block_size: int) -> Sequence:
+    request = GenerationRequest(
+        request_id=str(index), prompt_token_ids=[0] * length, sampling=SamplingParams(max_tokens=1)
+    )
+    sequence = Sequence(request, 0, index)
+    sequence.block_table = [0] * -(-length // block_size)
+    return sequence

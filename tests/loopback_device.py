@@ -1,0 +1,48 @@
+"""A device on the host that behaves like a GPU to the engine: results are there only after a wait, steps are recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from logitengine.devices.cpu import CpuDevice
+from torch import Tensor
+
+
+class LoopbackDevice(CpuDevice):
+    """What is fetched reads as garbage until a mark that was made later has been waited for; a recorded function is
+    replayed by running it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.overlaps = True
+        self.captures = True
+        self.num_captures = 0
+        self.num_replays = 0
+        self._on_the_way: list[tuple[Tensor, Tensor]] = []
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        host = torch.empty_like(tensor, memory_format=torch.contiguous_format).fill_(77)
+        self._on_the_way.append((host, tensor.clone()))
+        return host
+
+    def mark(self) -> Callable[[], None]:
+        before = list(self._on_the_way)
+        self._on_the_way.clear()
+
+        @torch.inference_mode()
+        def wait() -> None:
+            for host, tensor in before:
+                host.copy_(tensor)
+
+        return wait
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        self.num_captures += 1
+        function()
+
+        def replay() -> None:
+            self.num_replays += 1
+            function()
+
+        return replay
