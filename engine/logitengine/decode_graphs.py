@@ -17,10 +17,13 @@ from torch import Tensor
 
 from logitengine.batch import Batch
 from logitengine.devices import Device
-from logitengine.staging import Arrays, Layout
+from logitengine.staging import Layout
 
 SMALLEST_TABLE = 64
 """Blocks; larger tables are four times as long each."""
+
+FEWEST_EDITS = 64
+"""Of a batch; larger buckets have room for four times as many each."""
 
 Size = tuple[int, int, int]
 """Sequences, blocks of a table, edits."""
@@ -70,7 +73,7 @@ class DecodeGraphs:
             **batch.padded(num_rows, num_blocks),
             "sampling": self._kernels.pack_sampling(rows, num_rows, num_edits),
         }
-        recorded = self._recorded.get(size) or self._record(size, arrays)
+        recorded = self._recorded.get(size) or self._record(size)
         staged = self._device.host_buffer(recorded.layout.nbytes)
         recorded.layout.pack(arrays, staged)
         recorded.inputs.copy_(staged, non_blocking=True)
@@ -82,16 +85,26 @@ class DecodeGraphs:
         return (
             self._rows[bisect_left(self._rows, len(rows))],
             min(_power_of_four(table, SMALLEST_TABLE), self._max_table),
-            _power_of_four(sum(row.num_edits for row in rows), 64),
+            _power_of_four(sum(row.num_edits for row in rows), FEWEST_EDITS),
         )
 
-    def _record(self, size: Size, arrays: Arrays) -> _Recorded:
+    def record_all(self) -> None:
+        """Record every number of sequences, with short tables and few edits."""
+        for num_rows in self._rows:
+            size = (num_rows, min(SMALLEST_TABLE, self._max_table), FEWEST_EDITS)
+            if size not in self._recorded:
+                self._record(size)
+
+    def _record(self, size: Size) -> _Recorded:
         """Record on a batch of padding alone: it stores nothing, and what it draws is put back."""
         num_rows, num_blocks, num_edits = size
+        arrays = {
+            **Batch.padding(num_rows, num_blocks),
+            "sampling": self._kernels.pack_sampling([], num_rows, num_edits),
+        }
         layout = Layout(arrays)
-        blank = Batch.padding(num_rows, num_blocks)
         staged = self._device.host_buffer(layout.nbytes)
-        layout.pack({**blank, "sampling": self._kernels.pack_sampling([], num_rows, num_edits)}, staged)
+        layout.pack(arrays, staged)
         inputs = staged.to(self._device.torch_device, copy=True)
         tensors = layout.views(inputs)
         sampling = PackedRows(tensors["sampling"], num_rows, num_edits)

@@ -68,6 +68,21 @@ def load(config: EngineConfig, device: Device | None = None) -> LoadedModel:
         )
     stored = _stored_weights(config, checkpoint, kernels)
     model = _load_model(checkpoint, _dtype(config.dtype), device.torch_device)
+    return prepare(config, checkpoint, model, kernels, device, stored)
+
+
+def prepare(
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    kernels: Kernels,
+    device: Device,
+    stored: StoredWeights | None = None,
+) -> LoadedModel:
+    """Fuse a model that lies on ``device`` and uses our attention function, in place, and size the KV cache for it.
+
+    Raises CheckpointError for a model that cannot be served, with the reason.
+    """
     try:
         shapes = probe_layers(model, kernels)
     except (TypeError, ValueError) as error:
@@ -92,6 +107,9 @@ def load(config: EngineConfig, device: Device | None = None) -> LoadedModel:
     runner = servable.runner(num_blocks)
     if can_generate:
         _check_head(runner, model)
+        if device.captures:
+            largest_step(runner, config)
+            runner.record_steps()
     return LoadedModel(
         info=ModelInfo(
             model_path=str(checkpoint.path),

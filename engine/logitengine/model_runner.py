@@ -88,6 +88,12 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
+    def record_steps(self) -> None:
+        """Record the decode steps that are likely, so that no request waits for it. Others are recorded when they come."""
+        if self._graphs is not None:
+            self._graphs.record_all()
+
+    @torch.inference_mode()
     def execute(self, batch: Batch, rows: Sequence[RowSampling]) -> Computed:
         """Launch the batch: store its keys and values, and draw by ``rows``, one for each drawing chunk."""
         if self._graphs is not None and batch.is_decode:

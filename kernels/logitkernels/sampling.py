@@ -88,8 +88,9 @@ class Sampled:
     """What was drawn for R rows.
 
     Attributes:
-        token_ids: int32 [R]; -1 where the row holds a NaN: there is no distribution to draw from.
-        processed: float32 [R, V], defined for the rows that show it; None if none does.
+        token_ids: int32 [R]; -1 where there is no distribution to draw from: the row holds a NaN, or nothing above -inf is
+            left, or an inf at a temperature above 0.
+        processed: float32 [R, V], defined for the rows that show it and have a token; None if none shows it.
     """
 
     token_ids: Tensor
@@ -99,13 +100,13 @@ class Sampled:
 def sample_rows(logits: Tensor, rows: Sequence[RowSampling], last_tokens: Tensor | None = None) -> Sampled:
     """Draw for each row of ``logits`` (float32 [R, V], left as they are): what every backend is compared with."""
     largest, argmax = logits.max(dim=-1)
-    token_ids = torch.where(largest.isnan(), -1, argmax).tolist()
+    token_ids = torch.where(largest > -torch.inf, argmax, -1).tolist()
     processed = torch.empty_like(logits) if any(row.shows_processed for row in rows) else None
     for index, row in enumerate(rows):
         if token_ids[index] < 0 or (row.is_plain_argmax and not row.shows_processed):
             continue
         scores = process_logits(logits[index], _with_pending(row, last_tokens))
-        token_ids[index] = draw(scores, row)
+        token_ids[index] = draw(scores, row) if scores.max().isfinite() else -1
         if processed is not None:
             processed[index] = scores
     return Sampled(torch.tensor(token_ids, dtype=torch.int32), processed)
@@ -118,6 +119,8 @@ def _with_pending(row: RowSampling, last_tokens: Tensor | None) -> RowSampling:
     if last_tokens is None:
         raise ValueError("a row's newest token is pending, but no tokens of the step before are given")
     token = last_tokens[row.pending].long().reshape(1)
+    if token < 0:  # that row had no distribution, and ended
+        return replace(row, pending=None)
     nothing = token[:0]
     seen = torch.cat((nothing if row.seen is None else row.seen, token)).unique()
     generated, counts = (nothing if ids is None else ids for ids in (row.generated, row.counts))
@@ -131,7 +134,8 @@ def process_logits(logits: Tensor, row: RowSampling) -> Tensor:
 
     Order: bias, repetition penalty (Keskar et al. 2019, "CTRL"), presence and frequency penalties (as OpenAI defines
     them), bans, temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). Ties at a filter's edge
-    go to the lower id. At temperature 0 the result is a point mass: 0 for the largest score, -inf elsewhere.
+    go to the lower id. At temperature 0 the result is a point mass: 0 for the largest score, -inf elsewhere
+    (everywhere if nothing is left to choose from).
     """
     scores = logits.clone()
     if row.bias:
@@ -148,7 +152,8 @@ def process_logits(logits: Tensor, row: RowSampling) -> Tensor:
     if row.temperature == 0:
         best = torch.argmax(scores)
         point = torch.full_like(scores, -torch.inf)
-        point[best] = 0.0
+        if scores[best] > -torch.inf:
+            point[best] = 0.0
         return point
     scores /= row.temperature
     return _filter(scores, row)

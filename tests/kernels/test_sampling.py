@@ -9,7 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitkernels.sampling import RowSampling, draw, philox4x32, philox_uniform, process_logits
+from logitkernels.sampling import (
+    RowSampling,
+    draw,
+    philox4x32,
+    philox_uniform,
+    process_logits,
+    sample_rows,
+)
 from numpy.typing import NDArray
 
 PLAIN = RowSampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, stream=0, position=0)
@@ -106,6 +113,75 @@ def test_a_draw_depends_on_seed_stream_and_position_alone() -> None:
     assert len(numbers) == 18
     assert all(0 <= number < 1 for number in numbers)
     assert philox_uniform(5, 1, 9) == philox_uniform(5, 1, 9)
+
+
+def test_a_batch_is_drawn_row_by_row_and_shows_what_was_asked_for() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(3, 20, generator=generator)
+    rows = [
+        replace(PLAIN, temperature=0.0),
+        replace(PLAIN, top_k=4, shows_processed=True),
+        replace(PLAIN, top_p=0.5, seed=9),
+    ]
+    sampled = sample_rows(logits, rows)
+    assert sampled.token_ids.dtype == torch.int32
+    assert sampled.token_ids.tolist() == [
+        draw(process_logits(logits[i], row), row) for i, row in enumerate(rows)
+    ]
+    assert sampled.processed is not None
+    assert torch.equal(sampled.processed[1], process_logits(logits[1], rows[1]))
+    assert sample_rows(logits, [rows[0]] * 3).processed is None
+
+
+@pytest.mark.parametrize("token", [2, 3])
+def test_a_pending_token_counts_as_seen_and_generated_once_more(token: int) -> None:
+    """Token 2 was seen and generated before, token 3 was not."""
+    logits = torch.tensor([[2.0, -2.0, 1.0, 0.5]])
+    row = replace(
+        PLAIN,
+        repetition_penalty=2.0,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        seen=torch.tensor([2]),
+        generated=torch.tensor([2]),
+        counts=torch.tensor([3]),
+        shows_processed=True,
+    )
+    known = replace(
+        row,
+        seen=torch.tensor([2, 3] if token == 3 else [2]),
+        generated=torch.tensor([2, 3] if token == 3 else [2]),
+        counts=torch.tensor([3, 1] if token == 3 else [4]),
+    )
+    last = torch.tensor([0, token], dtype=torch.int32)
+    sampled = sample_rows(logits, [replace(row, pending=1)], last)
+    assert sampled.processed is not None
+    assert torch.equal(sampled.processed[0], process_logits(logits[0], known))
+
+
+def test_a_pending_token_of_a_row_that_ended_is_none() -> None:
+    logits = torch.tensor([[1.0, 3.0]])
+    row = replace(PLAIN, temperature=0.0, repetition_penalty=9.0, pending=0)
+    assert sample_rows(logits, [row], torch.tensor([-1], dtype=torch.int32)).token_ids.tolist() == [1]
+    assert sample_rows(logits, [row], torch.tensor([1], dtype=torch.int32)).token_ids.tolist() == [0]
+
+
+def test_a_pending_token_needs_the_tokens_of_the_step_before() -> None:
+    with pytest.raises(ValueError, match="no tokens of the step before are given"):
+        sample_rows(torch.zeros(1, 3), [replace(PLAIN, pending=0)])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("top_k", [0, 2])
+def test_a_row_without_a_distribution_has_no_token(temperature: float, top_k: int) -> None:
+    row = replace(PLAIN, temperature=temperature, top_k=top_k)
+    logits = torch.zeros(5, 4)
+    logits[0, 3] = torch.nan
+    logits[1] = -torch.inf
+    logits[3, 2] = torch.inf
+    rows = [row, row, replace(row, banned=(0, 1, 2, 3)), row, row]
+    has_none = (sample_rows(logits, rows).token_ids < 0).tolist()
+    assert has_none == [True, True, True, temperature > 0, False]
 
 
 @pytest.mark.parametrize(

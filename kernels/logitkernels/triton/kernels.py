@@ -1,0 +1,240 @@
+"""The operations of a decoder by Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from logitkernels.interface import AttentionMetadata, DecoderLayerWeights, Kernels
+from logitkernels.reference import ReferenceKernels
+from logitkernels.sampling import PackedRows, RowSampling, Sampled
+from logitkernels.triton import (
+    activations,
+    gather_logits,
+    rms_norm,
+    sample,
+    sampling_rows,
+    store_kv,
+    top_k_logits,
+)
+from logitkernels.triton.matmul import matmul
+from logitkernels.triton.paged_decode import paged_decode
+from logitkernels.triton.paged_prefill import paged_prefill
+
+
+@dataclass(frozen=True, slots=True)
+class TritonLinear:
+    """A weight [N, K] and a bias [N], contiguous."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class TritonKernels(Kernels):
+    """Kernels for CUDA GPUs of compute capability 8.0 and up.
+
+    A row never depends on the other rows of its batch but in matrix products, for which cuBLAS chooses its order of
+    summation by the number of rows. ``batch_invariant`` takes products of one fixed order instead, and attention that
+    gives a token the same bits whatever chunk it comes in.
+    """
+
+    name = "triton"
+    packs_sampling = True
+
+    def __init__(self, *, batch_invariant: bool = False) -> None:
+        self.batch_invariant = batch_invariant
+
+    # Linear layers.
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> TritonLinear:
+        return TritonLinear(weight.contiguous(), None if bias is None else bias.contiguous())
+
+    def linear(self, x: Tensor, packed: TritonLinear) -> Tensor:
+        narrow = x.to(packed.weight.dtype)
+        if self.batch_invariant:
+            return matmul(narrow, packed.weight, packed.bias).to(x.dtype)
+        return functional.linear(narrow, packed.weight, packed.bias).to(x.dtype)
+
+    # Norms, activations, rotary embedding.
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rms_norm.rms_norm(x, weight, eps, x.dtype)
+
+    def add_rms_norm(
+        self, residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        return rms_norm.add_rms_norm(residual, x, weight, eps, dtype)
+
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return activations.silu_and_mul(gate_up)
+
+    def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return activations.gelu_and_mul(gate_up)
+
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        # Layers turn and store in one kernel; by itself this is not worth another.
+        return ReferenceKernels().rope(x, cos, sin)
+
+    # The paged cache.
+
+    def store_kv(
+        self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        store_kv.store_kv(key, value, key_cache, value_cache, slot_mapping)
+
+    def rope_and_store(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        return store_kv.rope_and_store(query, key, value, cos, sin, key_cache, value_cache, slot_mapping)
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        query = query.contiguous()
+        out = query.new_empty(query.shape[0], query.shape[1], value_cache.shape[-1])
+        # Each takes the sequences that are its own and leaves the others.
+        for attend in (paged_decode, paged_prefill) if metadata.max_query_len > 1 else (paged_decode,):
+            attend(
+                query,
+                key_cache,
+                value_cache,
+                metadata,
+                out,
+                scale=scale,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                sinks=sinks,
+                uniform=self.batch_invariant,
+            )
+        return out
+
+    # Whole layers.
+
+    def decoder_layer(
+        self,
+        hidden: Tensor,
+        layer: DecoderLayerWeights,
+        cos: Tensor,
+        sin: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        return self.decoder_layers(hidden, [layer], cos, sin, [key_cache], [value_cache], metadata)
+
+    def decoder_layers(
+        self,
+        hidden: Tensor,
+        layers: Sequence[DecoderLayerWeights],
+        cos: Tensor,
+        sin: Tensor,
+        key_caches: Sequence[Tensor],
+        value_caches: Sequence[Tensor],
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """The residual stream keeps the dtype of ``hidden``; between norms and residual all is in the weights' dtype.
+
+        What a layer adds to the stream is added by the next norm, which reads it anyway.
+        """
+        update: Tensor | None = None
+        for layer, key_cache, value_cache in zip(layers, key_caches, value_caches, strict=True):
+            hidden, normed = self._add_and_norm(hidden, update, layer.input_norm, layer)
+            query, key, value = _heads(self.linear(normed, layer.qkv), layer)
+            rotated = store_kv.rope_and_store(
+                query,
+                key,
+                value,
+                cos,
+                sin,
+                key_cache,
+                value_cache,
+                metadata.slot_mapping,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                eps=layer.eps,
+            )
+            attended = self.paged_attention(
+                rotated,
+                key_cache,
+                value_cache,
+                metadata,
+                scale=layer.scale,
+                sliding_window=layer.sliding_window,
+                softcap=layer.softcap,
+            )
+            update = self.linear(attended.flatten(1), layer.output)
+            update = self._normed(update, layer.attention_output_norm, layer)
+            hidden, normed = self._add_and_norm(hidden, update, layer.post_attention_norm, layer)
+            gate_up = self.linear(normed, layer.gate_up)
+            gated = self.silu_and_mul(gate_up) if layer.activation == "silu" else self.gelu_and_mul(gate_up)
+            update = self._normed(self.linear(gated, layer.down), layer.mlp_output_norm, layer)
+        return hidden if update is None else hidden + update
+
+    def _add_and_norm(
+        self, hidden: Tensor, update: Tensor | None, weight: Tensor, layer: DecoderLayerWeights
+    ) -> tuple[Tensor, Tensor]:
+        dtype = layer.qkv.weight.dtype
+        if update is None:
+            return hidden, rms_norm.rms_norm(hidden, weight, layer.eps, dtype)
+        return rms_norm.add_rms_norm(hidden, update, weight, layer.eps, dtype)
+
+    def _normed(self, update: Tensor, weight: Tensor | None, layer: DecoderLayerWeights) -> Tensor:
+        return update if weight is None else self.rms_norm(update, weight, layer.eps)
+
+    # Logits.
+
+    def top_k_logits(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        if k <= top_k_logits.MAX_K:
+            return top_k_logits.top_k_logits(logits, k)
+        ordered = torch.sort(logits, dim=-1, descending=True, stable=True)
+        return ordered.indices[:, :k].contiguous(), ordered.values[:, :k].contiguous()
+
+    def gather_logits(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return gather_logits.gather_logits(logits, ids)
+
+    def pack_sampling(self, rows: Sequence[RowSampling], num_rows: int, num_edits: int) -> NDArray[np.int32]:
+        layout = sampling_rows.SamplingLayout(num_rows, num_edits)
+        packed = np.empty(layout.numel, dtype=np.int32)
+        sampling_rows.pack(rows, layout, packed)
+        return packed
+
+    def sample(
+        self, logits: Tensor, rows: Sequence[RowSampling] | PackedRows, last_tokens: Tensor | None = None
+    ) -> Sampled:
+        if not isinstance(rows, PackedRows):
+            raise TypeError("the triton kernels read packed rows")
+        tensors = sampling_rows.view(rows.buffer, sampling_rows.SamplingLayout(rows.num_rows, rows.num_edits))
+        scores = torch.empty_like(logits)
+        if last_tokens is None:
+            last_tokens = torch.full_like(tensors.pending, -1)
+        return Sampled(sample.sample(logits, tensors, last_tokens, scores), scores)
+
+
+def _heads(qkv: Tensor, layer: DecoderLayerWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value heads [T, heads, D] as views of the packed rows [T, (Hq + 2 Hkv) D]."""
+    heads = qkv.view(qkv.shape[0], -1, layer.head_dim)
+    query, key, value = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
+    return query, key, value
