@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when Triton is imported: transformers does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from logitengine.checkpoint import Checkpoint, resolve_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-
-
-def pytest_configure() -> None:
-    """Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when they are imported."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -21,23 +21,17 @@ NAN_TOKEN = 299
 _COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "initializer_range": 0.3,
 }
 
 
-def save_llama(directory: Path, *, vocab_size: int, has_nan: bool = False) -> Path:
-    """Two layers of the Llama family. Returns ``directory``."""
-    config = LlamaConfig(
-        **_COMMON,
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        head_dim=32,
-    )
+def save_llama(directory: Path, *, vocab_size: int, has_nan: bool = False, **options: Any) -> Path:
+    """Two layers of the Llama family, or what ``options`` of its config say. Returns ``directory``."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
+    config = LlamaConfig(**{**_COMMON, **shape, **options}, vocab_size=vocab_size)
     return _save(directory, LlamaForCausalLM, config, has_nan=has_nan)
 
 
@@ -70,7 +64,8 @@ def _save(
         if "norm" in name:
             torch.nn.init.normal_(parameter, mean=0.5, std=0.3)
     if has_nan:
-        model.get_input_embeddings().weight.data[NAN_TOKEN] = torch.nan
+        embedding: Any = model.get_input_embeddings()
+        embedding.weight.data[NAN_TOKEN] = torch.nan
     model.save_pretrained(directory)
     # The engine reads token ids; it only looks for the file.
     (directory / "tokenizer.json").write_text("{}")

@@ -8,12 +8,14 @@ an engine of the same kernels that reads each step before the next and records n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from answers import assert_same
 from logitengine import decode_graphs
 from logitengine.batch import Batch
 from logitengine.config import EngineConfig
@@ -21,15 +23,19 @@ from logitengine.decode_graphs import DecodeGraphs
 from logitengine.devices import Device
 from logitengine.engine import Engine
 from logitengine.loader import LoadedModel, load
-from logitengine.messages import GenerationRequest, HiddenStatesSpec, LogitsSpec, SamplingParams, StepOutput
+from logitengine.messages import (
+    GenerationRequest,
+    HiddenStatesSpec,
+    LogitsSpec,
+    SamplingParams,
+)
 from logitkernels.sampling import RowSampling
 from loopback_device import LoopbackDevice
 from msgspec.structs import replace
-from support import EVERY_ROW, Collected, finish, greedy, make_engine, run, to_numpy
+from support import EVERY_ROW, Collected, finish, greedy, make_engine, run
 from tiny_models import NAN_TOKEN, save_llama
 from torch import Tensor
 
-TOLERANCE = 2e-3
 VOCAB = 300
 PROMPTS = [[5, 100, 7, 250, 12, 12, 9], [30, 31, 32], [201, 8, 8, 14, 77, 4, 90, 90, 61, 3], [17]]
 LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 32}
@@ -37,20 +43,38 @@ LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 32}
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The same weights on a device that overlaps and records, and on one that does neither."""
+    """The same weights on a device that overlaps and records, and on one that does neither.
+
+    ``known`` is what the latter answered, since an answer depends on nothing but its request.
+    """
 
     overlapping: LoadedModel
     plain: LoadedModel
+    known: dict[tuple[bytes, int], Collected] = field(default_factory=dict)
 
-    def assert_same_answers(
+    def expected(self, request: GenerationRequest, index: int = 0) -> Collected:
+        """The answer without overlap and recorded steps."""
+        content = msgspec.json.encode(replace(request, request_id=""))
+        if (content, index) not in self.known:
+            answers = run(engine_of(self.plain, prefix_caching=False), [request])
+            self.known.update({(content, choice): answer for (_, choice), answer in answers.items()})
+        return self.known[content, index]
+
+    def assert_answers(
+        self, requests: Sequence[GenerationRequest], answers: dict[tuple[str, int], Collected]
+    ) -> None:
+        by_id = {request.request_id: request for request in requests}
+        assert {key[0] for key in answers} == by_id.keys()
+        assert len(answers) == sum(request.n for request in requests)
+        for (request_id, index), answer in answers.items():
+            assert_same(answer, self.expected(by_id[request_id], index))
+
+    def check(
         self, requests: Sequence[GenerationRequest], **options: Any
     ) -> dict[tuple[str, int], Collected]:
-        """Returns the answers."""
+        """Serve all requests together with overlap; returns the answers, which are the expected ones."""
         answers = run(engine_of(self.overlapping, **options), requests)
-        expected = run(engine_of(self.plain, **options), requests)
-        assert answers.keys() == expected.keys()
-        for key, answer in answers.items():
-            assert_same(answer, expected[key])
+        self.assert_answers(requests, answers)
         return answers
 
 
@@ -64,7 +88,14 @@ def new_device() -> Device:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    path = save_llama(tmp_path_factory.mktemp("overlap"), vocab_size=VOCAB, has_nan=True)
+    path = save_llama(
+        tmp_path_factory.mktemp("overlap"),
+        vocab_size=VOCAB,
+        has_nan=True,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     config = EngineConfig(
         model=str(path),
         dtype="float32",
@@ -93,39 +124,6 @@ def request(request_id: str, prompt: list[int], *, max_tokens: int = 6, **option
         sampling=SamplingParams(max_tokens=max_tokens, **{"ignore_eos": True, **sampling}),
         **options,
     )
-
-
-def numbers(output: StepOutput) -> dict[str, Any]:
-    """Every number that an output carries, by name."""
-    prompt = output.prompt
-    parts: dict[str, Any] = {"hidden": output.hidden_states, "logits": output.logits}
-    scores = {"": output.logprobs}
-    if prompt is not None:
-        parts |= {"prompt hidden": prompt.hidden_states, "prompt logits": prompt.logits, "pooled": prompt.pooled}
-        scores["prompt "] = prompt.logprobs
-    found: dict[str, Any] = {}
-    for name, part in parts.items():
-        if part is not None:
-            found[name] = to_numpy(getattr(part, "values", part))
-            if getattr(part, "token_ids", None) is not None:
-                found[f"{name} ids"] = to_numpy(part.token_ids)
-    for name, score in scores.items():
-        if score is not None:
-            found |= {f"{name}logprobs": score.token_logprobs, f"{name}ranks": score.ranks}
-            found |= {f"{name}top ids": score.top_ids, f"{name}top logprobs": score.top_logprobs}
-    return found
-
-
-def assert_same(answer: Collected, expected: Collected) -> None:
-    """The same outputs, one by one, as far as they say something."""
-    assert (answer.token_ids, answer.finish_reason) == (expected.token_ids, expected.finish_reason)
-    assert len(answer.outputs) == len(expected.outputs)
-    for output, other in zip(answer.outputs, expected.outputs, strict=True):
-        assert (output.token_ids, output.stop_token_id) == (other.token_ids, other.stop_token_id)
-        found, wanted = numbers(output), numbers(other)
-        assert found.keys() == wanted.keys()
-        for name, value in found.items():
-            np.testing.assert_allclose(value, wanted[name], atol=TOLERANCE, err_msg=name)
 
 
 class Spy:
@@ -169,21 +167,24 @@ def test_an_engine_without_overlap_reports_what_it_launched(models: Models) -> N
 
 
 def test_requests_of_every_kind_get_the_same_side_by_side(models: Models) -> None:
-    models.assert_same_answers(
+    models.check(
         [
-            request("greedy", PROMPTS[0], temperature=0.0, logits=LogitsSpec()),
+            greedy("greedy", PROMPTS[0], 6, EVERY_ROW),
             request("sampled", PROMPTS[1], n=2, seed=11, logits=LogitsSpec(top_k=5), logprobs=3),
-            request("chosen", PROMPTS[2], top_p=0.8, logits=LogitsSpec(token_ids=(9, 2, 250)), prompt_logprobs=2),
+            request(
+                "chosen", PROMPTS[2], top_p=0.8, logits=LogitsSpec(token_ids=(9, 2, 250)), prompt_logprobs=2
+            ),
             request("hidden", PROMPTS[3], top_k=4, hidden_states=HiddenStatesSpec(positions="all")),
-            request("all", PROMPTS[0], temperature=0.0, max_tokens=9, logits=EVERY_ROW),
-            request("prompt", PROMPTS[2], max_tokens=0, logits=LogitsSpec(positions="prompt"), pooling="mean"),
+            request(
+                "prompt", PROMPTS[2], max_tokens=0, logits=LogitsSpec(positions="prompt"), pooling="mean"
+            ),
         ]
     )
 
 
 def test_processed_rows_belong_to_their_tokens(models: Models) -> None:
     processed = LogitsSpec(stage="processed")
-    answers = models.assert_same_answers(
+    answers = models.check(
         [
             request("filtered", PROMPTS[0], top_k=3, temperature=0.7, logits=processed),
             request("point", PROMPTS[1], temperature=0.0, logits=processed),
@@ -197,9 +198,7 @@ def test_processed_rows_belong_to_their_tokens(models: Models) -> None:
         assert finite[np.arange(6), answer.token_ids].all()
 
 
-def test_decode_steps_are_padded_to_a_recorded_size(
-    models: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decode_steps_are_padded_to_a_recorded_size(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three sequences take the step that was recorded for four; the fourth row stores nothing and draws for nobody."""
     requests = [greedy(f"r{index}", prompt, 6, EVERY_ROW) for index, prompt in enumerate(PROMPTS[:3])]
     engine = engine_of(models.overlapping)
@@ -207,9 +206,7 @@ def test_decode_steps_are_padded_to_a_recorded_size(
     answers = run(engine, requests)
     assert {size[0] for size in spy.sizes} == {4}
     assert len(spy.sizes) == 5
-    expected = run(engine_of(models.plain), requests)
-    for key, answer in answers.items():
-        assert_same(answer, expected[key])
+    models.assert_answers(requests, answers)
 
 
 def test_steps_are_recorded_when_the_model_is_loaded(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,14 +223,14 @@ def test_block_tables_of_different_widths_share_a_recorded_width(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode_graphs, "SMALLEST_TABLE", 2)
-    requests = [greedy("short", PROMPTS[1], 12, LogitsSpec()), greedy("long", PROMPTS[2] * 2, 6, LogitsSpec())]
+    requests = [greedy("short", PROMPTS[1], 8, LogitsSpec()), greedy("long", PROMPTS[2] * 2, 4, LogitsSpec())]
     engine = engine_of(models.overlapping)
     spy = Spy(engine, monkeypatch)
     answers = run(engine, requests)
-    assert {size[1] for size in spy.sizes} == {2, 8}, "alone the short one has two blocks, with the long one four"
-    expected = run(engine_of(models.plain), requests)
-    for key, answer in answers.items():
-        assert_same(answer, expected[key])
+    assert {size[1] for size in spy.sizes} == {2, 8}, (
+        "alone the short one has two blocks, with the long one four"
+    )
+    models.assert_answers(requests, answers)
 
 
 def test_edits_of_different_numbers_share_a_recorded_number(
@@ -249,71 +246,69 @@ def test_edits_of_different_numbers_share_a_recorded_number(
     spy = Spy(engine, monkeypatch)
     answers = run(engine, requests)
     assert {size[2] for size in spy.sizes} == {32}, "3 biases and at most 11 seen tokens"
-    expected = run(engine_of(models.plain), requests)
-    for key, answer in answers.items():
-        assert_same(answer, expected[key])
+    models.assert_answers(requests, answers)
 
 
 def test_recorded_steps_and_others_take_turns(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prompt arrives in chunks while others decode: mixed steps run as they are, then replays go on."""
-    late = greedy("late", PROMPTS[2] * 4, 5, LogitsSpec())
-    first = [greedy(f"r{index}", prompt, 12, LogitsSpec()) for index, prompt in enumerate(PROMPTS[:2])]
+    late = greedy("late", PROMPTS[2] * 3, 3, LogitsSpec())
+    first = [greedy(f"r{index}", prompt, 8, LogitsSpec()) for index, prompt in enumerate(PROMPTS[:2])]
     engine = engine_of(models.overlapping, max_prefill_chunk=9)
     spy = Spy(engine, monkeypatch)
     collected: dict[tuple[str, int], Collected] = {}
     for asked in first:
         engine.add(asked)
     for step in range(100):
-        if step == 4:
+        if step == 2:
             engine.add(late)
         for output in engine.step():
             collected.setdefault((output.request_id, output.index), Collected()).add(output)
             engine.consumed(output.request_id, output.nbytes)
-        if not engine.has_work and step > 4:
+        if not engine.has_work:
             break
-    assert {2, 4} <= {size[0] for size in spy.sizes}
-    assert len(spy.sizes) < engine.num_steps - 5, "five steps of the late prompt are not decode steps"
-    expected = run(engine_of(models.plain), [*first, late])
-    for key, answer in collected.items():
-        assert_same(answer, expected[key])
+    assert [size[0] for size in spy.sizes] == [2, 4, 4]
+    assert engine.num_steps == 8, "the first prompts took a step, the late one four"
+    models.assert_answers([*first, late], collected)
 
 
 def test_penalties_count_tokens_that_the_host_has_not_read(models: Models) -> None:
     """A presence penalty that forbids repetition, the other penalties, and both kinds beside a plain request."""
-    answers = models.assert_same_answers(
+    answers = models.check(
         [
-            request("once", [9, 9, 9], temperature=0.0, max_tokens=20, presence_penalty=1e4),
-            request("frequency", PROMPTS[0], temperature=0.0, max_tokens=12, frequency_penalty=1.5),
-            request("repetition", PROMPTS[1], seed=4, max_tokens=12, repetition_penalty=1.8),
-            request("plain", PROMPTS[2], temperature=0.0, max_tokens=12),
+            request("once", [9, 9, 9], temperature=0.0, max_tokens=10, presence_penalty=1e4),
+            request("frequency", PROMPTS[0], temperature=0.0, max_tokens=8, frequency_penalty=1.5),
+            request("repetition", PROMPTS[1], seed=4, max_tokens=8, repetition_penalty=1.8),
+            request("plain", PROMPTS[2], temperature=0.0),
         ]
     )
     once = answers["once", 0].token_ids
-    assert len(set(once)) == 20
+    assert len(set(once)) == 10
 
 
 def test_a_stop_token_ends_a_sequence_whose_next_step_is_under_way(models: Models) -> None:
-    free = run(engine_of(models.plain), [greedy("a", PROMPTS[0], 8)])["a", 0].token_ids
+    free = models.expected(greedy("a", PROMPTS[0], 6, EVERY_ROW)).token_ids
     stop = free[3]
     engine = engine_of(models.overlapping)
-    stopping = request("stops", PROMPTS[0], temperature=0.0, max_tokens=30, stop_token_ids=(stop,), logits=LogitsSpec())
-    other = greedy("goes on", PROMPTS[1], 12, LogitsSpec())
+    stopping = request(
+        "stops", PROMPTS[0], temperature=0.0, max_tokens=30, stop_token_ids=(stop,), logits=LogitsSpec()
+    )
+    other = greedy("goes on", PROMPTS[1], 8, LogitsSpec())
     answers = run(engine, [stopping, other])
     ended = answers["stops", 0]
     assert ended.token_ids == free[: free.index(stop) + 1]
     assert (ended.finish_reason, ended.outputs[-1].stop_token_id) == ("stop", stop)
     assert ended.rows.shape == (len(ended.token_ids), VOCAB)
     assert engine.stats.num_used_blocks == 0
-    assert_same(answers["goes on", 0], run(engine_of(models.plain), [other])["goes on", 0])
+    assert_same(answers["goes on", 0], models.expected(other))
 
 
 def test_nothing_ends_an_answer_before_min_tokens(models: Models) -> None:
     """Whether a token is banned is decided when its step is launched, with tokens under way counted."""
-    free = run(engine_of(models.plain), [greedy("a", PROMPTS[0], 8)])["a", 0].token_ids
-    answers = models.assert_same_answers(
+    free = models.expected(greedy("a", PROMPTS[0], 6, EVERY_ROW)).token_ids
+    answers = models.check(
         [
-            request("held", PROMPTS[0], temperature=0.0, max_tokens=8, min_tokens=4, stop_token_ids=(free[0],)),
-            request("free", PROMPTS[0], temperature=0.0, max_tokens=8, stop_token_ids=(free[0],)),
+            request("held", PROMPTS[0], temperature=0.0, min_tokens=4, stop_token_ids=(free[0],)),
+            request("free", PROMPTS[0], temperature=0.0, stop_token_ids=(free[0],)),
         ]
     )
     assert answers["free", 0].token_ids == free[:1]
@@ -323,7 +318,7 @@ def test_nothing_ends_an_answer_before_min_tokens(models: Models) -> None:
 
 def test_an_abort_while_a_step_is_under_way_leaves_nothing_behind(models: Models) -> None:
     engine = engine_of(models.overlapping)
-    other = greedy("other", PROMPTS[1], 10, LogitsSpec())
+    other = greedy("other", PROMPTS[1], 8, LogitsSpec())
     engine.add(request("gone", PROMPTS[0], n=2, max_tokens=60, logits=LogitsSpec()))
     engine.add(other)
     collected = Collected()
@@ -346,7 +341,7 @@ def test_an_abort_while_a_step_is_under_way_leaves_nothing_behind(models: Models
     assert ("gone", 0) in told
     assert engine.stats.num_used_blocks == 0
     assert not engine.is_computing
-    assert_same(collected, run(engine_of(models.plain), [other])["other", 0])
+    assert_same(collected, models.expected(other))
 
 
 def test_an_abort_of_the_only_request_ends_the_engines_work(models: Models) -> None:
@@ -362,22 +357,22 @@ def test_an_abort_of_the_only_request_ends_the_engines_work(models: Models) -> N
 
 def test_preempted_sequences_answer_as_if_alone(models: Models) -> None:
     requests = [
-        request(f"r{index}", prompt, seed=index, max_tokens=14, presence_penalty=0.5, logits=LogitsSpec(top_k=4))
+        request(
+            f"r{index}", prompt, seed=index, max_tokens=14, presence_penalty=0.5, logits=LogitsSpec(top_k=4)
+        )
         for index, prompt in enumerate(PROMPTS)
     ]
     engine = engine_of(models.overlapping, num_blocks=8, prefix_caching=False)
     answers = run(engine, requests)
     assert engine.stats.num_preemptions > 0
     assert engine.stats.num_used_blocks == 0
-    for asked in requests:
-        alone = run(engine_of(models.plain, prefix_caching=False), [asked])
-        assert_same(answers[asked.request_id, 0], alone[asked.request_id, 0])
+    models.assert_answers(requests, answers)
 
 
 def test_a_reader_that_lags_holds_up_its_own_request_alone(models: Models) -> None:
     window = 1 << 16
     slow = greedy("slow", PROMPTS[2] * 8, 4, EVERY_ROW)
-    quick = greedy("quick", PROMPTS[1], 10, LogitsSpec())
+    quick = greedy("quick", PROMPTS[1], 8, LogitsSpec())
     engine = engine_of(models.overlapping, logits_window_bytes=window)
     engine.add(slow)
     engine.add(quick)
@@ -400,19 +395,12 @@ def test_a_reader_that_lags_holds_up_its_own_request_alone(models: Models) -> No
             engine.consumed("slow", unread)
             unread = 0
     assert stalled
-    expected = run(engine_of(models.plain, logits_window_bytes=window), [slow, quick])
-    for key, answer in collected.items():
-        assert answer.finish_reason == "length"
-        assert answer.token_ids == expected[key].token_ids
-        np.testing.assert_allclose(answer.rows, expected[key].rows, atol=TOLERANCE)
-    np.testing.assert_allclose(
-        collected["slow", 0].prompt_rows, expected["slow", 0].prompt_rows, atol=TOLERANCE
-    )
+    models.assert_answers([slow, quick], collected)
 
 
 def test_choices_share_their_prompt_and_draw_apart(models: Models) -> None:
-    asked = request("a", PROMPTS[0], n=3, seed=8, max_tokens=8)
-    answers = models.assert_same_answers([asked, request("b", PROMPTS[1], seed=1)])
+    asked = request("a", PROMPTS[0], n=3, seed=8, max_tokens=5)
+    answers = models.check([asked, request("b", PROMPTS[1], seed=1)])
     drawn = [tuple(answers["a", index].token_ids) for index in range(3)]
     assert len(set(drawn)) == 3
     lone = replace(asked, n=1)
@@ -422,27 +410,28 @@ def test_choices_share_their_prompt_and_draw_apart(models: Models) -> None:
 def test_requests_for_no_tokens_end_with_their_prompt_rows(models: Models) -> None:
     """Alone, so that no step follows theirs, and in chunks beside a request that decodes."""
     prompt_only = request("rows", PROMPTS[2] * 2, max_tokens=0, logits=LogitsSpec(positions="prompt"))
-    for others in ([], [greedy("other", PROMPTS[1], 6)]):
-        answers = models.assert_same_answers([prompt_only, *others], max_prefill_chunk=7)
+    for others in ([], [greedy("other", PROMPTS[1], 8, LogitsSpec())]):
+        answers = models.check([prompt_only, *others], max_prefill_chunk=7)
         answer = answers["rows", 0]
         assert (answer.token_ids, answer.finish_reason) == ([], "length")
         assert answer.prompt_rows.shape == (20, VOCAB)
 
 
 def test_a_prefix_hit_goes_on_from_blocks_that_overlapping_steps_filled(models: Models) -> None:
-    asked = greedy("cold", PROMPTS[2] * 2, 9, LogitsSpec())
+    asked = greedy("cold", PROMPTS[2] * 2, 6, LogitsSpec())
     engine = engine_of(models.overlapping)
     cold = run(engine, [asked])["cold", 0]
     follow_up = greedy("hit", asked.prompt_token_ids + cold.token_ids, 4, LogitsSpec())
     hit = run(engine, [follow_up])["hit", 0]
     assert engine.stats.num_prefix_hit_tokens >= 24, "blocks with generated tokens are shared too"
-    assert_same(hit, run(engine_of(models.plain, prefix_caching=False), [follow_up])["hit", 0])
+    assert_same(hit, models.expected(follow_up))
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # in Triton's interpreter
 def test_a_row_of_nan_ends_its_own_request_with_an_error(models: Models) -> None:
     """In the prompt's step, and in a decode step: the biased token is drawn, and what follows it is NaN."""
-    fine = greedy("fine", PROMPTS[0], 10, LogitsSpec())
-    answers = models.assert_same_answers(
+    fine = greedy("fine", PROMPTS[0], 6, EVERY_ROW)
+    answers = models.check(
         [
             greedy("at once", [4, NAN_TOKEN], 5, LogitsSpec()),
             request("later", PROMPTS[1], temperature=0.0, logit_bias={NAN_TOKEN: 1e4}, logprobs=1),
@@ -451,16 +440,14 @@ def test_a_row_of_nan_ends_its_own_request_with_an_error(models: Models) -> None
     )
     assert (answers["at once", 0].token_ids, answers["at once", 0].finish_reason) == ([], "error")
     assert (answers["later", 0].token_ids, answers["later", 0].finish_reason) == ([NAN_TOKEN], "error")
-    assert (len(answers["fine", 0].token_ids), answers["fine", 0].finish_reason) == (10, "length")
+    assert (len(answers["fine", 0].token_ids), answers["fine", 0].finish_reason) == (6, "length")
     # Their blocks are given to others, NaN and all.
     engine = engine_of(models.overlapping, num_blocks=8)
     run(engine, [greedy("broken", [4, NAN_TOKEN] * 8, 5)])
-    assert_same(run(engine, [fine])["fine", 0], run(engine_of(models.plain), [fine])["fine", 0])
+    assert_same(run(engine, [fine])["fine", 0], models.expected(fine))
 
 
 def test_more_sequences_than_run_at_once_take_turns(models: Models) -> None:
-    requests = [
-        request(f"r{index}", [index + 3, 7, index], seed=index, max_tokens=3 + index % 4, logprobs=1)
-        for index in range(11)
-    ]
-    models.assert_same_answers(requests)
+    models.check(
+        [request(f"r{index}", [index + 3, 7], seed=index, max_tokens=1 + index % 3) for index in range(11)]
+    )

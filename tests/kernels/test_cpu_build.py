@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from logitkernels.cpu import CpuKernels, build
 
 CPUINFO = """processor : 0
 vendor_id : GenuineIntel
-flags : fpu avx2 avx512f avx512bw
+flags : fpu avx avx512f fma
 
 processor : 1
 flags : all of them
@@ -28,16 +29,34 @@ def test_without_a_compiler_the_error_says_what_to_install(
         CpuKernels()
 
 
-def test_a_processor_without_the_instructions_is_named(tmp_path: Path) -> None:
+def test_missing_instructions_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(CPUINFO)
-    with pytest.raises(build.UnsupportedCpuError, match="avx512_bf16, avx512dq, avx512vl"):
+    with pytest.raises(build.UnsupportedCpuError, match="avx2, f16c$"):
         build.cpu_description(cpuinfo)
 
 
+@pytest.mark.parametrize(
+    ("machine", "line"),
+    [
+        ("x86_64", "flags : fpu avx2 fma f16c"),
+        ("x86_64", "flags : fpu avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bf16"),
+        ("aarch64", "Features : fp asimd crc32"),
+    ],
+)
+def test_processors_with_and_without_avx_512_are_described(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, machine: str, line: str
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor : 0\n{line}\n")
+    assert set(line.split(" : ")[1].split()) <= set(build.cpu_description(cpuinfo).splitlines())
+
+
 def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    with pytest.raises(build.UnsupportedCpuError, match="aarch64"):
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    with pytest.raises(build.UnsupportedCpuError, match="riscv64"):
         build.build()
 
 
@@ -78,6 +97,15 @@ def test_the_library_is_rebuilt_when_a_source_changes(
     assert build.build() == first
     (small / "one.cpp").write_text('extern "C" int one() { return 2; }\n')
     assert build.build() != first
+
+
+def test_each_instruction_set_has_a_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    small = tmp_path / "sources"
+    small.mkdir()
+    monkeypatch.setattr(build, "SOURCES", small)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (small / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    assert build.build() != build.build("x86-64-v3" if platform.machine() == "x86_64" else "armv8-a")
 
 
 def test_the_library_shares_the_openmp_runtime_of_torch() -> None:

@@ -28,10 +28,13 @@ def rows_of(rows: int, vocab: int, seed: int) -> Tensor:
 
 
 def far_rows(vocab: int) -> Tensor:
-    """Two rows more than 2^31 elements apart; the memory between them is never touched."""
-    stride = 2**31 + 5
-    rows = torch.empty(stride + vocab).as_strided((2, vocab), (stride, 1))
-    rows.copy_(rows_of(2, vocab, 0))
+    """Three rows of which the last begins past 2^31 elements, though their distance is a 32-bit number.
+
+    The memory between them is never touched.
+    """
+    stride = 2**30 + 5
+    rows = torch.empty(2 * stride + vocab).as_strided((3, vocab), (stride, 1))
+    rows.copy_(rows_of(3, vocab, 0))
     return rows
 
 
@@ -55,10 +58,10 @@ def test_the_largest_of_a_long_row_are_found(vocab: int, k: int) -> None:
 
 
 def test_nan_comes_first_and_the_zeros_and_infinities_fall_in_line() -> None:
-    row = [0.0, -INF, -0.0, NAN, 1.0, INF, -NAN, -1e-45, -INF, 1e-45]
+    row = [-0.0, -INF, 0.0, NAN, 1.0, INF, -NAN, -1e-45, -INF, 1e-45]
     ids, values = top_k_logits(torch.tensor([row], device=DEVICE), len(row), tile=32)
     assert ids.tolist() == [[3, 6, 5, 4, 9, 0, 2, 7, 1, 8]]
-    assert torch.signbit(values[0, 5:7]).tolist() == [False, True], "the values are the row's own"
+    assert torch.signbit(values[0, 5:7]).tolist() == [True, False], "the values are the row's own"
 
 
 def test_equal_logits_keep_the_lowest_ids() -> None:

@@ -108,9 +108,11 @@ def test_activations_of_another_dtype_are_rounded_to_the_weights_first() -> None
 
 
 def test_rows_past_two_to_the_31_elements_are_found() -> None:
-    distance = 2**31 + 48
-    x, weight = normal(2, 16, dtype=torch.float16), normal(2, 16, dtype=torch.float16, seed=1)
-    spread = torch.empty(distance + 16, dtype=torch.float16, device=DEVICE).as_strided((2, 16), (distance, 1))
+    # 32 bits hold the distance of two rows, but not that of three.
+    distance = 2**30 + 48
+    x, weight = normal(3, 16, dtype=torch.float16), normal(3, 16, dtype=torch.float16, seed=1)
+    spread = torch.empty(2 * distance + 16, dtype=torch.float16, device=DEVICE)
+    spread = spread.as_strided((3, 16), (distance, 1))
     assert torch.equal(matmul(spread.copy_(x), weight), matmul(x, weight))
     assert torch.equal(matmul(x, spread.copy_(weight)), matmul(x, weight))
 

@@ -27,8 +27,8 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7 i
 """Relative to the largest value of a row: one rounding of the result. Triton's interpreter truncates to bfloat16."""
 DTYPES = list(TOLERANCE)
 EPS = 1e-5
-FAR = 2**31 + 40
-"""A distance in elements that 32 bits do not hold."""
+FAR = 2**30 + 40
+"""A distance in elements that 32 bits hold, and twice of which they do not."""
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -42,8 +42,8 @@ def assert_rows_close(actual: Tensor, expected: Tensor, roundings: int = 1) -> N
 
 
 def far_rows(rows: Tensor) -> Tensor:
-    """Two rows that lie FAR elements apart: memory that is reserved and touched only at its ends."""
-    spread = torch.empty(FAR + rows[0].numel(), dtype=rows.dtype, device=DEVICE)
+    """Rows that lie FAR elements apart, three of them: memory that is reserved, and touched only where they are."""
+    spread = torch.empty((len(rows) - 1) * FAR + rows[0].numel(), dtype=rows.dtype, device=DEVICE)
     spread = spread.as_strided(rows.shape, (FAR, *rows.stride()[1:]))
     return spread.copy_(rows)
 
@@ -262,7 +262,7 @@ def test_no_tokens_launch_nothing() -> None:
 
 
 def test_rows_past_two_to_the_31_elements_are_found() -> None:
-    rows, weight = normal(2, 16, dtype=torch.bfloat16), normal(16)
+    rows, weight = normal(3, 16, dtype=torch.bfloat16), normal(16)
     far = far_rows(rows)
     assert torch.equal(rms_norm(far, weight, EPS, torch.float32), rms_norm(rows, weight, EPS, torch.float32))
     for actual, expected in zip(
@@ -275,11 +275,11 @@ def test_rows_past_two_to_the_31_elements_are_found() -> None:
 
 
 def test_heads_and_cache_blocks_past_two_to_the_31_elements_are_found() -> None:
-    heads = normal(2, 3, 16, dtype=torch.bfloat16)
+    heads = normal(3, 3, 16, dtype=torch.bfloat16)
     far_heads = far_rows(heads)
-    cos, sin = angles(2, 16)
-    slots = torch.tensor([3, 6], device=DEVICE)
-    near = caches(2, 3, 4, 16, 16, dtype=torch.bfloat16)
+    cos, sin = angles(3, 16)
+    slots = torch.tensor([3, 6, 9], device=DEVICE)
+    near = caches(3, 3, 4, 16, 16, dtype=torch.bfloat16)
     far = far_rows(near[0])
     turned = rope_and_store(heads, heads, heads, cos, sin, near[0], near[1], slots)
     assert torch.equal(rope_and_store(far_heads, far_heads, far_heads, cos, sin, far, near[1], slots), turned)
@@ -288,6 +288,7 @@ def test_heads_and_cache_blocks_past_two_to_the_31_elements_are_found() -> None:
     store_kv(far_heads, far_heads, far, far, slots)
     assert torch.equal(far[0, :, 3], near[1][0, :, 3])
     assert torch.equal(far[1, :, 2], near[1][1, :, 2])
+    assert torch.equal(far[2, :, 1], near[1][2, :, 1])
 
 
 def test_gelu_is_the_tanh_approximation() -> None:

@@ -22,8 +22,12 @@ namespace {
 
 constexpr int64_t kBlockKeys = 128;
 constexpr int64_t kTileRows = 96;  // rows that share the transposed keys of a block
-constexpr int kChunkRows = 6;      // rows by 64 keys keep 24 sums in registers
-constexpr int kKeyVectors = 4;
+constexpr int kChunkRows = 6;
+
+// Vectors of keys, or of a value, that `rows` rows take at a time: as many as leave the sums in registers.
+constexpr int vectors_beside(int rows) {
+    return rows * 4 <= kRegisterSums ? 4 : rows * 2 <= kRegisterSums ? 2 : 1;
+}
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
@@ -127,19 +131,20 @@ class Fetcher {
 // scores[r][key] = q_r . k_key, summed in the order of the head's dimensions.
 template <int R>
 void score(const float* query, int64_t size, const float* keys, Range range, float* scores, Fetcher& fetcher) {
-    constexpr int64_t width = kKeyVectors * kLanes;
+    constexpr int V = vectors_beside(R);
+    constexpr int64_t width = V * kLanes;
     for (int64_t key = range.from / width * width; key < range.to; key += width) {
-        __m512 sums[R][kKeyVectors];
+        __m512 sums[R][V];
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int v = 0; v < kKeyVectors; ++v) sums[r][v] = _mm512_setzero_ps();
+            for (int v = 0; v < V; ++v) sums[r][v] = _mm512_setzero_ps();
         const float* column = keys + key;
         for (int64_t d = 0; d < size; ++d, column += kBlockKeys) {
             fetcher.step();
-            __m512 k[kKeyVectors];
+            __m512 k[V];
 #pragma GCC unroll 4
-            for (int v = 0; v < kKeyVectors; ++v) {
+            for (int v = 0; v < V; ++v) {
                 k[v] = _mm512_load_ps(column + v * kLanes);
                 keep(k[v]);
             }
@@ -147,13 +152,13 @@ void score(const float* query, int64_t size, const float* keys, Range range, flo
             for (int r = 0; r < R; ++r) {
                 __m512 q = _mm512_set1_ps(query[r * size + d]);
 #pragma GCC unroll 4
-                for (int v = 0; v < kKeyVectors; ++v) sums[r][v] = _mm512_fmadd_ps(q, k[v], sums[r][v]);
+                for (int v = 0; v < V; ++v) sums[r][v] = _mm512_fmadd_ps(q, k[v], sums[r][v]);
             }
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-            for (int v = 0; v < kKeyVectors; ++v)
+            for (int v = 0; v < V; ++v)
                 _mm512_store_ps(scores + r * kBlockKeys + key + v * kLanes, sums[r][v]);
     }
 }
@@ -202,11 +207,12 @@ void weigh_columns(const float* weights, const Values& values, int64_t d, Range 
 template <int R, class Values>
 void weigh(const float* weights, const Values& values, Range keys, float* sums, int64_t stride,
            Fetcher& fetcher) {
+    constexpr int V = vectors_beside(R);
     int64_t d = 0;
-    for (; d + 4 * kLanes <= stride; d += 4 * kLanes) weigh_columns<R, 4>(weights, values, d, keys, sums, stride, fetcher);
+    for (; d + V * kLanes <= stride; d += V * kLanes) weigh_columns<R, V>(weights, values, d, keys, sums, stride, fetcher);
     switch ((stride - d) / kLanes) {
-        case 3: return weigh_columns<R, 3>(weights, values, d, keys, sums, stride, fetcher);
-        case 2: return weigh_columns<R, 2>(weights, values, d, keys, sums, stride, fetcher);
+        case 3: return weigh_columns<R, std::min(3, V)>(weights, values, d, keys, sums, stride, fetcher);
+        case 2: return weigh_columns<R, std::min(2, V)>(weights, values, d, keys, sums, stride, fetcher);
         case 1: return weigh_columns<R, 1>(weights, values, d, keys, sums, stride, fetcher);
         default: return;
     }
@@ -478,13 +484,13 @@ class Worker {
                 const __mmask16 mask = lane_mask(size - d);
                 const __m512 result = _mm512_mul_ps(_mm512_load_ps(output_.get() + row * padded_ + d), factor);
                 const int64_t offset = token * out.stride + head * size + d;
-                if (out.is_bf16)
-                    store(static_cast<bf16*>(out.data) + offset, mask, result);
+                if (out.rounded)
+                    store(static_cast<Rounded*>(out.data) + offset, mask, result);
                 else
                     store(static_cast<float*>(out.data) + offset, mask, result);
             }
-            if (out.is_bf16 && head + 1 == attention_.heads && width % 2)
-                static_cast<bf16*>(out.data)[token * out.stride + width] = 0;
+            if (out.rounded && head + 1 == attention_.heads && width % 2)
+                static_cast<Rounded*>(out.data)[token * out.stride + width] = {};
         }
     }
 

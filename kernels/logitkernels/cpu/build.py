@@ -21,7 +21,6 @@ import torch  # noqa: F401  loads the OpenMP runtime that the library then share
 FLAGS = (
     "-std=c++20",
     "-O3",
-    "-march=native",
     # Fused multiply-adds are written out: the compiler choosing them per code path would break batch invariance.
     "-ffp-contract=off",
     "-fopenmp",
@@ -32,7 +31,8 @@ FLAGS = (
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 )
-REQUIRED_CPU_FLAGS = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"})
+# By platform.machine(). With AVX-512 BF16 the sources use that; portable.h is fast with these.
+REQUIRED_CPU_FLAGS = {"x86_64": frozenset({"avx2", "fma", "f16c"}), "aarch64": frozenset({"asimd"})}
 SOURCES = Path(__file__).parent
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -61,20 +61,23 @@ def cpu_description(cpuinfo: Path = CPUINFO) -> str:
     """The processor's model and instruction sets, which decide what ``-march=native`` means.
 
     Raises:
-        UnsupportedCpuError: this is no x86-64 Linux, or AVX-512 with BF16 is missing.
+        UnsupportedCpuError: this is no Linux on x86-64 or aarch64, or the processor lacks ``REQUIRED_CPU_FLAGS``.
     """
-    if platform.machine() not in ("x86_64", "AMD64") or not cpuinfo.exists():
-        msg = f"the native kernels need x86-64 Linux; this is {platform.system()} on {platform.machine()}"
+    required = REQUIRED_CPU_FLAGS.get(platform.machine())
+    if required is None or not cpuinfo.exists():
+        system = f"{platform.system()} on {platform.machine()}"
+        msg = f"the native kernels need Linux on x86-64 or aarch64; this is {system}"
         raise UnsupportedCpuError(msg)
     fields: dict[str, str] = {}
     for line in cpuinfo.read_text().split("\n\n", maxsplit=1)[0].splitlines():
         name, _, value = line.partition(":")
         fields[name.strip()] = value.strip()
-    flags = set(fields.get("flags", "").split())
-    if missing := REQUIRED_CPU_FLAGS - flags:
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    if missing := required - flags:
         msg = f"the native kernels need a processor with {', '.join(sorted(missing))}"
         raise UnsupportedCpuError(msg)
-    model = [fields.get(name, "") for name in ("vendor_id", "cpu family", "model", "stepping")]
+    names = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
+    model = [fields.get(name, "") for name in names]
     return "\n".join([*model, *sorted(flags)])
 
 
@@ -98,35 +101,39 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "logitserve" / "kernels"
 
 
-def build() -> Path:
+def build(march: str = "native") -> Path:
     """The path of the compiled library, compiling it if the cache does not hold it.
 
     The file's name is a hash of the sources, the flags, the compiler and the processor.
+
+    Args:
+        march: the instruction set, as the compiler names it. Tests build what other processors would run.
 
     Raises:
         BuildError: one of the classes above.
     """
     cpu = cpu_description()
     compiler = find_compiler()
+    flags = (f"-march={march}", *FLAGS)
     files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
     digest = hashlib.sha256()
-    for part in (cpu, _run([compiler, "--version"]), *FLAGS, *(f"{f.name}\n{f.read_text()}" for f in files)):
+    for part in (cpu, _run([compiler, "--version"]), *flags, *(f"{f.name}\n{f.read_text()}" for f in files)):
         digest.update(part.encode())
         digest.update(b"\0")
     target = cache_directory() / f"logitkernels-{digest.hexdigest()[:24]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, [f for f in files if f.suffix == ".cpp"], target)
+        _compile([compiler, *flags], [f for f in files if f.suffix == ".cpp"], target)
     return target
 
 
-def load() -> ctypes.CDLL:
-    """Build if needed and load the library.
+def load(march: str = "native") -> ctypes.CDLL:
+    """Build if needed, for the instruction set ``march``, and load the library.
 
     Raises:
         BuildError: it cannot be built, or it would bring a second OpenMP runtime into the process.
     """
-    path = build()
+    path = build(march)
     before = _openmp_runtimes()
     try:
         library = ctypes.CDLL(str(path))
@@ -139,7 +146,7 @@ def load() -> ctypes.CDLL:
     return library
 
 
-def _compile(compiler: str, sources: list[Path], target: Path) -> None:
+def _compile(compiler: list[str], sources: list[Path], target: Path) -> None:
     """Compile each source in a process of its own, link, and move the library into place in one step.
 
     Processes that race build the same bytes; whichever renames last wins, and none sees half a file.
@@ -147,7 +154,7 @@ def _compile(compiler: str, sources: list[Path], target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
         commands = [
-            [compiler, *FLAGS, "-c", str(source), "-o", str(target)]
+            [*compiler, "-c", str(source), "-o", str(target)]
             for source, target in zip(sources, objects, strict=True)
         ]
         running = [
@@ -159,10 +166,10 @@ def _compile(compiler: str, sources: list[Path], target: Path) -> None:
         errors = [process.communicate()[1] for process in running]
         for process, source, error in zip(running, sources, errors, strict=True):
             if process.returncode != 0:
-                msg = f"{compiler} could not compile {source.name}:\n{error.strip()[-2000:]}"
+                msg = f"{compiler[0]} could not compile {source.name}:\n{error.strip()[-2000:]}"
                 raise CompilationError(msg)
         library = Path(scratch) / target.name
-        _run([compiler, *FLAGS, "-shared", *map(str, objects), "-o", str(library)])
+        _run([*compiler, "-shared", *map(str, objects), "-o", str(library)])
         library.replace(target)
 
 

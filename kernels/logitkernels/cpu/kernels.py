@@ -37,7 +37,7 @@ class CpuDecoderLayer(DecoderLayerWeights):
 
 
 class CpuKernels(Kernels):
-    """Kernels for x86-64 with AVX-512 BF16.
+    """Kernels for x86-64, with AVX-512 BF16 where the processor has it and else with AVX2, and for aarch64.
 
     Activations are float32; bfloat16 ones are widened at the door and the result is rounded back. The number of threads
     is torch's, and never changes a result.
@@ -47,16 +47,17 @@ class CpuKernels(Kernels):
     batch_invariant = True
     gguf_formats = frozenset(kind.name for kind in GgufType)
 
-    def __init__(self, *, exact: bool = False) -> None:
+    def __init__(self, *, exact: bool = False, march: str = "native") -> None:
         """Build the library if needed and load it.
 
         Args:
             exact: multiply bfloat16 weights by float32 activations instead of activations rounded to bfloat16.
+            march: the instruction set to compile for; tests run what other processors would.
 
         Raises:
             BuildError: the library cannot be built or loaded here (see build.py).
         """
-        self._library = Library()
+        self._library = Library(march)
         self._exact = exact
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:

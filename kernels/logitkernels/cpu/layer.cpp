@@ -49,7 +49,7 @@ struct Workspace {
     }
 
     Activations input_of(const Linear& linear) const {
-        return {input.get(), activation_stride(linear.k), reads_bf16(linear), sums.get()};
+        return {input.get(), activation_stride(linear.k), reads_rounded(linear), sums.get()};
     }
 
     int64_t widest_output = 0;

@@ -116,13 +116,13 @@ _SIGNATURES: dict[str, list[type]] = {
 class Library:
     """The compiled functions, by their names without the prefix ``logitkernels_``."""
 
-    def __init__(self) -> None:
-        """Build if needed and load.
+    def __init__(self, march: str = "native") -> None:
+        """Build if needed, for the instruction set ``march``, and load.
 
         Raises:
             BuildError: the library cannot be built or loaded here.
         """
-        library = build.load()
+        library = build.load(march)
         for name, argtypes in _SIGNATURES.items():
             function = getattr(library, f"logitkernels_{name}")
             function.argtypes = argtypes

@@ -19,7 +19,17 @@ namespace {
 //   steps(k)           steps of a panel; a step is kStepBytes of weights
 //   step<R>(...)       adds one step to the R x 2 sums
 //   tail<R>(...)       adds what is left when k is no whole number of steps
+//
+// Where a tile's sums do not fit in the registers for both vectors of a panel, R x 1 sums take the same steps.
 
+// sums[r] += x[r] w
+template <int R>
+LOGITKERNELS_INLINE void add(const float* x, int64_t stride, __m512 w, __m512 (&sums)[R][1]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) sums[r][0] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * stride]), w, sums[r][0]);
+}
+
+#ifdef LOGITKERNELS_AVX512
 struct Bf16Dot {
     using Element = bf16;
     static constexpr int64_t kStepBytes = 128;
@@ -43,6 +53,8 @@ struct Bf16Dot {
     template <int R>
     static inline void tail(const bf16*, int64_t, int64_t, const char*, __m512 (&)[R][kVectors]) {}
 };
+
+#endif
 
 struct Bf16Fma {
     using Element = float;
@@ -72,6 +84,17 @@ struct Bf16Fma {
     }
 
     template <int R>
+    static inline void step(const float* x, int64_t stride, int64_t s, const char* weights, __m512 (&sums)[R][1]) {
+        add<R>(x + 2 * s, stride, even(_mm512_load_si512(weights)), sums);
+        add<R>(x + 2 * s + 1, stride, odd(_mm512_load_si512(reread(weights))), sums);
+    }
+
+    template <int R>
+    static inline void tail(const float* x, int64_t stride, int64_t k, const char* weights, __m512 (&sums)[R][1]) {
+        if (k % 2 != 0) add<R>(x + k - 1, stride, even(_mm512_load_si512(weights)), sums);
+    }
+
+    template <int R>
     static inline void tail(const float* x, int64_t stride, int64_t k, const char* weights, __m512 (&sums)[R][kVectors]) {
         if (k % 2 == 0) return;
         __m512 e0 = even(_mm512_load_si512(weights)), e1 = even(_mm512_load_si512(weights + 64));
@@ -83,6 +106,10 @@ struct Bf16Fma {
         }
     }
 };
+
+#ifndef LOGITKERNELS_AVX512
+using Bf16Dot = Bf16Fma;  // on activations that bf16 represents
+#endif
 
 struct F32Fma {
     using Element = float;
@@ -102,7 +129,12 @@ struct F32Fma {
     }
 
     template <int R>
-    static inline void tail(const float*, int64_t, int64_t, const char*, __m512 (&)[R][kVectors]) {}
+    static inline void step(const float* x, int64_t stride, int64_t s, const char* weights, __m512 (&sums)[R][1]) {
+        add<R>(x + s, stride, _mm512_load_ps(weights), sums);
+    }
+
+    template <int R, int V>
+    static inline void tail(const float*, int64_t, int64_t, const char*, __m512 (&)[R][V]) {}
 };
 
 // R rows times one panel. Meanwhile a share of the next panel is fetched into the second-level cache: `ahead` points
@@ -120,25 +152,55 @@ void tile(const typename Format::Element* x, int64_t stride, const char* panel, 
     }
     for (; s < steps; ++s, panel += Format::kStepBytes) Format::template step<R>(x, stride, s, panel, sums);
     Format::template tail<R>(x, stride, k, panel, sums);
-    finish<R>(sums, target);
+    finish(sums, target);
+}
+
+// The same for the columns of one vector at a time. Only the first pass fetches ahead.
+template <class Format, int R>
+void narrow_tile(const typename Format::Element* x, int64_t stride, const char* panel, int64_t k, const char* ahead,
+                 int64_t ahead_lines, const Target& target) {
+    for (int v = 0; v < kVectors; ++v, ahead_lines = 0) {
+        const char* weights = panel + v * 64;
+        __m512 sums[R][1];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sums[r][0] = _mm512_setzero_ps();
+        int64_t steps = Format::steps(k), s = 0;
+        for (; s + 8 <= steps; s += 8) {
+            for (int64_t line = 0; line < ahead_lines; ++line, ahead += 64) prefetch(ahead);
+            for (int i = 0; i < 8; ++i, weights += Format::kStepBytes) Format::step(x, stride, s + i, weights, sums);
+        }
+        for (; s < steps; ++s, weights += Format::kStepBytes) Format::step(x, stride, s, weights, sums);
+        Format::tail(x, stride, k, weights, sums);
+        finish(sums, from_vector(target, v));
+    }
+}
+
+template <class Format, int R>
+LOGITKERNELS_INLINE void tile_rows(const typename Format::Element* x, int64_t stride, const char* panel, int64_t k,
+                                   const char* ahead, int64_t lines, const Target& target) {
+    constexpr int rows = R < kMaxTileRows ? R : int(kMaxTileRows);
+    if constexpr (rows * kVectors <= kRegisterSums)
+        tile<Format, rows>(x, stride, panel, k, ahead, lines, target);
+    else
+        narrow_tile<Format, rows>(x, stride, panel, k, ahead, lines, target);
 }
 
 template <class Format>
 void tile_of(int64_t rows, const typename Format::Element* x, int64_t stride, const char* panel, int64_t k,
              const char* ahead, int64_t lines, const Target& target) {
     switch (rows) {
-        case 1: return tile<Format, 1>(x, stride, panel, k, ahead, lines, target);
-        case 2: return tile<Format, 2>(x, stride, panel, k, ahead, lines, target);
-        case 3: return tile<Format, 3>(x, stride, panel, k, ahead, lines, target);
-        case 4: return tile<Format, 4>(x, stride, panel, k, ahead, lines, target);
-        case 5: return tile<Format, 5>(x, stride, panel, k, ahead, lines, target);
-        case 6: return tile<Format, 6>(x, stride, panel, k, ahead, lines, target);
-        case 7: return tile<Format, 7>(x, stride, panel, k, ahead, lines, target);
-        case 8: return tile<Format, 8>(x, stride, panel, k, ahead, lines, target);
-        case 9: return tile<Format, 9>(x, stride, panel, k, ahead, lines, target);
-        case 10: return tile<Format, 10>(x, stride, panel, k, ahead, lines, target);
-        case 11: return tile<Format, 11>(x, stride, panel, k, ahead, lines, target);
-        default: return tile<Format, 12>(x, stride, panel, k, ahead, lines, target);
+        case 1: return tile_rows<Format, 1>(x, stride, panel, k, ahead, lines, target);
+        case 2: return tile_rows<Format, 2>(x, stride, panel, k, ahead, lines, target);
+        case 3: return tile_rows<Format, 3>(x, stride, panel, k, ahead, lines, target);
+        case 4: return tile_rows<Format, 4>(x, stride, panel, k, ahead, lines, target);
+        case 5: return tile_rows<Format, 5>(x, stride, panel, k, ahead, lines, target);
+        case 6: return tile_rows<Format, 6>(x, stride, panel, k, ahead, lines, target);
+        case 7: return tile_rows<Format, 7>(x, stride, panel, k, ahead, lines, target);
+        case 8: return tile_rows<Format, 8>(x, stride, panel, k, ahead, lines, target);
+        case 9: return tile_rows<Format, 9>(x, stride, panel, k, ahead, lines, target);
+        case 10: return tile_rows<Format, 10>(x, stride, panel, k, ahead, lines, target);
+        case 11: return tile_rows<Format, 11>(x, stride, panel, k, ahead, lines, target);
+        default: return tile_rows<Format, 12>(x, stride, panel, k, ahead, lines, target);
     }
 }
 
@@ -182,8 +244,8 @@ void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, c
             __mmask16 mask = lane_mask(k - i);
             __m512 values = load(source + i, mask);
             // Whole vectors are written: the row is padded, and the zero after an odd k is part of the last pair.
-            if (target.is_bf16)
-                store(static_cast<bf16*>(target.data) + row * target.stride + i, 0xffff, values);
+            if (target.rounded)
+                store(static_cast<Rounded*>(target.data) + row * target.stride + i, 0xffff, values);
             else
                 store(static_cast<float*>(target.data) + row * target.stride + i, 0xffff, values);
         }
@@ -232,9 +294,9 @@ void logitkernels_pack_f32(const float* weight, int64_t stride, int64_t n, int64
 }
 
 void logitkernels_linear(const Linear* linear, const float* x, int64_t rows, float* out, int threads) {
-    const bool rounds = reads_bf16(*linear);
+    const bool rounds = reads_rounded(*linear);
     const int64_t stride = activation_stride(linear->k);
-    Buffer<bf16> rounded = allocate<bf16>(rounds ? rows * stride : 0);
+    Buffer<Rounded> rounded = allocate<Rounded>(rounds ? rows * stride : 0);
     Buffer<float> sums = allocate<float>(rows * ceil_div(linear->k, kSumBlock));
     Activations activations{const_cast<float*>(x), linear->k, false, sums.get()};
     if (rounds) activations = {rounded.get(), stride, true, sums.get()};

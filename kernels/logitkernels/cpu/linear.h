@@ -31,14 +31,16 @@ struct Linear {
 };
 
 constexpr int64_t kPanelColumns = 32;
-constexpr int64_t kMaxTileRows = 12;  // 12 rows by 32 columns keep 24 sums, 4 weights and a broadcast in 32 registers
+// AVX-512: 12 rows by 32 columns keep 24 sums, 4 weights and a broadcast in 32 registers. AVX2: 6 rows by 16 columns
+// keep 12 sums, 2 weights and a broadcast in 16.
+constexpr int64_t kMaxTileRows = kRegisterSums == 24 ? 12 : 6;
 
-// Activations as a linear layer reads them: bf16 or float32 rows, `stride` elements apart.
-// A bf16 row is padded with a zero to an even length.
+// Activations as a linear layer reads them: Rounded or float32 rows, `stride` elements apart.
+// A rounded row is padded with a zero to an even length.
 struct Activations {
     void* data;
     int64_t stride;
-    bool is_bf16;
+    bool rounded;
     // Room for [rows, k / 32], where `multiply` keeps the sums of blocks for the formats that need them; or null where
     // no linear layer reads the rows.
     float* block_sums = nullptr;
@@ -46,7 +48,7 @@ struct Activations {
 
 constexpr int64_t kSumBlock = 32;
 
-inline bool reads_bf16(const Linear& linear) {
+inline bool reads_rounded(const Linear& linear) {
     return linear.kind == kBf16Dot || linear.kind == kQ40Dot || linear.kind == kQ41Dot || linear.kind == kQ80Dot;
 }
 

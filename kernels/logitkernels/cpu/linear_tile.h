@@ -20,10 +20,16 @@ inline Target target_of(const Linear& linear, int64_t row, int64_t panel, float*
     return {out + row * ldo + column, ldo, linear.bias ? linear.bias + column : nullptr, linear.n - column, epilogue};
 }
 
-template <int R>
-LOGITKERNELS_INLINE void finish(const __m512 (&sums)[R][kVectors], const Target& target) {
+// The target of the columns from vector `v` of the panel on.
+inline Target from_vector(const Target& target, int v) {
+    return {target.out + v * kLanes, target.stride, target.bias ? target.bias + v * kLanes : nullptr,
+            target.columns - v * kLanes, target.epilogue};
+}
+
+template <int R, int V>
+LOGITKERNELS_INLINE void finish(const __m512 (&sums)[R][V], const Target& target) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < V; ++v) {
         const __mmask16 mask = lane_mask(target.columns - v * kLanes);
         const __m512 bias = target.bias ? load(target.bias + v * kLanes, mask) : _mm512_setzero_ps();
 #pragma GCC unroll 16

@@ -28,9 +28,9 @@ void silu_and_mul_row(const float* gate, const float* up, int64_t size, Out* out
     }
 }
 
-// The pair of an odd row's last bf16 is read by the dot product: it must be zero, not what memory held.
-inline void close_row(bf16* row, int64_t size) {
-    if (size % 2) row[size] = 0;
+// The pair of an odd row's last element is read by the dot product: it must be zero, not what memory held.
+inline void close_row(Rounded* row, int64_t size) {
+    if (size % 2) row[size] = {};
 }
 
 }  // namespace
@@ -48,8 +48,8 @@ void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64
               const Activations& out) {
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; ++row) {
-        if (out.is_bf16) {
-            bf16* target = static_cast<bf16*>(out.data) + row * out.stride;
+        if (out.rounded) {
+            Rounded* target = static_cast<Rounded*>(out.data) + row * out.stride;
             norm_row(x + row * ldx, weight, eps, size, target);
             close_row(target, size);
         } else {
@@ -65,8 +65,8 @@ void silu_and_mul(const float* gate_up, int64_t rows, int64_t size, const Activa
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; ++row) {
         const float *gate = gate_up + row * 2 * size, *up = gate + size;
-        if (out.is_bf16) {
-            bf16* target = static_cast<bf16*>(out.data) + row * out.stride;
+        if (out.rounded) {
+            Rounded* target = static_cast<Rounded*>(out.data) + row * out.stride;
             silu_and_mul_row(gate, up, size, target);
             close_row(target, size);
         } else {

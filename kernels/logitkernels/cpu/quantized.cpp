@@ -17,8 +17,8 @@ constexpr int64_t kScaleBytes = kLanes * 2;  // the scales, or the minima, of a 
 constexpr int kFusedRows = 4;     // up to here integers are unpacked where they are used, above into a scratch panel
 constexpr int kScratchRows = 6;   // by 32 columns: 12 sums of the block and 12 of the row
 
-// A format unpacks two neighbouring steps of k of 16 features: pair<P>(block) as bf16 pairs, and even<P>, odd<P> as
-// float32, P from 0 to 15.
+// A format unpacks two neighbouring steps of k of 16 features: pair<P>(block) as bf16 pairs where the processor multiplies
+// them, and even<P>, odd<P> as float32, P from 0 to 15.
 
 template <bool kHasMinimum>
 struct Nibbles {
@@ -28,6 +28,13 @@ struct Nibbles {
     // A nibble's integer: as stored beside a minimum, minus 8 without one.
     static constexpr int offset = kHasMinimum ? 0 : 8;
 
+    template <int P>
+    static LOGITKERNELS_INLINE __m512i shifted(const char* block, int bits) {
+        const __m512i lanes = _mm512_loadu_si512(block + kScaleBytes + P / 4 * 64);
+        return _mm512_srli_epi32(lanes, unsigned(4 * (P % 4) + bits));
+    }
+
+#ifdef LOGITKERNELS_AVX512
     // Lookup ignores the bits above a nibble: bf16 tables repeat after 16 entries because the index has 5 bits.
     static LOGITKERNELS_INLINE __m512i bf16_table() {
         const __m512 floats = float_table();
@@ -38,11 +45,6 @@ struct Nibbles {
         return _mm512_cvtepi32_ps(_mm512_sub_epi32(ids, _mm512_set1_epi32(offset)));
     }
 
-    template <int P>
-    static LOGITKERNELS_INLINE __m512i shifted(const char* block, int bits) {
-        const __m512i lanes = _mm512_loadu_si512(block + kScaleBytes + P / 4 * 64);
-        return _mm512_srli_epi32(lanes, unsigned(4 * (P % 4) + bits));
-    }
     template <int P>
     static LOGITKERNELS_INLINE __m512i pair(const char* block) {
         return _mm512_permutexvar_epi16(shifted<P>(block, 0), bf16_table());
@@ -55,12 +57,27 @@ struct Nibbles {
     static LOGITKERNELS_INLINE __m512 odd(const char* block) {
         return _mm512_permutexvar_ps(shifted<P>(block, 16), float_table());
     }
+#else
+    static LOGITKERNELS_INLINE __m512 floats(__m512i nibbles) {
+        const __m512i integers = _mm512_and_si512(nibbles, _mm512_set1_epi32(15));
+        return _mm512_cvtepi32_ps(_mm512_sub_epi32(integers, _mm512_set1_epi32(offset)));
+    }
+    template <int P>
+    static LOGITKERNELS_INLINE __m512 even(const char* block) {
+        return floats(shifted<P>(block, 0));
+    }
+    template <int P>
+    static LOGITKERNELS_INLINE __m512 odd(const char* block) {
+        return floats(shifted<P>(block, 16));
+    }
+#endif
 };
 
 struct Bytes {
     static constexpr bool has_minimum = false;
     static constexpr int64_t block_bytes = kScaleBytes + 512;
 
+#ifdef LOGITKERNELS_AVX512
     template <int P>
     static LOGITKERNELS_INLINE __m512i pair(const char* block) {
         const char* source = block + kScaleBytes + P * 32;
@@ -69,10 +86,10 @@ struct Bytes {
         return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high)),
                                             _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)));
     }
+#endif
     template <int P>
     static LOGITKERNELS_INLINE __m512i words(const char* block) {
-        const char* source = block + kScaleBytes + P * 32;
-        return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+        return load_int16(block + kScaleBytes + P * 32);
     }
     template <int P>
     static LOGITKERNELS_INLINE __m512 even(const char* block) {
@@ -84,11 +101,8 @@ struct Bytes {
     }
 };
 
-LOGITKERNELS_INLINE __m512 half_floats(const char* source) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
-}
-
 // How q and x meet. Unpacked is a scratch panel's element for two steps of 16 features.
+#ifdef LOGITKERNELS_AVX512
 struct Dot {
     using Element = bf16;
     static constexpr int64_t unpacked_bytes = 64;
@@ -116,6 +130,8 @@ struct Dot {
     }
 };
 
+#endif
+
 struct Fma {
     using Element = float;
     static constexpr int64_t unpacked_bytes = 128;
@@ -133,14 +149,27 @@ struct Fma {
     static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const float* x, int64_t stride, __m512 (&sums)[R]) {
         add<R>(_mm512_load_ps(scratch), _mm512_load_ps(scratch + 64), x, stride, sums);
     }
+    // With one of the steps in registers at a time.
+    template <int R>
+    static LOGITKERNELS_INLINE void add_in_turn(const char* scratch, const float* x, int64_t stride, __m512 (&sums)[R]) {
+        add_step<R>(_mm512_load_ps(scratch), x, stride, sums);
+        add_step<R>(_mm512_load_ps(scratch + 64), x + 1, stride, sums);
+    }
     template <int R>
     static LOGITKERNELS_INLINE void add(__m512 even, __m512 odd, const float* x, int64_t stride, __m512 (&sums)[R]) {
+        add_step<R>(even, x, stride, sums);
+        add_step<R>(odd, x + 1, stride, sums);
+    }
+    template <int R>
+    static LOGITKERNELS_INLINE void add_step(__m512 q, const float* x, int64_t stride, __m512 (&sums)[R]) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * stride]), even, sums[r]);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * stride + 1]), odd, sums[r]);
+        for (int r = 0; r < R; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * stride]), q, sums[r]);
     }
 };
+
+#ifndef LOGITKERNELS_AVX512
+using Dot = Fma;  // on activations that bf16 represents
+#endif
 
 template <class Step>
 LOGITKERNELS_INLINE void for_each_pair(Step step) {
@@ -193,7 +222,7 @@ void fused_tile(const char* panel, const Inputs<typename Product::Element>& in, 
         if constexpr (Format::has_minimum)
             for (int64_t b = 0; b < in.blocks; ++b) {
                 if (b % 2 == 0) prefetch(group + kVectors * bytes + b * kScaleBytes);
-                add_minimum<R>(half_floats(group + b * kScaleBytes), in, b, totals);
+                add_minimum<R>(load_float16(group + b * kScaleBytes), in, b, totals);
             }
         const char* block = group + minima_bytes<Format>(in.blocks);
         for (int64_t b = 0; b < in.blocks; ++b, block += Format::block_bytes) {
@@ -204,11 +233,11 @@ void fused_tile(const char* panel, const Inputs<typename Product::Element>& in, 
             for_each_pair([&]<int P>() __attribute__((always_inline)) {
                 Product::template add_packed<Format, P, R>(block, x + 2 * P, in.stride, partial);
             });
-            add_block<R>(partial, half_floats(block), totals);
+            add_block<R>(partial, load_float16(block), totals);
         }
         for (int r = 0; r < R; ++r) sums[r][g] = totals[r];
     }
-    finish<R>(sums, target);
+    finish(sums, target);
 }
 
 // A panel unpacked for many rows: per group its integers, and its scales and minima as float32.
@@ -234,13 +263,22 @@ class ScratchPanel {
                     Product::template unpack<Format, P>(block, target + P * Product::unpacked_bytes);
                 });
                 const int64_t place = (g * blocks_ + b) * kLanes;
-                _mm512_store_ps(scales_.get() + place, half_floats(block));
+                _mm512_store_ps(scales_.get() + place, load_float16(block));
                 if constexpr (Format::has_minimum)
-                    _mm512_store_ps(minima_.get() + place, half_floats(group + b * kScaleBytes));
+                    _mm512_store_ps(minima_.get() + place, load_float16(group + b * kScaleBytes));
             }
         }
     }
 
+    template <int R>
+    LOGITKERNELS_INLINE void tile(const Inputs<typename Product::Element>& in, const Target& target) const {
+        if constexpr (R * kVectors <= kRegisterSums)
+            multiply<R>(in, target);
+        else
+            multiply_by_group<R>(in, target);
+    }
+
+  private:
     template <int R>
     void multiply(const Inputs<typename Product::Element>& in, const Target& target) const {
         __m512 totals0[R], totals1[R];
@@ -265,10 +303,34 @@ class ScratchPanel {
         }
         __m512 sums[R][kVectors];
         for (int r = 0; r < R; ++r) sums[r][0] = totals0[r], sums[r][1] = totals1[r];
-        finish<R>(sums, target);
+        finish(sums, target);
     }
 
-  private:
+    // The same for the columns of one group at a time, where the registers do not hold the sums of both.
+    template <int R>
+    void multiply_by_group(const Inputs<typename Product::Element>& in, const Target& target) const {
+        for (int g = 0; g < kVectors; ++g) {
+            const float *scales = scales_.get() + g * blocks_ * kLanes, *minima = minima_.get() + g * blocks_ * kLanes;
+            __m512 totals[R];
+            for (int r = 0; r < R; ++r) totals[r] = _mm512_setzero_ps();
+            if constexpr (Format::has_minimum)
+                for (int64_t b = 0; b < blocks_; ++b)
+                    add_minimum<R>(_mm512_load_ps(minima + b * kLanes), in, b, totals);
+            const char* step = integers_.get() + g * integer_bytes_;
+            for (int64_t b = 0; b < blocks_; ++b) {
+                const auto* x = in.x + b * kBlock;
+                __m512 block[R];
+                for (int r = 0; r < R; ++r) block[r] = _mm512_setzero_ps();
+                for (int p = 0; p < kBlock / 2; ++p, step += Product::unpacked_bytes)
+                    Product::template add_in_turn<R>(step, x + 2 * p, in.stride, block);
+                add_block<R>(block, _mm512_load_ps(scales + b * kLanes), totals);
+            }
+            __m512 sums[R][1];
+            for (int r = 0; r < R; ++r) sums[r][0] = totals[r];
+            finish(sums, from_vector(target, g));
+        }
+    }
+
     const int64_t blocks_, integer_bytes_;
     Buffer<char> integers_;
     Buffer<float> scales_, minima_;
@@ -306,12 +368,12 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
                 continue;
             }
             switch (size) {
-                case 1: scratch.template multiply<1>(in, target); break;
-                case 2: scratch.template multiply<2>(in, target); break;
-                case 3: scratch.template multiply<3>(in, target); break;
-                case 4: scratch.template multiply<4>(in, target); break;
-                case 5: scratch.template multiply<5>(in, target); break;
-                default: scratch.template multiply<6>(in, target); break;
+                case 1: scratch.template tile<1>(in, target); break;
+                case 2: scratch.template tile<2>(in, target); break;
+                case 3: scratch.template tile<3>(in, target); break;
+                case 4: scratch.template tile<4>(in, target); break;
+                case 5: scratch.template tile<5>(in, target); break;
+                default: scratch.template tile<6>(in, target); break;
             }
         }
     }
@@ -340,7 +402,7 @@ void multiply_quantized(const Linear& linear, const Activations& x, int64_t rows
         case kQ40Dot: return multiply_format<Nibbles<false>, Dot>(linear, x, rows, out, ldo, epilogue);
         case kQ40Fma: return multiply_format<Nibbles<false>, Fma>(linear, x, rows, out, ldo, epilogue);
         case kQ41Dot:
-            sum_blocks<bf16>(x, rows, blocks);
+            sum_blocks<Dot::Element>(x, rows, blocks);
             return multiply_format<Nibbles<true>, Dot>(linear, x, rows, out, ldo, epilogue);
         case kQ41Fma:
             sum_blocks<float>(x, rows, blocks);

@@ -5,7 +5,6 @@
 // spins for about as long as threads differ within an operation, and then sleeps.
 #pragma once
 
-#include <immintrin.h>
 #include <omp.h>
 
 #include <atomic>
@@ -26,7 +25,11 @@ class Barrier {
         }
         for (int looks = 0; looks < kSpins; ++looks) {
             if (round_.load(std::memory_order_acquire) != round) return;
-            _mm_pause();
+#if defined(__x86_64__)
+            __builtin_ia32_pause();
+#elif defined(__aarch64__)
+            asm volatile("yield");
+#endif
         }
         round_.wait(round, std::memory_order_acquire);
     }

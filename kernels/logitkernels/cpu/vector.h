@@ -5,12 +5,21 @@
 // differently in two code paths. Second, each output element has one order of summation, whatever tile computes it.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+
+// For small functions whose arrays of vectors must stay in registers.
+#define LOGITKERNELS_INLINE inline __attribute__((always_inline))
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
+    defined(__AVX512BF16__)
+#define LOGITKERNELS_AVX512
+#include <immintrin.h>
+#else
+#include "portable.h"
+#endif
 
 namespace logitkernels {
 
@@ -18,8 +27,12 @@ using bf16 = uint16_t;
 
 constexpr int kLanes = 16;
 
-// For small functions whose arrays of vectors must stay in registers.
-#define LOGITKERNELS_INLINE inline __attribute__((always_inline))
+// Sums of 16 lanes that a tile may keep in registers beside what it adds to them.
+#ifdef LOGITKERNELS_AVX512
+constexpr int kRegisterSums = 24;
+#else
+constexpr int kRegisterSums = 6;
+#endif
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -47,7 +60,21 @@ Buffer<T> allocate(int64_t count) {
 
 // Asks for a cache line in the second-level cache. Written as assembly because GCC takes a function that only prefetches
 // for one without effects and drops the call.
-inline void prefetch(const void* address) { asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(address))); }
+inline void prefetch(const void* address) {
+#if defined(__x86_64__)
+    asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(address)));
+#else
+    __builtin_prefetch(address, 0, 2);
+#endif
+}
+
+// The same address, about which GCC knows nothing: what was read there is read again, not kept in a register.
+LOGITKERNELS_INLINE const char* reread(const char* address) {
+    asm("" : "+r"(address));
+    return address;
+}
+
+#ifdef LOGITKERNELS_AVX512
 
 // Keeps a loaded vector in a register: GCC otherwise repeats the load as an operand of every instruction that uses it.
 LOGITKERNELS_INLINE void keep(__m512& vector) { asm("" : "+v"(vector)); }
@@ -58,17 +85,23 @@ inline __m512 widen(__m256i values) { return _mm512_castsi512_ps(_mm512_slli_epi
 // Rounds to nearest even, quiets NaN, flushes float32 denormals to zero.
 inline __m256i narrow(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
 
-inline float widen(bf16 value) {
-    uint32_t bits = uint32_t(value) << 16;
-    float result;
-    __builtin_memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
 inline __m512 load(const float* source, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, source); }
 inline __m512 load(const bf16* source, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, source)); }
 inline void store(float* target, __mmask16 mask, __m512 values) { _mm512_mask_storeu_ps(target, mask, values); }
 inline void store(bf16* target, __mmask16 mask, __m512 values) { _mm256_mask_storeu_epi16(target, mask, narrow(values)); }
+
+// An activation of a product that rounds to bf16.
+using Rounded = bf16;
+
+LOGITKERNELS_INLINE __m512i load_int16(const char* source) {
+    return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+}
+
+LOGITKERNELS_INLINE __m512 load_float16(const char* source) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
+}
+
+#endif
 
 // exp(x) within 2 units in the last place; exp(0) is exactly 1 and exp(-inf) exactly 0.
 // x = n ln 2 + r with |r| <= ln 2 / 2, then 2^n times the Taylor polynomial of degree 7 (its remainder is below 6e-9).

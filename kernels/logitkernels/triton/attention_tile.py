@@ -138,7 +138,7 @@ class RowTile:
         }
 
 
-ROWS = {9: {64: 128, 128: 128, 256: 64}, 10: {64: 128, 128: 64, 256: 64}, 8: {64: 32, 128: 32, 256: 16}}
+ROWS = {9: {64: 128, 128: 128, 256: 64}, 10: {64: 128, 128: 64, 256: 32}, 8: {64: 32, 128: 32, 256: 16}}
 """Rows of a prefill tile by the GPU's generation and the padded head size: what leaves two accumulators in registers."""
 
 
@@ -148,7 +148,9 @@ def prefill_tile(shape: AttentionShape, *, uniform: bool) -> RowTile:
         return RowTile(32 if shape.widest <= 128 else 16, 8)
     generation = _generation()
     rows = ROWS[generation][max(64, shape.widest)]
-    return RowTile(min(rows, 64) if uniform else rows, 4 if generation == 8 else 8)
+    if uniform and rows > 64:
+        return RowTile(64, 4)
+    return RowTile(rows, 4 if generation == 8 else 8)
 
 
 def decode_tile(shape: AttentionShape, *, uniform: bool) -> RowTile:
@@ -157,7 +159,7 @@ def decode_tile(shape: AttentionShape, *, uniform: bool) -> RowTile:
         return prefill_tile(shape, uniform=True)
     if shape.is_exact:
         return RowTile(SMALLEST_BLOCK, 4)
-    return RowTile(min(64, _padded(shape.group)), 4)
+    return RowTile(min(64 if shape.widest <= 128 else 32, _padded(shape.group)), 4)
 
 
 def _generation() -> int:

@@ -1,0 +1,65 @@
+"""The whole engine on the Triton kernels gives what it gives on the torch reference.
+
+The engine's other tests of a tiny model run on these kernels too, where LOGITSERVE_KERNELS=triton is set.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from logitengine.loader import LoadedModel
+from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitkernels.backend import load_kernels
+from support import EVERY_ROW, make_engine, run
+
+TOLERANCE = 2e-4
+PROMPT = [5, 100, 7, 30000, 12, 12, 9]
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "warm": {"temperature": 0.8, "seed": 7},
+    "filtered": {"temperature": 1.2, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "seed": 11},
+    "penalised": {"temperature": 0.7, "repetition_penalty": 1.4, "frequency_penalty": 0.5, "seed": 5},
+    "biased": {"temperature": 0.0, "logit_bias": {77: 50.0, 12: -50.0}, "presence_penalty": 1.0},
+}
+
+
+def requests() -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            request_id=name,
+            prompt_token_ids=PROMPT * (1 + number),
+            n=2 if name == "warm" else 1,
+            logits=EVERY_ROW if name == "greedy" else LogitsSpec(top_k=3),
+            sampling=SamplingParams(max_tokens=4, ignore_eos=True, **options),
+        )
+        for number, (name, options) in enumerate(REQUESTS.items())
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"max_prefill_chunk": 3, "num_blocks": 14}], ids=["whole", "chunks"])
+def test_tokens_and_rows_are_the_references(
+    tiny_triton_model: LoadedModel, tiny_reference_model: LoadedModel, options: dict[str, int]
+) -> None:
+    answers = run(make_engine(tiny_triton_model, **options), requests())
+    expected = run(make_engine(tiny_reference_model, **options), requests())
+    assert answers.keys() == expected.keys()
+    for key, answer in answers.items():
+        assert answer.token_ids == expected[key].token_ids, key
+        np.testing.assert_allclose(answer.rows, expected[key].rows, atol=TOLERANCE)
+    prompt = answers["greedy", 0].prompt_rows
+    np.testing.assert_allclose(prompt, expected["greedy", 0].prompt_rows, atol=TOLERANCE)
+
+
+def test_kernels_that_do_not_hold_batch_invariance_are_refused_where_it_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="reference kernels do not hold it"):
+        load_kernels("reference", "cpu", batch_invariant=True)
+    assert load_kernels("triton", "cpu", batch_invariant=True).batch_invariant
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        load_kernels("triton", "cpu")

@@ -1,0 +1,116 @@
+"""What processors without AVX-512 run, built for AVX2 on any machine: it gives the bits of the native kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from logitkernels import AttentionMetadata
+from logitkernels.cpu import CpuKernels, GgufType
+from logitkernels.cpu.build import BuildError
+from logitkernels.cpu.linear import STORED_BYTES
+from torch import Tensor
+
+try:
+    NATIVE = CpuKernels(exact=True)
+    PORTABLE = CpuKernels(exact=True, march="x86-64-v3")
+    ROUNDED = CpuKernels(march="x86-64-v3")
+except BuildError as error:  # pragma: no cover
+    pytest.skip(f"no native kernels here: {error}", allow_module_level=True)
+
+DTYPES = [torch.bfloat16, torch.float32]
+ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 40]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out", "depth"), [(96, 64), (77, 123), (1, 1), (33, 577)])
+def test_exact_linears_have_the_bits_of_the_native_ones(dtype: torch.dtype, out: int, depth: int) -> None:
+    weight, bias, x = random(out, depth, seed=1, dtype=dtype), random(out, seed=2), random(40, depth, seed=3)
+    native, portable = (kernels.pack_linear(weight, bias) for kernels in (NATIVE, PORTABLE))
+    for rows in ROWS:
+        assert torch.equal(PORTABLE.linear(x[:rows], portable), NATIVE.linear(x[:rows], native))
+
+
+@pytest.mark.parametrize("gguf_type", GgufType)
+def test_exact_products_of_blocks_have_the_bits_of_the_native_ones(gguf_type: GgufType) -> None:
+    raw = torch.randint(
+        0,
+        256,
+        (77 * 5, STORED_BYTES[gguf_type]),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(1),
+    )
+    raw[:, [1, 3]] &= 0x3F  # finite scales
+    x = random(40, 160, seed=3)
+    native, portable = (kernels.pack_gguf(raw, (77, 160), gguf_type) for kernels in (NATIVE, PORTABLE))
+    for rows in ROWS:
+        assert torch.equal(PORTABLE.linear(x[:rows], portable), NATIVE.linear(x[:rows], native))
+
+
+def test_a_rounded_linear_is_the_exact_one_on_rounded_activations() -> None:
+    weight, x = random(77, 123, seed=1, dtype=torch.bfloat16), random(40, 123, seed=3)
+    rounded, exact = ROUNDED.pack_linear(weight), PORTABLE.pack_linear(weight)
+    expected = PORTABLE.linear(x.bfloat16().float(), exact)
+    for rows in ROWS:
+        assert torch.equal(ROUNDED.linear(x[:rows], rounded), expected[:rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 40, 64, 72])
+@pytest.mark.parametrize("options", [{}, {"softcap": 20.0}, {"sliding_window": 50}])
+def test_attention_has_the_bits_of_the_native_one(
+    dtype: torch.dtype, size: int, options: dict[str, float]
+) -> None:
+    tokens, length = 30, 200
+    metadata = AttentionMetadata(
+        query_start=torch.tensor([0, tokens], dtype=torch.int32),
+        seq_lens=torch.tensor([length], dtype=torch.int32),
+        block_tables=torch.randperm(13).to(torch.int32)[None],
+        slot_mapping=torch.arange(tokens),
+        max_query_len=tokens,
+        max_seq_len=length,
+    )
+    query = random(tokens, 6, size, seed=1) * 3
+    keys, values = (random(13, 2, 16, size, seed=seed, dtype=dtype) for seed in (2, 3))
+    sinks = random(6, seed=4)
+    native, portable = (
+        kernels.paged_attention(query, keys, values, metadata, scale=0.2, sinks=sinks, **options)
+        for kernels in (NATIVE, PORTABLE)
+    )
+    assert native.isfinite().all()
+    assert torch.equal(portable, native)
+
+
+@pytest.mark.parametrize("size", [2, 32, 100, 101])
+def test_pointwise_operations_have_the_bits_of_the_native_ones(size: int) -> None:
+    x, weight = random(7, size, seed=1) * 3, random(size, seed=2)
+    assert torch.equal(PORTABLE.rms_norm(x, weight, 1e-5), NATIVE.rms_norm(x, weight, 1e-5))
+    gate_up = random(7, 2 * size, seed=3) * 40
+    assert torch.equal(PORTABLE.silu_and_mul(gate_up), NATIVE.silu_and_mul(gate_up))
+    heads, angles = random(7, 3, size, seed=4), random(7, size // 2, seed=5).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    assert torch.equal(PORTABLE.rope(heads, cos, sin), NATIVE.rope(heads, cos, sin))
+
+
+@pytest.mark.parametrize("size", [5, 64])
+def test_stored_values_are_rounded_as_the_native_ones(size: int) -> None:
+    values = random(6, 1, size, seed=1)
+    values[0], values[1], values[2], values[3] = torch.inf, -1e-40, 3.3961775e38, 1.00390625
+    caches = [torch.zeros(1, 1, 16, size, dtype=torch.bfloat16) for _ in range(4)]
+    for kernels, keys, others in ((NATIVE, *caches[:2]), (PORTABLE, *caches[2:])):
+        kernels.store_kv(values, values, keys, others, torch.arange(6))
+    assert torch.equal(caches[0].view(torch.int16), caches[2].view(torch.int16))
+
+
+def test_operations_on_logits_have_the_bits_of_the_native_ones() -> None:
+    logits = (random(4, 1003, seed=1) * 4).round()
+    logits[0, :5] = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 0.0])
+    for native, portable in zip(
+        NATIVE.top_k_logits(logits, 50), PORTABLE.top_k_logits(logits, 50), strict=True
+    ):
+        assert torch.equal(portable.nan_to_num(), native.nan_to_num())
+    assert torch.equal(PORTABLE.logsumexp(logits)[1:], NATIVE.logsumexp(logits)[1:])
+    assert PORTABLE.logsumexp(logits)[0].isnan()
