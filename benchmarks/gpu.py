@@ -123,7 +123,6 @@ class Run:
             function()
         except Exception as error:  # noqa: BLE001 - one part's failure must not cost the others' results
             traceback.print_exc()
-            # The traceback's frames would keep tensors alive.
             self.document["failures"].append((name, f"{type(error).__name__}: {error}"[:2000]))
             print(f"FAILED {name}", flush=True)
             self._write()
@@ -143,9 +142,6 @@ class Run:
             self._path.write_text(json.dumps(self.document, indent=2))
 
     def print_tables(self) -> None:
-        print()
-        self.set("machine", self.document["machine"])
-        self.set("ceilings", self.document["ceilings"])
         if self.document["kernels"]:
             print(f"\n{'kernel':20} {'size':42}       µs   GB/s TFLOP/s  of floor  error")
         for row in self.document["kernels"]:
@@ -162,7 +158,10 @@ class Run:
             )
         for name, error in self.document["failures"]:
             print(f"FAILED {name}: {error.splitlines()[0] if error else ''}")
-        print(f"\n{time.perf_counter() - self._started:.0f} s", flush=True)
+        print()
+        for name in ("machine", "ceilings"):
+            self.set(name, self.document[name])
+        print(f"{time.perf_counter() - self._started:.0f} s", flush=True)
 
 
 def kernel_line(row: dict[str, Any]) -> str:

@@ -229,28 +229,39 @@ class Attention:
         return replace(self, query=self.query[rows], metadata=metadata)
 
 
-HEADS = [(32, 8, 128), (14, 2, 64), (8, 4, 256)]
-PLAIN: dict[str, Any] = {}
+CASES = [
+    *(((32, 8, 128), dtype) for dtype in DTYPES),
+    ((14, 2, 64), torch.bfloat16),
+    ((8, 4, 256), torch.bfloat16),
+]
+"""Heads and dtypes; each is compiled anew."""
 EVERYTHING: dict[str, Any] = {"sliding_window": 600, "softcap": 30.0}
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-@pytest.mark.parametrize("options", [PLAIN, EVERYTHING])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("heads", "dtype"), CASES)
 def test_attention_follows_the_reference(
-    heads: tuple[int, int, int], dtype: torch.dtype, options: dict[str, Any], uniform: bool
+    heads: tuple[int, int, int], dtype: torch.dtype, uniform: bool
 ) -> None:
-    batch = Attention.draw(heads, dtype, list(zip(QUERY_LENS, SEQ_LENS, strict=True)), **options)
-    if options:
-        batch.options["sinks"] = normal(heads[0])
+    batch = Attention.draw(heads, dtype, list(zip(QUERY_LENS, SEQ_LENS, strict=True)))
     out = batch.attend(TritonKernels(batch_invariant=uniform))
     assert relative_error(out, batch.expected()) < TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize(("heads", "dtype"), CASES)
+def test_attention_with_a_window_a_cap_and_sinks_follows_the_reference(
+    heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    sinks = normal(heads[0])
+    batch = Attention.draw(
+        heads, dtype, list(zip(QUERY_LENS, SEQ_LENS, strict=True)), **EVERYTHING, sinks=sinks
+    )
+    out = batch.attend(TritonKernels())
+    assert relative_error(out, batch.expected()) < TOLERANCES[dtype]
+
+
 @pytest.mark.parametrize("uniform", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("heads", "dtype"), CASES)
 def test_a_sequence_has_the_same_bits_alone_among_others_and_again(
     heads: tuple[int, int, int], dtype: torch.dtype, uniform: bool
 ) -> None:
@@ -262,9 +273,9 @@ def test_a_sequence_has_the_same_bits_alone_among_others_and_again(
         assert torch.equal(batch.alone(index).attend(kernels), rows)
 
 
-@pytest.mark.parametrize("options", [PLAIN, EVERYTHING])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(
+    ("heads", "dtype", "options"), [*((*case, {}) for case in CASES), (*CASES[2], EVERYTHING)]
+)
 def test_a_token_has_the_same_bits_in_any_chunk(
     heads: tuple[int, int, int], dtype: torch.dtype, options: dict[str, Any]
 ) -> None:

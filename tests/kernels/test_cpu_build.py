@@ -33,7 +33,7 @@ def test_missing_instructions_are_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(CPUINFO)
-    with pytest.raises(build.UnsupportedCpuError, match="avx2, f16c$"):
+    with pytest.raises(build.UnsupportedCpuError, match=r"avx2, f16c$"):
         build.cpu_description(cpuinfo)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from logitkernels import AttentionMetadata
@@ -62,7 +64,7 @@ def test_a_rounded_linear_is_the_exact_one_on_rounded_activations() -> None:
 @pytest.mark.parametrize("size", [1, 40, 64, 72])
 @pytest.mark.parametrize("options", [{}, {"softcap": 20.0}, {"sliding_window": 50}])
 def test_attention_has_the_bits_of_the_native_one(
-    dtype: torch.dtype, size: int, options: dict[str, float]
+    dtype: torch.dtype, size: int, options: dict[str, Any]
 ) -> None:
     tokens, length = 30, 200
     metadata = AttentionMetadata(
@@ -100,8 +102,8 @@ def test_stored_values_are_rounded_as_the_native_ones(size: int) -> None:
     values = random(6, 1, size, seed=1)
     values[0], values[1], values[2], values[3] = torch.inf, -1e-40, 3.3961775e38, 1.00390625
     caches = [torch.zeros(1, 1, 16, size, dtype=torch.bfloat16) for _ in range(4)]
-    for kernels, keys, others in ((NATIVE, *caches[:2]), (PORTABLE, *caches[2:])):
-        kernels.store_kv(values, values, keys, others, torch.arange(6))
+    NATIVE.store_kv(values, values, caches[0], caches[1], torch.arange(6))
+    PORTABLE.store_kv(values, values, caches[2], caches[3], torch.arange(6))
     assert torch.equal(caches[0].view(torch.int16), caches[2].view(torch.int16))
 
 
