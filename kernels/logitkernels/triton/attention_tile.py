@@ -110,11 +110,15 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True)
 class RowTile:
-    """How many rows a program has, and the warps and pipeline stages that it is compiled for."""
+    """How many rows a program has, and the warps, pipeline stages and registers that it is compiled for.
+
+    Without ``maxnreg`` ptxas may spill a few registers to fit one more block on an SM.
+    """
 
     block_m: int
     num_warps: int
     num_stages: int = 3
+    maxnreg: int | None = None
 
     def heads(self, shape: AttentionShape) -> int:
         """Query heads of a tile: those of one key-value head, or as many as there are rows."""
@@ -126,7 +130,7 @@ class RowTile:
     def head_tiles(self, shape: AttentionShape) -> int:
         return shape.kv_heads * -(-shape.group // self.heads(shape))
 
-    def constants(self, shape: AttentionShape) -> dict[str, int]:
+    def constants(self, shape: AttentionShape) -> dict[str, int | None]:
         """The constants and launch options that every kernel takes."""
         return {
             "HEADS": self.heads(shape),
@@ -134,6 +138,7 @@ class RowTile:
             "BLOCK_M": self.block_m,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "maxnreg": self.maxnreg,
             **shape.constants(),
         }
 
@@ -145,12 +150,12 @@ ROWS = {9: {64: 128, 128: 128, 256: 64}, 10: {64: 128, 128: 64, 256: 32}, 8: {64
 def prefill_tile(shape: AttentionShape, *, uniform: bool) -> RowTile:
     """The largest tile that is not spilled; at most 64 rows where `paged_decode` shares it."""
     if shape.is_exact:
-        return RowTile(32 if shape.widest <= 128 else 16, 8)
+        return RowTile(32 if shape.widest <= 128 else 16, 8, maxnreg=255)
     generation = _generation()
     rows = ROWS[generation][max(64, shape.widest)]
     if uniform and rows > 64:
-        return RowTile(64, 4)
-    return RowTile(rows, 4 if generation == 8 else 8)
+        return RowTile(64, 4, maxnreg=255)
+    return RowTile(rows, 4 if generation == 8 else 8, maxnreg=255)
 
 
 def decode_tile(shape: AttentionShape, *, uniform: bool) -> RowTile:
@@ -158,7 +163,7 @@ def decode_tile(shape: AttentionShape, *, uniform: bool) -> RowTile:
     if uniform:
         return prefill_tile(shape, uniform=True)
     if shape.is_exact:
-        return RowTile(SMALLEST_BLOCK, 4)
+        return RowTile(SMALLEST_BLOCK, 4 if shape.widest <= 128 else 8, maxnreg=255)
     return RowTile(min(64 if shape.widest <= 128 else 32, _padded(shape.group)), 4)
 
 
@@ -247,9 +252,8 @@ def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
 @triton.jit
 def capped(x: tl.tensor, cap: tl.tensor) -> tl.tensor:
     """``cap * tanh(x)``, by a power that cannot overflow."""
-    power = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|)
-    size = cap * ((1.0 - power) / (1.0 + power))
-    return tl.where(x < 0.0, -size, size)
+    power = tl.exp2(x * 2.8853900817779268)  # exp(2 x)
+    return cap - 2.0 * cap / (1.0 + power)
 
 
 @triton.jit

@@ -65,8 +65,6 @@ def paged_prefill(
         factor,
         cap,
         sliding_window,
-        # Otherwise ptxas spills a few registers to fit one more block on an SM.
-        maxnreg=255,
         **tile.constants(shape),
     )
 
