@@ -146,22 +146,30 @@ class RowTile:
 ROWS = {9: {64: 128, 128: 128, 256: 64}, 10: {64: 128, 128: 64, 256: 32}, 8: {64: 32, 128: 32, 256: 16}}
 """Rows of a prefill tile by the GPU's generation and the padded head size: what leaves two accumulators in registers."""
 
+SOFTCAP_ROWS = {9: 64, 10: 32, 8: 32}
+"""The same with a softcap, for padded heads of 128."""
 
-def prefill_tile(shape: AttentionShape, *, uniform: bool) -> RowTile:
-    """The largest tile that is not spilled; at most 64 rows where `paged_decode` shares it."""
+
+def prefill_tile(shape: AttentionShape, *, uniform: bool, softcap: bool) -> RowTile:
+    """The largest tile that is not spilled; at most 64 rows where `paged_decode` shares it.
+
+    A softcap takes registers for a second copy of the scores.
+    """
     if shape.is_exact:
         return RowTile(32 if shape.widest <= 128 else 16, 8, maxnreg=255)
     generation = _generation()
     rows = ROWS[generation][max(64, shape.widest)]
-    if uniform and rows > 64:
-        return RowTile(64, 4, maxnreg=255)
+    if softcap and shape.widest == 128:
+        rows = min(rows, SOFTCAP_ROWS[generation])
+    if (uniform or softcap) and rows >= 64:
+        return RowTile(64, 4 if shape.widest <= 128 else 8, maxnreg=255)
     return RowTile(rows, 4 if generation == 8 else 8, maxnreg=255)
 
 
-def decode_tile(shape: AttentionShape, *, uniform: bool) -> RowTile:
+def decode_tile(shape: AttentionShape, *, uniform: bool, softcap: bool) -> RowTile:
     """The smallest tile that holds the query heads of a key-value head."""
     if uniform:
-        return prefill_tile(shape, uniform=True)
+        return prefill_tile(shape, uniform=True, softcap=softcap)
     if shape.is_exact:
         return RowTile(SMALLEST_BLOCK, 4 if shape.widest <= 128 else 8, maxnreg=255)
     return RowTile(min(64 if shape.widest <= 128 else 32, _padded(shape.group)), 4)
@@ -252,8 +260,9 @@ def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
 @triton.jit
 def capped(x: tl.tensor, cap: tl.tensor) -> tl.tensor:
     """``cap * tanh(x)``, by a power that cannot overflow."""
-    power = tl.exp2(x * 2.8853900817779268)  # exp(2 x)
-    return cap - 2.0 * cap / (1.0 + power)
+    power = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|)
+    size = cap * ((1.0 - power) / (1.0 + power))
+    return tl.where(x < 0.0, -size, size)
 
 
 @triton.jit

@@ -50,7 +50,7 @@ def paged_decode(
     out [T, Hq, Dv]. Raises ValueError for tensors that do not fit together.
     """
     shape = AttentionShape.of(query, key_cache, value_cache)
-    tile = decode_tile(shape, uniform=uniform)
+    tile = decode_tile(shape, uniform=uniform, softcap=softcap is not None)
     sequences, heads = len(metadata.seq_lens), query.shape[1]
     splits = max(1, -(-metadata.max_seq_len // shape.split))
     partial = stats = None

@@ -45,7 +45,7 @@ def paged_prefill(
     out [T, Hq, Dv]. Raises ValueError for tensors that do not fit together.
     """
     shape = AttentionShape.of(query, key_cache, value_cache)
-    tile = prefill_tile(shape, uniform=uniform)
+    tile = prefill_tile(shape, uniform=uniform, softcap=softcap is not None)
     sequences = len(metadata.seq_lens)
     factor, cap = score_factors(scale, softcap)
     launch(

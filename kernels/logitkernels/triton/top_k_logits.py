@@ -53,7 +53,7 @@ def _least_kept(orders: tl.tensor, k: tl.tensor) -> tl.tensor:
     is_entry = orders > LOWEST
     highest = tl.max(orders)
     low = tl.min(tl.where(is_entry, orders, highest))
-    high = highest + 1
+    high = tl.maximum(highest, highest + 1)  # a NaN at id 0 has the highest order that there is
     num_kept = tl.sum(is_entry.to(tl.int32))
     while num_kept > k:
         pivots = spread(low, high)
