@@ -13,9 +13,6 @@ import pytest
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes that one block may have, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 
-FEW_BYTES = 64
-"""ptxas leaves a few registers of the softcap's prefill tile on the stack, outside of the loop over keys or not."""
-
 KERNELS = Path(__file__).parents[2] / "kernels" / "logitkernels" / "triton"
 
 
@@ -29,7 +26,7 @@ def test_kernels_compile_without_spills_for(arch: int) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     usages = [json.loads(line) for line in result.stdout.splitlines()]
-    spilling = [usage for usage in usages if usage["stack"] > FEW_BYTES or usage["local"]]
+    spilling = [usage for usage in usages if usage["stack"] or usage["local"]]
     assert not spilling, spilling
     too_large = [usage for usage in usages if usage["shared"] > SHARED_MEMORY[arch]]
     assert not too_large, too_large
