@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -130,7 +131,7 @@ class RowTile:
     def head_tiles(self, shape: AttentionShape) -> int:
         return shape.kv_heads * -(-shape.group // self.heads(shape))
 
-    def constants(self, shape: AttentionShape) -> dict[str, int | None]:
+    def constants(self, shape: AttentionShape) -> dict[str, Any]:
         """The constants and launch options that every kernel takes."""
         return {
             "HEADS": self.heads(shape),

@@ -6,7 +6,12 @@ from typing import Any
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constants: Any,
 ) -> None:
     """``kernel[grid](*args, **constants)``; an empty grid launches nothing.
 
