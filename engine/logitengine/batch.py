@@ -37,10 +37,6 @@ class Batch:
     max_seq_len: int
 
     @property
-    def num_tokens(self) -> int:
-        return len(self.arrays["input_ids"])
-
-    @property
     def is_decode(self) -> bool:
         """Every chunk is one token that draws the next: the batch's rows are the drawing rows."""
         return self.max_query_len == 1 and len(self.drawing) == len(self.chunks)

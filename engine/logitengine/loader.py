@@ -102,13 +102,17 @@ def prepare(
         kernels.name,
         fused,
     )
-    servable = _Servable(config, model, kernels, device, shapes, is_fused=fused > 0)
+    servable = _Servable(
+        config, model, kernels, device, shapes, is_fused=fused > 0, can_generate=can_generate
+    )
     num_blocks = config.num_blocks or servable.affordable_blocks()
     runner = servable.runner(num_blocks)
     if can_generate:
         _check_head(runner, model)
-        if device.captures:
-            largest_step(runner, config)
+    if device.captures:
+        # Kernels compile here, not in somebody's request.
+        largest_step(runner, config, can_generate=can_generate)
+        if can_generate:
             runner.record_steps()
     return LoadedModel(
         info=ModelInfo(
@@ -145,6 +149,7 @@ class _Servable:
     device: Device
     shapes: list[LayerShape]
     is_fused: bool
+    can_generate: bool
 
     def runner(self, num_blocks: int) -> ModelRunner:
         kv_cache = PagedKVCache.allocate(
@@ -166,7 +171,8 @@ class _Servable:
     def affordable_blocks(self) -> int:
         """As many as the memory for the cache holds."""
         budget = self.config.kv_cache_bytes or self.device.kv_cache_bytes(
-            self.config.memory_fraction, lambda: largest_step(self.runner(1), self.config)
+            self.config.memory_fraction,
+            lambda: largest_step(self.runner(1), self.config, can_generate=self.can_generate),
         )
         num_blocks = budget // bytes_per_block(self.shapes, self.config.block_size, self.model.dtype)
         if num_blocks < 2:

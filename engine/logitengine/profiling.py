@@ -8,18 +8,23 @@ from logitengine.batch import build_batch
 from logitengine.config import EngineConfig
 from logitengine.messages import GenerationRequest, SamplingParams
 from logitengine.model_runner import ModelRunner
+from logitengine.reporter import HEAD_ROWS
 from logitengine.scheduler import Chunk
 from logitengine.sequence import Sequence
 
 
-def largest_step(runner: ModelRunner, config: EngineConfig) -> None:
-    """A full token budget over as many sequences as may run, all drawing, filtered, with every row asked for.
+def largest_step(runner: ModelRunner, config: EngineConfig, *, can_generate: bool) -> None:
+    """A full token budget over as many sequences as may run, with every row asked for.
 
-    The runner's cache needs one block: what is computed is never read.
+    Where the model generates, all draw, filtered, every drawn row is shown in its widest dtype, and so are as many prompt
+    rows as go through the head at once. The runner's cache needs one block: what is computed is never read.
     """
     count = min(config.max_num_seqs, config.max_num_batched_tokens)
     length = config.max_num_batched_tokens // count
-    chunks = [Chunk(_prompt(index, length, config.block_size), 0, length) for index in range(count)]
+    chunks = [
+        Chunk(_prompt(index, length, config.block_size, int(can_generate)), 0, length)
+        for index in range(count)
+    ]
     row = RowSampling(
         temperature=1.0,
         top_k=0,
@@ -30,15 +35,18 @@ def largest_step(runner: ModelRunner, config: EngineConfig) -> None:
         position=length,
         shows_processed=True,
     )
-    computed = runner.execute(build_batch(chunks, config.block_size), [row] * count)
-    # What is shown is a copy: of the drawn rows in their widest dtype, and of the prompt rows that one window holds.
-    shown = computed.logits.clone()
-    del shown
+    computed = runner.execute(build_batch(chunks, config.block_size), [row] * count if can_generate else [])
+    if can_generate:
+        drawn = computed.logits.clone()
+        prompt = runner.head(computed.hidden[:HEAD_ROWS]).clone()
+        del drawn, prompt
 
 
-def _prompt(index: int, length: int, block_size: int) -> Sequence:
+def _prompt(index: int, length: int, block_size: int, max_tokens: int) -> Sequence:
     request = GenerationRequest(
-        request_id=str(index), prompt_token_ids=[0] * length, sampling=SamplingParams(max_tokens=1)
+        request_id=str(index),
+        prompt_token_ids=[0] * length,
+        sampling=SamplingParams(max_tokens=max_tokens),
     )
     sequence = Sequence(request, 0, index)
     sequence.block_table = [0] * -(-length // block_size)

@@ -169,8 +169,17 @@ class Kernels(ABC):
         key_cache: Tensor,
         value_cache: Tensor,
         slot_mapping: Tensor,
+        *,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
     ) -> Tensor:
-        """``rope`` of ``query`` [T, Hq, D], which is returned, and ``store_kv`` of the turned ``key`` and of ``value``."""
+        """``rope`` of ``query`` [T, Hq, D], which is returned, and ``store_kv`` of the turned ``key`` and of ``value``.
+
+        ``q_norm`` and ``k_norm`` [D] are weights of an ``rms_norm`` of each head before it.
+        """
+        query = query if q_norm is None else self.rms_norm(query, q_norm, eps)
+        key = key if k_norm is None else self.rms_norm(key, k_norm, eps)
         self.store_kv(self.rope(key, cos, sin), value, key_cache, value_cache, slot_mapping)
         return self.rope(query, cos, sin)
 
@@ -212,44 +221,8 @@ class Kernels(ABC):
         value_cache: Tensor,
         metadata: AttentionMetadata,
     ) -> Tensor:
-        """One pre-norm decoder layer of the Llama or Gemma family: ``hidden`` [T, H] -> [T, H], same dtype.
-
-        Backends override this where one call is faster than the operations one by one.
-        """
-        tokens = hidden.shape[0]
-        heads, kv_heads, head_dim = layer.num_heads, layer.num_kv_heads, layer.head_dim
-        normed = self.rms_norm(hidden, layer.input_norm, layer.eps)
-        query, key, value = self.linear(normed, layer.qkv).split(
-            [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1
-        )
-        query = query.reshape(tokens, heads, head_dim)
-        key = key.reshape(tokens, kv_heads, head_dim)
-        value = value.reshape(tokens, kv_heads, head_dim)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            query = self.rms_norm(query, layer.q_norm, layer.eps)
-            key = self.rms_norm(key, layer.k_norm, layer.eps)
-        query = self.rope_and_store(
-            query, key, value, cos, sin, key_cache, value_cache, metadata.slot_mapping
-        )
-        attended = self.paged_attention(
-            query,
-            key_cache,
-            value_cache,
-            metadata,
-            scale=layer.scale,
-            sliding_window=layer.sliding_window,
-            softcap=layer.softcap,
-        )
-        update = self.linear(attended.reshape(tokens, heads * head_dim), layer.output)
-        if layer.attention_output_norm is not None:
-            update = self.rms_norm(update, layer.attention_output_norm, layer.eps)
-        hidden, normed = self.add_rms_norm(hidden, update, layer.post_attention_norm, layer.eps, hidden.dtype)
-        gate_up = self.linear(normed, layer.gate_up)
-        gated = self.silu_and_mul(gate_up) if layer.activation == "silu" else self.gelu_and_mul(gate_up)
-        update = self.linear(gated, layer.down)
-        if layer.mlp_output_norm is not None:
-            update = self.rms_norm(update, layer.mlp_output_norm, layer.eps)
-        return hidden + update
+        """One pre-norm decoder layer of the Llama or Gemma family: ``hidden`` [T, H] -> [T, H], same dtype."""
+        return self.decoder_layers(hidden, [layer], cos, sin, [key_cache], [value_cache], metadata)
 
     def decoder_layers(
         self,
@@ -261,10 +234,59 @@ class Kernels(ABC):
         value_caches: Sequence[Tensor],
         metadata: AttentionMetadata,
     ) -> Tensor:
-        """``decoder_layer`` for one layer after the other, each with its own caches. Same bits as one by one."""
+        """``decoder_layer`` for one layer after the other, each with its own caches. Same bits as one by one.
+
+        What a layer adds to the residual stream is added by the next norm, which reads it anyway. Backends override this
+        where one call is faster than the operations one by one.
+        """
+        update: Tensor | None = None
         for layer, key_cache, value_cache in zip(layers, key_caches, value_caches, strict=True):
-            hidden = self.decoder_layer(hidden, layer, cos, sin, key_cache, value_cache, metadata)
-        return hidden
+            hidden, normed = self._add_and_norm(hidden, update, layer.input_norm, layer)
+            query, key, value = _heads(self.linear(normed, layer.qkv), layer)
+            query = self.rope_and_store(
+                query,
+                key,
+                value,
+                cos,
+                sin,
+                key_cache,
+                value_cache,
+                metadata.slot_mapping,
+                q_norm=layer.q_norm,
+                k_norm=layer.k_norm,
+                eps=layer.eps,
+            )
+            attended = self.paged_attention(
+                query,
+                key_cache,
+                value_cache,
+                metadata,
+                scale=layer.scale,
+                sliding_window=layer.sliding_window,
+                softcap=layer.softcap,
+            )
+            update = self.linear(attended.flatten(1), layer.output)
+            update = self._normed(update, layer.attention_output_norm, layer)
+            hidden, normed = self._add_and_norm(hidden, update, layer.post_attention_norm, layer)
+            gate_up = self.linear(normed, layer.gate_up)
+            gated = self.silu_and_mul(gate_up) if layer.activation == "silu" else self.gelu_and_mul(gate_up)
+            update = self._normed(self.linear(gated, layer.down), layer.mlp_output_norm, layer)
+        return hidden if update is None else hidden + update
+
+    def activation_dtype(self, hidden: Tensor, layer: DecoderLayerWeights) -> torch.dtype:
+        """What the operations between the norms and the residual stream are given and give."""
+        return hidden.dtype
+
+    def _add_and_norm(
+        self, hidden: Tensor, update: Tensor | None, weight: Tensor, layer: DecoderLayerWeights
+    ) -> tuple[Tensor, Tensor]:
+        dtype = self.activation_dtype(hidden, layer)
+        if update is None:
+            return hidden, self.rms_norm(hidden, weight, layer.eps).to(dtype)
+        return self.add_rms_norm(hidden, update, weight, layer.eps, dtype)
+
+    def _normed(self, update: Tensor, weight: Tensor | None, layer: DecoderLayerWeights) -> Tensor:
+        return update if weight is None else self.rms_norm(update, weight, layer.eps)
 
     def logsumexp(self, logits: Tensor) -> Tensor:
         """``log(sum(exp(row)))`` of [R, V] -> [R]; subtracted from a row's logits it gives log-probabilities."""
@@ -303,3 +325,10 @@ class Kernels(ABC):
         if isinstance(rows, PackedRows):
             raise TypeError(f"the {self.name} kernels do not read packed rows")
         return sample_rows(logits, rows, last_tokens)
+
+
+def _heads(qkv: Tensor, layer: DecoderLayerWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value heads [T, heads, D] as views of the packed rows [T, (Hq + 2 Hkv) D]."""
+    heads = qkv.view(qkv.shape[0], -1, layer.head_dim)
+    query, key, value = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
+    return query, key, value

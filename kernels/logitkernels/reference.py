@@ -90,6 +90,9 @@ class ReferenceKernels(Kernels):
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             key_positions = torch.arange(keys.shape[2], device=query.device)
+            # A weight of zero does not hide a NaN that somebody else left in the block.
+            unseen = key_positions > tile.positions.amax(-1, keepdim=True)
+            values = values.masked_fill(unseen[:, None, :, None], 0.0)
             hidden = key_positions > tile.positions[..., None]
             if sliding_window is not None:
                 hidden |= key_positions <= tile.positions[..., None] - sliding_window

@@ -18,31 +18,17 @@ def bfloat16_model() -> LoadedModel:
     return load(EngineConfig(dtype="bfloat16", kv_cache_bytes=1 << 29, num_threads=1))
 
 
-def load_tiny(tiny_llama: Path, kernels: str) -> LoadedModel:
+@pytest.fixture(scope="session")
+def tiny_model(tiny_llama: Path) -> LoadedModel:
+    """On the kernels that LOGITSERVE_KERNELS names, else on this machine's own."""
     return load(
         EngineConfig.model_validate(
             {
                 "model": str(tiny_llama),
                 "dtype": "float32",
-                "kernels": kernels,
+                "kernels": os.environ.get("LOGITSERVE_KERNELS", "auto"),
                 "kv_cache_bytes": 1 << 24,
                 "num_threads": 1,
             }
         )
     )
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tiny_llama: Path) -> LoadedModel:
-    """On the kernels that LOGITSERVE_KERNELS names, else on this machine's own."""
-    return load_tiny(tiny_llama, os.environ.get("LOGITSERVE_KERNELS", "auto"))
-
-
-@pytest.fixture(scope="session")
-def tiny_triton_model(tiny_llama: Path) -> LoadedModel:
-    return load_tiny(tiny_llama, "triton")
-
-
-@pytest.fixture(scope="session")
-def tiny_reference_model(tiny_llama: Path) -> LoadedModel:
-    return load_tiny(tiny_llama, "reference")

@@ -5,17 +5,23 @@ The engine's other tests of a tiny model run on these kernels too, where LOGITSE
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from logitengine.loader import LoadedModel
+from logitengine.config import EngineConfig
+from logitengine.loader import LoadedModel, load
 from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
 from logitkernels.backend import load_kernels
+from loopback_device import LoopbackDevice
 from support import EVERY_ROW, make_engine, run
+from tiny_models import save_llama
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 TOLERANCE = 2e-4
-PROMPT = [5, 100, 7, 30000, 12, 12, 9]
+PROMPT = [5, 100, 7, 250, 12, 12, 9]
 
 REQUESTS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -33,18 +39,30 @@ def requests() -> list[GenerationRequest]:
             prompt_token_ids=PROMPT * (1 + number),
             n=2 if name == "warm" else 1,
             logits=EVERY_ROW if name == "greedy" else LogitsSpec(top_k=3),
-            sampling=SamplingParams(max_tokens=4, ignore_eos=True, **options),
+            sampling=SamplingParams(max_tokens=6, ignore_eos=True, **options),
         )
         for number, (name, options) in enumerate(REQUESTS.items())
     ]
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModel]:
+    """The same weights on both kernels; a vocabulary of 300, since the interpreter is slow."""
+    path = save_llama(tmp_path_factory.mktemp("small"), vocab_size=300)
+    return {
+        kernels: load(
+            EngineConfig.model_validate(
+                {"model": str(path), "dtype": "float32", "kernels": kernels, "kv_cache_bytes": 1 << 24}
+            )
+        )
+        for kernels in ("reference", "triton")
+    }
+
+
 @pytest.mark.parametrize("options", [{}, {"max_prefill_chunk": 3, "num_blocks": 14}], ids=["whole", "chunks"])
-def test_tokens_and_rows_are_the_references(
-    tiny_triton_model: LoadedModel, tiny_reference_model: LoadedModel, options: dict[str, int]
-) -> None:
-    answers = run(make_engine(tiny_triton_model, **options), requests())
-    expected = run(make_engine(tiny_reference_model, **options), requests())
+def test_tokens_and_rows_are_the_references(small: dict[str, LoadedModel], options: dict[str, int]) -> None:
+    answers = run(make_engine(small["triton"], **options), requests())
+    expected = run(make_engine(small["reference"], **options), requests())
     assert answers.keys() == expected.keys()
     for key, answer in answers.items():
         assert answer.token_ids == expected[key].token_ids, key
@@ -63,3 +81,26 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
         load_kernels("triton", "cpu")
+
+
+class MeasuringDevice(LoopbackDevice):
+    """Sizes the cache by running the largest step, as a device with its own memory does."""
+
+    def kv_cache_bytes(self, fraction: float, largest_step: Callable[[], None]) -> int:  # noqa: ARG002
+        largest_step()
+        return 1 << 20
+
+
+@pytest.mark.parametrize("family", ["ForCausalLM", "ForSequenceClassification"])
+def test_the_cache_is_sized_by_the_largest_step_of_a_generator_and_of_a_classifier(
+    tmp_path: Path, family: str
+) -> None:
+    path = save_llama(tmp_path, vocab_size=300)
+    if family == "ForSequenceClassification":
+        LlamaForSequenceClassification(LlamaConfig.from_pretrained(path, num_labels=2)).save_pretrained(path)
+    config = EngineConfig(
+        model=str(path), dtype="float32", kernels="triton", max_num_seqs=3, max_num_batched_tokens=12
+    )
+    loaded = load(config, MeasuringDevice())
+    assert loaded.info.can_generate == (family == "ForCausalLM")
+    assert loaded.info.num_blocks > 2

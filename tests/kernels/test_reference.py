@@ -105,6 +105,18 @@ def test_attention_follows_its_formula(
             row += 1
 
 
+def test_what_another_sequence_left_in_a_block_is_not_seen() -> None:
+    lengths = [(1, 6), (3, 9), (70, 70)]
+    metadata, key_cache, value_cache, _, _ = paged(lengths, kv_heads=2, dim=8, block_size=4)
+    query = torch.randn(74, 4, 8, dtype=torch.float64)
+    expected = KERNELS.paged_attention(query, key_cache, value_cache, metadata, scale=0.3)
+    for sequence, (_, total) in enumerate(lengths):
+        last = metadata.block_tables[sequence, (total - 1) // 4]
+        for cache in (key_cache, value_cache):
+            cache[last, :, (total - 1) % 4 + 1 :] = torch.nan
+    assert torch.equal(KERNELS.paged_attention(query, key_cache, value_cache, metadata, scale=0.3), expected)
+
+
 def test_store_then_read_back_through_the_block_table() -> None:
     metadata, key_cache, value_cache, _, _ = paged([(5, 11), (1, 4)], kv_heads=2, dim=8, block_size=4)
     key, value = torch.randn(6, 2, 8, dtype=torch.float64), torch.randn(6, 2, 8, dtype=torch.float64)

@@ -19,15 +19,23 @@ from logitkernels.triton.sampling_rows import (
     SEEN,
     SamplingLayout,
     SamplingTensors,
-    edit_bound,
     pack,
-    prepare,
     view,
 )
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF, NAN = float("inf"), float("nan")
+
+
+def prepare(rows: list[RowSampling], device: str) -> SamplingTensors:
+    """Exactly these rows, on ``device``."""
+    layout = SamplingLayout(len(rows), max(1, sum(row.num_edits for row in rows)))
+    words = np.empty(layout.numel, dtype=np.int32)
+    pack(rows, layout, words)
+    return view(torch.from_numpy(words).to(device), layout)
+
+
 PLAIN = RowSampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7, stream=0, position=3)
 GREEDY = replace(PLAIN, temperature=0.0)
 NOTHING = torch.full((1,), -1, dtype=torch.int32)
@@ -346,7 +354,7 @@ def test_what_does_not_fit_into_a_layout_is_refused() -> None:
     layout = SamplingLayout(1, 2)
     words = np.zeros(layout.numel, dtype=np.int32)
     pack([row], layout, words)
-    assert edit_bound([row, row]) == 6
+    assert row.num_edits == 3
     with pytest.raises(ValueError, match="more edits than the 1"):
         pack([row], SamplingLayout(1, 1), words)
     with pytest.raises(ValueError, match="2 rows do not fit"):

@@ -211,18 +211,6 @@ class CpuKernels(Kernels):
             raise ValueError("a layer has both q_norm and k_norm or neither")
         return CpuDecoderLayer(**values)
 
-    def decoder_layer(
-        self,
-        hidden: Tensor,
-        layer: DecoderLayerWeights,
-        cos: Tensor,
-        sin: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        metadata: AttentionMetadata,
-    ) -> Tensor:
-        return self.decoder_layers(hidden, [layer], cos, sin, [key_cache], [value_cache], metadata)
-
     def decoder_layers(
         self,
         hidden: Tensor,

@@ -98,8 +98,24 @@ class TritonKernels(Kernels):
         key_cache: Tensor,
         value_cache: Tensor,
         slot_mapping: Tensor,
+        *,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
     ) -> Tensor:
-        return store_kv.rope_and_store(query, key, value, cos, sin, key_cache, value_cache, slot_mapping)
+        return store_kv.rope_and_store(
+            query,
+            key,
+            value,
+            cos,
+            sin,
+            key_cache,
+            value_cache,
+            slot_mapping,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            eps=eps,
+        )
 
     def paged_attention(
         self,
@@ -131,78 +147,9 @@ class TritonKernels(Kernels):
             )
         return out
 
-    # Whole layers.
-
-    def decoder_layer(
-        self,
-        hidden: Tensor,
-        layer: DecoderLayerWeights,
-        cos: Tensor,
-        sin: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        metadata: AttentionMetadata,
-    ) -> Tensor:
-        return self.decoder_layers(hidden, [layer], cos, sin, [key_cache], [value_cache], metadata)
-
-    def decoder_layers(
-        self,
-        hidden: Tensor,
-        layers: Sequence[DecoderLayerWeights],
-        cos: Tensor,
-        sin: Tensor,
-        key_caches: Sequence[Tensor],
-        value_caches: Sequence[Tensor],
-        metadata: AttentionMetadata,
-    ) -> Tensor:
-        """The residual stream keeps the dtype of ``hidden``; between norms and residual all is in the weights' dtype.
-
-        What a layer adds to the stream is added by the next norm, which reads it anyway.
-        """
-        update: Tensor | None = None
-        for layer, key_cache, value_cache in zip(layers, key_caches, value_caches, strict=True):
-            hidden, normed = self._add_and_norm(hidden, update, layer.input_norm, layer)
-            query, key, value = _heads(self.linear(normed, layer.qkv), layer)
-            rotated = store_kv.rope_and_store(
-                query,
-                key,
-                value,
-                cos,
-                sin,
-                key_cache,
-                value_cache,
-                metadata.slot_mapping,
-                q_norm=layer.q_norm,
-                k_norm=layer.k_norm,
-                eps=layer.eps,
-            )
-            attended = self.paged_attention(
-                rotated,
-                key_cache,
-                value_cache,
-                metadata,
-                scale=layer.scale,
-                sliding_window=layer.sliding_window,
-                softcap=layer.softcap,
-            )
-            update = self.linear(attended.flatten(1), layer.output)
-            update = self._normed(update, layer.attention_output_norm, layer)
-            hidden, normed = self._add_and_norm(hidden, update, layer.post_attention_norm, layer)
-            gate_up = self.linear(normed, layer.gate_up)
-            gated = self.silu_and_mul(gate_up) if layer.activation == "silu" else self.gelu_and_mul(gate_up)
-            update = self._normed(self.linear(gated, layer.down), layer.mlp_output_norm, layer)
-        return hidden if update is None else hidden + update
-
-    def _add_and_norm(
-        self, hidden: Tensor, update: Tensor | None, weight: Tensor, layer: DecoderLayerWeights
-    ) -> tuple[Tensor, Tensor]:
-        dtype = layer.qkv.weight.dtype
-        if update is None:
-            return hidden, rms_norm.rms_norm(hidden, weight, layer.eps, dtype)
-        return rms_norm.add_rms_norm(hidden, update, weight, layer.eps, dtype)
-
-    def _normed(self, update: Tensor, weight: Tensor | None, layer: DecoderLayerWeights) -> Tensor:
-        return update if weight is None else self.rms_norm(update, weight, layer.eps)
+    def activation_dtype(self, hidden: Tensor, layer: DecoderLayerWeights) -> torch.dtype:  # noqa: ARG002 - it is the weights'
+        dtype: torch.dtype = layer.qkv.weight.dtype
+        return dtype
 
     # Logits.
 
@@ -231,10 +178,3 @@ class TritonKernels(Kernels):
         if last_tokens is None:
             last_tokens = torch.full_like(tensors.pending, -1)
         return Sampled(sample.sample(logits, tensors, last_tokens, scores), scores)
-
-
-def _heads(qkv: Tensor, layer: DecoderLayerWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value heads [T, heads, D] as views of the packed rows [T, (Hq + 2 Hkv) D]."""
-    heads = qkv.view(qkv.shape[0], -1, layer.head_dim)
-    query, key, value = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
-    return query, key, value

@@ -40,7 +40,6 @@ _NUMPY = {torch.int64: np.int64, torch.float32: np.float32, torch.int32: np.int3
 _ALIGNMENT = (
     4  # int32 words: Triton compiles a kernel once more for a pointer that is not a multiple of 16 bytes
 )
-_EDIT_STEP = 64
 _PLAIN = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, stream=0, position=0)
 
 
@@ -109,20 +108,6 @@ class SamplingLayout:
     @property
     def nbytes(self) -> int:
         return 4 * self.numel
-
-
-def edit_bound(rows: Sequence[RowSampling]) -> int:
-    """Edits that are enough for ``pack`` of these rows; found without looking at a single id."""
-    return sum(len(ids) for row in rows for ids in _edited_ids(row).values())
-
-
-def prepare(rows: Sequence[RowSampling], device: torch.device | str) -> SamplingTensors:
-    """Exactly these rows, on ``device``."""
-    edits = max(1, -(-edit_bound(rows) // _EDIT_STEP)) * _EDIT_STEP
-    layout = SamplingLayout(len(rows), edits)
-    words = np.empty(layout.numel, dtype=np.int32)
-    pack(rows, layout, words)
-    return view(torch.from_numpy(words).to(device), layout)
 
 
 def view(buffer: Tensor, layout: SamplingLayout) -> SamplingTensors:
