@@ -15,9 +15,9 @@ MODEL ?= smollm2
 serve: $(STAMP)
 	$(BIN)/logitserve serve $(MODEL) --host $(HOST) --port $(PORT)
 
-# Servers and engines that tests start share the cores: OpenMP's threads must not spin on them.
+# Most tests keep one core busy. Servers and engines that they start share the cores: OpenMP's threads must not spin on them.
 test: lint $(NPM)/node_modules/.installed
-	GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest
+	GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -24,9 +24,9 @@ def smollm2() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def smollm2_float32(smollm2: Checkpoint) -> PreTrainedModel:
-    """transformers' own eager float32 model on the same weights: the reference."""
+    """transformers' own float32 model on the same weights: the reference."""
     model: PreTrainedModel = LlamaForCausalLM.from_pretrained(
-        smollm2.path, dtype=torch.float32, attn_implementation="eager"
+        smollm2.path, dtype=torch.float32, attn_implementation="sdpa"
     )
     model.eval()
     return model
