@@ -105,12 +105,11 @@ async def post(url: str, body: dict[str, Any]) -> Answer:
 class RandomPrompts:
     """Prompts of random token ids, never the same twice, so that no prefix cache can help anybody."""
 
-    def __init__(self, num_tokens: int) -> None:
-        self._num_tokens = num_tokens
+    def __init__(self) -> None:
         self._chooser = random.Random(0)  # noqa: S311 - prompts, not secrets
 
-    def __call__(self, count: int) -> list[list[int]]:
-        return [[self._chooser.randrange(100, 49000) for _ in range(self._num_tokens)] for _ in range(count)]
+    def __call__(self, count: int, num_tokens: int) -> list[list[int]]:
+        return [[self._chooser.randrange(100, 49000) for _ in range(num_tokens)] for _ in range(count)]
 
 
 def greedy(prompt: list[int], new_tokens: int) -> dict[str, Any]:

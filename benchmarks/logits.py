@@ -55,14 +55,16 @@ def measure_rounds(
     url: str, arguments: argparse.Namespace
 ) -> list[dict[tuple[str, int], tuple[float, float]]]:
     """Per round: {(kind, streams): (tokens or rows per second, bytes per token or row)}."""
-    prompts = RandomPrompts(arguments.prompt_tokens)
+    prompts = RandomPrompts()
     rounds = []
     for number in range(arguments.rounds + 1):
         figures = {}
         for streams in arguments.streams:
             for kind in (*KINDS, ARROW, PROMPT_ROWS):
                 tokens = arguments.prompt_tokens if kind == PROMPT_ROWS else arguments.new_tokens
-                seconds, answers = asyncio.run(run(url, kind, prompts(streams), arguments.new_tokens))
+                seconds, answers = asyncio.run(
+                    run(url, kind, prompts(streams, arguments.prompt_tokens), arguments.new_tokens)
+                )
                 nbytes = sum(answer.nbytes for answer in answers)
                 figures[kind, streams] = (streams * tokens / seconds, nbytes / (streams * tokens))
                 print(

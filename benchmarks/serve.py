@@ -1,13 +1,16 @@
-"""Generated tokens per second over HTTP, with and without logits, against peers in the same run.
+"""Tokens per second over HTTP, with and without logits, against peers in the same run.
 
     python benchmarks/serve.py                                   # start a server, 1, 4 and 16 streams
+    python benchmarks/serve.py --prefill 512 --context 2000      # and prompt processing, and a stream at a long context
     python benchmarks/serve.py --peer transformers               # and transformers' batched generate, interleaved
+    python benchmarks/serve.py --peer openvino                   # and OpenVINO GenAI, if it is installed
     python benchmarks/serve.py --peer-url http://127.0.0.1:9000  # and any OpenAI-compatible server
     python benchmarks/serve.py --logits                          # and full-vocabulary float32 base64 rows on every token
 
 Every round measures each contestant once, one after the other, so that a slow minute of the machine hits all of them;
-the table shows medians of the rounds. A measurement is the wall-clock time of all streams together, prompts included.
-Prompts are random token ids, different in every round, so no prefix cache can help.
+the table shows medians of the rounds. A measurement is the wall-clock time of all streams together, prompts included;
+it counts generated tokens, and prompt tokens where only one token is generated. Prompts are random token ids, different
+in every round, so no prefix cache can help.
 """
 
 from __future__ import annotations
@@ -18,13 +21,30 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from http_load import RandomPrompts, greedy, machine, post, serving
+from peers import IN_PROCESS, Measure
 
-Measure = Callable[[list[list[int]]], float]
+
+@dataclass(frozen=True)
+class Load:
+    """Streams that start together, each with a prompt and tokens to generate."""
+
+    streams: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def counted_tokens(self) -> int:
+        return self.streams * (self.prompt_tokens if self.new_tokens == 1 else self.new_tokens)
+
+    def __str__(self) -> str:
+        if self.new_tokens == 1:
+            return f"prompt of {self.prompt_tokens}"
+        return f"{self.streams} x ({self.prompt_tokens} + {self.new_tokens})"
 
 
 def main() -> None:
@@ -48,9 +68,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--prefill", type=int, nargs="*", default=[], help="also prompts of these lengths alone"
+    )
+    parser.add_argument(
+        "--context", type=int, nargs="*", default=[], help="also one stream after such a prompt"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--logits", action="store_true", help="also with the whole vocabulary on every token")
-    parser.add_argument("--peer", choices=["transformers"], action="append", default=[])
+    parser.add_argument("--peer", choices=sorted(IN_PROCESS), action="append", default=[])
     parser.add_argument("--peer-url", action="append", default=[], help="an OpenAI-compatible server")
     parser.add_argument("--peer-model", help="the model name that the peer's URL expects")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -58,20 +84,29 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def make_contestants(url: str, arguments: argparse.Namespace) -> dict[str, Measure]:
-    contestants: dict[str, Measure] = {"logitserve": http_measure(url, arguments, {})}
+    contestants: dict[str, Measure] = {"logitserve": http_measure(url, {})}
     if arguments.logits:
-        contestants["logitserve, full float32 logits"] = http_measure(url, arguments, {"return_logits": True})
+        contestants["logitserve, full float32 logits"] = http_measure(url, {"return_logits": True})
     for peer_url in arguments.peer_url:
         extra = {"model": arguments.peer_model} if arguments.peer_model else {}
-        contestants[peer_url] = http_measure(peer_url, arguments, extra)
-    if "transformers" in arguments.peer:
-        contestants["transformers bfloat16"] = transformers_measure(arguments)
+        contestants[peer_url] = http_measure(peer_url, extra)
+    for peer in arguments.peer:
+        contestants[peer] = IN_PROCESS[peer](arguments.model)
     return contestants
 
 
-def http_measure(url: str, arguments: argparse.Namespace, extra: dict[str, Any]) -> Measure:
-    def measure(prompts: list[list[int]]) -> float:
-        return asyncio.run(run_streams(url, prompts, arguments.new_tokens, extra))
+def make_loads(arguments: argparse.Namespace) -> list[Load]:
+    new_tokens = arguments.new_tokens
+    return [
+        *(Load(streams, arguments.prompt_tokens, new_tokens) for streams in arguments.streams),
+        *(Load(1, prompt_tokens, new_tokens) for prompt_tokens in arguments.context),
+        *(Load(1, prompt_tokens, 1) for prompt_tokens in arguments.prefill),
+    ]
+
+
+def http_measure(url: str, extra: dict[str, Any]) -> Measure:
+    def measure(prompts: list[list[int]], new_tokens: int) -> float:
+        return asyncio.run(run_streams(url, prompts, new_tokens, extra))
 
     return measure
 
@@ -92,64 +127,36 @@ async def stream_one(url: str, prompt: list[int], new_tokens: int, extra: dict[s
     return answer.completion_tokens
 
 
-def transformers_measure(arguments: argparse.Namespace) -> Measure:
-    import torch
-    from logitengine.checkpoint import resolve_checkpoint
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        resolve_checkpoint(arguments.model).path, dtype=torch.bfloat16
-    ).eval()
-
-    @torch.inference_mode()
-    def measure(prompts: list[list[int]]) -> float:
-        ids = torch.tensor(prompts)
-        started = time.perf_counter()
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=arguments.new_tokens,
-            min_new_tokens=arguments.new_tokens,
-        )
-        elapsed = time.perf_counter() - started
-        assert output.shape[1] == ids.shape[1] + arguments.new_tokens
-        return elapsed
-
-    return measure
-
-
 def measure_rounds(
     contestants: dict[str, Measure], arguments: argparse.Namespace
-) -> dict[str, dict[int, list[float]]]:
-    """Tokens per second: {contestant: {streams: [one per round]}}."""
-    prompts = RandomPrompts(arguments.prompt_tokens)
-    results: dict[str, dict[int, list[float]]] = {name: {} for name in contestants}
+) -> dict[str, dict[str, list[float]]]:
+    """Tokens per second: {contestant: {load: [one per round]}}."""
+    results: dict[str, dict[str, list[float]]] = {name: {} for name in contestants}
+    prompts = RandomPrompts()
     for measure in contestants.values():
-        measure(prompts(1))
+        measure(prompts(1, arguments.prompt_tokens), arguments.new_tokens)
     for round_number in range(arguments.rounds):
-        for streams in arguments.streams:
+        for load in make_loads(arguments):
             for name, measure in contestants.items():
-                seconds = measure(prompts(streams))
-                rate = streams * arguments.new_tokens / seconds
-                results[name].setdefault(streams, []).append(rate)
-                print(
-                    f"round {round_number + 1}  {streams:3} streams  {rate:8.1f} tokens/s  {name}", flush=True
+                rate = load.counted_tokens / measure(
+                    prompts(load.streams, load.prompt_tokens), load.new_tokens
                 )
+                results[name].setdefault(str(load), []).append(rate)
+                print(f"round {round_number + 1}  {load!s:>16}  {rate:8.1f} tokens/s  {name}", flush=True)
     return results
 
 
-def report(results: dict[str, dict[int, list[float]]], arguments: argparse.Namespace) -> None:
+def report(results: dict[str, dict[str, list[float]]], arguments: argparse.Namespace) -> None:
     medians = {
-        name: {streams: statistics.median(rates) for streams, rates in by_streams.items()}
-        for name, by_streams in results.items()
+        name: {load: statistics.median(rates) for load, rates in by_load.items()}
+        for name, by_load in results.items()
     }
     ours = medians["logitserve"]
     print(f"\nmedians of {arguments.rounds} rounds, tokens/s (logitserve's ratio to it)\n")
-    print("| contestant | " + " | ".join(f"{streams} streams" for streams in arguments.streams) + " |")
-    print("|---" * (len(arguments.streams) + 1) + "|")
-    for name, by_streams in medians.items():
-        cells = [f"{by_streams[n]:.1f} ({ours[n] / by_streams[n]:.2f})" for n in arguments.streams]
+    print("| contestant | " + " | ".join(ours) + " |")
+    print("|---" * (len(ours) + 1) + "|")
+    for name, by_load in medians.items():
+        cells = [f"{rate:.1f} ({ours[load] / rate:.2f})" for load, rate in by_load.items()]
         print(f"| {name} | " + " | ".join(cells) + " |")
     if arguments.json:
         document = {"machine": machine(), "options": vars(arguments), "rates": results, "medians": medians}

@@ -42,18 +42,27 @@ class Checkpoint:
 
 def resolve_checkpoint(model: str) -> Checkpoint:
     """Find ``model``: 'smollm2', a directory, a .gguf file, or a hub name. Raises CheckpointError."""
-    if model == DEFAULT_MODEL:
-        return _from_gguf(model, _packaged_gguf())
+    gguf = gguf_path(model)
+    if gguf is not None:
+        return _from_gguf(model, gguf)
     path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CheckpointError(f"there is no file {path}")
-        return _from_gguf(model, path)
     if not path.is_dir():
         path = _from_hub(model)
     if not (path / "config.json").is_file():
         raise CheckpointError(f"{path} holds no config.json: it is not a Hugging Face model directory")
     return Checkpoint(model, path, _tokenizer_directory(path))
+
+
+def gguf_path(model: str) -> Path | None:
+    """The GGUF file that ``model`` names, or None if it names something else. Raises CheckpointError if it is missing."""
+    if model == DEFAULT_MODEL:
+        return _packaged_gguf()
+    path = Path(model).expanduser()
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    return path
 
 
 def _packaged_gguf() -> Path:
