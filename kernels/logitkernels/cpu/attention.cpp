@@ -109,24 +109,49 @@ void transpose_keys(const Element* const* keys, int64_t size, float* target) {
 // fetches would make the loads behind it wait.
 class Fetcher {
   public:
-    void begin(int64_t capacity) {
-        lines_.resize(size_t(capacity));
-        position_ = count_ = 0;
-    }
-    void add(const void* row, int64_t bytes) {
-        for (int64_t i = 0; i < bytes; i += 64) lines_[size_t(count_++)] = static_cast<const char*>(row) + i;
+    explicit Fetcher(int64_t capacity) : lines_(allocate<const char*>(capacity)) {}
+
+    void begin() { position_ = count_ = 0; }
+    void add(const void* row, int64_t lines) {
+        for (int64_t i = 0; i < lines; ++i) lines_[count_++] = static_cast<const char*>(row) + i * 64;
     }
     LOGITKERNELS_INLINE void step() {
-        if (position_ < count_) prefetch(lines_[size_t(position_++)]);
+        if (position_ < count_) prefetch(lines_[position_++]);
     }
     void steps(int64_t count) {
         for (int64_t i = 0; i < count; ++i) step();
     }
 
   private:
-    std::vector<const char*> lines_;
+    Buffer<const char*> lines_;
     int64_t position_ = 0, count_ = 0;
 };
+
+// sums[r][v] += factor(r) vector(v)
+template <int R, int V, class Factor, class Vector>
+LOGITKERNELS_INLINE void add_products(__m512 (&sums)[R][V], Factor factor, Vector vector) {
+#ifdef LOGITKERNELS_AVX512
+    __m512 x[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) x[v] = vector(v);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+        const __m512 f = factor(r);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) sums[r][v] = _mm512_fmadd_ps(f, x[v], sums[r][v]);
+    }
+#else
+    // One vector at a time, and the factors read anew for each: the registers hold no more beside 6 sums of 16 lanes.
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+        asm volatile("" ::: "memory");
+        __m512 x = vector(v);
+        keep(x);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r][v] = _mm512_fmadd_ps(factor(r), x, sums[r][v]);
+    }
+#endif
+}
 
 // scores[r][key] = q_r . k_key, summed in the order of the head's dimensions.
 template <int R>
@@ -142,18 +167,13 @@ void score(const float* query, int64_t size, const float* keys, Range range, flo
         const float* column = keys + key;
         for (int64_t d = 0; d < size; ++d, column += kBlockKeys) {
             fetcher.step();
-            __m512 k[V];
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) {
-                k[v] = _mm512_load_ps(column + v * kLanes);
-                keep(k[v]);
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) {
-                __m512 q = _mm512_set1_ps(query[r * size + d]);
-#pragma GCC unroll 4
-                for (int v = 0; v < V; ++v) sums[r][v] = _mm512_fmadd_ps(q, k[v], sums[r][v]);
-            }
+            add_products(
+                sums, [&](int r) { return _mm512_set1_ps(query[r * size + d]); },
+                [&](int v) {
+                    __m512 k = _mm512_load_ps(column + v * kLanes);
+                    keep(k);
+                    return k;
+                });
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
@@ -188,15 +208,9 @@ void weigh_columns(const float* weights, const Values& values, int64_t d, Range 
         for (int v = 0; v < V; ++v) s[r][v] = _mm512_load_ps(sums + r * stride + d + v * kLanes);
     for (int64_t key = keys.from; key < keys.to; ++key) {
         fetcher.step();
-        __m512 x[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) x[v] = values.at(key, d + v * kLanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            __m512 w = _mm512_set1_ps(weights[r * kBlockKeys + key]);
-#pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) s[r][v] = _mm512_fmadd_ps(w, x[v], s[r][v]);
-        }
+        add_products(
+            s, [&](int r) { return _mm512_set1_ps(weights[r * kBlockKeys + key]); },
+            [&](int v) { return values.at(key, d + v * kLanes); });
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
@@ -272,12 +286,20 @@ class Worker {
           output_(allocate<float>(plan.tile_queries * group_ * padded_)),
           states_(allocate<RowState>(plan.tile_queries * group_)),
           scores_(allocate<float>(kChunkRows * kBlockKeys)),
-          block_output_(allocate<float>(kChunkRows * padded_)) {}
+          block_output_(allocate<float>(kChunkRows * padded_)),
+          fetcher_(kBlockKeys * (lines_of(attention.key_size) + lines_of(attention.value_size))) {}
 
-    void run(const AttentionItem& item, const float* query, int64_t query_stride, const Activations& out, float* partials) {
+    // `next` is what this thread does afterwards, or null: its first block is fetched beside the last one of `item`.
+    void run(const AttentionItem& item, const AttentionItem* next, const float* query, int64_t query_stride,
+             const Activations& out, float* partials) {
         begin(item);
         scale_queries(item, query, query_stride);
         for (int64_t block = item.first_block; block < item.last_block; ++block) {
+            fetcher_.begin();
+            if (block + 1 < item.last_block)
+                plan_fetches(item, block + 1);
+            else if (next != nullptr)
+                plan_fetches(*next, next->first_block);
             load_block(item, block);
             float* partial = item.partial < 0 ? nullptr
                                               : partials + (item.partial + (block - item.first_block) * rows_) *
@@ -305,9 +327,16 @@ class Worker {
     }
 
   private:
-    void begin(const AttentionItem& item) {
+    static int64_t lines_of(int64_t size) { return ceil_div(size * int64_t(sizeof(Element)), 64); }
+
+    // The position of the first query of a tile.
+    int64_t position_of(const AttentionItem& item) const {
         const int64_t query_len = batch_.query_start[item.sequence + 1] - batch_.query_start[item.sequence];
-        first_position_ = batch_.seq_lens[item.sequence] - query_len + item.first_query;
+        return batch_.seq_lens[item.sequence] - query_len + item.first_query;
+    }
+
+    void begin(const AttentionItem& item) {
+        first_position_ = position_of(item);
         rows_ = item.queries * group_;
         std::fill_n(output_.get(), rows_ * padded_, 0.0f);
         std::fill_n(states_.get(), rows_, RowState{kMinusInfinity, 0.0f});
@@ -330,15 +359,14 @@ class Worker {
         }
     }
 
-    // Transposes the keys and widens the values of a block that the tile sees, while the same part of the next block is
-    // fetched: its rows are scattered over the cache, where the processor does not foresee them.
+    // Transposes the keys and widens the values of a block that the tile sees, while what comes next is fetched: its rows
+    // are scattered over the cache, where the processor does not foresee them.
     void load_block(const AttentionItem& item, int64_t block) {
         constexpr int64_t loading_share = 36;  // lines a group of keys, of 64 when a head has 64 dimensions in bf16
         const int64_t start = block * kBlockKeys;
         const Range seen{within_block(visible_to_row(0), block).from / kLanes * kLanes,
                          within_block(visible_to_row(rows_ - 1), block).to};
         Rows rows;
-        plan_fetches(item, start + kBlockKeys);
         for (int64_t group = seen.from; group < seen.to; group += kLanes) {
             fetcher_.steps(loading_share);
             // Lanes past the last key repeat it: they are masked later, and no memory beyond the cache is read.
@@ -385,17 +413,15 @@ class Worker {
         }
     }
 
-    // What the tile sees of the block that begins at `start`, in the order in which it will be read.
-    void plan_fetches(const AttentionItem& item, int64_t start) {
-        const int64_t key_bytes = attention_.key_size * int64_t(sizeof(Element));
-        const int64_t value_bytes = attention_.value_size * int64_t(sizeof(Element));
-        const int64_t last = visible_to_row(rows_ - 1).to - 1;
-        fetcher_.begin(kBlockKeys * (ceil_div(key_bytes, 64) + ceil_div(value_bytes, 64)));
+    // What a tile sees of a block, in the order in which it will be read.
+    void plan_fetches(const AttentionItem& item, int64_t block) {
+        const int64_t first = position_of(item), last = first + item.queries - 1, start = block * kBlockKeys;
+        const int64_t from = std::max(visible(attention_, first).from, start) / kLanes * kLanes;
         Rows rows;
-        for (int64_t position = start; position < start + kBlockKeys && position <= last; position += kLanes) {
+        for (int64_t position = from; position < start + kBlockKeys && position <= last; position += kLanes) {
             find_rows(item, position, last, rows);
-            for (int64_t i = 0; i < kLanes; ++i) fetcher_.add(rows.keys[i], key_bytes);
-            for (int64_t i = 0; i < kLanes; ++i) fetcher_.add(rows.values[i], value_bytes);
+            for (int64_t i = 0; i < kLanes; ++i) fetcher_.add(rows.keys[i], lines_of(attention_.key_size));
+            for (int64_t i = 0; i < kLanes; ++i) fetcher_.add(rows.values[i], lines_of(attention_.value_size));
         }
     }
 
@@ -509,10 +535,17 @@ template <class Element>
 void attend_typed(const Attention& attention, const Batch& batch, const AttentionPlan& plan, const float* query,
                   int64_t query_stride, const Activations& out) {
     Worker<Element> worker(attention, batch, plan);
-#pragma omp for schedule(dynamic) nowait
-    for (size_t i = 0; i < plan.items.size(); ++i)
-        worker.run(plan.items[i], query, query_stride, out, plan.partials.get());
+    // A thread takes its next item before it does the one it has, to know what to fetch.
+    const size_t count = plan.items.size();
+    std::atomic<size_t>& taken = *plan.taken;
+    for (size_t item = taken++; item < count;) {
+        const size_t next = taken++;
+        worker.run(plan.items[item], next < count ? &plan.items[next] : nullptr, query, query_stride, out,
+                   plan.partials.get());
+        item = next;
+    }
     team_barrier();
+    if (omp_get_thread_num() == 0) taken = 0;  // for the next call: another barrier lies before it
     if (plan.merges.empty()) return;
 #pragma omp for schedule(static) nowait
     for (size_t i = 0; i < plan.merges.size(); ++i) worker.merge_partials(plan.merges[i], plan.partials.get(), out);

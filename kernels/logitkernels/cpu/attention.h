@@ -1,6 +1,8 @@
 // Causal attention over the paged cache.
 #pragma once
 
+#include <atomic>
+#include <memory>
 #include <vector>
 
 #include "pointwise.h"
@@ -50,10 +52,12 @@ struct AttentionPlan {
     std::vector<AttentionItem> merges;  // tiles whose key blocks were divided among several items
     Buffer<float> partials;
     int64_t tile_queries;
+    std::unique_ptr<std::atomic<size_t>> taken = std::make_unique<std::atomic<size_t>>(0);  // items, in a call under way
 };
 
 // query [tokens, heads, key_size] rows `query_stride` apart; `out` rows of heads * value_size.
-// Shares its work among the threads of the enclosing parallel region and ends in a barrier.
+// Shares its work among the threads of the enclosing parallel region and ends in a barrier. Between two calls with one
+// plan lies another barrier.
 void attend(const Attention& attention, const Batch& batch, const AttentionPlan& plan, const float* query,
             int64_t query_stride, const Activations& out);
 

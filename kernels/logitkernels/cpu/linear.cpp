@@ -62,16 +62,11 @@ struct Bf16Fma {
     static int64_t panel_bytes(int64_t k) { return ceil_div(k, 2) * kStepBytes; }
     static int64_t steps(int64_t k) { return k / 2; }
 
-    static inline __m512 even(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
-    static inline __m512 odd(__m512i pairs) {
-        return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u))));
-    }
-
     template <int R>
     static inline void step(const float* x, int64_t stride, int64_t s, const char* weights, __m512 (&sums)[R][kVectors]) {
         __m512i p0 = _mm512_load_si512(weights);
         __m512i p1 = _mm512_load_si512(weights + 64);
-        __m512 e0 = even(p0), e1 = even(p1), o0 = odd(p0), o1 = odd(p1);
+        __m512 e0 = even_of_pairs(p0), e1 = even_of_pairs(p1), o0 = odd_of_pairs(p0), o1 = odd_of_pairs(p1);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             __m512 a = _mm512_set1_ps(x[r * stride + 2 * s]);
@@ -85,19 +80,19 @@ struct Bf16Fma {
 
     template <int R>
     static inline void step(const float* x, int64_t stride, int64_t s, const char* weights, __m512 (&sums)[R][1]) {
-        add<R>(x + 2 * s, stride, even(_mm512_load_si512(weights)), sums);
-        add<R>(x + 2 * s + 1, stride, odd(_mm512_load_si512(reread(weights))), sums);
+        add<R>(x + 2 * s, stride, even_of_pairs(_mm512_load_si512(weights)), sums);
+        add<R>(x + 2 * s + 1, stride, odd_of_pairs(_mm512_load_si512(reread(weights))), sums);
     }
 
     template <int R>
     static inline void tail(const float* x, int64_t stride, int64_t k, const char* weights, __m512 (&sums)[R][1]) {
-        if (k % 2 != 0) add<R>(x + k - 1, stride, even(_mm512_load_si512(weights)), sums);
+        if (k % 2 != 0) add<R>(x + k - 1, stride, even_of_pairs(_mm512_load_si512(weights)), sums);
     }
 
     template <int R>
     static inline void tail(const float* x, int64_t stride, int64_t k, const char* weights, __m512 (&sums)[R][kVectors]) {
         if (k % 2 == 0) return;
-        __m512 e0 = even(_mm512_load_si512(weights)), e1 = even(_mm512_load_si512(weights + 64));
+        __m512 e0 = even_of_pairs(_mm512_load_si512(weights)), e1 = even_of_pairs(_mm512_load_si512(weights + 64));
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             __m512 a = _mm512_set1_ps(x[r * stride + k - 1]);

@@ -7,6 +7,12 @@ namespace logitkernels {
 
 constexpr int kVectors = kPanelColumns / kLanes;
 
+// The first and the second of two bf16 in each lane, widened.
+inline __m512 even_of_pairs(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
+inline __m512 odd_of_pairs(__m512i pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u))));
+}
+
 struct Target {
     float* out;
     int64_t stride;

@@ -275,9 +275,11 @@ LOGITKERNELS_INLINE __m128i _mm_loadu_si128(const __m128i* source) {
     return result;
 }
 LOGITKERNELS_INLINE __m512i _mm512_castsi128_si512(const __m128i& a) {
-    __m512i result{};
-    __builtin_memcpy(&result, &a, sizeof a);
-    return result;
+#ifdef LOGITKERNELS_AVX2
+    return {{(int_part)_mm256_zextsi128_si256((::__m128i)a), int_part{}}};
+#else
+    return {{a, int_part{}, int_part{}, int_part{}}};
+#endif
 }
 // Only for masks of one group of four lanes.
 LOGITKERNELS_INLINE __m512i _mm512_mask_broadcast_i32x4(const __m512i& otherwise, __mmask16 mask, const __m128i& a) {
@@ -330,11 +332,16 @@ LOGITKERNELS_INLINE void keep(__m512& vector) {
 // 16 elements of two bytes, widened to lanes.
 template <class Element>
 LOGITKERNELS_INLINE __m512i widened(const Element* source) {
-    typedef Element narrow_part __attribute__((vector_size(32 / kParts)));
     return by_part([&](int p) LOGITKERNELS_LAMBDA {
+#ifdef LOGITKERNELS_AVX2
+        const ::__m128i elements = ::_mm_loadu_si128(reinterpret_cast<const ::__m128i*>(source + p * kPartLanes));
+        return (int_part)(Element(-1) < 0 ? _mm256_cvtepi16_epi32(elements) : _mm256_cvtepu16_epi32(elements));
+#else
+        typedef Element narrow_part __attribute__((vector_size(32 / kParts)));
         narrow_part elements;
         __builtin_memcpy(&elements, source + p * kPartLanes, sizeof elements);
         return __builtin_convertvector(elements, int_part);
+#endif
     });
 }
 

@@ -101,7 +101,8 @@ struct Bytes {
     }
 };
 
-// How q and x meet. Unpacked is a scratch panel's element for two steps of 16 features.
+// How q and x meet. Unpacked is a scratch panel's element for two steps of 16 features. Without AVX-512 it is a pair of
+// bf16, which holds every integer: a panel of them fits the first-level cache, one of float32 does not.
 #ifdef LOGITKERNELS_AVX512
 struct Dot {
     using Element = bf16;
@@ -134,6 +135,8 @@ struct Dot {
 
 struct Fma {
     using Element = float;
+
+#ifdef LOGITKERNELS_AVX512
     static constexpr int64_t unpacked_bytes = 128;
 
     template <class Format, int P>
@@ -141,19 +144,35 @@ struct Fma {
         _mm512_store_ps(scratch, Format::template even<P>(block));
         _mm512_store_ps(scratch + 64, Format::template odd<P>(block));
     }
+    static LOGITKERNELS_INLINE __m512 even_of(const char* scratch) { return _mm512_load_ps(scratch); }
+    static LOGITKERNELS_INLINE __m512 odd_of(const char* scratch) { return _mm512_load_ps(scratch + 64); }
+#else
+    static constexpr int64_t unpacked_bytes = 64;
+
+    template <class Format, int P>
+    static LOGITKERNELS_INLINE void unpack(const char* block, char* scratch) {
+        const __m512i even = _mm512_castps_si512(Format::template even<P>(block));
+        const __m512i odd = _mm512_castps_si512(Format::template odd<P>(block));
+        _mm512_store_si512(scratch, _mm512_xor_si512(_mm512_srli_epi32(even, 16), odd));
+    }
+    static LOGITKERNELS_INLINE __m512 even_of(const char* scratch) { return even_of_pairs(_mm512_load_si512(scratch)); }
+    static LOGITKERNELS_INLINE __m512 odd_of(const char* scratch) {
+        return odd_of_pairs(_mm512_load_si512(reread(scratch)));
+    }
+#endif
     template <class Format, int P, int R>
     static LOGITKERNELS_INLINE void add_packed(const char* block, const float* x, int64_t stride, __m512 (&sums)[R]) {
         add<R>(Format::template even<P>(block), Format::template odd<P>(block), x, stride, sums);
     }
     template <int R>
     static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const float* x, int64_t stride, __m512 (&sums)[R]) {
-        add<R>(_mm512_load_ps(scratch), _mm512_load_ps(scratch + 64), x, stride, sums);
+        add<R>(even_of(scratch), odd_of(scratch), x, stride, sums);
     }
     // With one of the steps in registers at a time.
     template <int R>
     static LOGITKERNELS_INLINE void add_in_turn(const char* scratch, const float* x, int64_t stride, __m512 (&sums)[R]) {
-        add_step<R>(_mm512_load_ps(scratch), x, stride, sums);
-        add_step<R>(_mm512_load_ps(scratch + 64), x + 1, stride, sums);
+        add_step<R>(even_of(scratch), x, stride, sums);
+        add_step<R>(odd_of(scratch), x + 1, stride, sums);
     }
     template <int R>
     static LOGITKERNELS_INLINE void add(__m512 even, __m512 odd, const float* x, int64_t stride, __m512 (&sums)[R]) {
