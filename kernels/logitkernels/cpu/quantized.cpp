@@ -3,6 +3,8 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cstring>
 #include <utility>
 
@@ -69,6 +71,38 @@ struct Nibbles {
     template <int P>
     static LOGITKERNELS_INLINE __m512 odd(const char* block) {
         return floats(shifted<P>(block, 16));
+    }
+#endif
+
+#ifdef LOGITKERNELS_AVX2
+    // One byte of the bf16 of every nibble, for lookups.
+    template <int kByte>
+    static LOGITKERNELS_INLINE __m256i table() {
+        alignas(16) static constexpr auto bytes = [] {
+            std::array<uint8_t, 16> result{};
+            for (int n = 0; n < 16; ++n) result[size_t(n)] = uint8_t(std::bit_cast<uint32_t>(float(n - offset)) >> (16 + 8 * kByte));
+            return result;
+        }();
+        return _mm256_broadcastsi128_si256(*reinterpret_cast<const ::__m128i*>(bytes.data()));
+    }
+
+    // All pairs of a block. The nibbles that a shift brings to the low half of each byte are those of two pairs: their
+    // upper and lower bytes are looked up together.
+    static LOGITKERNELS_INLINE void store_pairs(const char* block, char* target) {
+        const __m256i nibbles = _mm256_set1_epi8(15), low_bytes = _mm256_set1_epi16(255);
+#pragma GCC unroll 8
+        for (int half = 0; half < kBlock / 4; ++half) {
+            const __m256i* source = reinterpret_cast<const __m256i*>(block + kScaleBytes) + half;
+            const __m256i lanes = _mm256_loadu_si256(source);
+#pragma GCC unroll 2
+            for (int shift = 0; shift < 2; ++shift) {
+                const __m256i ids = _mm256_and_si256(_mm256_srli_epi16(lanes, 4 * shift), nibbles);
+                const __m256i low = _mm256_shuffle_epi8(table<0>(), ids), high = _mm256_shuffle_epi8(table<1>(), ids);
+                __m256i* first = reinterpret_cast<__m256i*>(target + (half / 2 * 4 + shift) * 64) + half % 2;
+                _mm256_store_si256(first, _mm256_or_si256(_mm256_and_si256(low, low_bytes), _mm256_slli_epi16(high, 8)));
+                _mm256_store_si256(first + 4, _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(low_bytes, high)));
+            }
+        }
     }
 #endif
 };
@@ -229,32 +263,51 @@ LOGITKERNELS_INLINE void add_block(const __m512 (&block)[R], __m512 d, __m512 (&
     for (int r = 0; r < R; ++r) totals[r] = _mm512_fmadd_ps(block[r], d, totals[r]);
 }
 
+// Groups of 16 features whose sums a tile of R rows takes in one go. A lone row has too few sums under way for AVX2's
+// four cycles of latency; AVX-512's processors look far enough ahead to begin with the next block meanwhile.
+template <int R>
+constexpr int groups_together() {
+    return kRegisterSums == 6 && R == 1 ? kVectors : 1;
+}
+
 template <class Format, class Product, int R>
 void fused_tile(const char* panel, const Inputs<typename Product::Element>& in, const Target& target) {
+    constexpr int G = groups_together<R>();
     const int64_t bytes = group_bytes<Format>(in.blocks);
     __m512 sums[R][kVectors];
 #pragma GCC unroll 2
-    for (int g = 0; g < kVectors; ++g) {
-        const char* group = panel + g * bytes;
-        __m512 totals[R];
-        for (int r = 0; r < R; ++r) totals[r] = _mm512_setzero_ps();
+    for (int first = 0; first < kVectors; first += G) {
+        const char* group = panel + first * bytes;
+        __m512 totals[G][R];
+        for (int g = 0; g < G; ++g)
+            for (int r = 0; r < R; ++r) totals[g][r] = _mm512_setzero_ps();
         if constexpr (Format::has_minimum)
-            for (int64_t b = 0; b < in.blocks; ++b) {
-                if (b % 2 == 0) prefetch(group + kVectors * bytes + b * kScaleBytes);
-                add_minimum<R>(load_float16(group + b * kScaleBytes), in, b, totals);
-            }
+            for (int64_t b = 0; b < in.blocks; ++b)
+#pragma GCC unroll 2
+                for (int g = 0; g < G; ++g) {
+                    const char* minima = group + g * bytes + b * kScaleBytes;
+                    if (b % 2 == 0) prefetch(minima + kVectors * bytes);
+                    add_minimum<R>(load_float16(minima), in, b, totals[g]);
+                }
         const char* block = group + minima_bytes<Format>(in.blocks);
         for (int64_t b = 0; b < in.blocks; ++b, block += Format::block_bytes) {
-            for (int64_t line = 0; line < Format::block_bytes; line += 64) prefetch(block + kVectors * bytes + line);
+            for (int g = 0; g < G; ++g)
+                for (int64_t line = 0; line < Format::block_bytes; line += 64)
+                    prefetch(block + (kVectors + g) * bytes + line);
             const auto* x = in.x + b * kBlock;
-            __m512 partial[R];
-            for (int r = 0; r < R; ++r) partial[r] = _mm512_setzero_ps();
+            __m512 partial[G][R];
+            for (int g = 0; g < G; ++g)
+                for (int r = 0; r < R; ++r) partial[g][r] = _mm512_setzero_ps();
             for_each_pair([&]<int P>() __attribute__((always_inline)) {
-                Product::template add_packed<Format, P, R>(block, x + 2 * P, in.stride, partial);
+#pragma GCC unroll 2
+                for (int g = 0; g < G; ++g)
+                    Product::template add_packed<Format, P, R>(block + g * bytes, x + 2 * P, in.stride, partial[g]);
             });
-            add_block<R>(partial, load_float16(block), totals);
+#pragma GCC unroll 2
+            for (int g = 0; g < G; ++g) add_block<R>(partial[g], load_float16(block + g * bytes), totals[g]);
         }
-        for (int r = 0; r < R; ++r) sums[r][g] = totals[r];
+        for (int g = 0; g < G; ++g)
+            for (int r = 0; r < R; ++r) sums[r][first + g] = totals[g][r];
     }
     finish(sums, target);
 }
@@ -270,17 +323,23 @@ class ScratchPanel {
           scales_(allocate<float>(kVectors * blocks * kLanes)),
           minima_(allocate<float>(kVectors * blocks * kLanes)) {}
 
-    void unpack(const char* panel) {
+    // The panel after it is fetched while `tiles` tiles are computed: a burst of fetches would make the loads behind it wait.
+    void unpack(const char* panel, int64_t tiles) {
         const int64_t bytes = group_bytes<Format>(blocks_);
+        ahead_ = panel + kVectors * bytes;
+        ahead_end_ = ahead_ + kVectors * bytes;
+        lines_a_block_ = ceil_div(ceil_div(kVectors * bytes, 64), tiles * kVectors * blocks_);
         for (int g = 0; g < kVectors; ++g) {
             const char* group = panel + g * bytes;
-            for (int64_t line = 0; line < bytes; line += 64) prefetch(group + kVectors * bytes + line);
             for (int64_t b = 0; b < blocks_; ++b) {
                 const char* block = group + minima_bytes<Format>(blocks_) + b * Format::block_bytes;
                 char* target = integers_.get() + g * integer_bytes_ + b * kBlock / 2 * Product::unpacked_bytes;
-                for_each_pair([&]<int P>() __attribute__((always_inline)) {
-                    Product::template unpack<Format, P>(block, target + P * Product::unpacked_bytes);
-                });
+                if constexpr (requires { Format::store_pairs(block, target); })
+                    Format::store_pairs(block, target);
+                else
+                    for_each_pair([&]<int P>() __attribute__((always_inline)) {
+                        Product::template unpack<Format, P>(block, target + P * Product::unpacked_bytes);
+                    });
                 const int64_t place = (g * blocks_ + b) * kLanes;
                 _mm512_store_ps(scales_.get() + place, load_float16(block));
                 if constexpr (Format::has_minimum)
@@ -290,7 +349,7 @@ class ScratchPanel {
     }
 
     template <int R>
-    LOGITKERNELS_INLINE void tile(const Inputs<typename Product::Element>& in, const Target& target) const {
+    LOGITKERNELS_INLINE void tile(const Inputs<typename Product::Element>& in, const Target& target) {
         if constexpr (R * kVectors <= kRegisterSums)
             multiply<R>(in, target);
         else
@@ -298,8 +357,12 @@ class ScratchPanel {
     }
 
   private:
+    LOGITKERNELS_INLINE void fetch_ahead(int64_t lines) {
+        for (; lines > 0 && ahead_ < ahead_end_; --lines, ahead_ += 64) prefetch(ahead_);
+    }
+
     template <int R>
-    void multiply(const Inputs<typename Product::Element>& in, const Target& target) const {
+    void multiply(const Inputs<typename Product::Element>& in, const Target& target) {
         __m512 totals0[R], totals1[R];
         for (int r = 0; r < R; ++r) totals0[r] = totals1[r] = _mm512_setzero_ps();
         if constexpr (Format::has_minimum)
@@ -308,6 +371,7 @@ class ScratchPanel {
                 add_minimum<R>(_mm512_load_ps(minima_.get() + (blocks_ + b) * kLanes), in, b, totals1);
             }
         for (int64_t b = 0; b < blocks_; ++b) {
+            fetch_ahead(kVectors * lines_a_block_);
             const char* integers = integers_.get() + b * kBlock / 2 * Product::unpacked_bytes;
             const auto* x = in.x + b * kBlock;
             __m512 block0[R], block1[R];
@@ -327,7 +391,7 @@ class ScratchPanel {
 
     // The same for the columns of one group at a time, where the registers do not hold the sums of both.
     template <int R>
-    void multiply_by_group(const Inputs<typename Product::Element>& in, const Target& target) const {
+    void multiply_by_group(const Inputs<typename Product::Element>& in, const Target& target) {
         for (int g = 0; g < kVectors; ++g) {
             const float *scales = scales_.get() + g * blocks_ * kLanes, *minima = minima_.get() + g * blocks_ * kLanes;
             __m512 totals[R];
@@ -337,6 +401,7 @@ class ScratchPanel {
                     add_minimum<R>(_mm512_load_ps(minima + b * kLanes), in, b, totals);
             const char* step = integers_.get() + g * integer_bytes_;
             for (int64_t b = 0; b < blocks_; ++b) {
+                fetch_ahead(lines_a_block_);
                 const auto* x = in.x + b * kBlock;
                 __m512 block[R];
                 for (int r = 0; r < R; ++r) block[r] = _mm512_setzero_ps();
@@ -353,6 +418,8 @@ class ScratchPanel {
     const int64_t blocks_, integer_bytes_;
     Buffer<char> integers_;
     Buffer<float> scales_, minima_;
+    const char *ahead_ = nullptr, *ahead_end_ = nullptr;
+    int64_t lines_a_block_ = 0;
 };
 
 template <class Format, class Product>
@@ -370,7 +437,7 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
         const char* weights = static_cast<const char*>(linear.weights) + panel * panel_bytes;
         const int64_t most = count <= kFusedRows ? kFusedRows : kScratchRows;
         const int64_t tiles = ceil_div(count, most), small = count / tiles, larger = count % tiles;
-        if (count > kFusedRows) scratch.unpack(weights);
+        if (count > kFusedRows) scratch.unpack(weights, tiles);
         for (int64_t t = 0, row = first; t < tiles; ++t) {
             const int64_t size = small + (t < larger);
             const Inputs<Element> in{static_cast<const Element*>(x.data) + row * x.stride, x.stride,
