@@ -103,10 +103,10 @@ async def post(url: str, body: dict[str, Any]) -> Answer:
 
 
 class RandomPrompts:
-    """Prompts of random token ids, never the same twice, so that no prefix cache can help anybody."""
+    """Prompts of random token ids, never the same twice, in no run, so that no prefix cache can help."""
 
     def __init__(self) -> None:
-        self._chooser = random.Random(0)  # noqa: S311 - prompts, not secrets
+        self._chooser = random.Random()  # noqa: S311 - prompts, not secrets
 
     def __call__(self, count: int, num_tokens: int) -> list[list[int]]:
         return [[self._chooser.randrange(100, 49000) for _ in range(num_tokens)] for _ in range(count)]

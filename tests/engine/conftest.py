@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,15 @@ def bfloat16_model() -> LoadedModel:
     return load(EngineConfig(dtype="bfloat16", kv_cache_bytes=1 << 29, num_threads=1))
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tiny_llama: Path) -> LoadedModel:
-    """On the kernels that LOGITSERVE_KERNELS names, else on this machine's own."""
+@pytest.fixture(scope="session", params=["auto", "triton"])
+def tiny_model(tiny_llama: Path, request: pytest.FixtureRequest) -> LoadedModel:
+    """On this machine's own kernels, and on those of a GPU under Triton's interpreter."""
     return load(
-        EngineConfig.model_validate(
-            {
-                "model": str(tiny_llama),
-                "dtype": "float32",
-                "kernels": os.environ.get("LOGITSERVE_KERNELS", "auto"),
-                "kv_cache_bytes": 1 << 24,
-                "num_threads": 1,
-            }
+        EngineConfig(
+            model=str(tiny_llama),
+            dtype="float32",
+            kernels=request.param,
+            kv_cache_bytes=1 << 24,
+            num_threads=1,
         )
     )

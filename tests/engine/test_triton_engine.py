@@ -1,6 +1,6 @@
 """The whole engine on the Triton kernels gives what it gives on the torch reference.
 
-The engine's other tests of a tiny model run on these kernels too, where LOGITSERVE_KERNELS=triton is set.
+The engine's other tests of the tiny model run on these kernels too: see the fixture tiny_model.
 """
 
 from __future__ import annotations
