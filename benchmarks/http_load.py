@@ -118,12 +118,12 @@ def greedy(prompt: list[int], new_tokens: int) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    cpu = Path("/proc/cpuinfo")
-    models = [
-        line.split(":")[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")
-    ]
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", "").split()
     return {
         "cores": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
-        "cpu": models[0] if models else None,
+        "cpu": fields.get("model name"),
+        "vectors": [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16") if flag in flags],
     }

@@ -22,8 +22,10 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and KV cache; auto: bfloat16"
     )
-    weights: Literal["auto", "stored", "dense"] = Field(
-        "auto", description="stored: multiply a GGUF file's blocks as they are; dense: unpack them to dtype"
+    weights: Literal["auto", "stored", "dense", "int8"] = Field(
+        "auto",
+        description="stored: multiply a GGUF file's blocks as they are; dense: unpack them to dtype; "
+        "int8: round any model's linear layers to blocks of 32 int8 with a scale",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
     kernels: Literal["auto", "reference", "cpu", "triton"] = Field("auto", description="kernel backend")

@@ -25,7 +25,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
 from logitengine.kv_cache import LayerShape, PagedKVCache
-from logitengine.stored_weights import StoredWeights
+from logitengine.stored_weights import Int8Weights, StoredWeights
 
 LLAMA_FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 GEMMA_FAMILY = (GemmaModel, Gemma2Model, Gemma3TextModel)
@@ -104,9 +104,9 @@ class FusedLinear(nn.Module):
 
 
 class Packer:
-    """Packs linear layers for the kernels: as stored in the GGUF file where that was kept, else from their weights."""
+    """Packs linear layers for the kernels: in blocks where there are such, else from their weights."""
 
-    def __init__(self, kernels: Kernels, stored: StoredWeights | None, *, exact: bool) -> None:
+    def __init__(self, kernels: Kernels, stored: StoredWeights | Int8Weights | None, *, exact: bool) -> None:
         self.kernels = kernels
         self._stored = stored
         self._exact = exact

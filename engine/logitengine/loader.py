@@ -30,7 +30,7 @@ from logitengine.logits import TORCH_DTYPES
 from logitengine.messages import ModelInfo
 from logitengine.model_runner import ModelRunner, probe_layers
 from logitengine.profiling import largest_step
-from logitengine.stored_weights import StoredWeights
+from logitengine.stored_weights import Int8Weights, StoredWeights
 from logitengine.value_heads import ValueHead, load_value_head
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,8 @@ def load(config: EngineConfig, device: Device | None = None) -> LoadedModel:
         )
     stored = _stored_weights(config, checkpoint, kernels)
     model = _load_model(checkpoint, _dtype(config.dtype), device.torch_device)
-    return prepare(config, checkpoint, model, kernels, device, stored)
+    blocks = Int8Weights(model) if config.weights == "int8" else stored
+    return prepare(config, checkpoint, model, kernels, device, blocks)
 
 
 def prepare(
@@ -77,7 +78,7 @@ def prepare(
     model: PreTrainedModel,
     kernels: Kernels,
     device: Device,
-    stored: StoredWeights | None = None,
+    blocks: StoredWeights | Int8Weights | None = None,
 ) -> LoadedModel:
     """Fuse a model that lies on ``device`` and uses our attention function, in place, and size the KV cache for it.
 
@@ -85,16 +86,21 @@ def prepare(
     """
     try:
         shapes = probe_layers(model, kernels)
+        can_generate = model.get_output_embeddings() is not None
+        heads = _heads(config, model, kernels, is_classifier=not can_generate)
+        fused = fuse(model, Packer(kernels, blocks, exact=model.dtype == torch.float32), shapes)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{type(model).__name__} cannot be served: {error}") from error
-    can_generate = model.get_output_embeddings() is not None
-    heads = _heads(config, model, kernels, is_classifier=not can_generate)
-    fused = fuse(model, Packer(kernels, stored, exact=model.dtype == torch.float32), shapes)
-    if config.batch_invariant and not fused:
-        raise CheckpointError(
-            f"batch_invariant was asked for, but {type(model).__name__} runs through transformers' own modules, "
-            "which do not hold it"
-        )
+    only_fused = {
+        "batch_invariant": config.batch_invariant,
+        f"weights={config.weights}": config.weights in {"stored", "int8"},
+    }
+    for option, is_asked in only_fused.items():
+        if is_asked and not fused:
+            raise CheckpointError(
+                f"{option} was asked for, but {type(model).__name__} runs through transformers' own modules, "
+                "which do not offer it"
+            )
     logger.info(
         "%s on %s with %s kernels, %d modules fused",
         type(model).__name__,
@@ -204,6 +210,12 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 
 def _stored_weights(config: EngineConfig, checkpoint: Checkpoint, kernels: Kernels) -> StoredWeights | None:
     if config.weights == "dense":
+        return None
+    if config.weights == "int8":
+        if "Q8_0" not in kernels.gguf_formats:
+            raise CheckpointError(
+                f"the {kernels.name} kernels do not multiply weights=int8; the native CPU kernels do"
+            )
         return None
     stored = StoredWeights.load(checkpoint.path) if kernels.gguf_formats else None
     if stored is None and config.weights == "stored":

@@ -1,6 +1,6 @@
-"""Weights in the blocks of the GGUF file they came from, for kernels that multiply them as they are stored.
+"""Weights in GGUF's blocks, for kernels that multiply them as they are stored: those of a file, or made from dense ones.
 
-Written once, when a GGUF file is converted: a safetensors file of uint8 rows named like the model's parameters. A
+A file's are written once, when a GGUF file is converted: a safetensors file of uint8 rows named like the model's parameters. A
 parameter is in it only if its blocks, dequantised, are exactly the weights that transformers read from the same file.
 """
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFReader
-from gguf.quants import dequantize
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -67,6 +67,22 @@ class StoredWeights:
                 raw, (block_format, columns) = file.get_tensor(name), formats[name].split()
                 weights[name] = StoredWeight(raw, block_format, (raw.shape[0], int(columns)))
         return cls(weights)
+
+
+class Int8Weights:
+    """The weights of any model in blocks of Q8_0: 32 int8 along K under one float16 scale. Made when they are asked for."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def get(self, name: str) -> StoredWeight:
+        """Raises ValueError for a weight whose rows are no whole number of blocks."""
+        weight = self._parameters[name].detach()
+        rows, columns = weight.shape
+        if columns % BLOCK_WEIGHTS:
+            raise ValueError(f"{name} has {columns} input features; int8 takes multiples of {BLOCK_WEIGHTS}")
+        raw = quantize(weight.float().numpy(), GGMLQuantizationType.Q8_0)
+        return StoredWeight(torch.from_numpy(raw), "Q8_0", (rows, columns))
 
 
 def write_stored_weights(gguf: Path, model: PreTrainedModel, directory: Path) -> None:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from gguf.quants import dequantize
+from gguf.quants import dequantize, quantize
 from logitengine.checkpoint import Checkpoint, CheckpointError
 from logitengine.config import EngineConfig
 from logitengine.loader import load
 from logitengine.stored_weights import StoredWeights
 from support import EVERY_ROW, english_tokens, greedy, make_engine, reference_logits, run
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,46 @@ def test_bfloat16_over_stored_weights_halves_transformers_error(
         np.abs(reference_logits(theirs, prompt) - expected).mean(),
     )
     assert our_error <= 0.5 * their_error, (our_error, their_error)
+
+
+def test_int8_rows_are_those_of_the_rounded_weights(tiny_llama: Path) -> None:
+    """Any checkpoint's linear layers as int8 blocks, against transformers in float32 on them. 5e-4 absolute."""
+    model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    prompt = list(range(300, 340))
+    unrounded = reference_logits(model, prompt)
+    rounded = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Linear):
+            blocks = quantize(module.weight.detach().numpy(), GGMLQuantizationType.Q8_0)
+            module.weight = torch.nn.Parameter(
+                torch.from_numpy(dequantize(blocks, GGMLQuantizationType.Q8_0))
+            )
+    loaded = load(
+        EngineConfig(
+            model=str(tiny_llama), weights="int8", dtype="float32", kv_cache_bytes=1 << 24, num_threads=1
+        )
+    )
+    rows = run(make_engine(loaded), [greedy("a", prompt, 0, EVERY_ROW)])["a", 0].prompt_rows
+    assert np.abs(rows - reference_logits(rounded, prompt)).max() <= 5e-4
+    assert np.abs(rows - unrounded).max() > 1e-2, "they were rounded"
+
+
+def test_int8_is_refused_where_it_cannot_be_had(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="reference kernels do not multiply weights=int8"):
+        load(EngineConfig(model=str(tiny_llama), weights="int8", kernels="reference"))
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
+    with pytest.raises(CheckpointError, match="24 input features; int8 takes multiples of 32"):
+        load(EngineConfig(model=str(tmp_path), weights="int8"))
 
 
 def test_a_directory_without_blocks_cannot_be_served_as_stored(tiny_llama: Path) -> None:
