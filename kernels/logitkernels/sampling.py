@@ -57,15 +57,20 @@ class RowSampling:
     shows_processed: bool = False
 
     @property
-    def is_plain_argmax(self) -> bool:
-        """Greedy over the raw logits themselves."""
-        return self.temperature == 0 and not (
+    def edits_logits(self) -> bool:
+        """Whether bias, penalties or bans may change an entry."""
+        return bool(
             self.bias
             or self.banned
             or self.seen is not None
             or self.generated is not None
             or self.pending is not None
         )
+
+    @property
+    def is_plain_argmax(self) -> bool:
+        """Greedy over the raw logits themselves."""
+        return self.temperature == 0 and not self.edits_logits
 
     @property
     def num_edits(self) -> int:
@@ -105,14 +110,14 @@ def sample_rows(logits: Tensor, rows: Sequence[RowSampling], last_tokens: Tensor
     for index, row in enumerate(rows):
         if token_ids[index] < 0 or (row.is_plain_argmax and not row.shows_processed):
             continue
-        scores = process_logits(logits[index], _with_pending(row, last_tokens))
+        scores = process_logits(logits[index], with_pending(row, last_tokens))
         token_ids[index] = draw(scores, row) if scores.max().isfinite() else -1
         if processed is not None:
             processed[index] = scores
     return Sampled(torch.tensor(token_ids, dtype=torch.int32), processed)
 
 
-def _with_pending(row: RowSampling, last_tokens: Tensor | None) -> RowSampling:
+def with_pending(row: RowSampling, last_tokens: Tensor | None) -> RowSampling:
     """The row with the token that was drawn in the step before among its seen and generated ones."""
     if row.pending is None:
         return row
@@ -137,6 +142,19 @@ def process_logits(logits: Tensor, row: RowSampling) -> Tensor:
     go to the lower id. At temperature 0 the result is a point mass: 0 for the largest score, -inf elsewhere
     (everywhere if nothing is left to choose from).
     """
+    scores = edit_logits(logits, row)
+    if row.temperature == 0:
+        best = torch.argmax(scores)
+        point = torch.full_like(scores, -torch.inf)
+        if scores[best] > -torch.inf:
+            point[best] = 0.0
+        return point
+    scores /= row.temperature
+    return _filter(scores, row)
+
+
+def edit_logits(logits: Tensor, row: RowSampling) -> Tensor:
+    """Bias, penalties and bans: float32 [V] -> a new float32 [V]."""
     scores = logits.clone()
     if row.bias:
         ids = torch.tensor(list(row.bias), device=scores.device)
@@ -149,14 +167,7 @@ def process_logits(logits: Tensor, row: RowSampling) -> Tensor:
         scores[row.generated] -= row.presence_penalty + row.frequency_penalty * row.counts.to(scores.dtype)
     if row.banned:
         scores[list(row.banned)] = -torch.inf
-    if row.temperature == 0:
-        best = torch.argmax(scores)
-        point = torch.full_like(scores, -torch.inf)
-        if scores[best] > -torch.inf:
-            point[best] = 0.0
-        return point
-    scores /= row.temperature
-    return _filter(scores, row)
+    return scores
 
 
 def _filter(scores: Tensor, row: RowSampling) -> Tensor:

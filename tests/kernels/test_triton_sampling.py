@@ -22,6 +22,7 @@ from logitkernels.triton.sampling_rows import (
     pack,
     view,
 )
+from sampling_cases import GREEDY, PLAIN, eighths, sampling_rows
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,15 +37,8 @@ def prepare(rows: list[RowSampling], device: str) -> SamplingTensors:
     return view(torch.from_numpy(words).to(device), layout)
 
 
-PLAIN = RowSampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7, stream=0, position=3)
-GREEDY = replace(PLAIN, temperature=0.0)
 NOTHING = torch.full((1,), -1, dtype=torch.int32)
 UNTOUCHED = 12345.0
-
-
-def eighths(rows: int, vocab: int, seed: int, spread: int = 24) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.round(torch.randn(rows, vocab, generator=generator) * spread) / 8
 
 
 def run(
@@ -81,37 +75,6 @@ def check(
             assert expected.processed is not None
             torch.testing.assert_close(scores[index], expected.processed[index], rtol=1e-5, atol=1e-5)
     return tokens
-
-
-@st.composite
-def sampling_rows(draw: st.DrawFn, vocab: int, num_last: int) -> RowSampling:
-    ids = st.lists(st.integers(0, vocab - 1), unique=True, max_size=5)
-    seen, generated = draw(st.none() | ids), draw(st.none() | ids)
-    as_tensor = {
-        name: None if values is None else torch.tensor(values, dtype=torch.int64)
-        for name, values in (("seen", seen), ("generated", generated))
-    }
-    counts = None if generated is None else torch.tensor([1 + i % 3 for i in generated], dtype=torch.int64)
-    return RowSampling(
-        temperature=draw(st.sampled_from([0.0, 0.5, 1.0, 2.0])),
-        top_k=draw(st.sampled_from([0, 1, 3, 20, 300])),
-        top_p=draw(st.sampled_from([0.013, 0.31, 0.77, 0.93, 1.0])),
-        min_p=draw(st.sampled_from([0.0, 0.0, 0.0017, 0.11])),
-        seed=draw(st.integers(0, 2**64 - 1)),
-        stream=draw(st.integers(0, 2**32 - 1)),
-        position=draw(st.integers(0, 2**40)),
-        bias=draw(
-            st.none() | st.dictionaries(st.integers(0, vocab - 1), st.sampled_from([-3.0, 1.25]), max_size=4)
-        ),
-        banned=draw(st.just(()) | ids.map(lambda values: (*values, *values))),
-        repetition_penalty=draw(st.sampled_from([0.5, 1.0, 2.0])),
-        presence_penalty=draw(st.sampled_from([0.0, 0.75, -0.5])),
-        frequency_penalty=draw(st.sampled_from([0.0, 0.25])),
-        **as_tensor,
-        counts=counts,
-        pending=draw(st.none() | st.integers(0, num_last - 1)),
-        shows_processed=draw(st.booleans()),
-    )
 
 
 @settings(max_examples=12, deadline=None)

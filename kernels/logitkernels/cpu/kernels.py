@@ -10,9 +10,25 @@ import torch
 from torch import Tensor
 
 from logitkernels.cpu import linear as linears
-from logitkernels.cpu.library import AttentionStruct, BatchStruct, CacheStruct, DecoderLayerStruct, Library
+from logitkernels.cpu.library import (
+    AttentionStruct,
+    BatchStruct,
+    CacheStruct,
+    DecoderLayerStruct,
+    Library,
+    SamplingRowStruct,
+)
 from logitkernels.cpu.linear import GgufType, PackedLinear
 from logitkernels.interface import AttentionMetadata, DecoderLayerWeights, Kernels
+from logitkernels.sampling import (
+    PackedRows,
+    RowSampling,
+    Sampled,
+    edit_logits,
+    philox_uniform,
+    sample_rows,
+    with_pending,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +273,46 @@ class CpuKernels(Kernels):
             source.data_ptr(), rows, vocab, k, ids.data_ptr(), values.data_ptr(), min(rows, _threads())
         )
         return ids, values.to(logits.dtype)
+
+    def sample(
+        self, logits: Tensor, rows: Sequence[RowSampling] | PackedRows, last_tokens: Tensor | None = None
+    ) -> Sampled:
+        if isinstance(rows, PackedRows):
+            raise TypeError("the cpu kernels do not read packed rows")
+        logits = _float32(logits, "logits")
+        ids, largest = self.top_k_logits(logits, 1)
+        token_ids = torch.where(largest > -torch.inf, ids, -1)[:, 0].to(torch.int32)
+        processed = torch.empty_like(logits) if any(row.shows_processed for row in rows) else None
+        drawn: dict[int, SamplingRowStruct] = {}
+        edited: list[Tensor] = []  # alive while the library reads them
+        for index, (row, token) in enumerate(zip(rows, token_ids.tolist(), strict=True)):
+            if token < 0 or (row.is_plain_argmax and not row.shows_processed):
+                continue
+            if row.temperature == 0:
+                one = sample_rows(logits[index : index + 1], [row], last_tokens)
+                token_ids[index] = one.token_ids[0]
+                if processed is not None and one.processed is not None:
+                    processed[index] = one.processed[0]
+                continue
+            scores = logits[index]
+            if row.edits_logits:
+                scores = edit_logits(scores, with_pending(row, last_tokens))
+                edited.append(scores)
+            drawn[index] = SamplingRowStruct(
+                scores.data_ptr(),
+                processed[index].data_ptr() if processed is not None and row.shows_processed else None,
+                row.top_p,
+                row.min_p,
+                philox_uniform(row.seed, row.stream, row.position),
+                row.top_k,
+                row.temperature,
+            )
+        structs = (SamplingRowStruct * len(drawn))(*drawn.values())
+        if drawn:
+            self._library.sample(structs, len(drawn), logits.shape[1], min(len(drawn), _threads()))
+        for index, struct in zip(drawn, structs, strict=True):
+            token_ids[index] = struct.token
+        return Sampled(token_ids, processed)
 
     def logsumexp(self, logits: Tensor) -> Tensor:
         """``log(sum(exp(row)))`` of [R, V] -> float32 [R]; subtracted from a row's logits it gives log-probabilities."""

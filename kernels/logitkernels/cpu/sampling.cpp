@@ -1,0 +1,190 @@
+// From rows of logits to tokens: temperature, top-k, top-p, min-p and the draw. What is computed is defined by
+// logitkernels/sampling.py; bias, penalties and bans are in the logits already.
+//
+// A row is worked on by one thread, in about six passes over 4 bytes a logit that stay in its second-level cache. Nothing
+// is sorted but what top-k keeps and the one bucket of scores that the edge of top-p falls into.
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "top_k.h"
+#include "vector.h"
+
+namespace logitkernels {
+
+// One row, mirrored by library.py. The logits hold no NaN.
+struct SamplingRow {
+    const float* logits;
+    float* processed;  // where the scores go that the token is drawn from, or null
+    double top_p;      // 1: off
+    double min_p;      // 0: off
+    double uniform;    // in [0, 1)
+    int64_t top_k;     // 0: off
+    float temperature;
+    int32_t token;  // the result; -1 where the largest score is infinite: there is no distribution
+};
+
+namespace {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+class Sampler {
+  public:
+    explicit Sampler(int64_t vocab)
+        : vocab_(vocab),
+          scores_(allocate<float>(round_up(vocab, kSpan))),
+          masses_(allocate<float>(round_up(vocab, kSpan))),
+          buckets_(allocate<uint16_t>(vocab)),
+          spans_(allocate<double>(ceil_div(vocab, kSpan))) {
+        std::fill(scores_.get() + vocab, scores_.get() + round_up(vocab, kSpan), kMinusInfinity);
+    }
+
+    void draw(SamplingRow& row) {
+        cool(row.logits, row.temperature);
+        if (!std::isfinite(largest_)) {
+            row.token = -1;
+            return;
+        }
+        if (row.top_k > 0) {
+            keep_top_k(std::min(row.top_k, vocab_), row.top_p, row.min_p);
+        } else if (row.top_p < 1 || row.min_p > 0) {
+            weigh();
+            if (row.top_p < 1) keep_nucleus(row.top_p);
+            // The likeliest entry has mass 1.
+            if (row.min_p > 0)
+                for (int64_t i = 0; i < vocab_; ++i)
+                    if (masses_[i] < row.min_p) scores_[i] = kMinusInfinity;
+        }
+        if (row.processed != nullptr) std::memcpy(row.processed, scores_.get(), size_t(vocab_) * sizeof(float));
+        row.token = int32_t(pick(row.uniform));
+    }
+
+  private:
+    static constexpr int64_t kSpan = 256;      // entries that are summed before a draw looks at them one by one
+    static constexpr int kBuckets = 4096;      // of scores below the largest
+    static constexpr float kBucketsANat = 128;  // the last holds all that is 32 nats below and more
+
+    void cool(const float* logits, float temperature) {
+        const __m512 divisor = _mm512_set1_ps(temperature);
+        __m512 largest = _mm512_set1_ps(kMinusInfinity);
+        for (int64_t i = 0; i < vocab_; i += kLanes) {
+            const __mmask16 exists = lane_mask(vocab_ - i);
+            const __m512 scores = _mm512_div_ps(load(logits + i, exists), divisor);
+            store(scores_.get() + i, exists, scores);
+            largest = _mm512_mask_max_ps(largest, exists, largest, scores);
+        }
+        largest_ = _mm512_reduce_max_ps(largest);
+    }
+
+    // masses = exp(scores - largest), and their sum over each span.
+    void weigh() {
+        const __m512 largest = _mm512_set1_ps(largest_);
+        for (int64_t span = 0; span * kSpan < vocab_; ++span) {
+            __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+            for (int64_t i = span * kSpan; i < (span + 1) * kSpan; i += kLanes) {
+                const __m512 e = exponential(_mm512_sub_ps(_mm512_load_ps(scores_.get() + i), largest));
+                _mm512_store_ps(masses_.get() + i, e);
+                low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(e)));
+                high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(e, 1)));
+            }
+            spans_[span] = _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+        }
+    }
+
+    // The k largest, and of those what top-p and min-p keep of their distribution.
+    void keep_top_k(int64_t k, double top_p, double min_p) {
+        std::vector<int64_t> ids(static_cast<size_t>(k));
+        std::vector<float> values(static_cast<size_t>(k));
+        TopK(k).select(scores_.get(), vocab_, ids.data(), values.data());
+        double total = 0;
+        for (float value : values) total += std::exp(double(value) - largest_);
+        double before = 0;
+        int64_t kept = 0;
+        for (; kept < k; ++kept) {
+            const double mass = std::exp(double(values[size_t(kept)]) - largest_);
+            if (kept > 0 && ((top_p < 1 && before >= top_p * total) || mass < min_p)) break;
+            before += mass;
+        }
+        std::fill_n(scores_.get(), vocab_, kMinusInfinity);
+        for (int64_t i = 0; i < kept; ++i) scores_[ids[size_t(i)]] = values[size_t(i)];
+    }
+
+    // The likeliest entries whose predecessors have less than the share top_p; the first in any case.
+    void keep_nucleus(double top_p) {
+        sums_.assign(kBuckets, 0.0);
+        double total = 0;
+        for (int64_t i = 0; i < vocab_; ++i) {
+            const float below = std::min((largest_ - scores_[i]) * kBucketsANat, float(kBuckets - 1));
+            buckets_[i] = uint16_t(below);
+            sums_[buckets_[i]] += masses_[i];
+            total += masses_[i];
+        }
+        const double target = top_p * total;
+        double before = 0;
+        int edge = 0;
+        while (edge + 1 < kBuckets && before + sums_[size_t(edge)] < target) before += sums_[size_t(edge++)];
+        std::vector<int64_t> ids;
+        for (int64_t i = 0; i < vocab_; ++i) {
+            if (buckets_[i] == edge) ids.push_back(i);
+            if (buckets_[i] > edge) scores_[i] = kMinusInfinity;
+        }
+        std::stable_sort(ids.begin(), ids.end(), [&](int64_t a, int64_t b) { return scores_[a] > scores_[b]; });
+        for (size_t i = 0; i < ids.size(); ++i) {
+            const bool is_likeliest = edge == 0 && i == 0;
+            const float mass = masses_[ids[i]];
+            if (before >= target && !is_likeliest) scores_[ids[i]] = kMinusInfinity;
+            before += mass;
+        }
+    }
+
+    // The first entry, in order of id, at which the cumulative mass exceeds the share `uniform`.
+    int64_t pick(double uniform) {
+        weigh();
+        const int64_t spans = ceil_div(vocab_, kSpan);
+        double total = 0;
+        for (int64_t span = 0; span < spans; ++span) total += spans_[span];
+        const double target = uniform * total;
+        double before = 0;
+        int64_t last = 0;
+        for (int64_t span = 0; span < spans; ++span) {
+            // A span's sum and the sum one by one may round apart: what the one lets through the other may not find.
+            if (before + spans_[span] <= target && span + 1 < spans) {
+                before += spans_[span];
+                continue;
+            }
+            double cumulative = before;
+            for (int64_t i = span * kSpan; i < std::min((span + 1) * kSpan, vocab_); ++i) {
+                cumulative += masses_[i];
+                if (masses_[i] > 0) last = i;
+                if (cumulative > target) return i;
+            }
+            before += spans_[span];
+        }
+        return last;
+    }
+
+    const int64_t vocab_;
+    Buffer<float> scores_, masses_;
+    Buffer<uint16_t> buckets_;
+    Buffer<double> spans_;
+    std::vector<double> sums_;
+    float largest_ = 0;
+};
+
+}  // namespace
+}  // namespace logitkernels
+
+using namespace logitkernels;
+
+extern "C" void logitkernels_sample(SamplingRow* rows, int64_t count, int64_t vocab, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        Sampler sampler(vocab);
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < count; ++row) sampler.draw(rows[row]);
+    }
+}
