@@ -48,14 +48,15 @@ def openvino_measure(model_name: str) -> Measure:
     import numpy as np
     from logitengine.checkpoint import gguf_path
 
+    path = gguf_path(model_name)
+    if path is None:
+        raise SystemExit(f"the peer openvino reads GGUF files; {model_name} is none")
     scheduling = openvino_genai.SchedulerConfig()
     scheduling.cache_size = 4  # GiB
     scheduling.max_num_batched_tokens = 2048
     scheduling.max_num_seqs = 256
     scheduling.enable_prefix_caching = False
-    pipeline: Any = openvino_genai.ContinuousBatchingPipeline(
-        str(gguf_path(model_name)), scheduling, "CPU", {}, {}
-    )
+    pipeline: Any = openvino_genai.ContinuousBatchingPipeline(str(path), scheduling, "CPU", {}, {})
 
     def measure(prompts: list[list[int]], new_tokens: int) -> float:
         generation = openvino_genai.GenerationConfig()

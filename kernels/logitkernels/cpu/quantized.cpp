@@ -263,8 +263,8 @@ LOGITKERNELS_INLINE void add_block(const __m512 (&block)[R], __m512 d, __m512 (&
     for (int r = 0; r < R; ++r) totals[r] = _mm512_fmadd_ps(block[r], d, totals[r]);
 }
 
-// Groups of 16 features whose sums a tile of R rows takes in one go. A lone row has too few sums under way for AVX2's
-// four cycles of latency; AVX-512's processors look far enough ahead to begin with the next block meanwhile.
+// Groups of 16 features whose sums a tile of R rows takes in one go. On AVX2 the sums of one group of a lone row are too
+// few to hide the latency of a multiply-add; with AVX-512 both ways have not been compared.
 template <int R>
 constexpr int groups_together() {
     return kRegisterSums == 6 && R == 1 ? kVectors : 1;
