@@ -1,6 +1,12 @@
-"""Linear layers on GGUF blocks as stored, against the dequantised weights in float64."""
+"""Linear layers on GGUF blocks as stored, against the dequantised weights in float64.
+
+What activations are rounded to depends on the processor: to bfloat16 with AVX-512, elsewhere to 16-bit integers with a
+power of two for every 32. ``PORTABLE`` is what processors without AVX-512 run.
+"""
 
 from __future__ import annotations
+
+import platform
 
 import numpy as np
 import pytest
@@ -16,6 +22,7 @@ from torch import Tensor
 
 try:
     KERNELS = CpuKernels()
+    PORTABLE = CpuKernels(march="x86-64-v3" if platform.machine() == "x86_64" else "native")
 except BuildError as error:  # pragma: no cover
     pytest.skip(f"no native kernels here: {error}", allow_module_level=True)
 
@@ -30,6 +37,24 @@ def blocks_of(gguf_type: GgufType, rows: int, depth: int) -> tuple[Tensor, Tenso
     flat = raw.reshape(rows, -1)
     weights = dequantize(flat, GGMLQuantizationType(int(gguf_type)))
     return torch.from_numpy(flat), torch.from_numpy(weights.astype(np.float64))
+
+
+def as_int16_blocks(x: Tensor) -> Tensor:
+    """Each 32 activations as int16 times 2^-15 of the power of two above the largest of them, in float64."""
+    blocks = x.double().unflatten(-1, (-1, 32))
+    _, exponent = torch.frexp(blocks.abs().amax(-1, keepdim=True))
+    scale = 2.0 ** (exponent - 15).double()
+    return ((blocks / scale).round().clamp(max=32767) * scale).flatten(-2)
+
+
+def relative_error(output: Tensor, read: Tensor, weights: Tensor, bias: Tensor | None) -> float:
+    """The largest error of ``read @ weights.T + bias``, relative to the sum of the magnitudes that it adds up."""
+    expected = read.double() @ weights.T + (0 if bias is None else bias.double())
+    magnitude = expected.abs() + read.double().abs() @ weights.T.abs()
+    return ((output - expected).abs() / magnitude).max().item()
+
+
+ROUNDINGS = [lambda x: x.bfloat16(), as_int16_blocks]
 
 
 @settings(max_examples=40, deadline=None)
@@ -47,25 +72,74 @@ def test_products_are_those_of_the_dequantised_weights(
     raw, weights = blocks_of(gguf_type, out, blocks * 32)
     x = torch.randn(rows, blocks * 32, generator=torch.Generator().manual_seed(1))
     bias = torch.randn(out) if has_bias else None
-    packed = KERNELS.pack_gguf(raw, (out, blocks * 32), gguf_type, bias, exact=exact)
-    read = x if exact else x.bfloat16()
-    expected = read.double() @ weights.T + (0 if bias is None else bias.double())
-    error = (KERNELS.linear(x, packed) - expected).abs() / (
-        expected.abs() + read.double().abs() @ weights.T.abs()
-    )
-    assert error.max() < 1e-6
+
+    def error(kernels: CpuKernels, read: Tensor) -> float:
+        packed = kernels.pack_gguf(raw, (out, blocks * 32), gguf_type, bias, exact=exact)
+        return relative_error(kernels.linear(x, packed), read, weights, bias)
+
+    if exact:
+        assert error(KERNELS, x) < 1e-6
+    else:
+        assert min(error(KERNELS, rounding(x)) for rounding in ROUNDINGS) < 1e-6
+        assert error(PORTABLE, as_int16_blocks(x)) < 1e-6
+
+
+@pytest.mark.parametrize(("outlier", "ratio"), [(1, 40), (30, 20)])
+@pytest.mark.parametrize("gguf_type", GgufType)
+def test_rounding_to_int16_is_far_finer_than_to_bfloat16(
+    gguf_type: GgufType, outlier: float, ratio: float
+) -> None:
+    """Root mean squares of errors against unrounded activations: normal ones, and with an outlier in every other block."""
+    raw, weights = blocks_of(gguf_type, 64, 256)
+    x = torch.randn(50, 256, generator=torch.Generator().manual_seed(1))
+    x[:, ::64] *= outlier
+    exact = x.double() @ weights.T
+    error = (PORTABLE.linear(x, PORTABLE.pack_gguf(raw, (64, 256), gguf_type)) - exact).pow(2).mean().sqrt()
+    of_bfloat16 = (x.bfloat16().double() @ weights.T - exact).pow(2).mean().sqrt()
+    assert error < of_bfloat16 / ratio
+
+
+@pytest.mark.parametrize("gguf_type", GgufType)
+@pytest.mark.parametrize("magnitude", [0.0, 1e-44, 1e-37, 1e-20, 1e30, 1e34])
+def test_activations_of_any_magnitude_are_multiplied(gguf_type: GgufType, magnitude: float) -> None:
+    """1e-38 of an activation may be rounded away."""
+    raw, weights = blocks_of(gguf_type, 40, 64)
+    x = torch.rand(3, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    x[:, 0] = 1
+    x = (x.double() * magnitude).float()
+    out = PORTABLE.linear(x, PORTABLE.pack_gguf(raw, (40, 64), gguf_type)).double()
+    error = (out - as_int16_blocks(x) @ weights.T).abs()
+    assert (error <= (1e-6 * x.double().abs() + 1e-38) @ weights.T.abs()).all()
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_row_that_is_not_finite_says_so_and_leaves_the_others(*, exact: bool, bad: float) -> None:
+    raw, _ = blocks_of(GgufType.Q4_1, 40, 64)
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
+    for kernels in (KERNELS, PORTABLE):
+        packed = kernels.pack_gguf(raw, (40, 64), GgufType.Q4_1, exact=exact)
+        for rows in (2, 9):
+            clean, spoilt = x[:rows], x[:rows].clone()
+            spoilt[1, 40] = bad
+            out = kernels.linear(spoilt, packed)
+            assert not out[1].isfinite().any()
+            rest = [row for row in range(rows) if row != 1]
+            assert torch.equal(out[rest], kernels.linear(clean, packed)[rest])
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
 @pytest.mark.parametrize("gguf_type", GgufType)
 def test_a_row_has_the_same_bits_in_every_batch(gguf_type: GgufType, *, exact: bool) -> None:
     raw, _ = blocks_of(gguf_type, 77, 96)
-    packed = KERNELS.pack_gguf(raw, (77, 96), gguf_type, exact=exact)
     x = torch.randn(31, 96, generator=torch.Generator().manual_seed(1))
-    alone = torch.cat([KERNELS.linear(row[None], packed) for row in x])
-    for size in (*range(2, 20), 31):
-        for start in range(0, 31, size):
-            assert torch.equal(KERNELS.linear(x[start : start + size], packed), alone[start : start + size])
+    for kernels in (KERNELS, PORTABLE):
+        packed = kernels.pack_gguf(raw, (77, 96), gguf_type, exact=exact)
+        alone = torch.cat([kernels.linear(row[None], packed) for row in x])
+        for size in (*range(2, 20), 31):
+            for start in range(0, 31, size):
+                rows = slice(start, start + size)
+                assert torch.equal(kernels.linear(x[rows], packed), alone[rows])
 
 
 def test_packed_weights_are_as_small_as_in_the_file() -> None:

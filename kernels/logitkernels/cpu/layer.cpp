@@ -6,6 +6,7 @@
 // The residual stream x is float32. What a linear layer reads is written in its type (bf16 or float32) by the operation
 // before it, so nothing is converted in a pass of its own.
 #include <algorithm>
+#include <optional>
 
 #include "attention.h"
 #include "linear.h"
@@ -44,17 +45,17 @@ struct Workspace {
             widest_output = std::max({widest_output, layers[i].qkv->n, layers[i].gate_up->n});
         }
         input = allocate<float>(tokens * widest_input);
-        sums = allocate<float>(tokens * ceil_div(widest_input, kSumBlock));
+        blocks.emplace(tokens, widest_input);
         projected = allocate<float>(tokens * widest_output);
     }
 
     Activations input_of(const Linear& linear) const {
-        return {input.get(), activation_stride(linear.k), reads_rounded(linear), sums.get()};
+        return {input.get(), activation_stride(linear.k), reads_rounded(linear), blocks->blocks()};
     }
 
     int64_t widest_output = 0;
     Buffer<float> input;      // what the next linear layer reads
-    Buffer<float> sums;       // of blocks of it
+    std::optional<BlockBuffers> blocks;
     Buffer<float> projected;  // what qkv and gate_up return
 };
 

@@ -292,9 +292,9 @@ void logitkernels_linear(const Linear* linear, const float* x, int64_t rows, flo
     const bool rounds = reads_rounded(*linear);
     const int64_t stride = activation_stride(linear->k);
     Buffer<Rounded> rounded = allocate<Rounded>(rounds ? rows * stride : 0);
-    Buffer<float> sums = allocate<float>(rows * ceil_div(linear->k, kSumBlock));
-    Activations activations{const_cast<float*>(x), linear->k, false, sums.get()};
-    if (rounds) activations = {rounded.get(), stride, true, sums.get()};
+    const BlockBuffers buffers(rows, linear->k);
+    Activations activations{const_cast<float*>(x), linear->k, false, buffers.blocks()};
+    if (rounds) activations = {rounded.get(), stride, true, buffers.blocks()};
 #pragma omp parallel num_threads(threads)
     {
         if (rounds) convert_activations(x, linear->k, rows, linear->k, activations);

@@ -10,7 +10,7 @@ enum LinearKind : int64_t {
     kBf16Dot = 0,  // bf16 weights, activations rounded to bf16, products summed in float32
     kBf16Fma = 1,  // bf16 weights widened in registers, float32 activations
     kF32Fma = 2,   // float32 weights and activations
-    // Blocks of GGUF files, with activations rounded to bf16 (dot) or in float32 (fma); see quantized.h.
+    // Blocks of GGUF files, with rounded activations (dot) or float32 ones (fma); see quantized.h.
     kQ40Dot = 3,
     kQ40Fma = 4,
     kQ41Dot = 5,
@@ -35,21 +35,30 @@ constexpr int64_t kPanelColumns = 32;
 // keep 12 sums, 2 weights and a broadcast in 16.
 constexpr int64_t kMaxTileRows = kRegisterSums == 24 ? 12 : 6;
 
+constexpr int64_t kSumBlock = 32;
+
+// What a product with weights in blocks keeps of the blocks of 32 activations: room that it fills itself.
+struct ActivationBlocks {
+    int16_t* integers;  // [rows, k]
+    float* scales;      // [rows, k / 32], of the integers
+    float* sums;        // [rows, k / 32]
+};
+
 // Activations as a linear layer reads them: Rounded or float32 rows, `stride` elements apart.
 // A rounded row is padded with a zero to an even length.
 struct Activations {
     void* data;
     int64_t stride;
     bool rounded;
-    // Room for [rows, k / 32], where `multiply` keeps the sums of blocks for the formats that need them; or null where
-    // no linear layer reads the rows.
-    float* block_sums = nullptr;
+    ActivationBlocks blocks{};  // null where no linear layer reads the rows
 };
 
-constexpr int64_t kSumBlock = 32;
-
 inline bool reads_rounded(const Linear& linear) {
+#ifdef LOGITKERNELS_AVX512
     return linear.kind == kBf16Dot || linear.kind == kQ40Dot || linear.kind == kQ41Dot || linear.kind == kQ80Dot;
+#else
+    return linear.kind == kBf16Dot;  // blocks are rounded to integers by their product
+#endif
 }
 
 // Whether the result replaces what `out` holds or is added to it (the residual stream).
@@ -57,6 +66,18 @@ enum class Epilogue { kStore, kAdd };
 
 // Elements of a row of activations with `k` features; a whole number of cache lines in either type.
 inline int64_t activation_stride(int64_t k) { return round_up(k, 32); }
+
+// Memory for the blocks of rows of activations.
+struct BlockBuffers {
+    BlockBuffers(int64_t rows, int64_t k)
+        : integers(allocate<int16_t>(rows * round_up(k, kSumBlock))),
+          scales(allocate<float>(rows * ceil_div(k, kSumBlock))),
+          sums(allocate<float>(rows * ceil_div(k, kSumBlock))) {}
+    ActivationBlocks blocks() const { return {integers.get(), scales.get(), sums.get()}; }
+
+    Buffer<int16_t> integers;
+    Buffer<float> scales, sums;
+};
 
 // The functions below share their work among the threads of the enclosing parallel region and end in a barrier.
 

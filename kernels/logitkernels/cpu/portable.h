@@ -34,6 +34,8 @@ typedef float float_part __attribute__((vector_size(64 / kParts)));
 typedef double double_part __attribute__((vector_size(64 / kParts)));
 typedef int32_t int_part __attribute__((vector_size(64 / kParts)));
 typedef uint32_t uint_part __attribute__((vector_size(64 / kParts)));
+typedef int16_t short_part __attribute__((vector_size(64 / kParts)));
+typedef uint16_t ushort_part __attribute__((vector_size(64 / kParts)));
 
 // Not one vector of 64 bytes: GCC keeps a vector that is wider than a register in memory.
 template <class Part, int N = kParts>
@@ -78,6 +80,7 @@ LOGITKERNELS_LANEWISE(_mm512_mul_ps, __m512, x * y)
 LOGITKERNELS_LANEWISE(_mm512_div_ps, __m512, x / y)
 LOGITKERNELS_LANEWISE(_mm512_add_pd, __m512d, x + y)
 LOGITKERNELS_LANEWISE(_mm512_sub_epi32, __m512i, (int_part)((uint_part)x - (uint_part)y))
+LOGITKERNELS_LANEWISE(_mm512_sub_epi16, __m512i, (int_part)((ushort_part)x - (ushort_part)y))
 LOGITKERNELS_LANEWISE(_mm512_and_si512, __m512i, x & y)
 LOGITKERNELS_LANEWISE(_mm512_xor_si512, __m512i, x ^ y)
 // The second operand when one is NaN or both are zero.
@@ -97,6 +100,9 @@ LOGITKERNELS_INLINE __m512 _mm512_set1_ps(float value) {
 LOGITKERNELS_INLINE __m512i _mm512_set1_epi32(int32_t value) {
     const int_part p = part_of<int_part>(value);
     return by_part([&](int) LOGITKERNELS_LAMBDA { return p; });
+}
+LOGITKERNELS_INLINE __m512i _mm512_set1_epi16(int16_t value) {
+    return by_part([&](int) LOGITKERNELS_LAMBDA { return (int_part)part_of<short_part>(value); });
 }
 LOGITKERNELS_INLINE __m512 _mm512_setzero_ps() { return {}; }
 LOGITKERNELS_INLINE __m512d _mm512_setzero_pd() { return {}; }
@@ -148,11 +154,28 @@ LOGITKERNELS_INLINE __m512 _mm512_fnmadd_ps(const __m512& a, const __m512& b, co
     return by_part([](int, auto x, auto y, auto z) LOGITKERNELS_LAMBDA { return fused(-x, y, z); }, a, b, c);
 }
 
+// sum + the products of both int16 of each lane.
+LOGITKERNELS_INLINE __m512i _mm512_dpwssd_epi32(const __m512i& sum, const __m512i& a, const __m512i& b) {
+    return by_part([](int, int_part s, int_part x, int_part y) LOGITKERNELS_LAMBDA {
+#ifdef LOGITKERNELS_AVX2
+        // As assembly, because GCC keeps the products of a whole loop in memory to add them up in a tree.
+        const ::__m256i products = _mm256_madd_epi16((::__m256i)x, (::__m256i)y);
+        asm("vpaddd %1, %0, %0" : "+x"(s) : "x"(products));
+        return s;
+#else
+        return s + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+#endif
+    }, sum, a, b);
+}
+
 LOGITKERNELS_INLINE __m512i _mm512_slli_epi32(const __m512i& a, int bits) {
     return by_part([&](int, int_part x) LOGITKERNELS_LAMBDA { return (int_part)((uint_part)x << bits); }, a);
 }
 LOGITKERNELS_INLINE __m512i _mm512_srli_epi32(const __m512i& a, unsigned bits) {
     return by_part([&](int, int_part x) LOGITKERNELS_LAMBDA { return (int_part)((uint_part)x >> int(bits)); }, a);
+}
+LOGITKERNELS_INLINE __m512i _mm512_srli_epi16(const __m512i& a, int bits) {
+    return by_part([&](int, int_part x) LOGITKERNELS_LAMBDA { return (int_part)((ushort_part)x >> bits); }, a);
 }
 LOGITKERNELS_INLINE __m512i _mm512_srai_epi32(const __m512i& a, unsigned bits) {
     return by_part([&](int, int_part x) LOGITKERNELS_LAMBDA { return x >> int(bits); }, a);
@@ -418,6 +441,32 @@ LOGITKERNELS_INLINE void store(Rounded* target, __mmask16 mask, const __m512& va
 }
 
 LOGITKERNELS_INLINE __m512i load_int16(const char* source) { return widened(reinterpret_cast<const int16_t*>(source)); }
+
+// Whole numbers within 16 bits.
+LOGITKERNELS_INLINE void store_int16(int16_t* target, const __m512& values) {
+#ifdef LOGITKERNELS_AVX2
+    const ::__m256i low = _mm256_cvtps_epi32(values.part[0]), high = _mm256_cvtps_epi32(values.part[1]);
+    const ::__m256i mixed = _mm256_packs_epi32(low, high);
+    _mm256_storeu_si256(reinterpret_cast<::__m256i*>(target), _mm256_permute4x64_epi64(mixed, 0xd8));
+#else
+    for (int i = 0; i < 16; ++i) target[i] = int16_t(values.part[i / kPartLanes][i % kPartLanes]);
+#endif
+}
+
+// 32 bytes as int16.
+LOGITKERNELS_INLINE __m512i load_int8(const char* source) {
+    return by_part([&](int p) LOGITKERNELS_LAMBDA {
+#ifdef LOGITKERNELS_AVX2
+        const ::__m128i bytes = ::_mm_loadu_si128(reinterpret_cast<const ::__m128i*>(source) + p);
+        return (int_part)_mm256_cvtepi8_epi16(bytes);
+#else
+        typedef int8_t byte_part __attribute__((vector_size(32 / kParts)));
+        byte_part bytes;
+        __builtin_memcpy(&bytes, source + p * int(sizeof bytes), sizeof bytes);
+        return (int_part)__builtin_convertvector(bytes, short_part);
+#endif
+    });
+}
 
 LOGITKERNELS_INLINE __m512 load_float16(const char* source) {
 #ifdef LOGITKERNELS_AVX2

@@ -3,9 +3,10 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <array>
 #include <bit>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "linear_tile.h"
@@ -19,8 +20,8 @@ constexpr int64_t kScaleBytes = kLanes * 2;  // the scales, or the minima, of a 
 constexpr int kFusedRows = 4;     // up to here integers are unpacked where they are used, above into a scratch panel
 constexpr int kScratchRows = 6;   // by 32 columns: 12 sums of the block and 12 of the row
 
-// A format unpacks two neighbouring steps of k of 16 features: pair<P>(block) as bf16 pairs where the processor multiplies
-// them, and even<P>, odd<P> as float32, P from 0 to 15.
+// A format unpacks two neighbouring steps of k of 16 features: pair<P>(block) as pairs of what Dot multiplies, bf16 or
+// int16, and even<P>, odd<P> as float32, P from 0 to 15.
 
 template <bool kHasMinimum>
 struct Nibbles {
@@ -60,6 +61,13 @@ struct Nibbles {
         return _mm512_permutexvar_ps(shifted<P>(block, 16), float_table());
     }
 #else
+    template <int P>
+    static LOGITKERNELS_INLINE __m512i pair(const char* block) {
+        const __m512i lanes = _mm512_loadu_si512(block + kScaleBytes + P / 4 * 64);
+        const __m512i shifted = _mm512_srli_epi16(lanes, 4 * (P % 4));
+        const __m512i nibbles = P % 4 == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16(15));
+        return offset == 0 ? nibbles : _mm512_sub_epi16(nibbles, _mm512_set1_epi16(offset));
+    }
     static LOGITKERNELS_INLINE __m512 floats(__m512i nibbles) {
         const __m512i integers = _mm512_and_si512(nibbles, _mm512_set1_epi32(15));
         return _mm512_cvtepi32_ps(_mm512_sub_epi32(integers, _mm512_set1_epi32(offset)));
@@ -71,38 +79,6 @@ struct Nibbles {
     template <int P>
     static LOGITKERNELS_INLINE __m512 odd(const char* block) {
         return floats(shifted<P>(block, 16));
-    }
-#endif
-
-#ifdef LOGITKERNELS_AVX2
-    // One byte of the bf16 of every nibble, for lookups.
-    template <int kByte>
-    static LOGITKERNELS_INLINE __m256i table() {
-        alignas(16) static constexpr auto bytes = [] {
-            std::array<uint8_t, 16> result{};
-            for (int n = 0; n < 16; ++n) result[size_t(n)] = uint8_t(std::bit_cast<uint32_t>(float(n - offset)) >> (16 + 8 * kByte));
-            return result;
-        }();
-        return _mm256_broadcastsi128_si256(*reinterpret_cast<const ::__m128i*>(bytes.data()));
-    }
-
-    // All pairs of a block. The nibbles that a shift brings to the low half of each byte are those of two pairs: their
-    // upper and lower bytes are looked up together.
-    static LOGITKERNELS_INLINE void store_pairs(const char* block, char* target) {
-        const __m256i nibbles = _mm256_set1_epi8(15), low_bytes = _mm256_set1_epi16(255);
-#pragma GCC unroll 8
-        for (int half = 0; half < kBlock / 4; ++half) {
-            const __m256i* source = reinterpret_cast<const __m256i*>(block + kScaleBytes) + half;
-            const __m256i lanes = _mm256_loadu_si256(source);
-#pragma GCC unroll 2
-            for (int shift = 0; shift < 2; ++shift) {
-                const __m256i ids = _mm256_and_si256(_mm256_srli_epi16(lanes, 4 * shift), nibbles);
-                const __m256i low = _mm256_shuffle_epi8(table<0>(), ids), high = _mm256_shuffle_epi8(table<1>(), ids);
-                __m256i* first = reinterpret_cast<__m256i*>(target + (half / 2 * 4 + shift) * 64) + half % 2;
-                _mm256_store_si256(first, _mm256_or_si256(_mm256_and_si256(low, low_bytes), _mm256_slli_epi16(high, 8)));
-                _mm256_store_si256(first + 4, _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(low_bytes, high)));
-            }
-        }
     }
 #endif
 };
@@ -120,6 +96,11 @@ struct Bytes {
         return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high)),
                                             _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)));
     }
+#else
+    template <int P>
+    static LOGITKERNELS_INLINE __m512i pair(const char* block) {
+        return load_int8(block + kScaleBytes + P * 32);
+    }
 #endif
     template <int P>
     static LOGITKERNELS_INLINE __m512i words(const char* block) {
@@ -135,94 +116,165 @@ struct Bytes {
     }
 };
 
-// How q and x meet. Unpacked is a scratch panel's element for two steps of 16 features. Without AVX-512 it is a pair of
-// bf16, which holds every integer: a panel of them fits the first-level cache, one of float32 does not.
-#ifdef LOGITKERNELS_AVX512
+// The sum of every block of activations.
+template <class Element>
+void sum_blocks(const Activations& x, int64_t rows, int64_t blocks) {
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t b = 0; b < blocks; ++b) {
+            const Element* source = static_cast<const Element*>(x.data) + row * x.stride + b * kBlock;
+            const __m512 sum = _mm512_add_ps(load(source, 0xffff), load(source + kLanes, 0xffff));
+            x.blocks.sums[row * blocks + b] = _mm512_reduce_add_ps(sum);
+        }
+    team_barrier();
+}
+
+#ifndef LOGITKERNELS_AVX512
+// A block of activations as int16 times a power of two, the least one that holds the largest of them: what is rounded
+// away is at most 2^-15 of that. A block with an infinity or NaN is NaN.
+void round_block(const float* source, int16_t* integers, float& scale, float& sum) {
+    const __m512 low = load(source, 0xffff), high = load(source + kLanes, 0xffff);
+    const auto absolute = [](const __m512& v) {
+        return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(INT32_MAX)));
+    };
+    const float largest = _mm512_reduce_max_ps(_mm512_max_ps(absolute(low), absolute(high)));
+    const bool has_nan = (_mm512_cmp_ps_mask(low, low, _CMP_UNORD_Q) | _mm512_cmp_ps_mask(high, high, _CMP_UNORD_Q)) != 0;
+    if (has_nan || std::isinf(largest)) {
+        std::fill_n(integers, kBlock, int16_t(0));
+        scale = sum = std::numeric_limits<float>::quiet_NaN();
+        return;
+    }
+    // The scale is 2^-15 of the power of two above the largest, and both it and its inverse are normal numbers.
+    const int32_t exponent = std::max(std::bit_cast<int32_t>(largest) >> 23, 15);
+    scale = std::bit_cast<float>((exponent - 14) << 23);
+    const __m512 inverse = _mm512_set1_ps(std::bit_cast<float>((268 - exponent) << 23));
+    const auto rounded = [&](const __m512& v) {
+        const __m512 nearest = _mm512_roundscale_ps(_mm512_mul_ps(v, inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        return _mm512_min_ps(nearest, _mm512_set1_ps(INT16_MAX));
+    };
+    const __m512 first = rounded(low), second = rounded(high);
+    store_int16(integers, first);
+    store_int16(integers + kLanes, second);
+    sum = scale * _mm512_reduce_add_ps(_mm512_add_ps(first, second));
+}
+
+void round_blocks(const Activations& x, int64_t rows, int64_t blocks) {
+#pragma omp for schedule(static) nowait
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* source = static_cast<const float*>(x.data) + row * x.stride;
+        for (int64_t b = 0, block = row * blocks; b < blocks; ++b, ++block)
+            round_block(source + b * kBlock, x.blocks.integers + block * kBlock, x.blocks.scales[block], x.blocks.sums[block]);
+    }
+    team_barrier();
+}
+#endif
+
+// Rows of activations in the type that a product multiplies, from some row on.
+template <class Element>
+struct Inputs {
+    const Element* x;
+    int64_t stride;
+    int64_t blocks;  // of a row
+    const float* block_sums;
+    const float* block_scales;  // of integers
+};
+
+// How q and x meet. `inputs` makes of activations what is multiplied; a block's sums of 16 features are a Sum, which
+// `scaled` turns into float32; a scratch panel holds what two steps of 16 features unpack to.
+
+// Two steps at a time: bf16 and float32 sums with AVX-512, otherwise int16, whose sum over a block is exact in int32.
 struct Dot {
-    using Element = bf16;
     static constexpr int64_t unpacked_bytes = 64;
+
+#ifdef LOGITKERNELS_AVX512
+    using Element = bf16;
+    using Sum = __m512;
+
+    template <class Format>
+    static Inputs<bf16> inputs(const Activations& x, int64_t rows, int64_t k) {
+        if constexpr (Format::has_minimum) sum_blocks<bf16>(x, rows, k / kBlock);
+        return {static_cast<const bf16*>(x.data), x.stride, k / kBlock, x.blocks.sums, nullptr};
+    }
+    static LOGITKERNELS_INLINE __m512 sum(__m512 before, __m512i pairs, int32_t x) {
+        return _mm512_dpbf16_ps(before, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(x));
+    }
+    static LOGITKERNELS_INLINE __m512 scaled(__m512 sum, const Inputs<bf16>&, int64_t) { return sum; }
+#else
+    using Element = int16_t;
+    using Sum = __m512i;
+
+    template <class Format>
+    static Inputs<int16_t> inputs(const Activations& x, int64_t rows, int64_t k) {
+        round_blocks(x, rows, k / kBlock);
+        return {x.blocks.integers, k, k / kBlock, x.blocks.sums, x.blocks.scales};
+    }
+    static LOGITKERNELS_INLINE __m512i sum(__m512i before, __m512i pairs, int32_t x) {
+        return _mm512_dpwssd_epi32(before, pairs, _mm512_set1_epi32(x));
+    }
+    static LOGITKERNELS_INLINE __m512 scaled(__m512i sum, const Inputs<int16_t>& in, int64_t block) {
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(in.block_scales[block]));
+    }
+#endif
 
     template <class Format, int P>
     static LOGITKERNELS_INLINE void unpack(const char* block, char* scratch) {
         _mm512_store_si512(scratch, Format::template pair<P>(block));
     }
     template <class Format, int P, int R>
-    static LOGITKERNELS_INLINE void add_packed(const char* block, const bf16* x, int64_t stride, __m512 (&sums)[R]) {
+    static LOGITKERNELS_INLINE void add_packed(const char* block, const Element* x, int64_t stride, Sum (&sums)[R]) {
         add<R>(Format::template pair<P>(block), x, stride, sums);
     }
     template <int R>
-    static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const bf16* x, int64_t stride, __m512 (&sums)[R]) {
+    static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const Element* x, int64_t stride, Sum (&sums)[R]) {
         add<R>(_mm512_load_si512(scratch), x, stride, sums);
     }
     template <int R>
-    static LOGITKERNELS_INLINE void add(__m512i pairs, const bf16* x, int64_t stride, __m512 (&sums)[R]) {
+    static LOGITKERNELS_INLINE void add(__m512i pairs, const Element* x, int64_t stride, Sum (&sums)[R]) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             int32_t pair;
             __builtin_memcpy(&pair, x + r * stride, sizeof pair);
-            sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(pair));
+            sums[r] = sum(sums[r], pairs, pair);
         }
     }
 };
 
-#endif
-
+// One step at a time, in float32.
 struct Fma {
-    using Element = float;
-
-#ifdef LOGITKERNELS_AVX512
     static constexpr int64_t unpacked_bytes = 128;
+    using Element = float;
+    using Sum = __m512;
+
+    template <class Format>
+    static Inputs<float> inputs(const Activations& x, int64_t rows, int64_t k) {
+        if constexpr (Format::has_minimum) sum_blocks<float>(x, rows, k / kBlock);
+        return {static_cast<const float*>(x.data), x.stride, k / kBlock, x.blocks.sums, nullptr};
+    }
+    static LOGITKERNELS_INLINE __m512 scaled(__m512 sum, const Inputs<float>&, int64_t) { return sum; }
 
     template <class Format, int P>
     static LOGITKERNELS_INLINE void unpack(const char* block, char* scratch) {
         _mm512_store_ps(scratch, Format::template even<P>(block));
         _mm512_store_ps(scratch + 64, Format::template odd<P>(block));
     }
-    static LOGITKERNELS_INLINE __m512 even_of(const char* scratch) { return _mm512_load_ps(scratch); }
-    static LOGITKERNELS_INLINE __m512 odd_of(const char* scratch) { return _mm512_load_ps(scratch + 64); }
-#else
-    static constexpr int64_t unpacked_bytes = 64;
-
-    template <class Format, int P>
-    static LOGITKERNELS_INLINE void unpack(const char* block, char* scratch) {
-        const __m512i even = _mm512_castps_si512(Format::template even<P>(block));
-        const __m512i odd = _mm512_castps_si512(Format::template odd<P>(block));
-        _mm512_store_si512(scratch, _mm512_xor_si512(_mm512_srli_epi32(even, 16), odd));
-    }
-    static LOGITKERNELS_INLINE __m512 even_of(const char* scratch) { return even_of_pairs(_mm512_load_si512(scratch)); }
-    static LOGITKERNELS_INLINE __m512 odd_of(const char* scratch) {
-        return odd_of_pairs(_mm512_load_si512(reread(scratch)));
-    }
-#endif
     template <class Format, int P, int R>
     static LOGITKERNELS_INLINE void add_packed(const char* block, const float* x, int64_t stride, __m512 (&sums)[R]) {
-        add<R>(Format::template even<P>(block), Format::template odd<P>(block), x, stride, sums);
-    }
-    template <int R>
-    static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const float* x, int64_t stride, __m512 (&sums)[R]) {
-        add<R>(even_of(scratch), odd_of(scratch), x, stride, sums);
+        const __m512 even = Format::template even<P>(block), odd = Format::template odd<P>(block);
+        add<R>(even, x, stride, sums);
+        add<R>(odd, x + 1, stride, sums);
     }
     // With one of the steps in registers at a time.
     template <int R>
-    static LOGITKERNELS_INLINE void add_in_turn(const char* scratch, const float* x, int64_t stride, __m512 (&sums)[R]) {
-        add_step<R>(even_of(scratch), x, stride, sums);
-        add_step<R>(odd_of(scratch), x + 1, stride, sums);
+    static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const float* x, int64_t stride, __m512 (&sums)[R]) {
+        add<R>(_mm512_load_ps(scratch), x, stride, sums);
+        add<R>(_mm512_load_ps(scratch + 64), x + 1, stride, sums);
     }
     template <int R>
-    static LOGITKERNELS_INLINE void add(__m512 even, __m512 odd, const float* x, int64_t stride, __m512 (&sums)[R]) {
-        add_step<R>(even, x, stride, sums);
-        add_step<R>(odd, x + 1, stride, sums);
-    }
-    template <int R>
-    static LOGITKERNELS_INLINE void add_step(__m512 q, const float* x, int64_t stride, __m512 (&sums)[R]) {
+    static LOGITKERNELS_INLINE void add(__m512 q, const float* x, int64_t stride, __m512 (&sums)[R]) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * stride]), q, sums[r]);
     }
 };
-
-#ifndef LOGITKERNELS_AVX512
-using Dot = Fma;  // on activations that bf16 represents
-#endif
 
 template <class Step>
 LOGITKERNELS_INLINE void for_each_pair(Step step) {
@@ -230,15 +282,6 @@ LOGITKERNELS_INLINE void for_each_pair(Step step) {
         (step.template operator()<P>(), ...);
     }(std::make_integer_sequence<int, kBlock / 2>());
 }
-
-// Rows of activations and the sums of their blocks, from some row on.
-template <class Element>
-struct Inputs {
-    const Element* x;
-    int64_t stride;
-    const float* block_sums;
-    int64_t blocks;
-};
 
 template <class Format>
 int64_t minima_bytes(int64_t blocks) {
@@ -250,6 +293,14 @@ int64_t group_bytes(int64_t blocks) {
     return minima_bytes<Format>(blocks) + blocks * Format::block_bytes;
 }
 
+template <class Element>
+Inputs<Element> from_row(Inputs<Element> in, int64_t row) {
+    in.x += row * in.stride;
+    in.block_sums += row * in.blocks;
+    if (in.block_scales != nullptr) in.block_scales += row * in.blocks;
+    return in;
+}
+
 template <int R, class Element>
 LOGITKERNELS_INLINE void add_minimum(__m512 m, const Inputs<Element>& in, int64_t b, __m512 (&totals)[R]) {
 #pragma GCC unroll 8
@@ -257,10 +308,12 @@ LOGITKERNELS_INLINE void add_minimum(__m512 m, const Inputs<Element>& in, int64_
         totals[r] = _mm512_fmadd_ps(_mm512_set1_ps(in.block_sums[r * in.blocks + b]), m, totals[r]);
 }
 
-template <int R>
-LOGITKERNELS_INLINE void add_block(const __m512 (&block)[R], __m512 d, __m512 (&totals)[R]) {
+template <class Product, int R>
+LOGITKERNELS_INLINE void add_block(const typename Product::Sum (&block)[R], __m512 d,
+                                   const Inputs<typename Product::Element>& in, int64_t b, __m512 (&totals)[R]) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) totals[r] = _mm512_fmadd_ps(block[r], d, totals[r]);
+    for (int r = 0; r < R; ++r)
+        totals[r] = _mm512_fmadd_ps(Product::scaled(block[r], in, r * in.blocks + b), d, totals[r]);
 }
 
 // Groups of 16 features whose sums a tile of R rows takes in one go. On AVX2 the sums of one group of a lone row are too
@@ -295,16 +348,15 @@ void fused_tile(const char* panel, const Inputs<typename Product::Element>& in, 
                 for (int64_t line = 0; line < Format::block_bytes; line += 64)
                     prefetch(block + (kVectors + g) * bytes + line);
             const auto* x = in.x + b * kBlock;
-            __m512 partial[G][R];
-            for (int g = 0; g < G; ++g)
-                for (int r = 0; r < R; ++r) partial[g][r] = _mm512_setzero_ps();
+            typename Product::Sum partial[G][R] = {};
             for_each_pair([&]<int P>() __attribute__((always_inline)) {
 #pragma GCC unroll 2
                 for (int g = 0; g < G; ++g)
                     Product::template add_packed<Format, P, R>(block + g * bytes, x + 2 * P, in.stride, partial[g]);
             });
 #pragma GCC unroll 2
-            for (int g = 0; g < G; ++g) add_block<R>(partial[g], load_float16(block + g * bytes), totals[g]);
+            for (int g = 0; g < G; ++g)
+                add_block<Product, R>(partial[g], load_float16(block + g * bytes), in, b, totals[g]);
         }
         for (int g = 0; g < G; ++g)
             for (int r = 0; r < R; ++r) sums[r][first + g] = totals[g][r];
@@ -334,12 +386,9 @@ class ScratchPanel {
             for (int64_t b = 0; b < blocks_; ++b) {
                 const char* block = group + minima_bytes<Format>(blocks_) + b * Format::block_bytes;
                 char* target = integers_.get() + g * integer_bytes_ + b * kBlock / 2 * Product::unpacked_bytes;
-                if constexpr (requires { Format::store_pairs(block, target); })
-                    Format::store_pairs(block, target);
-                else
-                    for_each_pair([&]<int P>() __attribute__((always_inline)) {
-                        Product::template unpack<Format, P>(block, target + P * Product::unpacked_bytes);
-                    });
+                for_each_pair([&]<int P>() __attribute__((always_inline)) {
+                    Product::template unpack<Format, P>(block, target + P * Product::unpacked_bytes);
+                });
                 const int64_t place = (g * blocks_ + b) * kLanes;
                 _mm512_store_ps(scales_.get() + place, load_float16(block));
                 if constexpr (Format::has_minimum)
@@ -374,15 +423,14 @@ class ScratchPanel {
             fetch_ahead(kVectors * lines_a_block_);
             const char* integers = integers_.get() + b * kBlock / 2 * Product::unpacked_bytes;
             const auto* x = in.x + b * kBlock;
-            __m512 block0[R], block1[R];
-            for (int r = 0; r < R; ++r) block0[r] = block1[r] = _mm512_setzero_ps();
+            typename Product::Sum block0[R] = {}, block1[R] = {};
             for (int p = 0; p < kBlock / 2; ++p) {
                 const char* step = integers + p * Product::unpacked_bytes;
                 Product::template add_unpacked<R>(step, x + 2 * p, in.stride, block0);
                 Product::template add_unpacked<R>(step + integer_bytes_, x + 2 * p, in.stride, block1);
             }
-            add_block<R>(block0, _mm512_load_ps(scales_.get() + b * kLanes), totals0);
-            add_block<R>(block1, _mm512_load_ps(scales_.get() + (blocks_ + b) * kLanes), totals1);
+            add_block<Product, R>(block0, _mm512_load_ps(scales_.get() + b * kLanes), in, b, totals0);
+            add_block<Product, R>(block1, _mm512_load_ps(scales_.get() + (blocks_ + b) * kLanes), in, b, totals1);
         }
         __m512 sums[R][kVectors];
         for (int r = 0; r < R; ++r) sums[r][0] = totals0[r], sums[r][1] = totals1[r];
@@ -403,11 +451,10 @@ class ScratchPanel {
             for (int64_t b = 0; b < blocks_; ++b) {
                 fetch_ahead(lines_a_block_);
                 const auto* x = in.x + b * kBlock;
-                __m512 block[R];
-                for (int r = 0; r < R; ++r) block[r] = _mm512_setzero_ps();
+                typename Product::Sum block[R] = {};
                 for (int p = 0; p < kBlock / 2; ++p, step += Product::unpacked_bytes)
-                    Product::template add_in_turn<R>(step, x + 2 * p, in.stride, block);
-                add_block<R>(block, _mm512_load_ps(scales + b * kLanes), totals);
+                    Product::template add_unpacked<R>(step, x + 2 * p, in.stride, block);
+                add_block<Product, R>(block, _mm512_load_ps(scales + b * kLanes), in, b, totals);
             }
             __m512 sums[R][1];
             for (int r = 0; r < R; ++r) sums[r][0] = totals[r];
@@ -425,10 +472,10 @@ class ScratchPanel {
 template <class Format, class Product>
 void multiply_format(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
                      Epilogue epilogue) {
-    using Element = typename Product::Element;
-    const int64_t blocks = linear.k / kBlock, panels = ceil_div(linear.n, kPanelColumns);
+    const auto all = Product::template inputs<Format>(x, rows, linear.k);
+    const int64_t blocks = all.blocks, panels = ceil_div(linear.n, kPanelColumns);
     const int64_t panel_bytes = kVectors * group_bytes<Format>(blocks);
-    const int64_t row_block = rows_per_block(rows, x.stride * int64_t(sizeof(Element)));
+    const int64_t row_block = rows_per_block(rows, all.stride * int64_t(sizeof *all.x));
     ScratchPanel<Format, Product> scratch(rows > kFusedRows ? blocks : 0);
 #pragma omp for schedule(static) nowait
     for (int64_t item = 0; item < ceil_div(rows, row_block) * panels; ++item) {
@@ -440,8 +487,7 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
         if (count > kFusedRows) scratch.unpack(weights, tiles);
         for (int64_t t = 0, row = first; t < tiles; ++t) {
             const int64_t size = small + (t < larger);
-            const Inputs<Element> in{static_cast<const Element*>(x.data) + row * x.stride, x.stride,
-                                     x.block_sums + row * blocks, blocks};
+            const auto in = from_row(all, row);
             const Target target = target_of(linear, row, panel, out, ldo, epilogue);
             row += size;
             if (count <= kFusedRows) {
@@ -466,33 +512,15 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
     team_barrier();
 }
 
-// The sum of every block of 32 activations, as they are after rounding.
-template <class Element>
-void sum_blocks(const Activations& x, int64_t rows, int64_t blocks) {
-#pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t b = 0; b < blocks; ++b) {
-            const Element* source = static_cast<const Element*>(x.data) + row * x.stride + b * kBlock;
-            const __m512 sum = _mm512_add_ps(load(source, 0xffff), load(source + kLanes, 0xffff));
-            x.block_sums[row * blocks + b] = _mm512_reduce_add_ps(sum);
-        }
-    team_barrier();
-}
-
 }  // namespace
 
 void multiply_quantized(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
                         Epilogue epilogue) {
-    const int64_t blocks = linear.k / kBlock;
     switch (linear.kind) {
         case kQ40Dot: return multiply_format<Nibbles<false>, Dot>(linear, x, rows, out, ldo, epilogue);
         case kQ40Fma: return multiply_format<Nibbles<false>, Fma>(linear, x, rows, out, ldo, epilogue);
-        case kQ41Dot:
-            sum_blocks<Dot::Element>(x, rows, blocks);
-            return multiply_format<Nibbles<true>, Dot>(linear, x, rows, out, ldo, epilogue);
-        case kQ41Fma:
-            sum_blocks<float>(x, rows, blocks);
-            return multiply_format<Nibbles<true>, Fma>(linear, x, rows, out, ldo, epilogue);
+        case kQ41Dot: return multiply_format<Nibbles<true>, Dot>(linear, x, rows, out, ldo, epilogue);
+        case kQ41Fma: return multiply_format<Nibbles<true>, Fma>(linear, x, rows, out, ldo, epilogue);
         case kQ80Dot: return multiply_format<Bytes, Dot>(linear, x, rows, out, ldo, epilogue);
         default: return multiply_format<Bytes, Fma>(linear, x, rows, out, ldo, epilogue);
     }

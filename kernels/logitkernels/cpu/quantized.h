@@ -1,9 +1,13 @@
 // Linear layers on the block formats of GGUF files, without loss: every stored integer and scale is kept.
 //
-// A block is 32 weights along k with a scale d (and a minimum m): w = d q + m. The integers q are exact in bf16, so the
-// sum over a block is taken over q x and scaled once, in the same order whatever the number of rows:
+// A block is 32 weights along k with a scale d (and a minimum m): w = d q + m. The sum over a block is taken over q x and
+// scaled once, in the same order whatever the number of rows:
 //
 //     sum_k w_k x_k = (sum_blocks m sum_k x_k) + sum_blocks d (sum_k q_k x_k)
+//
+// The integers q are exact in what they are multiplied as. The activations x are float32 in the fma kinds. In the dot
+// kinds they are rounded: to bf16 (8 bits each) with AVX-512, which multiplies pairs of bf16, and elsewhere to int16 with
+// a power of two for every 32 (15 bits of the largest), which multiplies twice as fast as float32 on AVX2.
 //
 // Panels are 32 output features as two groups of 16. A group holds the minima of its blocks (Q4_1 only),
 // float16 m[k / 32][16], then its blocks one after the other: float16 d[16] and the integers, a 32-bit lane per feature:
