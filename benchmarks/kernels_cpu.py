@@ -97,8 +97,16 @@ class Decoder:
         return lambda: void(self.kernels.linear(hidden, self.head))
 
     def caches(self, metadata: AttentionMetadata) -> list[Tensor]:
+        """Keys and values in turn, the keys transposed as the engine has them."""
         blocks = int(metadata.block_tables.max()) + 1
-        return [torch.randn(blocks, KV_HEADS, BLOCK_SIZE, HEAD_DIM).bfloat16() for _ in range(2 * LAYERS)]
+
+        def cache(*block: int) -> Tensor:
+            return torch.randn(blocks, KV_HEADS, *block).bfloat16()
+
+        pairs = [
+            (cache(HEAD_DIM, BLOCK_SIZE).transpose(2, 3), cache(BLOCK_SIZE, HEAD_DIM)) for _ in range(LAYERS)
+        ]
+        return [tensor for pair in pairs for tensor in pair]
 
     def attention(self, query_lens: list[int], seq_lens: list[int]) -> Callable[[], None]:
         metadata = metadata_of(query_lens, seq_lens)

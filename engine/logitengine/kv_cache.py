@@ -30,7 +30,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class PagedKVCache:
-    """``keys[layer]`` and ``values[layer]`` are [num_blocks, Hkv, block_size, D]."""
+    """``keys[layer]`` and ``values[layer]`` are [num_blocks, Hkv, block_size, D]; keys may be so by transposition."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -52,10 +52,11 @@ class PagedKVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        transposes_keys: bool = False,
     ) -> PagedKVCache:
         # Unwritten slots are never attended to, but padded gathers read them: NaN there would survive a zero weight.
-        def blocks(shape: LayerShape, dim: int) -> Tensor:
-            size = (num_blocks, shape.num_kv_heads, block_size, dim)
+        def blocks(shape: LayerShape, *block: int) -> Tensor:
+            size = (num_blocks, shape.num_kv_heads, *block)
             if device.type != "cpu":
                 return torch.zeros(size, dtype=dtype, device=device)
             # numpy leaves the zeroing to the kernel's fresh pages: no memory is spent until a block is used.
@@ -63,9 +64,14 @@ class PagedKVCache:
                 torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, np.uint8)).view(dtype).view(size)
             )
 
+        def keys(shape: LayerShape) -> Tensor:
+            if transposes_keys:
+                return blocks(shape, shape.key_dim, block_size).transpose(2, 3)
+            return blocks(shape, block_size, shape.key_dim)
+
         return cls(
-            keys=[blocks(shape, shape.key_dim) for shape in shapes],
-            values=[blocks(shape, shape.value_dim) for shape in shapes],
+            keys=[keys(shape) for shape in shapes],
+            values=[blocks(shape, block_size, shape.value_dim) for shape in shapes],
         )
 
 

@@ -164,6 +164,7 @@ class _Servable:
             block_size=self.config.block_size,
             dtype=self.model.dtype,
             device=self.device.torch_device,
+            transposes_keys=self.kernels.transposes_keys and self.config.block_size % 16 == 0,
         )
         return ModelRunner(
             self.model,

@@ -97,6 +97,10 @@ class Kernels(ABC):
     batch_invariant: bool
     """Whether a row's bits never depend on the other rows, on the chunking or on the batch."""
 
+    transposes_keys: bool = False
+    """Whether keys are read faster where caches of them are views [num_blocks, Hkv, block_size, D] of memory that holds
+    [num_blocks, Hkv, D, block_size]."""
+
     @abstractmethod
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> Any:
         """Pack ``weight`` [N, K] and ``bias`` [N] into whatever ``linear`` reads fastest. Done once, at load."""

@@ -57,6 +57,11 @@ def metadata_of(
     )
 
 
+def transpose_memory(cache: Tensor) -> Tensor:
+    """The same cache in memory where the tokens of a block are neighbours."""
+    return cache.transpose(2, 3).contiguous().transpose(2, 3)
+
+
 @dataclasses.dataclass
 class Sequences:
     """Keys, values and queries of some sequences, before they are paged."""
@@ -82,6 +87,7 @@ class Sequences:
         *,
         dtype: torch.dtype,
         block_size: int = 16,
+        transposed: bool = False,
         seed: int = 0,
         **options: object,
     ) -> list[Tensor]:
@@ -91,6 +97,8 @@ class Sequences:
         kv_heads, size = self.keys[0].shape[1:]
         shape = (len(seq_lens) * width + 3, kv_heads, block_size)
         key_cache = torch.full((*shape, size), torch.nan).to(dtype)
+        if transposed:
+            key_cache = transpose_memory(key_cache)
         value_cache = torch.full((*shape, self.values[0].shape[-1]), torch.nan).to(dtype)
         whole = metadata_of(seq_lens, seq_lens, block_size, seed)
         KERNELS.store_kv(
@@ -153,7 +161,10 @@ def test_attention_is_softmax_over_the_visible_positions(
         lengths, kv_heads * group, kv_heads, data.draw(st.sampled_from([1, 32, 40, 64, 80]))
     )
     window = data.draw(st.none() | st.integers(1, 200))
-    actual = sequences.attend(query_lens, dtype=dtype, block_size=block_size, sliding_window=window)
+    transposed = block_size % 16 == 0 and data.draw(st.booleans())
+    actual = sequences.attend(
+        query_lens, dtype=dtype, block_size=block_size, transposed=transposed, sliding_window=window
+    )
     assert_close(actual, sequences.expected(query_lens, dtype=dtype, sliding_window=window))
 
 
@@ -195,15 +206,38 @@ def test_a_query_has_the_same_bits_whatever_surrounds_it(
     for index, length in enumerate(lengths):
         alone = Sequences([sequences.queries[index]], [sequences.keys[index]], [sequences.values[index]])
         count = data.draw(st.integers(1, length))
+        block_size = data.draw(st.sampled_from([4, 16, 32, 128]))
         with threads(data.draw(st.sampled_from([1, 2, 3]))):
             result = alone.attend(
                 [count],
                 dtype=dtype,
-                block_size=data.draw(st.sampled_from([4, 16, 128])),
+                block_size=block_size,
+                transposed=block_size != 4 and data.draw(st.booleans()),
                 seed=data.draw(st.integers(0, 9)),
                 sliding_window=window,
             )[0]
         assert torch.equal(result, whole[index][length - count :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads", range(1, 8))
+def test_transposed_keys_give_the_same_bits(dtype: torch.dtype, heads: int) -> None:
+    """Decoded rows read them in place, at every number of heads that a tile takes; longer chunks copy them."""
+    sequences = Sequences.draw([1, 17, 130, 300], heads, 1, 40)
+    for counts in ([1, 1, 1, 1], [1, 9, 40, 3]):
+        rows = sequences.attend(counts, dtype=dtype)
+        for block_size in (16, 64):
+            transposed = sequences.attend(counts, dtype=dtype, block_size=block_size, transposed=True)
+            assert all(map(torch.equal, transposed, rows))
+
+
+def test_keys_are_transposed_in_whole_vectors_and_values_never() -> None:
+    keys, values = torch.zeros(2, 1, 8, 4), torch.zeros(2, 1, 8, 4)
+    key, slots = torch.zeros(1, 1, 4), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        KERNELS.store_kv(key, key, transpose_memory(keys), values, slots)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        KERNELS.store_kv(key, key, keys, transpose_memory(values), slots)
 
 
 def test_a_long_sequence_divided_among_threads_has_the_same_bits() -> None:
@@ -272,6 +306,7 @@ def run_chunks(
 ) -> Tensor:
     """One sequence through the layers, chunk by chunk."""
     caches = [torch.zeros(9, KV_HEADS, 32, SIZE, dtype=dtype) for _ in range(2 * len(layers))]
+    caches[::2] = map(transpose_memory, caches[::2])
     rows, done = [], 0
     for chunk in chunks:
         metadata = metadata_of([chunk], [done + chunk], 32)

@@ -7,8 +7,9 @@
 // as in Dao et al., "FlashAttention" (2022). A block's result is the same whoever computes it, so long sequences may be
 // divided among threads at block boundaries and merged afterwards in the same order: the bits do not change.
 //
-// Keys are transposed to float32 once per block and tile; values are widened likewise when many rows share them. So a
-// decode step moves each cached byte once: 2 (D + Dv) bytes per token, layer and key-value head in bf16.
+// Keys are read transposed, 16 in a vector. Where the cache does not hold them so, or many rows share them, a block of
+// them is copied to float32 first, and its values too when many rows share them. So a decode step moves each cached byte
+// once: 2 (D + Dv) bytes per token, layer and key-value head in bf16.
 #include "attention.h"
 #include "team.h"
 
@@ -105,26 +106,47 @@ void transpose_keys(const Element* const* keys, int64_t size, float* target) {
     for (int c = 0; c < 4; ++c) store_column(columns[c], target + (whole + c * per_column) * kBlockKeys, Element());
 }
 
-// Cache lines to fetch, a few at a time between other work: the processor has few misses in flight, and a burst of
-// fetches would make the loads behind it wait.
+// Memory to fetch, a line at a time between other work: the processor has few misses in flight, and a burst of fetches
+// would make the loads behind it wait.
 class Fetcher {
   public:
-    explicit Fetcher(int64_t capacity) : lines_(allocate<const char*>(capacity)) {}
+    explicit Fetcher(int64_t capacity) : spans_(allocate<Span>(capacity)) {}
 
-    void begin() { position_ = count_ = 0; }
-    void add(const void* row, int64_t lines) {
-        for (int64_t i = 0; i < lines; ++i) lines_[count_++] = static_cast<const char*>(row) + i * 64;
+    void begin() {
+        position_ = count_ = 0;
+        next_ = end_ = nullptr;
+    }
+    void add(const void* start, int64_t bytes) {
+        const char* from = static_cast<const char*>(start);
+        if (count_ > 0 && spans_[count_ - 1].end == from)
+            spans_[count_ - 1].end += bytes;
+        else
+            spans_[count_++] = {from, from + bytes};
     }
     LOGITKERNELS_INLINE void step() {
-        if (position_ < count_) prefetch(lines_[position_++]);
+        if (next_ < end_) {
+            prefetch(next_);
+            next_ += 64;
+        } else if (position_ < count_) {
+            next_ = spans_[position_].next;
+            end_ = spans_[position_++].end;
+        }
     }
-    void steps(int64_t count) {
-        for (int64_t i = 0; i < count; ++i) step();
+    // A line for each two vectors of 16 that a loop reads meanwhile.
+    template <int V>
+    LOGITKERNELS_INLINE void beside() {
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v += 2) step();
     }
 
   private:
-    Buffer<const char*> lines_;
+    struct Span {
+        const char* next;
+        const char* end;
+    };
+    Buffer<Span> spans_;
     int64_t position_ = 0, count_ = 0;
+    const char *next_ = nullptr, *end_ = nullptr;
 };
 
 // sums[r][v] += factor(r) vector(v)
@@ -153,24 +175,35 @@ LOGITKERNELS_INLINE void add_products(__m512 (&sums)[R][V], Factor factor, Vecto
 #endif
 }
 
+// The keys of a block in groups of 16, which lie element after element: in a transposed cache, or in a copy.
+template <class Element>
+struct KeyGroups {
+    const Element* groups[kBlockKeys / kLanes];
+    int64_t stride;  // from an element to the next
+};
+
 // scores[r][key] = q_r . k_key, summed in the order of the head's dimensions.
-template <int R>
-void score(const float* query, int64_t size, const float* keys, Range range, float* scores, Fetcher& fetcher) {
+template <int R, class Element>
+void score(const float* query, int64_t size, const KeyGroups<Element>& keys, Range range, float* scores,
+           Fetcher& fetcher) {
     constexpr int V = vectors_beside(R);
-    constexpr int64_t width = V * kLanes;
-    for (int64_t key = range.from / width * width; key < range.to; key += width) {
+    const int64_t stride = keys.stride;
+    for (int64_t group = range.from / kLanes / V * V; group * kLanes < range.to; group += V) {
         __m512 sums[R][V];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
+        const Element* columns[V];
 #pragma GCC unroll 4
-            for (int v = 0; v < V; ++v) sums[r][v] = _mm512_setzero_ps();
-        const float* column = keys + key;
-        for (int64_t d = 0; d < size; ++d, column += kBlockKeys) {
-            fetcher.step();
+        for (int v = 0; v < V; ++v) {
+            columns[v] = keys.groups[group + v];
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) sums[r][v] = _mm512_setzero_ps();
+        }
+        for (int64_t d = 0; d < size; ++d) {
+            fetcher.beside<V>();
             add_products(
                 sums, [&](int r) { return _mm512_set1_ps(query[r * size + d]); },
                 [&](int v) {
-                    __m512 k = _mm512_load_ps(column + v * kLanes);
+                    __m512 k = load_shuffled(columns[v]);
+                    columns[v] += stride;
                     keep(k);
                     return k;
                 });
@@ -179,43 +212,48 @@ void score(const float* query, int64_t size, const float* keys, Range range, flo
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v)
-                _mm512_store_ps(scores + r * kBlockKeys + key + v * kLanes, sums[r][v]);
+                _mm512_store_ps(scores + r * kBlockKeys + (group + v) * kLanes, unshuffled(sums[r][v], Element()));
     }
 }
 
 // The values of a block, widened beforehand because many rows use them.
 struct WidenedValues {
+    using Element = float;
     const float* values;  // [kBlockKeys][stride]
     int64_t stride;
-    __m512 at(int64_t key, int64_t d) const { return _mm512_load_ps(values + key * stride + d); }
+    const float* row(int64_t key) const { return values + key * stride; }
 };
 
 // The values of a block where they lie in the cache. Their size is a multiple of 16.
-template <class Element>
+template <class CacheElement>
 struct CachedValues {
+    using Element = CacheElement;
     const Element* const* rows;
-    __m512 at(int64_t key, int64_t d) const { return load(rows[key] + d, 0xffff); }
+    const Element* row(int64_t key) const { return rows[key]; }
 };
 
 // sums[r][d] += weights[r][key] * values[key][d] over keys in ascending order, V vectors of d at a time.
 template <int R, int V, class Values>
 void weigh_columns(const float* weights, const Values& values, int64_t d, Range keys, float* sums, int64_t stride,
                    Fetcher& fetcher) {
+    using Element = typename Values::Element;
     __m512 s[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) s[r][v] = _mm512_load_ps(sums + r * stride + d + v * kLanes);
+        for (int v = 0; v < V; ++v) s[r][v] = shuffled(_mm512_load_ps(sums + r * stride + d + v * kLanes), Element());
     for (int64_t key = keys.from; key < keys.to; ++key) {
-        fetcher.step();
+        fetcher.beside<V>();
+        const Element* row = values.row(key) + d;
         add_products(
             s, [&](int r) { return _mm512_set1_ps(weights[r * kBlockKeys + key]); },
-            [&](int v) { return values.at(key, d + v * kLanes); });
+            [&](int v) { return load_shuffled(row + v * kLanes); });
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; ++v) _mm512_store_ps(sums + r * stride + d + v * kLanes, s[r][v]);
+        for (int v = 0; v < V; ++v)
+            _mm512_store_ps(sums + r * stride + d + v * kLanes, unshuffled(s[r][v], Element()));
 }
 
 template <int R, class Values>
@@ -287,7 +325,12 @@ class Worker {
           states_(allocate<RowState>(plan.tile_queries * group_)),
           scores_(allocate<float>(kChunkRows * kBlockKeys)),
           block_output_(allocate<float>(kChunkRows * padded_)),
-          fetcher_(kBlockKeys * (lines_of(attention.key_size) + lines_of(attention.value_size))) {}
+          fetcher_(2 * kBlockKeys) {
+        cached_keys_.stride = attention.keys.element_stride;
+        widened_keys_.stride = kBlockKeys;
+        for (int64_t group = 0; group < kBlockKeys / kLanes; ++group)
+            widened_keys_.groups[group] = keys_.get() + group * kLanes;
+    }
 
     // `next` is what this thread does afterwards, or null: its first block is fetched beside the last one of `item`.
     void run(const AttentionItem& item, const AttentionItem* next, const float* query, int64_t query_stride,
@@ -327,8 +370,6 @@ class Worker {
     }
 
   private:
-    static int64_t lines_of(int64_t size) { return ceil_div(size * int64_t(sizeof(Element)), 64); }
-
     // The position of the first query of a tile.
     int64_t position_of(const AttentionItem& item) const {
         const int64_t query_len = batch_.query_start[item.sequence + 1] - batch_.query_start[item.sequence];
@@ -359,69 +400,94 @@ class Worker {
         }
     }
 
-    // Transposes the keys and widens the values of a block that the tile sees, while what comes next is fetched: its rows
-    // are scattered over the cache, where the processor does not foresee them.
+    // Few rows read keys and values where they lie, if they lie as they are read; a copy pays when several chunks of rows
+    // read it.
+    bool reads_keys_in_place() const { return rows_ <= kChunkRows && attention_.keys.is_transposed(); }
+    bool reads_values_in_place() const { return rows_ <= kChunkRows && padded_ == attention_.value_size; }
+
+    // Finds or copies the keys and values of a block that the tile sees.
     void load_block(const AttentionItem& item, int64_t block) {
-        constexpr int64_t loading_share = 36;  // lines a group of keys, of 64 when a head has 64 dimensions in bf16
         const int64_t start = block * kBlockKeys;
         const Range seen{within_block(visible_to_row(0), block).from / kLanes * kLanes,
                          within_block(visible_to_row(rows_ - 1), block).to};
-        Rows rows;
+        // Scores are taken of up to four groups at once: those that nobody sees are read too, from somewhere valid.
+        if (reads_keys_in_place())
+            std::fill_n(cached_keys_.groups, kBlockKeys / kLanes, group_of(item, start + seen.from));
         for (int64_t group = seen.from; group < seen.to; group += kLanes) {
-            fetcher_.steps(loading_share);
-            // Lanes past the last key repeat it: they are masked later, and no memory beyond the cache is read.
-            find_rows(item, start + group, start + seen.to - 1, rows);
-            transpose_keys(rows.keys, attention_.key_size, keys_.get() + group);
-            if (reads_values_in_place()) {
-                std::copy_n(rows.values, kLanes, value_rows_ + group);
-                continue;
-            }
-            for (int64_t i = 0; i < kLanes; ++i)
-                for (int64_t d = 0; d < padded_; d += kLanes)
-                    _mm512_store_ps(values_.get() + (group + i) * padded_ + d,
-                                    load(rows.values[i] + d, lane_mask(attention_.value_size - d)));
+            load_keys(item, start + group, start + seen.to - 1, group);
+            load_values(item, start + group, start + seen.to - 1, group);
         }
     }
 
-    // A copy pays when several chunks of rows read it.
-    bool reads_values_in_place() const { return rows_ <= kChunkRows && padded_ == attention_.value_size; }
+    // Lanes past the last key repeat it or are slots of the same cache block: they are masked later, and no memory beyond
+    // the cache is read.
+    void load_keys(const AttentionItem& item, int64_t position, int64_t last, int64_t group) {
+        if (!attention_.keys.is_transposed()) {
+            const Element* rows[kLanes];
+            find_rows(attention_.keys, item, position, last, rows);
+            return transpose_keys(rows, attention_.key_size, keys_.get() + group);
+        }
+        const Element* keys = group_of(item, position);
+        if (reads_keys_in_place()) {
+            cached_keys_.groups[group / kLanes] = keys;
+            return;
+        }
+        for (int64_t d = 0; d < attention_.key_size; ++d)
+            _mm512_store_ps(keys_.get() + d * kBlockKeys + group, load(keys + d * attention_.keys.element_stride, 0xffff));
+    }
 
-    struct Rows {
-        const Element* keys[kLanes];
-        const Element* values[kLanes];
-    };
+    void load_values(const AttentionItem& item, int64_t position, int64_t last, int64_t group) {
+        find_rows(attention_.values, item, position, last, value_rows_ + group);
+        if (reads_values_in_place()) return;
+        for (int64_t i = 0; i < kLanes; ++i)
+            for (int64_t d = 0; d < padded_; d += kLanes)
+                _mm512_store_ps(values_.get() + (group + i) * padded_ + d,
+                                load(value_rows_[group + i] + d, lane_mask(attention_.value_size - d)));
+    }
 
     // Where the 16 positions from `position` lie; those past `last` repeat it or are slots of the same cache block.
-    void find_rows(const AttentionItem& item, int64_t position, int64_t last, Rows& rows) const {
-        const int64_t block_size = attention_.keys.block_size;
-        const int32_t* table = batch_.block_tables + item.sequence * batch_.table_stride + position / block_size;
-        int64_t offset = position % block_size;
-        if (offset + kLanes <= block_size) {
-            const Element* key = row_of(attention_.keys, *table, item.kv_head, offset);
-            const Element* value = row_of(attention_.values, *table, item.kv_head, offset);
-            for (int64_t i = 0; i < kLanes; ++i) {
-                rows.keys[i] = key + i * attention_.keys.token_stride;
-                rows.values[i] = value + i * attention_.values.token_stride;
-            }
+    void find_rows(const Cache& cache, const AttentionItem& item, int64_t position, int64_t last, const Element** rows) const {
+        const int32_t* table = batch_.block_tables + item.sequence * batch_.table_stride + position / cache.block_size;
+        int64_t offset = position % cache.block_size;
+        if (offset + kLanes <= cache.block_size) {
+            const Element* row = row_of(cache, *table, item.kv_head, offset);
+            for (int64_t i = 0; i < kLanes; ++i) rows[i] = row + i * cache.token_stride;
             return;
         }
         for (int64_t i = 0; i < kLanes; ++i) {
-            rows.keys[i] = row_of(attention_.keys, *table, item.kv_head, offset);
-            rows.values[i] = row_of(attention_.values, *table, item.kv_head, offset);
+            rows[i] = row_of(cache, *table, item.kv_head, offset);
             if (position + i >= last) continue;
-            if (++offset == block_size) offset = 0, ++table;
+            if (++offset == cache.block_size) offset = 0, ++table;
         }
     }
 
-    // What a tile sees of a block, in the order in which it will be read.
+    // The same in a transposed cache, where 16 positions are neighbours.
+    const Element* group_of(const AttentionItem& item, int64_t position) const {
+        const Cache& cache = attention_.keys;
+        const int32_t* table = batch_.block_tables + item.sequence * batch_.table_stride;
+        return row_of(cache, table[position / cache.block_size], item.kv_head, position % cache.block_size);
+    }
+
+    // What a tile sees of a block, in the order in which it will be read. It is scattered over the cache, where the
+    // processor does not foresee it.
     void plan_fetches(const AttentionItem& item, int64_t block) {
         const int64_t first = position_of(item), last = first + item.queries - 1, start = block * kBlockKeys;
-        const int64_t from = std::max(visible(attention_, first).from, start) / kLanes * kLanes;
-        Rows rows;
-        for (int64_t position = from; position < start + kBlockKeys && position <= last; position += kLanes) {
-            find_rows(item, position, last, rows);
-            for (int64_t i = 0; i < kLanes; ++i) fetcher_.add(rows.keys[i], lines_of(attention_.key_size));
-            for (int64_t i = 0; i < kLanes; ++i) fetcher_.add(rows.values[i], lines_of(attention_.value_size));
+        const Range seen{std::max(visible(attention_, first).from, start) / kLanes * kLanes,
+                         std::min(start + kBlockKeys, last + 1)};
+        const Cache& keys = attention_.keys;
+        const Element* rows[kLanes];
+        for (int64_t position = seen.from; position < seen.to; position += kLanes) {
+            if (!keys.is_transposed()) {
+                find_rows(keys, item, position, last, rows);
+                for (const Element* row : rows) fetcher_.add(row, attention_.key_size * int64_t(sizeof(Element)));
+            } else if (position == seen.from || position % keys.block_size == 0) {
+                const Element* group = group_of(item, position / keys.block_size * keys.block_size);
+                fetcher_.add(group, attention_.key_size * keys.element_stride * int64_t(sizeof(Element)));
+            }
+        }
+        for (int64_t position = seen.from; position < seen.to; position += kLanes) {
+            find_rows(attention_.values, item, position, last, rows);
+            for (const Element* row : rows) fetcher_.add(row, attention_.value_size * int64_t(sizeof(Element)));
         }
     }
 
@@ -451,8 +517,11 @@ class Worker {
         }
         RowState states[R];
         if (!all.empty()) {
-            score<R>(query_.get() + first_row * attention_.key_size, attention_.key_size, keys_.get(), all,
-                     scores_.get(), fetcher_);
+            const float* query = query_.get() + first_row * attention_.key_size;
+            if (reads_keys_in_place())
+                score<R>(query, attention_.key_size, cached_keys_, all, scores_.get(), fetcher_);
+            else
+                score<R>(query, attention_.key_size, widened_keys_, all, scores_.get(), fetcher_);
             for (int r = 0; r < R; ++r)
                 if (!keys[r].empty()) states[r] = soften(scores_.get() + r * kBlockKeys, keys[r], attention_.softcap);
             if (reads_values_in_place())
@@ -527,6 +596,8 @@ class Worker {
     Buffer<RowState> states_;
     Buffer<float> scores_, block_output_;
     Fetcher fetcher_;
+    KeyGroups<Element> cached_keys_;
+    KeyGroups<float> widened_keys_;
     const Element* value_rows_[kBlockKeys];
     int64_t first_position_ = 0, rows_ = 0;
 };

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import byref, pointer
 from dataclasses import dataclass, field, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,6 +62,7 @@ class CpuKernels(Kernels):
 
     name = "cpu"
     batch_invariant = True
+    transposes_keys = True
     gguf_formats = frozenset(kind.name for kind in GgufType)
 
     def __init__(self, *, exact: bool = False, march: str = "native") -> None:
@@ -163,14 +165,14 @@ class CpuKernels(Kernels):
         self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
     ) -> None:
         slots = _integers(slot_mapping, torch.int64, "slot_mapping")
-        for source, cache in ((key, key_cache), (value, value_cache)):
+        for source, cache, struct_of in ((key, key_cache, _key_cache), (value, value_cache, _cache)):
             tokens, heads, size = source.shape
             if (heads, size) != (cache.shape[1], cache.shape[3]) or len(slots) != tokens:
                 msg = f"{list(source.shape)} with {len(slots)} slots does not fit a cache of {list(cache.shape)}"
                 raise ValueError(msg)
             source = _float32(source, "key and value")  # noqa: PLW2901  the same values, contiguous
             self._library.store(
-                source.data_ptr(), tokens, heads, size, byref(_cache(cache)), slots.data_ptr(), _threads()
+                source.data_ptr(), tokens, heads, size, byref(struct_of(cache)), slots.data_ptr(), _threads()
             )
 
     def paged_attention(
@@ -203,7 +205,7 @@ class CpuKernels(Kernels):
             softcap or 0.0,
             _window(sliding_window),
             None if sinks is None else sinks.data_ptr(),
-            _cache(key_cache),
+            _key_cache(key_cache),
             _cache(value_cache),
         )
         batch = _Batch(metadata)
@@ -255,7 +257,7 @@ class CpuKernels(Kernels):
             cos.data_ptr(),
             sin.data_ptr(),
             rotary,
-            (CacheStruct * count)(*map(_cache, key_caches)),
+            (CacheStruct * count)(*map(_key_cache, key_caches)),
             (CacheStruct * count)(*map(_cache, value_caches)),
             byref(batch.struct),
             _threads(),
@@ -378,17 +380,25 @@ def _check_rotary(cos: Tensor, sin: Tensor, tokens: int, size: int) -> int:
     return rotary
 
 
-def _cache(cache: Tensor) -> CacheStruct:
+def _cache(cache: Tensor, *, may_be_transposed: bool = False) -> CacheStruct:
     if cache.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"the cache is {cache.dtype}; the native kernels read float32 and bfloat16")
-    block_stride, head_stride, token_stride, last = cache.stride()
-    if last != 1:
-        raise ValueError("the last dimension of a cache must be contiguous")
+    block_stride, head_stride, token_stride, element_stride = cache.stride()
+    block_size = cache.shape[2]
+    is_transposed = may_be_transposed and token_stride == 1 and block_size % 16 == 0
+    if element_stride != 1 and not is_transposed:
+        raise ValueError(
+            "the last dimension of a cache must be contiguous; of keys, the third instead if it is a multiple of 16"
+        )
     return CacheStruct(
         cache.data_ptr(),
         cache.dtype == torch.bfloat16,
         block_stride,
         head_stride,
         token_stride,
-        cache.shape[2],
+        element_stride,
+        block_size,
     )
+
+
+_key_cache = partial(_cache, may_be_transposed=True)

@@ -30,6 +30,7 @@ class CacheStruct(Structure):
         ("block_stride", c_int64),
         ("head_stride", c_int64),
         ("token_stride", c_int64),
+        ("element_stride", c_int64),
         ("block_size", c_int64),
     ]
 

@@ -88,17 +88,27 @@ void rotate_head(const float* x, const float* cos, const float* sin, int64_t rot
     if (out != x) std::memcpy(out + rotary, x + rotary, size_t(size - rotary) * sizeof(float));
 }
 
+template <class Element>
+static void store_elements(const float* x, int64_t size, Element* target, int64_t stride) {
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const __mmask16 mask = lane_mask(size - i);
+        if (stride == 1) {
+            store(target + i, mask, load(x + i, mask));
+            continue;
+        }
+        Element elements[kLanes];
+        store(elements, 0xffff, load(x + i, mask));
+        for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, size - i); ++lane) target[(i + lane) * stride] = elements[lane];
+    }
+}
+
 void store_head(const float* x, int64_t size, const Cache& cache, int64_t slot, int64_t head) {
     const int64_t offset = slot / cache.block_size * cache.block_stride + head * cache.head_stride +
                            slot % cache.block_size * cache.token_stride;
-    for (int64_t i = 0; i < size; i += kLanes) {
-        __mmask16 mask = lane_mask(size - i);
-        __m512 values = load(x + i, mask);
-        if (cache.is_bf16)
-            store(static_cast<bf16*>(cache.data) + offset + i, mask, values);
-        else
-            store(static_cast<float*>(cache.data) + offset + i, mask, values);
-    }
+    if (cache.is_bf16)
+        store_elements(x, size, static_cast<bf16*>(cache.data) + offset, cache.element_stride);
+    else
+        store_elements(x, size, static_cast<float*>(cache.data) + offset, cache.element_stride);
 }
 
 }  // namespace logitkernels

@@ -25,14 +25,18 @@ void silu_and_mul(const float* gate_up, int64_t rows, int64_t size, const Activa
 // One head: x [size] rotated by cos and sin [rotary] into `out`, which may be x.
 void rotate_head(const float* x, const float* cos, const float* sin, int64_t rotary, int64_t size, float* out);
 
-// A cache [num_blocks, kv_heads, block_size, D]; strides in elements; the last dimension is contiguous.
+// A cache [num_blocks, kv_heads, block_size, D]; strides in elements. The elements of a token are neighbours; or, in a
+// transposed cache of keys, the tokens of a block are, whose number is a multiple of 16.
 struct Cache {
     void* data;
     int64_t is_bf16;
     int64_t block_stride;
     int64_t head_stride;
     int64_t token_stride;
+    int64_t element_stride;
     int64_t block_size;
+
+    bool is_transposed() const { return element_stride != 1; }
 };
 
 // Writes one head's vector x [size] to the slot of the cache.

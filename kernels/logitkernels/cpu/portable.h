@@ -402,6 +402,29 @@ LOGITKERNELS_INLINE __m512 load(const uint16_t* source, __mmask16 mask) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(widened(source), 16));
 }
 
+#ifdef LOGITKERNELS_AVX2
+// bf16 widen as pairs do: the even elements to the first register, the odd ones to the second.
+LOGITKERNELS_INLINE __m512 load_shuffled(const float* source) { return load_parts<float_part>(source); }
+LOGITKERNELS_INLINE __m512 load_shuffled(const uint16_t* source) {
+    const ::__m256i pairs = _mm256_loadu_si256(reinterpret_cast<const ::__m256i*>(source));
+    return {{(float_part)_mm256_slli_epi32(pairs, 16), (float_part)((int_part)pairs & int32_t(0xffff0000))}};
+}
+LOGITKERNELS_INLINE __m512 shuffled(const __m512& vector, float) { return vector; }
+LOGITKERNELS_INLINE __m512 shuffled(const __m512& vector, uint16_t) {
+    const auto of_lanes = [](::__m256 a) LOGITKERNELS_LAMBDA {
+        return (float_part)_mm256_permute4x64_pd((::__m256d)a, 0xd8);
+    };
+    const ::__m256 low = (::__m256)vector.part[0], high = (::__m256)vector.part[1];
+    return {{of_lanes(_mm256_shuffle_ps(low, high, 0x88)), of_lanes(_mm256_shuffle_ps(low, high, 0xdd))}};
+}
+LOGITKERNELS_INLINE __m512 unshuffled(const __m512& vector, float) { return vector; }
+LOGITKERNELS_INLINE __m512 unshuffled(const __m512& vector, uint16_t) {
+    const ::__m256 even = (::__m256)vector.part[0], odd = (::__m256)vector.part[1];
+    const ::__m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    return {{(float_part)_mm256_permute2f128_ps(low, high, 0x20), (float_part)_mm256_permute2f128_ps(low, high, 0x31)}};
+}
+#endif
+
 // To bf16 in the upper half of each lane: to nearest even, NaN quiet, float32 denormals to zero.
 LOGITKERNELS_INLINE __m512i rounded_bits(const __m512& values) {
     return by_part([](int, float_part x) LOGITKERNELS_LAMBDA {

@@ -103,6 +103,22 @@ LOGITKERNELS_INLINE __m512 load_float16(const char* source) {
 
 #endif
 
+// 16 elements in the order of lanes that is cheapest to widen to, and vectors taken to that order and back.
+#ifndef LOGITKERNELS_AVX2
+template <class Element>
+LOGITKERNELS_INLINE __m512 load_shuffled(const Element* source) {
+    return load(source, 0xffff);
+}
+template <class Element>
+LOGITKERNELS_INLINE __m512 shuffled(const __m512& vector, Element) {
+    return vector;
+}
+template <class Element>
+LOGITKERNELS_INLINE __m512 unshuffled(const __m512& vector, Element) {
+    return vector;
+}
+#endif
+
 // exp(x) within 2 units in the last place; exp(0) is exactly 1 and exp(-inf) exactly 0.
 // x = n ln 2 + r with |r| <= ln 2 / 2, then 2^n times the Taylor polynomial of degree 7 (its remainder is below 6e-9).
 inline __m512 exponential(__m512 x) {
