@@ -41,7 +41,7 @@ def blocks_of(gguf_type: GgufType, rows: int, depth: int) -> tuple[Tensor, Tenso
 
 def as_int16_blocks(x: Tensor) -> Tensor:
     """Each 32 activations as int16 times 2^-15 of the power of two above the largest of them, in float64."""
-    blocks = x.double().unflatten(-1, (-1, 32))
+    blocks: Tensor = x.double().unflatten(-1, (-1, 32))
     _, exponent = torch.frexp(blocks.abs().amax(-1, keepdim=True))
     scale = torch.exp2((exponent - 15).double())
     return ((blocks / scale).round().clamp(max=32767) * scale).flatten(-2)
