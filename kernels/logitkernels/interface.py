@@ -119,8 +119,8 @@ class Kernels(ABC):
     ) -> Any:
         """Pack a weight [N, K] from ``raw`` uint8 [N, bytes of a row], the blocks of a GGUF file, without loss.
 
-        ``exact`` multiplies by float32 activations, otherwise they are rounded to bfloat16. Raises ValueError for a
-        format that is not among ``gguf_formats``.
+        ``exact`` multiplies by float32 activations, otherwise by rounded ones, no coarser in sum than bfloat16. Raises
+        ValueError for a format that is not among ``gguf_formats``.
         """
         raise ValueError(f"the {self.name} kernels do not multiply {gguf_format} blocks as stored")
 

@@ -69,7 +69,7 @@ class CpuKernels(Kernels):
         """Build the library if needed and load it.
 
         Args:
-            exact: multiply bfloat16 weights by float32 activations instead of activations rounded to bfloat16.
+            exact: multiply bfloat16 weights and blocks by float32 activations instead of rounded ones.
             march: the instruction set to compile for; tests run what other processors would.
 
         Raises:
@@ -92,8 +92,8 @@ class CpuKernels(Kernels):
     ) -> PackedLinear:
         """A weight [N, K] from the bytes of a GGUF tensor in Q4_0, Q4_1 or Q8_0, kept as stored (see linear.py).
 
-        Weights are what the file says, ``d q + m``, unrounded; activations are rounded to bfloat16 unless ``exact``
-        (default: as the kernels were made).
+        Weights are what the file says, ``d q + m``, unrounded; activations are rounded unless ``exact`` (default: as the
+        kernels were made), as quantized.h says.
         """
         exact = self._exact if exact is None else exact
         return linears.pack_gguf(self._library, raw, shape, gguf_type, bias, exact=exact)

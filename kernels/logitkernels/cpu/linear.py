@@ -118,7 +118,7 @@ def pack_gguf(
         shape: (N, K) of the weight; K is a multiple of 32.
         gguf_type: the block format.
         bias: [N] or None.
-        exact: multiply by float32 activations instead of activations rounded to bfloat16.
+        exact: multiply by float32 activations instead of activations rounded as quantized.h says.
 
     Raises:
         TypeError: raw is not uint8.
