@@ -99,7 +99,7 @@ class Kernels(ABC):
 
     transposes_keys: bool = False
     """Whether keys are read faster where caches of them are views [num_blocks, Hkv, block_size, D] of memory that holds
-    [num_blocks, Hkv, D, block_size]."""
+    [num_blocks, Hkv, D, block_size], for block sizes that are multiples of 16."""
 
     @abstractmethod
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -119,8 +119,8 @@ class Kernels(ABC):
     ) -> Any:
         """Pack a weight [N, K] from ``raw`` uint8 [N, bytes of a row], the blocks of a GGUF file, without loss.
 
-        ``exact`` multiplies by float32 activations, otherwise by rounded ones, no coarser in sum than bfloat16. Raises
-        ValueError for a format that is not among ``gguf_formats``.
+        ``exact`` multiplies by float32 activations, otherwise the implementation may round them. Raises ValueError for a
+        format that is not among ``gguf_formats``.
         """
         raise ValueError(f"the {self.name} kernels do not multiply {gguf_format} blocks as stored")
 

@@ -7,7 +7,8 @@
 //
 // The integers q are exact in what they are multiplied as. The activations x are float32 in the fma kinds. In the dot
 // kinds they are rounded: to bf16 (8 bits each) with AVX-512, which multiplies pairs of bf16, and elsewhere to int16 with
-// a power of two for every 32 (15 bits of the largest), which multiplies twice as fast as float32 on AVX2.
+// a power of two for every 32 (15 bits of the largest), which multiplies twice as fast as float32 on AVX2. That is the finer
+// rounding, but for blocks where one activation is hundreds of times the others and its weight next to nothing.
 //
 // Panels are 32 output features as two groups of 16. A group holds the minima of its blocks (Q4_1 only),
 // float16 m[k / 32][16], then its blocks one after the other: float16 d[16] and the integers, a 32-bit lane per feature:
