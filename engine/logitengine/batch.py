@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class Batch:
         arrays: ``input_ids`` and ``position_ids`` int64 [T]; ``token_sources`` int32 [T], the row of the previous step's
             draw that an input token comes from, or -1 where ``input_ids`` has it; and AttentionMetadata's arrays.
         max_query_len, max_seq_len: as in AttentionMetadata.
+        awaits_tokens: some of ``token_sources`` are not -1.
     """
 
     chunks: list[Chunk]
@@ -35,6 +37,7 @@ class Batch:
     arrays: dict[str, NDArray[Any]]
     max_query_len: int
     max_seq_len: int
+    awaits_tokens: bool
 
     @property
     def is_decode(self) -> bool:
@@ -72,7 +75,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class DeviceBatch:
-    """A batch on the device: ``input_ids`` and ``position_ids`` int64 [1, T]."""
+    """A batch on the device: ``input_ids`` and ``position_ids`` int64 [T]."""
 
     input_ids: Tensor
     position_ids: Tensor
@@ -80,17 +83,19 @@ class DeviceBatch:
 
     @classmethod
     def of(
-        cls, tensors: Mapping[str, Tensor], last_tokens: Tensor, max_query_len: int, max_seq_len: int
+        cls, tensors: Mapping[str, Tensor], last_tokens: Tensor | None, max_query_len: int, max_seq_len: int
     ) -> DeviceBatch:
-        """From a batch's arrays on the device, and the tokens int32 that the previous step drew.
+        """From a batch's arrays on the device, and the tokens int32 that the previous step drew if the batch awaits any.
 
         A sequence whose draw failed goes on as token 0 until the host learns of it.
         """
-        sources = tensors["token_sources"]
-        drawn = last_tokens[sources.clamp(min=0)].clamp(min=0)
+        input_ids, sources = tensors["input_ids"], tensors["token_sources"]
+        if last_tokens is not None:
+            drawn = last_tokens[sources.clamp(min=0)].clamp(min=0)
+            input_ids = torch.where(sources >= 0, drawn, input_ids)
         return cls(
-            input_ids=torch.where(sources >= 0, drawn, tensors["input_ids"])[None],
-            position_ids=tensors["position_ids"][None],
+            input_ids=input_ids,
+            position_ids=tensors["position_ids"],
             metadata=AttentionMetadata(
                 query_start=tensors["query_start"],
                 seq_lens=tensors["seq_lens"],
@@ -103,35 +108,43 @@ class DeviceBatch:
 
 
 def build_batch(chunks: list[Chunk], block_size: int) -> Batch:
-    lengths = np.array([chunk.stop - chunk.start for chunk in chunks])
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    input_ids = np.concatenate([chunk.sequence.token_ids[chunk.start : chunk.stop] for chunk in chunks])
-    positions = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
-    sources = np.full(len(input_ids), -1, dtype=np.int32)
-    for chunk, end in zip(chunks, ends, strict=True):
-        if chunk.stop == chunk.sequence.num_tokens and chunk.sequence.draw_row is not None:
-            sources[end - 1] = chunk.sequence.draw_row
+    # In a step that decodes, which is most steps, all of this is a few numbers: lists are faster than arrays.
+    starts: list[int] = []
+    ends = [0]
+    input_ids: list[int] = []
+    positions: list[int] = []
+    sources: list[int] = []
+    slots: list[int] = []
+    for chunk in chunks:
+        sequence, covered = chunk.sequence, range(chunk.start, chunk.stop)
+        table = sequence.block_table
+        starts.append(ends[-1])
+        ends.append(ends[-1] + len(covered))
+        input_ids += sequence.token_ids[chunk.start : chunk.stop]
+        positions += covered
+        sources += [-1] * len(covered)
+        if chunk.stop == sequence.num_tokens and sequence.draw_row is not None:
+            sources[-1] = sequence.draw_row
+        slots += [table[at // block_size] * block_size + at % block_size for at in covered]
     tables = np.zeros((len(chunks), max(len(chunk.sequence.block_table) for chunk in chunks)), dtype=np.int32)
     for row, chunk in enumerate(chunks):
         tables[row, : len(chunk.sequence.block_table)] = chunk.sequence.block_table
-    owner = np.repeat(np.arange(len(chunks)), lengths)
-    slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    draws = np.array([chunk.draws_token for chunk in chunks])
+    draws = [chunk.draws_token for chunk in chunks]
     return Batch(
         chunks=chunks,
-        starts=starts.tolist(),
-        drawing=[chunk for chunk in chunks if chunk.draws_token],
-        drawing_rows=(ends - 1)[draws],
+        starts=starts,
+        drawing=list(compress(chunks, draws)),
+        drawing_rows=np.array([end - 1 for end in compress(ends[1:], draws)], dtype=np.int64),
         arrays={
-            "input_ids": input_ids.astype(np.int64),
-            "position_ids": positions.astype(np.int64),
-            "token_sources": sources,
-            "query_start": np.concatenate(([0], ends)).astype(np.int32),
+            "input_ids": np.array(input_ids, dtype=np.int64),
+            "position_ids": np.array(positions, dtype=np.int64),
+            "token_sources": np.array(sources, dtype=np.int32),
+            "query_start": np.array(ends, dtype=np.int32),
             "seq_lens": np.array([chunk.stop for chunk in chunks], dtype=np.int32),
             "block_tables": tables,
-            "slot_mapping": slots,
+            "slot_mapping": np.array(slots, dtype=np.int64),
         },
-        max_query_len=int(lengths.max()),
+        max_query_len=max(chunk.stop - chunk.start for chunk in chunks),
         max_seq_len=max(chunk.stop for chunk in chunks),
+        awaits_tokens=max(sources) >= 0,
     )

@@ -1,4 +1,4 @@
-"""`fuse(model, kernels)`: swap well-known submodules for ones that call our kernels.
+"""`fuse(model, packer, shapes)`: the well-known architectures as networks of our kernels.
 
 What is recognised is recognised by its class and its config, and checked: a variation that we do not know (a bias, a
 norm of another kind) is left as transformers has it, only slower.
@@ -7,28 +7,32 @@ norm of another kind) is left as transformers has it, only slower.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from logitkernels import AttentionMetadata, DecoderLayerWeights, Kernels
+from logitkernels import DecoderLayerWeights, Kernels
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.gemma.modeling_gemma import GemmaModel, GemmaRMSNorm
+from transformers.models.gemma.modeling_gemma import GemmaForCausalLM, GemmaModel, GemmaRMSNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2Model, Gemma2RMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3TextModel
-from transformers.models.llama.modeling_llama import LlamaModel
-from transformers.models.mistral.modeling_mistral import MistralModel
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 
+from logitengine.batch import DeviceBatch
 from logitengine.kv_cache import LayerShape, PagedKVCache
+from logitengine.network import Decoder, Head, Network, TransformersHead, TransformersNetwork
 from logitengine.stored_weights import Int8Weights, StoredWeights
 
 LLAMA_FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 GEMMA_FAMILY = (GemmaModel, Gemma2Model, Gemma3TextModel)
+PLAIN_HEADS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, GemmaForCausalLM)
+"""Their logits are what the linear layer gives."""
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -48,11 +52,14 @@ class _Run:
         return slice(self.start, self.start + len(self.layers))
 
 
-class FusedDecoder(nn.Module):
-    """A whole decoder of the Llama or Gemma family: embedding, layers, final norm. The residual stream is float32."""
+class FusedNetwork(Network):
+    """A model of the Llama or Gemma family: embedding, layers, final norm. The residual stream is float32."""
 
-    def __init__(self, decoder: Any, layers: list[DecoderLayerWeights]) -> None:
-        super().__init__()
+    is_fused = True
+
+    def __init__(self, decoder: Any, layers: list[DecoderLayerWeights], head: Head, kernels: Kernels) -> None:
+        self.head = head
+        self._kernels = kernels
         self._embedding = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
         self._norm = _norm_weight(decoder.norm)
@@ -65,28 +72,29 @@ class FusedDecoder(nn.Module):
             )
         ]
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        kv_cache: PagedKVCache,
-        attention_metadata: AttentionMetadata,
-        kernels: Kernels,
-        use_cache: bool = False,
-    ) -> BaseModelOutputWithPast:
-        """``input_ids`` and ``position_ids`` [1, T] -> float32 hidden states [1, T, H]."""
-        hidden = self._embedding(input_ids[0]).float()
-        tables = {
-            run.rope: self._rotary(hidden, position_ids, *([] if run.rope is None else [run.rope]))
+    def decoder(self, kv_cache: PagedKVCache) -> Decoder:
+        runs = [
+            (
+                run.rope,
+                self._kernels.bind_layers(
+                    run.layers, kv_cache.keys[run.indices], kv_cache.values[run.indices]
+                ),
+            )
             for run in self._runs
-        }
-        for run in self._runs:
-            cos, sin = (table[0] for table in tables[run.rope])
-            keys, values = kv_cache.keys[run.indices], kv_cache.values[run.indices]
-            hidden = kernels.decoder_layers(hidden, run.layers, cos, sin, keys, values, attention_metadata)
-        return BaseModelOutputWithPast(
-            last_hidden_state=kernels.rms_norm(hidden, self._norm, self._eps)[None]
-        )
+        ]
+
+        def decode(batch: DeviceBatch) -> Tensor:
+            hidden = self._embedding(batch.input_ids).float()
+            positions = batch.position_ids[None]
+            tables = {
+                rope: self._rotary(hidden, positions, *([] if rope is None else [rope])) for rope, _ in runs
+            }
+            for rope, layers in runs:
+                cos, sin = tables[rope]
+                hidden = layers(hidden, cos[0], sin[0], batch.metadata)
+            return self._kernels.rms_norm(hidden, self._norm, self._eps)
+
+        return decode
 
 
 class FusedLinear(nn.Module):
@@ -130,23 +138,32 @@ class Packer:
         return self.kernels.pack_linear(weight, bias)
 
 
-def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape]) -> int:
-    """Swap what can be swapped, in place; returns how many modules were."""
+def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape]) -> Network:
+    """The model as a fused network where it is one that we know, and then it gives up its decoder; else as it is."""
+    kernels = packer.kernels
     decoder = getattr(model, model.base_model_prefix)
     if type(decoder) not in LLAMA_FAMILY + GEMMA_FAMILY or not all(
         _activation(layer) is not None for layer in decoder.layers
     ):
-        return 0
+        return TransformersNetwork(model, kernels)
     layers: list[DecoderLayerWeights] = []
     for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True)):
         packed = _pack_layer(layer, packer, f"model.layers.{index}", shape)
-        if not packer.kernels.runs_fused(packed):
-            return 0
-        layers.append(packer.kernels.prepare_layer(packed))
-    setattr(model, model.base_model_prefix, FusedDecoder(decoder, layers))
+        if not kernels.runs_fused(packed):
+            return TransformersNetwork(model, kernels)
+        layers.append(kernels.prepare_layer(packed))
+    setattr(model, model.base_model_prefix, None)  # its weights were packed: nothing else may keep them
+    return FusedNetwork(decoder, layers, _fuse_head(model, packer), kernels)
+
+
+def _fuse_head(model: PreTrainedModel, packer: Packer) -> Head:
+    """The model's head over a packed weight, which takes the place of the model's own."""
     if isinstance(getattr(model, "lm_head", None), nn.Linear):
-        model.lm_head = FusedLinear(packer.pack({"lm_head": model.lm_head}), packer.kernels)
-    return len(layers) + 2
+        packed = packer.pack({"lm_head": model.lm_head})
+        model.lm_head = FusedLinear(packed, packer.kernels)
+        if type(model) in PLAIN_HEADS:
+            return partial(packer.kernels.linear, packed=packed)
+    return TransformersHead(model)
 
 
 def _activation(layer: Any) -> Activation | None:

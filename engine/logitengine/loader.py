@@ -29,6 +29,7 @@ from logitengine.kv_cache import LayerShape, PagedKVCache, bytes_per_block
 from logitengine.logits import TORCH_DTYPES
 from logitengine.messages import ModelInfo
 from logitengine.model_runner import ModelRunner, probe_layers
+from logitengine.network import Network
 from logitengine.profiling import largest_step
 from logitengine.stored_weights import Int8Weights, StoredWeights
 from logitengine.value_heads import ValueHead, load_value_head
@@ -88,7 +89,8 @@ def prepare(
         shapes = probe_layers(model, kernels)
         can_generate = model.get_output_embeddings() is not None
         heads = _heads(config, model, kernels, is_classifier=not can_generate)
-        fused = fuse(model, Packer(kernels, blocks, exact=model.dtype == torch.float32), shapes)
+        dtype = model.dtype
+        network = fuse(model, Packer(kernels, blocks, exact=dtype == torch.float32), shapes)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{type(model).__name__} cannot be served: {error}") from error
     only_fused = {
@@ -96,25 +98,23 @@ def prepare(
         f"weights={config.weights}": config.weights in {"stored", "int8"},
     }
     for option, is_asked in only_fused.items():
-        if is_asked and not fused:
+        if is_asked and not network.is_fused:
             raise CheckpointError(
                 f"{option} was asked for, but {type(model).__name__} runs through transformers' own modules, "
                 "which do not offer it"
             )
     logger.info(
-        "%s on %s with %s kernels, %d modules fused",
+        "%s on %s with %s kernels, %s",
         type(model).__name__,
         device.torch_device,
         kernels.name,
-        fused,
+        "fused" if network.is_fused else "through transformers' modules",
     )
-    servable = _Servable(
-        config, model, kernels, device, shapes, is_fused=fused > 0, can_generate=can_generate
-    )
+    servable = _Servable(config, network, dtype, kernels, device, shapes, can_generate=can_generate)
     num_blocks = config.num_blocks or servable.affordable_blocks()
     runner = servable.runner(num_blocks)
     if can_generate:
-        _check_head(runner, model)
+        _check_head(runner, model, dtype, device)
     if device.captures:
         # Kernels compile here, not in somebody's request.
         largest_step(runner, config, can_generate=can_generate)
@@ -128,10 +128,10 @@ def prepare(
             vocab_size=model.config.get_text_config().vocab_size,
             max_model_len=_max_model_len(config, model.config, num_blocks),
             eos_token_ids=_eos_token_ids(model),
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             device=str(device.torch_device),
             kernels=kernels.name,
-            batch_invariant=kernels.batch_invariant and fused > 0,
+            batch_invariant=kernels.batch_invariant and network.is_fused,
             block_size=config.block_size,
             num_blocks=num_blocks,
             hidden_size=model.config.get_text_config().hidden_size,
@@ -147,14 +147,14 @@ def prepare(
 
 @dataclass(frozen=True, slots=True)
 class _Servable:
-    """A model with all that a runner needs but the KV cache."""
+    """A network with all that a runner needs but the KV cache."""
 
     config: EngineConfig
-    model: PreTrainedModel
+    network: Network
+    dtype: torch.dtype
     kernels: Kernels
     device: Device
     shapes: list[LayerShape]
-    is_fused: bool
     can_generate: bool
 
     def runner(self, num_blocks: int) -> ModelRunner:
@@ -162,17 +162,12 @@ class _Servable:
             self.shapes,
             num_blocks=num_blocks,
             block_size=self.config.block_size,
-            dtype=self.model.dtype,
+            dtype=self.dtype,
             device=self.device.torch_device,
             transposes_keys=self.kernels.transposes_keys and self.config.block_size % 16 == 0,
         )
         return ModelRunner(
-            self.model,
-            self.kernels,
-            self.device,
-            kv_cache,
-            max_num_seqs=self.config.max_num_seqs,
-            record=self.is_fused,
+            self.network, self.kernels, self.device, kv_cache, max_num_seqs=self.config.max_num_seqs
         )
 
     def affordable_blocks(self) -> int:
@@ -181,7 +176,7 @@ class _Servable:
             self.config.memory_fraction,
             lambda: largest_step(self.runner(1), self.config, can_generate=self.can_generate),
         )
-        num_blocks = budget // bytes_per_block(self.shapes, self.config.block_size, self.model.dtype)
+        num_blocks = budget // bytes_per_block(self.shapes, self.config.block_size, self.dtype)
         if num_blocks < 2:
             raise CheckpointError(
                 f"the KV cache has {budget} bytes, which hold {max(num_blocks, 0)} blocks; at least 2 are needed: "
@@ -227,11 +222,11 @@ def _stored_weights(config: EngineConfig, checkpoint: Checkpoint, kernels: Kerne
     return stored
 
 
-def _check_head(runner: ModelRunner, model: PreTrainedModel) -> None:
+def _check_head(runner: ModelRunner, model: PreTrainedModel, dtype: torch.dtype, device: Device) -> None:
     """Run the head once: what it cannot do must show while the model is loaded, not in somebody's request."""
     config = model.config.get_text_config()
     try:
-        logits = runner.head(torch.zeros(1, config.hidden_size, dtype=model.dtype, device=model.device))
+        logits = runner.head(torch.zeros(1, config.hidden_size, dtype=dtype, device=device.torch_device))
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the head of {type(model).__name__} cannot be served: {error}") from error
     if logits.shape != (1, config.vocab_size):

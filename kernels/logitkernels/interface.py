@@ -8,7 +8,7 @@ of a linear layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -88,6 +88,10 @@ class DecoderLayerWeights:
             and self.attention_output_norm is None
             and self.mlp_output_norm is None
         )
+
+
+BoundLayers = Callable[[Tensor, Tensor, Tensor, AttentionMetadata], Tensor]
+"""``hidden``, ``cos``, ``sin`` and the metadata of a batch to its hidden states after some layers; see ``bind_layers``."""
 
 
 class Kernels(ABC):
@@ -276,6 +280,19 @@ class Kernels(ABC):
             gated = self.silu_and_mul(gate_up) if layer.activation == "silu" else self.gelu_and_mul(gate_up)
             update = self._normed(self.linear(gated, layer.down), layer.mlp_output_norm, layer)
         return hidden if update is None else hidden + update
+
+    def bind_layers(
+        self,
+        layers: Sequence[DecoderLayerWeights],
+        key_caches: Sequence[Tensor],
+        value_caches: Sequence[Tensor],
+    ) -> BoundLayers:
+        """``decoder_layers`` with these layers and caches. What a backend can work out once for all calls, it does here."""
+
+        def run(hidden: Tensor, cos: Tensor, sin: Tensor, metadata: AttentionMetadata) -> Tensor:
+            return self.decoder_layers(hidden, layers, cos, sin, key_caches, value_caches, metadata)
+
+        return run
 
     def activation_dtype(self, hidden: Tensor, layer: DecoderLayerWeights) -> torch.dtype:
         """What the operations between the norms and the residual stream are given and give."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,6 @@ import torch
 import transformers
 from logitengine.checkpoint import CheckpointError
 from logitengine.config import EngineConfig
-from logitengine.fuse import FusedDecoder
 from logitengine.loader import load
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run
 
@@ -125,16 +125,21 @@ def save_tiny(directory: Path, family: str, options: dict[str, Any], tokenizer: 
 @pytest.mark.parametrize("kernels", ["auto", "triton"])
 @pytest.mark.parametrize("family", [*FUSED, *AS_THEY_ARE])
 def test_rows_are_the_models_in_every_family(
-    tmp_path: Path, tiny_llama: Path, family: str, kernels: Literal["auto", "triton"]
+    tmp_path: Path,
+    tiny_llama: Path,
+    caplog: pytest.LogCaptureFixture,
+    family: str,
+    kernels: Literal["auto", "triton"],
 ) -> None:
     """Chunks of 5 and decoding go through the paged cache; the reference reads the sequence whole."""
     save_tiny(tmp_path, family, FUSED.get(family) or AS_THEY_ARE.get(family) or {}, tiny_llama)
     config = EngineConfig(
         model=str(tmp_path), dtype="float32", kernels=kernels, kv_cache_bytes=1 << 24, num_threads=1
     )
-    loaded = load(config)
+    with caplog.at_level(logging.INFO, "logitengine.loader"):
+        loaded = load(config)
     if kernels == "triton":
-        assert isinstance(loaded.runner._decoder, FusedDecoder) == (family in FUSED)
+        assert ("triton kernels, fused" in caplog.text) == (family in FUSED)
     assert loaded.info.architecture == f"{family}ForCausalLM"
     answer = run(make_engine(loaded, max_prefill_chunk=5), [greedy("a", PROMPT, 6, EVERY_ROW)])["a", 0]
     model = transformers.AutoModelForCausalLM.from_pretrained(

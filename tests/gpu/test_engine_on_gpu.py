@@ -330,7 +330,7 @@ def test_the_cache_leaves_the_rest_of_the_memory_free(llama: Path) -> None:
     fraction = 0.5
     loaded = load_on_gpu(llama, kv_cache_bytes=None, memory_fraction=fraction)
     free, total = torch.cuda.mem_get_info()
-    cache = loaded.runner._kv_cache
+    cache = loaded.runner.kv_cache
     nbytes = sum(one.nbytes for one in (*cache.keys, *cache.values))
     assert 0.25 * total < nbytes <= fraction * total
     # The recorded steps come on top.

@@ -81,6 +81,17 @@ def test_rows_without_a_distribution_have_no_token(entries: list[float], row: Ro
     check(torch.tensor([entries, [0.0, 1.0, 2.0]]), [row, row])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_nan_that_is_banned_or_an_edit_that_leaves_nothing_is_no_distribution(temperature: float) -> None:
+    logits = torch.tensor([[NAN, 1.0, 2.0], [0.0, 1.0, 2.0], [-0.0, 0.0, -1.0]])
+    rows = [
+        replace(PLAIN, temperature=temperature, banned=(0,)),
+        replace(PLAIN, temperature=temperature, banned=(0, 1, 2)),
+        replace(PLAIN, temperature=0.0),
+    ]
+    assert check(logits, rows) == [-1, -1, 0]
+
+
 def test_a_score_that_a_low_temperature_makes_infinite_is_no_distribution() -> None:
     rows = [replace(PLAIN, temperature=0.25), replace(PLAIN, temperature=0.25, top_p=0.5)]
     assert KERNELS.sample(torch.tensor([[3e38, 0.0, -3e38]]).expand(2, -1), rows).token_ids.tolist() == [

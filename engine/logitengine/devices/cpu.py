@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from logitengine.devices.device import Device
+from logitengine.staging import Arrays
 
 DEFAULT_KV_CACHE_BYTES = 2 << 30
 
@@ -22,6 +23,9 @@ class CpuDevice(Device):
 
     def host_buffer(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
+
+    def upload(self, arrays: Arrays) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def fetch(self, tensor: Tensor) -> Tensor:
         return tensor

@@ -20,14 +20,13 @@ from logitkernels.cpu.library import (
     SamplingRowStruct,
 )
 from logitkernels.cpu.linear import GgufType, PackedLinear
-from logitkernels.interface import AttentionMetadata, DecoderLayerWeights, Kernels
+from logitkernels.interface import AttentionMetadata, BoundLayers, DecoderLayerWeights, Kernels
 from logitkernels.sampling import (
     PackedRows,
     RowSampling,
     Sampled,
     edit_logits,
     philox_uniform,
-    sample_rows,
     with_pending,
 )
 
@@ -239,30 +238,17 @@ class CpuKernels(Kernels):
         value_caches: Sequence[Tensor],
         metadata: AttentionMetadata,
     ) -> Tensor:
-        prepared = [self.prepare_layer(layer) for layer in layers]
-        count, tokens = len(prepared), hidden.shape[0]
-        if not count == len(key_caches) == len(value_caches):
-            raise ValueError(
-                f"{count} layers with {len(key_caches)} key and {len(value_caches)} value caches"
-            )
-        rotary = _check_rotary(cos, sin, tokens, prepared[0].head_dim)
-        cos, sin = _float32(cos, "cos"), _float32(sin, "sin")
-        out = hidden.to(torch.float32, copy=True).contiguous()
-        batch = _Batch(metadata)
-        self._library.decoder_layers(
-            (DecoderLayerStruct * count)(*(layer.struct for layer in prepared)),
-            count,
-            out.data_ptr(),
-            tokens,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            rotary,
-            (CacheStruct * count)(*map(_key_cache, key_caches)),
-            (CacheStruct * count)(*map(_cache, value_caches)),
-            byref(batch.struct),
-            _threads(),
+        return self.bind_layers(layers, key_caches, value_caches)(hidden, cos, sin, metadata)
+
+    def bind_layers(
+        self,
+        layers: Sequence[DecoderLayerWeights],
+        key_caches: Sequence[Tensor],
+        value_caches: Sequence[Tensor],
+    ) -> BoundLayers:
+        return _BoundLayers(
+            self._library, [self.prepare_layer(layer) for layer in layers], key_caches, value_caches
         )
-        return out.to(hidden.dtype)
 
     def top_k_logits(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """As ``Kernels.top_k_logits``; a NaN comes before every number, as torch.topk has it."""
@@ -272,7 +258,7 @@ class CpuKernels(Kernels):
         source = _float32(logits, "logits")
         ids, values = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k)
         self._library.top_k(
-            source.data_ptr(), rows, vocab, k, ids.data_ptr(), values.data_ptr(), min(rows, _threads())
+            source.data_ptr(), rows, vocab, k, ids.data_ptr(), values.data_ptr(), _threads_for(rows)
         )
         return ids, values.to(logits.dtype)
 
@@ -282,46 +268,82 @@ class CpuKernels(Kernels):
         if isinstance(rows, PackedRows):
             raise TypeError("the cpu kernels do not read packed rows")
         logits = _float32(logits, "logits")
-        ids, largest = self.top_k_logits(logits, 1)
-        token_ids = torch.where(largest > -torch.inf, ids, -1)[:, 0].to(torch.int32)
+        if len(rows) != len(logits):
+            raise ValueError(f"{len(rows)} rows are to be drawn from {len(logits)} rows of logits")
         processed = torch.empty_like(logits) if any(row.shows_processed for row in rows) else None
-        drawn: dict[int, SamplingRowStruct] = {}
         edited: list[Tensor] = []  # alive while the library reads them
-        for index, (row, token) in enumerate(zip(rows, token_ids.tolist(), strict=True)):
-            if token < 0 or (row.is_plain_argmax and not row.shows_processed):
-                continue
-            if row.temperature == 0:
-                one = sample_rows(logits[index : index + 1], [row], last_tokens)
-                token_ids[index] = one.token_ids[0]
-                if processed is not None and one.processed is not None:
-                    processed[index] = one.processed[0]
-                continue
-            scores = logits[index]
+        structs = (SamplingRowStruct * len(rows))()
+        for index, row in enumerate(rows):
+            raw = scores = logits.data_ptr() + index * logits.shape[1] * logits.itemsize
             if row.edits_logits:
-                scores = edit_logits(scores, with_pending(row, last_tokens))
-                edited.append(scores)
-            drawn[index] = SamplingRowStruct(
-                scores.data_ptr(),
+                edited.append(edit_logits(logits[index], with_pending(row, last_tokens)))
+                scores = edited[-1].data_ptr()
+            structs[index] = SamplingRowStruct(
+                raw,
+                scores,
                 processed[index].data_ptr() if processed is not None and row.shows_processed else None,
                 row.top_p,
                 row.min_p,
-                philox_uniform(row.seed, row.stream, row.position),
+                philox_uniform(row.seed, row.stream, row.position) if row.temperature else 0.0,
                 row.top_k,
                 row.temperature,
             )
-        structs = (SamplingRowStruct * len(drawn))(*drawn.values())
-        if drawn:
-            self._library.sample(structs, len(drawn), logits.shape[1], min(len(drawn), _threads()))
-        for index, struct in zip(drawn, structs, strict=True):
-            token_ids[index] = struct.token
+        token_ids = torch.empty(len(rows), dtype=torch.int32)
+        self._library.sample(
+            structs, len(rows), logits.shape[1], token_ids.data_ptr(), _threads_for(len(rows))
+        )
         return Sampled(token_ids, processed)
 
     def logsumexp(self, logits: Tensor) -> Tensor:
         """``log(sum(exp(row)))`` of [R, V] -> float32 [R]; subtracted from a row's logits it gives log-probabilities."""
         rows, vocab = logits.shape
         source, out = _float32(logits, "logits"), torch.empty(rows)
-        self._library.log_sum_exp(source.data_ptr(), rows, vocab, out.data_ptr(), min(rows, _threads()))
+        self._library.log_sum_exp(source.data_ptr(), rows, vocab, out.data_ptr(), _threads_for(rows))
         return out
+
+
+class _BoundLayers:
+    """Layers with their caches as the library reads them, and the tensors that they point to."""
+
+    def __init__(
+        self,
+        library: Library,
+        layers: Sequence[CpuDecoderLayer],
+        key_caches: Sequence[Tensor],
+        value_caches: Sequence[Tensor],
+    ) -> None:
+        count = len(layers)
+        if not count == len(key_caches) == len(value_caches):
+            raise ValueError(
+                f"{count} layers with {len(key_caches)} key and {len(value_caches)} value caches"
+            )
+        self._library = library
+        self._tensors = (layers, key_caches, value_caches)
+        self._head_size = layers[0].head_dim
+        self._layers = (DecoderLayerStruct * count)(*(layer.struct for layer in layers))
+        self._keys = (CacheStruct * count)(*map(_key_cache, key_caches))
+        self._values = (CacheStruct * count)(*map(_cache, value_caches))
+
+    def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, metadata: AttentionMetadata) -> Tensor:
+        tokens = hidden.shape[0]
+        rotary = _check_rotary(cos, sin, tokens, self._head_size)
+        cos, sin = _float32(cos, "cos"), _float32(sin, "sin")
+        out = hidden.to(torch.float32, copy=True).contiguous()
+        batch = _Batch(metadata)
+        self._library.decoder_layers(
+            self._layers,
+            len(self._layers),
+            out.data_ptr(),
+            tokens,
+            cos.data_ptr(),
+            sin.data_ptr(),
+            rotary,
+            self._keys,
+            self._values,
+            byref(batch.struct),
+            _threads(),
+        )
+        return out.to(hidden.dtype)
 
 
 class _Batch:
@@ -347,6 +369,11 @@ class _Batch:
 
 def _threads() -> int:
     return torch.get_num_threads()
+
+
+def _threads_for(rows: int) -> int:
+    """Of what gives each row to one thread. All or one: OpenMP ends the threads that a smaller team leaves out."""
+    return _threads() if rows > 1 else 1
 
 
 def _window(sliding_window: int | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int64, c_void_p
 from typing import ClassVar
 
 from logitkernels.cpu import build
@@ -91,13 +91,13 @@ class SamplingRowStruct(Structure):
 
     _fields_: ClassVar = [
         ("logits", c_void_p),
+        ("edited", c_void_p),
         ("processed", c_void_p),
         ("top_p", c_double),
         ("min_p", c_double),
         ("uniform", c_double),
         ("top_k", c_int64),
         ("temperature", c_float),
-        ("token", c_int32),
     ]
 
 
@@ -112,7 +112,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "store": [c_void_p, c_int64, c_int64, c_int64, POINTER(CacheStruct), c_void_p, c_int],
     "attention": [POINTER(AttentionStruct), POINTER(BatchStruct), c_void_p, c_void_p, c_int],
     "top_k": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int],
-    "sample": [POINTER(SamplingRowStruct), c_int64, c_int64, c_int],
+    "sample": [POINTER(SamplingRowStruct), c_int64, c_int64, c_void_p, c_int],
     "log_sum_exp": [c_void_p, c_int64, c_int64, c_void_p, c_int],
     "decoder_layers": [
         POINTER(DecoderLayerStruct),

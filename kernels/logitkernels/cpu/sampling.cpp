@@ -1,14 +1,16 @@
 // From rows of logits to tokens: temperature, top-k, top-p, min-p and the draw. What is computed is defined by
 // logitkernels/sampling.py; bias, penalties and bans are in the logits already.
 //
-// A row is worked on by one thread, in about six passes over 4 bytes a logit that stay in its second-level cache. Nothing
-// is sorted but what top-k keeps and the one bucket of scores that the edge of top-p falls into.
+// A row is worked on by one thread: one pass to find its largest logit, and where the temperature is above 0 about six
+// more over 4 bytes a logit that stay in its second-level cache. Nothing is sorted but what top-k keeps and the one bucket
+// of scores that the edge of top-p falls into.
 #include <omp.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "top_k.h"
@@ -16,21 +18,46 @@
 
 namespace logitkernels {
 
-// One row, mirrored by library.py. The logits hold no NaN.
+// One row, mirrored by library.py.
 struct SamplingRow {
-    const float* logits;
-    float* processed;  // where the scores go that the token is drawn from, or null
-    double top_p;      // 1: off
-    double min_p;      // 0: off
-    double uniform;    // in [0, 1)
-    int64_t top_k;     // 0: off
-    float temperature;
-    int32_t token;  // the result; -1 where the largest score is infinite: there is no distribution
+    const float* logits;  // raw
+    const float* edited;  // with bias, penalties and bans; the raw ones where there are none
+    float* processed;     // where the scores go that the token is drawn from, or null
+    double top_p;         // 1: off
+    double min_p;         // 0: off
+    double uniform;       // in [0, 1)
+    int64_t top_k;        // 0: off
+    float temperature;    // 0: the largest
 };
 
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+constexpr int32_t kNoToken = -1;  // there is no distribution to draw from
+
+// The largest of a row; NaN where it holds one.
+float largest_of(const float* row, int64_t size) {
+    __m512 largest = _mm512_set1_ps(kMinusInfinity);
+    __mmask16 holds_nan = 0;
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const __mmask16 exists = lane_mask(size - i);
+        const __m512 values = load(row + i, exists);
+        holds_nan = __mmask16(holds_nan | _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q));
+        largest = _mm512_mask_max_ps(largest, exists, largest, values);
+    }
+    return holds_nan != 0 ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(largest);
+}
+
+// The point mass on the largest score, at its lowest id.
+int32_t take_largest(const SamplingRow& row, float largest, int64_t vocab) {
+    if (largest == kMinusInfinity) return kNoToken;
+    const int32_t token = int32_t(std::find(row.edited, row.edited + vocab, largest) - row.edited);
+    if (row.processed != nullptr) {
+        std::fill_n(row.processed, vocab, kMinusInfinity);
+        row.processed[token] = 0;
+    }
+    return token;
+}
 
 class Sampler {
   public:
@@ -43,12 +70,10 @@ class Sampler {
         std::fill(scores_.get() + vocab, scores_.get() + round_up(vocab, kSpan), kMinusInfinity);
     }
 
-    void draw(SamplingRow& row) {
-        cool(row.logits, row.temperature);
-        if (!std::isfinite(largest_)) {
-            row.token = -1;
-            return;
-        }
+    int32_t draw(const SamplingRow& row, float largest) {
+        cool(row.edited, row.temperature);
+        largest_ = largest / row.temperature;
+        if (!std::isfinite(largest_)) return kNoToken;
         if (row.top_k > 0) {
             keep_top_k(std::min(row.top_k, vocab_), row.top_p, row.min_p);
         } else if (row.top_p < 1 || row.min_p > 0) {
@@ -60,7 +85,7 @@ class Sampler {
                     if (masses_[i] < row.min_p) scores_[i] = kMinusInfinity;
         }
         if (row.processed != nullptr) std::memcpy(row.processed, scores_.get(), size_t(vocab_) * sizeof(float));
-        row.token = int32_t(pick(row.uniform));
+        return int32_t(pick(row.uniform));
     }
 
   private:
@@ -70,14 +95,10 @@ class Sampler {
 
     void cool(const float* logits, float temperature) {
         const __m512 divisor = _mm512_set1_ps(temperature);
-        __m512 largest = _mm512_set1_ps(kMinusInfinity);
         for (int64_t i = 0; i < vocab_; i += kLanes) {
             const __mmask16 exists = lane_mask(vocab_ - i);
-            const __m512 scores = _mm512_div_ps(load(logits + i, exists), divisor);
-            store(scores_.get() + i, exists, scores);
-            largest = _mm512_mask_max_ps(largest, exists, largest, scores);
+            store(scores_.get() + i, exists, _mm512_div_ps(load(logits + i, exists), divisor));
         }
-        largest_ = _mm512_reduce_max_ps(largest);
     }
 
     // masses = exp(scores - largest), and their sum over each span.
@@ -180,11 +201,25 @@ class Sampler {
 
 using namespace logitkernels;
 
-extern "C" void logitkernels_sample(SamplingRow* rows, int64_t count, int64_t vocab, int threads) {
+// tokens [count]: what each row gives, or -1 where it has no distribution: a NaN among the raw logits, nothing above
+// -inf, or an inf at a temperature above 0.
+extern "C" void logitkernels_sample(const SamplingRow* rows, int64_t count, int64_t vocab, int32_t* tokens, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        Sampler sampler(vocab);
+        std::optional<Sampler> sampler;
 #pragma omp for schedule(dynamic)
-        for (int64_t row = 0; row < count; ++row) sampler.draw(rows[row]);
+        for (int64_t i = 0; i < count; ++i) {
+            const SamplingRow& row = rows[i];
+            float largest = largest_of(row.logits, vocab);
+            if (row.edited != row.logits && !std::isnan(largest)) largest = largest_of(row.edited, vocab);
+            if (std::isnan(largest)) {
+                tokens[i] = kNoToken;
+            } else if (row.temperature == 0) {
+                tokens[i] = take_largest(row, largest, vocab);
+            } else {
+                if (!sampler) sampler.emplace(vocab);
+                tokens[i] = sampler->draw(row, largest);
+            }
+        }
     }
 }
