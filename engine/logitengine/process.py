@@ -79,7 +79,9 @@ class EngineLoop:
         from logitengine.engine import Engine
         from logitengine.loader import load
 
-        engine = Engine(config, load(config))
+        loaded = load(config)
+        loaded.kernels.pin_threads()
+        engine = Engine(config, loaded)
         self._outbox.put(Ready(engine.info))
         computed = False
         while self._take_messages(engine, wait=not computed):

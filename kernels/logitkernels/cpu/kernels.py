@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from ctypes import byref, pointer
+from ctypes import byref, c_int32, pointer
 from dataclasses import dataclass, field, fields
 from functools import partial
 
@@ -76,6 +77,11 @@ class CpuKernels(Kernels):
         """
         self._library = Library(march)
         self._exact = exact
+
+    def pin_threads(self) -> None:
+        cpus = sorted(os.sched_getaffinity(0))
+        if len(cpus) == _threads() > 1:
+            self._library.pin_threads((c_int32 * len(cpus))(*cpus), len(cpus))
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         return linears.pack(self._library, weight.detach(), bias, exact=self._exact)

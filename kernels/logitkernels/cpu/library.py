@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import ClassVar
 
 from logitkernels.cpu import build
@@ -102,6 +102,7 @@ class SamplingRowStruct(Structure):
 
 
 _SIGNATURES: dict[str, list[type]] = {
+    "pin_threads": [POINTER(c_int32), c_int64],
     "pack_bf16": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "pack_f32": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "pack_gguf": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],

@@ -1,4 +1,4 @@
-// A barrier for the threads of one parallel region that suits cores which are shared with other processes.
+// The threads of one parallel region: where they run, and a barrier that suits cores which are shared with other processes.
 //
 // OpenMP's own barrier spins for milliseconds, which keeps the thread that it waits for off its core whenever somebody
 // else (the HTTP server, say) runs there too; told not to spin, it sleeps at once and pays for every wake-up. This one
@@ -6,8 +6,12 @@
 #pragma once
 
 #include <omp.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <atomic>
+#include <vector>
 
 namespace logitkernels {
 
@@ -44,10 +48,35 @@ class Barrier {
 // The barrier of the region that this thread works in; none: OpenMP's own.
 inline thread_local Barrier* region_barrier = nullptr;
 
+// The CPU that each thread of a region stays on, by its number there. Empty: the scheduler chooses.
+//
+// It does so badly for threads that meet many thousand times a second. When another process (the HTTP server, say) takes a
+// core for half a millisecond, the thread that it displaces may be put beside its partner, and then the two take turns by
+// time slices of milliseconds until somebody notices that the core is free again: one step in ten took three times as long.
+inline std::vector<int> region_cpus;
+
+inline void stay_on_own_cpu() {
+#if defined(__linux__)
+    thread_local int stays_on = -1;
+    if (region_cpus.empty()) return;
+    const int cpu = region_cpus[size_t(omp_get_thread_num()) % region_cpus.size()];
+    if (cpu == stays_on) return;
+    stays_on = cpu;
+    cpu_set_t* set = CPU_ALLOC(cpu + 1);
+    CPU_ZERO_S(CPU_ALLOC_SIZE(cpu + 1), set);
+    CPU_SET_S(cpu, CPU_ALLOC_SIZE(cpu + 1), set);
+    sched_setaffinity(0, CPU_ALLOC_SIZE(cpu + 1), set);  // where it may not, the scheduler goes on choosing
+    CPU_FREE(set);
+#endif
+}
+
 // Says for a scope inside a parallel region which barrier its threads meet at.
 class Team {
    public:
-    explicit Team(Barrier& barrier) { region_barrier = &barrier; }
+    explicit Team(Barrier& barrier) {
+        region_barrier = &barrier;
+        stay_on_own_cpu();
+    }
     ~Team() { region_barrier = nullptr; }
     Team(const Team&) = delete;
     Team& operator=(const Team&) = delete;
