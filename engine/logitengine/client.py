@@ -102,6 +102,7 @@ class EngineClient:
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._outbox: asyncio.Queue[ToEngine] = asyncio.Queue()
+        self._spawned = asyncio.Event()
         self._loaded = asyncio.Event()
         self._load_error: str | None = None
         self._not_ready: str | None = "not started"
@@ -110,10 +111,15 @@ class EngineClient:
     # Life and death.
 
     async def start(self) -> None:
-        """Spawn the engine and return at once; the model loads in the background."""
+        """Spawn the engine and return; the model loads in the background. What was started already stays as it is."""
+        if self._supervisor is not None:
+            return
         self._not_ready = "loading the model"
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
         self._supervisor.add_done_callback(self._on_supervisor_done)
+        spawning = asyncio.create_task(self._spawned.wait())
+        await asyncio.wait({spawning, self._supervisor}, return_when=asyncio.FIRST_COMPLETED)
+        spawning.cancel()
 
     async def wait_ready(self) -> ModelInfo:
         """Wait until requests can be served, also after a restart. Raises EngineDeadError if the model cannot be loaded."""
@@ -184,6 +190,7 @@ class EngineClient:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "logitengine.process", *arguments, env=engine_environment()
             )
+            self._spawned.set()
             connection = await self._accept(listener, self._process)
             if connection is not None:
                 self._channel = AsyncChannel(connection, FromEngine)

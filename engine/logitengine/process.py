@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import queue
 import signal
@@ -70,11 +71,14 @@ class EngineLoop:
             logger.exception("the engine cannot go on")
             self._outbox.put(Failed(f"{type(error).__name__}: {error}"))
             status = 1
+        gc.unfreeze()  # or extension modules find their objects still there at exit, and say so
         self._outbox.put(None)
         sender.join(timeout=5)
         return status
 
     def _serve(self, config: EngineConfig) -> None:
+        # Nearly all that loading makes is there to stay: looking through it for garbage is a sixth of the time.
+        gc.disable()
         # Only here: the threads are up, so the server sees a load that takes long as loading, not as silence.
         from logitengine.engine import Engine
         from logitengine.loader import load
@@ -83,6 +87,9 @@ class EngineLoop:
         loaded.kernels.pin_threads()
         engine = Engine(config, loaded)
         self._outbox.put(Ready(engine.info))
+        gc.collect()
+        gc.freeze()
+        gc.enable()
         computed = False
         while self._take_messages(engine, wait=not computed):
             steps_before = engine.num_steps

@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from logitengine.client import EngineClient
-from logitengine.config import EngineConfig
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from logitserve.app import create_app
 from logitserve.config import ServerConfig
-from logitserve.logs import configure_logging
 from logitserve.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -113,20 +110,11 @@ def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
     )
 
 
-def display_name(model: str) -> str:
-    """What requests call the model by: a hub name as it is, a directory or file by its own name."""
-    path = Path(model)
-    return path.stem if path.suffix == ".gguf" else path.name if path.is_dir() else model
-
-
-def serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
+async def run_app(engine_client: EngineClient, config: ServerConfig) -> int:
     """Serve until a signal. Returns the exit code: 0, or 1 when the model could not be loaded."""
-    configure_logging(server_config.log_level)
-    names = server_config.served_model_name or [display_name(engine_config.model)]
-    config = server_config.model_copy(update={"served_model_name": names})
-    app = create_app(EngineClient(engine_config), config)
+    app = create_app(engine_client, config)
     state: ServerState = app.state.server
     server = DrainingServer(uvicorn_config(app, config), state, config.drain_timeout)
     state.on_load_error = server.stop
-    server.run()
+    await server.serve()
     return 0 if state.load_error is None else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -101,3 +102,22 @@ async def test_a_model_that_cannot_be_loaded_ends_the_server_with_1(tmp_path: Pa
         _, errors = await process.communicate()
     assert process.returncode == 1
     assert b"config.json" in errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_a_signal_while_the_server_starts_ends_it_and_its_engine(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """Sent as soon as the engine's socket is there, when the server has not taken its own signals yet."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "logitserve", "serve", "--port", "0"),
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stderr=asyncio.subprocess.PIPE,  # the engine's too: read to its end, both have gone
+    )
+    async with asyncio.timeout(60):
+        while not list(tmp_path.glob("logitserve-*/engine.sock")):
+            await asyncio.sleep(0.001)
+        process.send_signal(number)
+        await process.communicate()
+    assert process.returncode == 0
+    assert not list(tmp_path.glob("logitserve-*"))

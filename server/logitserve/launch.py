@@ -1,0 +1,48 @@
+"""`serve`: the engine's process first, since it takes longest, and then everything that this one imports."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from logitengine.client import EngineClient
+from logitengine.config import EngineConfig
+from uvloop import new_event_loop
+
+from logitserve.config import ServerConfig
+from logitserve.logs import configure_logging
+
+
+def serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
+    """Serve until a signal. Returns the exit code: 0, or 1 when the model could not be loaded."""
+    configure_logging(server_config.log_level)
+    names = server_config.served_model_name or [display_name(engine_config.model)]
+    config = server_config.model_copy(update={"served_model_name": names})
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(_serve(EngineClient(engine_config), config))
+
+
+async def _serve(engine_client: EngineClient, config: ServerConfig) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)  # until the server takes them
+    await engine_client.start()
+    try:
+        # Half a second of imports, with nobody to wait for the event loop yet.
+        from logitserve.serving import run_app
+
+        return await run_app(engine_client, config)
+    finally:
+        await engine_client.close()
+
+
+def _leave(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
+
+
+def display_name(model: str) -> str:
+    """What requests call the model by: a hub name as it is, a directory or file by its own name."""
+    path = Path(model)
+    return path.stem if path.suffix == ".gguf" else path.name if path.is_dir() else model
