@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from logitengine.client import EngineClient
 from logitengine.config import EngineConfig
@@ -26,20 +24,17 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
 
 
 async def _serve(engine_client: EngineClient, config: ServerConfig) -> int:
+    stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave)  # until the server takes them
+        signal.signal(number, lambda *_: stopped.set())  # until uvicorn takes them
     await engine_client.start()
     try:
         # Half a second of imports, with nobody to wait for the event loop yet.
         from logitserve.serving import run_app
 
-        return await run_app(engine_client, config)
+        return await run_app(engine_client, config, stopped)
     finally:
         await engine_client.close()
-
-
-def _leave(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(0)
 
 
 def display_name(model: str) -> str:

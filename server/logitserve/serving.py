@@ -26,8 +26,11 @@ LAST_SECONDS = 2
 class DrainingServer(uvicorn.Server):
     """On the first SIGINT or SIGTERM turns new requests away and waits for the running ones; on the second, exits."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, drain_timeout: float) -> None:
+    def __init__(
+        self, config: uvicorn.Config, state: ServerState, drain_timeout: float, stopped: asyncio.Event
+    ) -> None:
         super().__init__(config)
+        self._stopped = stopped
         self._state = state
         self._drain_timeout = drain_timeout
         self._draining: asyncio.Task[None] | None = None
@@ -36,6 +39,13 @@ class DrainingServer(uvicorn.Server):
     async def serve(self, sockets: Any = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def startup(self, sockets: Any = None) -> None:
+        """Nothing, for a server that was stopped before it heard signals."""
+        if self._stopped.is_set():
+            self.should_exit = True
+        else:
+            await super().startup(sockets)
 
     def stop(self) -> None:
         self.should_exit = True
@@ -110,11 +120,11 @@ def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
     )
 
 
-async def run_app(engine_client: EngineClient, config: ServerConfig) -> int:
-    """Serve until a signal. Returns the exit code: 0, or 1 when the model could not be loaded."""
+async def run_app(engine_client: EngineClient, config: ServerConfig, stopped: asyncio.Event) -> int:
+    """Serve until a signal, or not at all if ``stopped`` is set. Returns the exit code: 0, or 1 when the model could not be loaded."""
     app = create_app(engine_client, config)
     state: ServerState = app.state.server
-    server = DrainingServer(uvicorn_config(app, config), state, config.drain_timeout)
+    server = DrainingServer(uvicorn_config(app, config), state, config.drain_timeout, stopped)
     state.on_load_error = server.stop
     await server.serve()
     return 0 if state.load_error is None else 1

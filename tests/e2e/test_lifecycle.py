@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,19 +106,18 @@ async def test_a_model_that_cannot_be_loaded_ends_the_server_with_1(tmp_path: Pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_signal_while_the_server_starts_ends_it_and_its_engine(
+def test_a_signal_while_the_server_starts_ends_it_and_its_engine(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     """Sent as soon as the engine's socket is there, when the server has not taken its own signals yet."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "logitserve", "serve", "--port", "0"),
+    with subprocess.Popen(
+        [sys.executable, "-m", "logitserve", "serve", "--port", "0"],
         env={**os.environ, "TMPDIR": str(tmp_path)},
-        stderr=asyncio.subprocess.PIPE,  # the engine's too: read to its end, both have gone
-    )
-    async with asyncio.timeout(60):
+        stderr=subprocess.PIPE,  # the engine's too: read to its end, both have gone
+    ) as process:
         while not list(tmp_path.glob("logitserve-*/engine.sock")):
-            await asyncio.sleep(0.001)
+            assert process.poll() is None
         process.send_signal(number)
-        await process.communicate()
+        process.communicate(timeout=60)
     assert process.returncode == 0
     assert not list(tmp_path.glob("logitserve-*"))
