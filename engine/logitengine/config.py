@@ -62,5 +62,7 @@ class EngineConfig(BaseModel):
         16 << 20, ge=1 << 16, description="unread logits of a request before it waits for its reader"
     )
     num_threads: int | None = Field(
-        None, ge=1, description="CPU threads; default: the cores this process may use"
+        None,
+        ge=1,
+        description="CPU threads; default: one for each CPU this process may use, and pinned to it",
     )

@@ -81,13 +81,14 @@ class ModelRunner:
             outputs = self._graphs.run(batch, rows)
             return Computed(**{**outputs, "token_ids": outputs["token_ids"].clone()})
         arrays = {**batch.arrays, "drawing_rows": batch.drawing_rows}
-        num_edits = max(1, sum(row.num_edits for row in rows))
+        sampling: Sequence[RowSampling] | PackedRows = rows
         if self._kernels.packs_sampling:
+            num_edits = max(1, sum(row.num_edits for row in rows))
             arrays["sampling"] = self._kernels.pack_sampling(rows, len(rows), num_edits)
-        tensors = self._device.upload(arrays)
-        sampling = (
-            PackedRows(tensors["sampling"], len(rows), num_edits) if self._kernels.packs_sampling else rows
-        )
+            tensors = self._device.upload(arrays)
+            sampling = PackedRows(tensors["sampling"], len(rows), num_edits)
+        else:
+            tensors = self._device.upload(arrays)
         awaited = self._last_tokens if batch.awaits_tokens else None
         on_device = DeviceBatch.of(tensors, awaited, batch.max_query_len, batch.max_seq_len)
         hidden = self._decoder(on_device)
