@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 import torch
 from logitengine.devices.cpu import CpuDevice
+from logitengine.devices.device import Device
 from torch import Tensor
 
 
 class LoopbackDevice(CpuDevice):
     """What is fetched reads as garbage until a mark that was made later has been waited for; a recorded function is
     replayed by running it again."""
+
+    upload = Device.upload
 
     def __init__(self) -> None:
         super().__init__()

@@ -43,6 +43,10 @@ class ScriptedEngine(EngineClient):
     async def close(self) -> None:
         """There is no process."""
 
+    async def wait_located(self) -> str:
+        assert self.info is not None
+        return self.info.tokenizer_path
+
     async def wait_ready(self) -> ModelInfo:
         assert self.info is not None
         return self.info

@@ -30,6 +30,7 @@ from logitengine.messages import (
     FromEngine,
     Generate,
     GenerationRequest,
+    Located,
     ModelInfo,
     Ready,
     Refused,
@@ -103,6 +104,8 @@ class EngineClient:
         self._supervisor: asyncio.Task[None] | None = None
         self._outbox: asyncio.Queue[ToEngine] = asyncio.Queue()
         self._spawned = asyncio.Event()
+        self._located = asyncio.Event()
+        self._tokenizer_path: str | None = None
         self._loaded = asyncio.Event()
         self._load_error: str | None = None
         self._not_ready: str | None = "not started"
@@ -111,15 +114,23 @@ class EngineClient:
     # Life and death.
 
     async def start(self) -> None:
-        """Spawn the engine and return; the model loads in the background. What was started already stays as it is."""
+        """Spawn the engine; the model loads in the background. What was started already stays as it is."""
         if self._supervisor is not None:
             return
         self._not_ready = "loading the model"
+        self._spawned.clear()
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
         self._supervisor.add_done_callback(self._on_supervisor_done)
         spawning = asyncio.create_task(self._spawned.wait())
         await asyncio.wait({spawning, self._supervisor}, return_when=asyncio.FIRST_COMPLETED)
         spawning.cancel()
+
+    async def wait_located(self) -> str:
+        """Wait until the model's files are here; the directory of its tokenizer. Raises EngineDeadError if they cannot be."""
+        await self._located.wait()
+        if self._tokenizer_path is None:
+            raise EngineDeadError(self._load_error or "the engine could not be started")
+        return self._tokenizer_path
 
     async def wait_ready(self) -> ModelInfo:
         """Wait until requests can be served, also after a restart. Raises EngineDeadError if the model cannot be loaded."""
@@ -162,6 +173,7 @@ class EngineClient:
                 # It never loaded. Trying again would fail again, so whoever waits for it is told.
                 self._not_ready = self._load_error or "the engine died while it was loading"
                 self._load_error = self._not_ready
+                self._located.set()
                 self._loaded.set()
                 return
             deaths = 0 if self.stats.num_generated_tokens != generated_before else deaths + 1
@@ -175,6 +187,7 @@ class EngineClient:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("supervising the engine failed", exc_info=error)
             self._not_ready = self._load_error = f"supervising the engine failed: {error}"
+            self._located.set()
             self._loaded.set()
 
     async def _run_process(self) -> None:
@@ -251,6 +264,9 @@ class EngineClient:
 
     def _handle(self, message: FromEngine) -> None:
         match message:
+            case Located(tokenizer_path):
+                self._tokenizer_path = tokenizer_path
+                self._located.set()
             case Ready(info):
                 self.info, self._not_ready, self._load_error = info, None, None
                 self._loaded.set()

@@ -64,5 +64,5 @@ class EngineConfig(BaseModel):
     num_threads: int | None = Field(
         None,
         ge=1,
-        description="CPU threads; default: one for each CPU this process may use, and pinned to it",
+        description="CPU threads; default: one for each CPU this process may use; the native kernels then pin them",
     )

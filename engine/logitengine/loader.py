@@ -48,14 +48,18 @@ class LoadedModel:
     heads: dict[str, ValueHead]
 
 
-def load(config: EngineConfig, device: Device | None = None) -> LoadedModel:
+def load(
+    config: EngineConfig, device: Device | None = None, checkpoint: Checkpoint | None = None
+) -> LoadedModel:
     """Load what ``config`` names, onto ``device`` in place of the one that it names if one is given.
+
+    ``checkpoint`` is the model's, where it has been resolved.
 
     Raises CheckpointError for a model that cannot be served, with the reason.
     """
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
-    checkpoint = resolve_checkpoint(config.model)
+    checkpoint = checkpoint or resolve_checkpoint(config.model)
     try:
         device = device or choose_device(config.device)
         kernels = load_kernels(
@@ -81,7 +85,9 @@ def prepare(
     device: Device,
     blocks: StoredWeights | Int8Weights | None = None,
 ) -> LoadedModel:
-    """Fuse a model that lies on ``device`` and uses our attention function, in place, and size the KV cache for it.
+    """Fuse a model that lies on ``device`` and uses our attention function, and size the KV cache for it.
+
+    The model is used up: what is fused is taken out of it.
 
     Raises CheckpointError for a model that cannot be served, with the reason.
     """

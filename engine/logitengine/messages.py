@@ -259,6 +259,12 @@ class Shutdown(Struct, frozen=True, tag=True):
 # Engine to server.
 
 
+class Located(Struct, frozen=True, tag=True):
+    """The model's files are on this machine; ``tokenizer_path`` is ModelInfo's. Comes long before Ready."""
+
+    tokenizer_path: str
+
+
 class Ready(Struct, frozen=True, tag=True):
     info: ModelInfo
 
@@ -283,4 +289,4 @@ class Failed(Struct, frozen=True, tag=True):
 
 
 ToEngine = Generate | Abort | Consumed | Shutdown
-FromEngine = Ready | StepOutputs | Refused | Failed
+FromEngine = Located | Ready | StepOutputs | Refused | Failed

@@ -20,6 +20,7 @@ from logitengine.messages import (
     Failed,
     FromEngine,
     Generate,
+    Located,
     Ready,
     Refused,
     Shutdown,
@@ -80,16 +81,19 @@ class EngineLoop:
         # Nearly all that loading makes is there to stay: looking through it for garbage is a sixth of the time.
         gc.disable()
         # Only here: the threads are up, so the server sees a load that takes long as loading, not as silence.
+        from logitengine.checkpoint import resolve_checkpoint
+
+        checkpoint = resolve_checkpoint(config.model)
+        self._outbox.put(Located(str(checkpoint.tokenizer_path)))
         from logitengine.engine import Engine
         from logitengine.loader import load
 
-        loaded = load(config)
+        loaded = load(config, checkpoint=checkpoint)
         loaded.kernels.pin_threads()
         engine = Engine(config, loaded)
-        self._outbox.put(Ready(engine.info))
-        gc.collect()
         gc.freeze()
         gc.enable()
+        self._outbox.put(Ready(engine.info))
         computed = False
         while self._take_messages(engine, wait=not computed):
             steps_before = engine.num_steps

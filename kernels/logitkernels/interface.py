@@ -95,7 +95,7 @@ BoundLayers = Callable[[Tensor, Tensor, Tensor, AttentionMetadata], Tensor]
 
 
 class Kernels(ABC):
-    """One backend. Stateless: weights are packed by ``pack_linear`` and handed back by the caller."""
+    """One backend. Without state of its own: weights are packed by ``pack_linear`` and handed back by the caller."""
 
     name: str
     batch_invariant: bool

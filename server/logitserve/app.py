@@ -18,7 +18,7 @@ from logitserve.state import ServerState
 
 
 def create_app(engine_client: EngineClient, config: ServerConfig) -> FastAPI:
-    """An app that serves ``engine_client``'s model. Its lifespan starts and closes the client.
+    """An app that serves ``engine_client``'s model. Its lifespan starts the client, if nobody has, and closes it.
 
     The app answers from the start; until the model is loaded everything but the probes gets 503.
     """

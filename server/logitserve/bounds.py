@@ -7,7 +7,6 @@ from logitserve.errors import BadRequestError
 from logitserve.protocol.generation import GenerationBody
 from logitserve.protocol.rows import ReturnLogits, RowOptions
 from logitserve.state import Model
-from logitserve.texts import Texts
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ID_BYTES = 4
@@ -28,10 +27,10 @@ def too_large(param: str, value: int, limit: int, unit: str = "") -> BadRequestE
     return BadRequestError(f"'{param}' is {held}; this server allows at most {limit}.", param=param)
 
 
-def check_length(num_characters: int, texts: Texts, param: str) -> None:
-    if num_characters > texts.longest_prompt:
+def check_length(num_characters: int, model: Model, param: str) -> None:
+    if num_characters > model.longest_prompt:
         raise BadRequestError(
-            f"'{param}' has {num_characters} characters; nothing over {texts.longest_prompt} can fit the context.",
+            f"'{param}' has {num_characters} characters; nothing over {model.longest_prompt} can fit the context.",
             param=param,
             code="context_length_exceeded",
         )

@@ -9,6 +9,9 @@ from pydantic_settings import NoDecode
 
 ENV_PREFIX = "LOGITSERVE_"
 
+LARGEST_ID = 2**31 - 1
+"""Of a token, and the largest count of them that is taken for a number."""
+
 
 def split_commas(value: Any) -> Any:
     """``a,b`` from a variable, or ``["a", "b,c"]`` from repeated flags, as one list."""

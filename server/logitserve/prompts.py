@@ -28,7 +28,7 @@ async def from_texts(
         raise too_large(param, len(prompts), state.config.max_batch_prompts, "prompts")
     for prompt in prompts:
         if isinstance(prompt, str):
-            check_length(len(prompt), model.texts, param)
+            check_length(len(prompt), model, param)
         else:
             check_ids(prompt, model, param)
 
@@ -48,14 +48,14 @@ async def from_messages(
     messages: Sequence[Message], state: ServerState, *, add_generation_prompt: bool
 ) -> PreparedPrompt:
     """A conversation under the model's chat template. Raises ApiError."""
-    texts = state.model().texts
+    model = state.model()
     fields = [message.for_template() for message in messages]
-    check_length(sum(len(message["content"]) for message in fields), texts, "messages")
+    check_length(sum(len(message["content"]) for message in fields), model, "messages")
 
     def tokenize() -> PreparedPrompt:
-        text = texts.render(fields, add_generation_prompt=add_generation_prompt)
-        check_length(len(text), texts, "messages")
-        return PreparedPrompt(texts.encode(text, add_special_tokens=False), text)
+        text = model.texts.render(fields, add_generation_prompt=add_generation_prompt)
+        check_length(len(text), model, "messages")
+        return PreparedPrompt(model.texts.encode(text, add_special_tokens=False), text)
 
     return await state.text_worker.run(tokenize, param="messages")
 

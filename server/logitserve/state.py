@@ -32,6 +32,11 @@ class Model:
     texts: Texts
     names: list[str]
 
+    @property
+    def longest_prompt(self) -> int:
+        """In characters. Anything longer cannot fit the context, whatever its tokens."""
+        return self.info.max_model_len * max(self.texts.table.longest, 1)
+
     def check_name(self, name: str | None) -> str:
         """The name to answer with. Raises ApiError 404 for a model that is not served."""
         if name is not None and name not in self.names:
@@ -61,10 +66,10 @@ class ServerState:
         self.idle.set()
 
     async def load(self) -> None:
-        """Wait for the engine, then read the model's tokenizer. What fails is logged and shown by /ready."""
+        """Read the model's tokenizer while the engine loads the rest. What fails is logged and shown by /ready."""
         try:
-            info = await self.engine.wait_ready()
-            texts = await asyncio.to_thread(Texts, info)
+            directory = Path(await self.engine.wait_located())
+            info, texts = await asyncio.gather(self.engine.wait_ready(), asyncio.to_thread(Texts, directory))
         except (EngineError, OSError, ValueError, LookupError) as error:
             self.load_error = f"the model could not be loaded: {error}"
             logger.error("%s", self.load_error)  # noqa: TRY400 - the message says it all

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import orjson
 from jinja2.exceptions import TemplateError
-from logitengine.messages import ModelInfo
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -25,17 +24,14 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token
 class Texts:
     """The tokenizer and chat template of the model that is served. Safe to use from several threads."""
 
-    def __init__(self, info: ModelInfo) -> None:
-        """Read the files in ``info.tokenizer_path``. Raises OSError, ValueError or UnsupportedDecoderError."""
-        directory = Path(info.tokenizer_path)
+    def __init__(self, directory: Path) -> None:
+        """Read the tokenizer's files. Raises OSError, ValueError or UnsupportedDecoderError."""
         tokenizer_json = (directory / "tokenizer.json").read_bytes()
         self.table = TokenTable(orjson.loads(tokenizer_json))
         self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
         settings = _read_settings(directory)
         self._special_tokens = _special_tokens(settings)
         self._template = _chat_template(directory, settings)
-        self.longest_prompt = info.max_model_len * max(self.table.longest, 1)
-        """In characters. Anything longer cannot fit the context, whatever its tokens."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,17 +109,24 @@ async def test_a_model_that_cannot_be_loaded_ends_the_server_with_1(tmp_path: Pa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_server_starts_ends_it_and_its_engine(
-    tmp_path: Path, number: signal.Signals
+    tiny_llama: Path, number: signal.Signals
 ) -> None:
     """Sent as soon as the engine's socket is there, when the server has not taken its own signals yet."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "logitserve", "serve", "--port", "0"],
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        stderr=subprocess.PIPE,  # the engine's too: read to its end, both have gone
-    ) as process:
-        while not list(tmp_path.glob("logitserve-*/engine.sock")):
-            assert process.poll() is None
-        process.send_signal(number)
-        process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert not list(tmp_path.glob("logitserve-*"))
+    with (
+        tempfile.TemporaryDirectory(dir="/tmp") as directory,
+        subprocess.Popen(
+            [sys.executable, "-m", "logitserve", "serve", str(tiny_llama), "--port", "0"],
+            env={**os.environ, "TMPDIR": directory},
+            stderr=subprocess.PIPE,  # the engine's too: read to its end, both have gone
+        ) as process,
+    ):
+        try:
+            while not list(Path(directory).glob("logitserve-*/engine.sock")):
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(number)
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == 0
+        assert not list(Path(directory).glob("logitserve-*"))

@@ -43,7 +43,8 @@ async def running_client(model: Path | str, **options: object) -> AsyncIterator[
     await client.start()
     try:
         async with asyncio.timeout(DEADLINE):
-            await client.wait_ready()
+            located, info = await asyncio.gather(client.wait_located(), client.wait_ready())
+        assert located == info.tokenizer_path
         yield client
     finally:
         await client.close()
@@ -141,6 +142,8 @@ async def test_a_model_that_cannot_be_loaded_is_reported(tmp_path: Path) -> None
         async with asyncio.timeout(DEADLINE):
             with pytest.raises(EngineDeadError, match=r"config\.json"):
                 await client.wait_ready()
+            with pytest.raises(EngineDeadError, match=r"config\.json"):
+                await client.wait_located()
         assert "config.json" in (client.not_ready_reason() or "")
     finally:
         await client.close()

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -377,25 +373,3 @@ def test_layers_in_one_call_equal_layers_one_by_one() -> None:
     for layer, keys, values in zip(layers, caches[::2], caches[1::2], strict=True):
         hidden = KERNELS.decoder_layer(hidden, layer, cos, sin, keys, values, metadata)
     assert torch.equal(together, hidden)
-
-
-def affinities_after_pinning(num_threads: int) -> list[set[int]]:
-    """The CPUs of each thread of this process after layers have run."""
-    torch.set_num_threads(num_threads)
-    kernels = CpuKernels()
-    kernels.pin_threads()
-    layers = [kernels.prepare_layer(layer_of(kernels, torch.float32))]
-    run_chunks(kernels, layers, torch.ones(9, HIDDEN), [8, 1], torch.float32)
-    return [os.sched_getaffinity(int(thread.name)) for thread in Path("/proc/self/task").iterdir()]
-
-
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="one CPU")
-def test_as_many_pinned_threads_as_cpus_have_one_each() -> None:
-    cpus = os.sched_getaffinity(0)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        pinned = process.submit(affinities_after_pinning, len(cpus)).result()
-    assert sorted(min(one) for one in pinned if len(one) == 1) == sorted(cpus)
-    # Fewer threads than CPUs: another server with as few would be pinned to the very same ones.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        assert all(one == cpus for one in process.submit(affinities_after_pinning, len(cpus) - 1).result())
-    assert os.sched_getaffinity(0) == cpus

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -171,3 +176,30 @@ def test_store_follows_the_strides_of_a_cache_that_is_a_view() -> None:
     KERNELS.store_kv(key, value, keys, values, torch.tensor([9, 30]))
     assert torch.equal(keys[1, :, 1], key[0])
     assert torch.equal(values[3, :, 6], value[1])
+
+
+PINNING = """
+import json, os, sys, torch
+from logitkernels.cpu import CpuKernels
+torch.set_num_threads(int(sys.argv[1]))
+kernels = CpuKernels()
+kernels.pin_threads()
+kernels.linear(torch.ones(9, 64), kernels.pack_linear(torch.ones(640, 64)))
+print(json.dumps([sorted(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")]))
+"""
+
+
+def affinities_after_pinning(num_threads: int) -> list[list[int]]:
+    """The CPUs of each thread of a process that has multiplied on so many."""
+    command = [sys.executable, "-c", PINNING, str(num_threads)]
+    affinities: list[list[int]] = json.loads(subprocess.check_output(command, timeout=60))
+    return affinities
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="one CPU")
+def test_as_many_pinned_threads_as_cpus_have_one_each() -> None:
+    cpus = sorted(os.sched_getaffinity(0))
+    alone = [one for one in affinities_after_pinning(len(cpus)) if len(one) == 1]
+    assert sorted(alone) == [[cpu] for cpu in cpus]
+    # Fewer threads than CPUs: another server with as few would be pinned to the very same ones.
+    assert all(one == cpus for one in affinities_after_pinning(len(cpus) - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -63,6 +64,7 @@ class CudaDevice(Device):
         torch.cuda.reset_peak_memory_stats(self.torch_device)
         before = torch.cuda.memory_allocated(self.torch_device)
         largest_step()
+        gc.collect()  # the runner of that step may hold a recorded one
         torch.cuda.synchronize(self.torch_device)
         step = torch.cuda.max_memory_allocated(self.torch_device) - before
         torch.cuda.empty_cache()

@@ -690,5 +690,8 @@ extern "C" void logitkernels_attention(const Attention* attention, const Batch* 
     AttentionPlan plan(*attention, *batch, threads);
     const Activations target{out, attention->heads * attention->value_size, false};
 #pragma omp parallel num_threads(threads)
-    attend(*attention, *batch, plan, query, attention->heads * attention->key_size, target);
+    {
+        stay_on_own_cpu();
+        attend(*attention, *batch, plan, query, attention->heads * attention->key_size, target);
+    }
 }

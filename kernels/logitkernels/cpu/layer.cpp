@@ -85,7 +85,7 @@ void rotate_and_store(const DecoderLayer& layer, float* qkv, int64_t tokens, con
 
 using namespace logitkernels;
 
-// From the next layer on, thread i of a region stays on cpus[i].
+// From the next layer, linear layer or attention on, thread i of a region stays on cpus[i].
 extern "C" void logitkernels_pin_threads(const int32_t* cpus, int64_t count) { region_cpus.assign(cpus, cpus + count); }
 
 // hidden [tokens, h] float32 is updated in place. keys and values hold one cache per layer.

@@ -297,6 +297,7 @@ void logitkernels_linear(const Linear* linear, const float* x, int64_t rows, flo
     if (rounds) activations = {rounded.get(), stride, true, buffers.blocks()};
 #pragma omp parallel num_threads(threads)
     {
+        stay_on_own_cpu();
         if (rounds) convert_activations(x, linear->k, rows, linear->k, activations);
         multiply(*linear, activations, rows, out, linear->n, Epilogue::kStore);
     }

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
-from logitserve.config import split_commas
-from logitserve.protocol.rows import LARGEST_ID
+from logitserve.config import LARGEST_ID, split_commas
 
 CONTENT = (
     "positions",

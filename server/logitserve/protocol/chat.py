@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import IGNORED_FIELDS, NEUTRAL_VALUES, StrictModel
 from logitserve.protocol.generation import GenerationBody
-from logitserve.protocol.rows import LARGEST_ID
 
 COMPLETIONS_ONLY = frozenset({"suffix", "best_of"})
 

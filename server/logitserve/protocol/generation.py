@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import CacheSalt, RequestBody, StrictModel
-from logitserve.protocol.rows import LARGEST_ID, ReturnHiddenStates, ReturnLogits, TokenId, all_or_nothing
+from logitserve.protocol.rows import ReturnHiddenStates, ReturnLogits, TokenId, all_or_nothing
 
 SMALLEST_SEED = -(2**63)
 LARGEST_SEED = 2**64 - 1

@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PlainValidator
 
+from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import IGNORED_FIELDS, CacheSalt, RequestBody
 from logitserve.protocol.chat import Message
-from logitserve.protocol.rows import LARGEST_ID
 
 Prompt = str | list[int]
 

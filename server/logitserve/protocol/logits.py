@@ -6,9 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from logitserve.config import LARGEST_ID
 from logitserve.protocol.generation import GenerationBody, SamplingBody
 from logitserve.protocol.inputs import InputOrMessagesBody
-from logitserve.protocol.rows import LARGEST_ID, ReturnHiddenStates, ReturnLogits
+from logitserve.protocol.rows import ReturnHiddenStates, ReturnLogits
 
 
 class LogitsBody(InputOrMessagesBody, SamplingBody, ReturnLogits):

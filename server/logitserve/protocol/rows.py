@@ -6,10 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import StrictModel
-
-LARGEST_ID = 2**31 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=LARGEST_ID)]
 Encoding = Literal["base64", "list"]

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from logitserve.config import LARGEST_ID
 from logitserve.protocol.inputs import InputBody, InputOrMessagesBody
-from logitserve.protocol.rows import LARGEST_ID
 
 
 class PerplexityBody(InputBody):

@@ -48,9 +48,9 @@ async def detokenize(
 
 def _tokens(body: TokenizeBody, model: Model, param: str) -> list[int]:
     if body.prompt is not None:
-        check_length(len(body.prompt), model.texts, param)
+        check_length(len(body.prompt), model, param)
         return model.texts.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     messages = [message.for_template() for message in body.messages or []]
-    check_length(sum(len(message["content"]) for message in messages), model.texts, param)
+    check_length(sum(len(message["content"]) for message in messages), model, param)
     text = model.texts.render(messages, add_generation_prompt=body.add_generation_prompt)
     return model.texts.encode(text, add_special_tokens=body.add_special_tokens is True)
