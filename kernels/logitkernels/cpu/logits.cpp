@@ -2,7 +2,6 @@
 #include <omp.h>
 
 #include <cmath>
-#include <limits>
 
 #include "top_k.h"
 #include "vector.h"
@@ -12,17 +11,8 @@ namespace {
 
 // log(sum(exp(row))): float32 exponentials, float64 sums in 16 lanes in the order of the row.
 float log_sum_exp(const float* row, int64_t size) {
-    __m512 maximum = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    __mmask16 is_nan = 0;
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const __mmask16 exists = lane_mask(size - i);
-        const __m512 values = load(row + i, exists);
-        is_nan = __mmask16(is_nan | _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q));
-        maximum = _mm512_mask_max_ps(maximum, exists, maximum, values);
-    }
-    if (is_nan) return std::numeric_limits<float>::quiet_NaN();
-    const float top = _mm512_reduce_max_ps(maximum);
-    if (std::isinf(top)) return top;
+    const float top = largest_of(row, size);
+    if (!std::isfinite(top)) return top;
     __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
     for (int64_t i = 0; i < size; i += kLanes) {
         const __mmask16 exists = lane_mask(size - i);

@@ -35,19 +35,6 @@ namespace {
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr int32_t kNoToken = -1;  // there is no distribution to draw from
 
-// The largest of a row; NaN where it holds one.
-float largest_of(const float* row, int64_t size) {
-    __m512 largest = _mm512_set1_ps(kMinusInfinity);
-    __mmask16 holds_nan = 0;
-    for (int64_t i = 0; i < size; i += kLanes) {
-        const __mmask16 exists = lane_mask(size - i);
-        const __m512 values = load(row + i, exists);
-        holds_nan = __mmask16(holds_nan | _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q));
-        largest = _mm512_mask_max_ps(largest, exists, largest, values);
-    }
-    return holds_nan != 0 ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(largest);
-}
-
 // The point mass on the largest score, at its lowest id.
 int32_t take_largest(const SamplingRow& row, float largest, int64_t vocab) {
     if (largest == kMinusInfinity) return kNoToken;

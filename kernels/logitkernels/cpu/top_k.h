@@ -17,6 +17,19 @@ inline __m512i order_keys(__m512 values) {
     return _mm512_mask_mov_epi32(_mm512_xor_si512(bits, flips), is_nan, _mm512_set1_epi32(0x7fffffff));
 }
 
+// The largest of a row; NaN where it holds one.
+inline float largest_of(const float* row, int64_t size) {
+    __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+    __mmask16 holds_nan = 0;
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const __mmask16 exists = lane_mask(size - i);
+        const __m512 values = load(row + i, exists);
+        holds_nan = __mmask16(holds_nan | _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q));
+        largest = _mm512_mask_max_ps(largest, exists, largest, values);
+    }
+    return holds_nan != 0 ? std::numeric_limits<float>::quiet_NaN() : _mm512_reduce_max_ps(largest);
+}
+
 // An entry of a row; the better one has the larger key or, at the same key, the lower id.
 struct Candidate {
     int32_t key;
