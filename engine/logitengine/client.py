@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import shutil
@@ -37,7 +36,6 @@ from logitengine.messages import (
     Shutdown,
     StepOutput,
     StepOutputs,
-    ToEngine,
 )
 from logitengine.transport import AsyncChannel, TransportError
 
@@ -70,7 +68,8 @@ def engine_environment() -> dict[str, str]:
 class _Stream:
     """The outputs of one request on their way from the socket to the one who asked."""
 
-    def __init__(self, n: int) -> None:
+    def __init__(self, n: int, channel: AsyncChannel[FromEngine]) -> None:
+        self.channel = channel
         self.open_choices = set(range(n))
         self.aborted_choices: set[int] = set()
         self.queue: asyncio.Queue[StepOutput | EngineError | None] = asyncio.Queue()
@@ -102,7 +101,6 @@ class EngineClient:
         self._channel: AsyncChannel[FromEngine] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._outbox: asyncio.Queue[ToEngine] = asyncio.Queue()
         self._spawned = asyncio.Event()
         self._located = asyncio.Event()
         self._tokenizer_path: str | None = None
@@ -206,9 +204,11 @@ class EngineClient:
             self._spawned.set()
             connection = await self._accept(listener, self._process)
             if connection is not None:
-                self._channel = AsyncChannel(connection, FromEngine)
-                self._outbox = asyncio.Queue()
-                await self._converse(self._channel, self._outbox)
+                self._channel = await AsyncChannel.over(connection, FromEngine, self._handle)
+                try:
+                    await self._channel.wait_closed()
+                except TransportError:
+                    logger.exception("the engine sent what is no message")
         finally:
             listener.close()
             shutil.rmtree(directory, ignore_errors=True)
@@ -226,31 +226,11 @@ class EngineClient:
             accepting.cancel()
             dying.cancel()
 
-    async def _converse(self, channel: AsyncChannel[FromEngine], outbox: asyncio.Queue[ToEngine]) -> None:
-        sending = asyncio.create_task(self._send(channel, outbox))
-        try:
-            while (message := await channel.receive()) is not None:
-                self._last_heard = time.monotonic()
-                self._handle(message)
-        except TransportError:
-            logger.exception("the engine sent what is no message")
-        finally:
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
-
-    async def _send(self, channel: AsyncChannel[FromEngine], outbox: asyncio.Queue[ToEngine]) -> None:
-        with contextlib.suppress(
-            ConnectionError
-        ):  # the receiving side notices too, and ends the conversation
-            while True:
-                await channel.send(await outbox.get())
-
     async def _reap(self) -> None:
         """Let the process exit by itself (its socket is closed), then make sure of it."""
         process, channel, self._process, self._channel = self._process, self._channel, None, None
         if channel is not None:
-            with contextlib.suppress(OSError):
-                await asyncio.wait_for(asyncio.shield(channel.send(Shutdown())), timeout=1)
+            channel.send(Shutdown())
             channel.close()
         if process is None:
             return
@@ -263,7 +243,14 @@ class EngineClient:
     # Messages.
 
     def _handle(self, message: FromEngine) -> None:
+        self._last_heard = time.monotonic()
         match message:
+            case StepOutputs(outputs, stats):
+                self.stats = stats
+                for output in outputs:
+                    stream = self._streams.get(output.request_id)
+                    if stream is not None:
+                        stream.put(output)
             case Located(tokenizer_path):
                 self._tokenizer_path = tokenizer_path
                 self._located.set()
@@ -271,12 +258,6 @@ class EngineClient:
                 self.info, self._not_ready, self._load_error = info, None, None
                 self._loaded.set()
                 logger.info("engine ready: %s, %s, %s kernels", info.architecture, info.dtype, info.kernels)
-            case StepOutputs(outputs, stats):
-                self.stats = stats
-                for output in outputs:
-                    stream = self._streams.get(output.request_id)
-                    if stream is not None:
-                        stream.put(output)
             case Refused(request_id, reason, overloaded):
                 stream = self._streams.get(request_id)
                 if stream is not None:
@@ -307,9 +288,10 @@ class EngineClient:
             self._last_heard = time.monotonic()
         if request.request_id in self._streams:
             raise RequestRefusedError(f"request id {request.request_id!r} is in use")
-        stream = self._streams[request.request_id] = _Stream(request.n)
-        outbox = self._outbox
-        outbox.put_nowait(Generate(request))
+        channel = self._channel
+        assert channel is not None  # noqa: S101 - it is what said that the engine is ready
+        stream = self._streams[request.request_id] = _Stream(request.n, channel)
+        channel.send(Generate(request))
         consumed = 0
         try:
             while (output := await stream.queue.get()) is not None:
@@ -320,17 +302,17 @@ class EngineClient:
                     yield output
                 consumed += output.nbytes
                 if consumed >= self._config.logits_window_bytes * ACKNOWLEDGED_SHARE:
-                    outbox.put_nowait(Consumed(request.request_id, consumed))
+                    channel.send(Consumed(request.request_id, consumed))
                     consumed = 0
         finally:
             del self._streams[request.request_id]
             if stream.open_choices:
-                outbox.put_nowait(Abort(request.request_id))
+                channel.send(Abort(request.request_id))
 
     def abort_choice(self, request_id: str, index: int) -> None:
         """Stop one choice (a stop string was found, say). ``generate`` yields nothing more for it."""
         stream = self._streams.get(request_id)
         if stream is not None and index in stream.open_choices:
-            self._outbox.put_nowait(Abort(request_id, index))
+            stream.channel.send(Abort(request_id, index))
             stream.aborted_choices.add(index)
             stream.close_choice(index)

@@ -1,4 +1,4 @@
-"""The engine process: one thread steps the engine, one receives, one sends."""
+"""The engine process: one thread steps the engine and sends, one receives."""
 
 from __future__ import annotations
 
@@ -58,23 +58,19 @@ class EngineLoop:
     def __init__(self, channel: BlockingChannel[ToEngine]) -> None:
         self._channel = channel
         self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
 
     def run(self, config: EngineConfig) -> int:
         """Load, then serve until the server closes the socket. Returns the process's exit status."""
         threading.Thread(target=self._receive, name="receive", daemon=True).start()
-        sender = threading.Thread(target=self._send, name="send", daemon=True)
-        sender.start()
         try:
             self._serve(config)
             status = 0
         except Exception as error:
             logger.exception("the engine cannot go on")
-            self._outbox.put(Failed(f"{type(error).__name__}: {error}"))
+            self._send(Failed(f"{type(error).__name__}: {error}"))
             status = 1
         gc.unfreeze()  # or extension modules find their objects still there at exit, and say so
-        self._outbox.put(None)
-        sender.join(timeout=5)
+        self._channel.flush(timeout=5)
         return status
 
     def _serve(self, config: EngineConfig) -> None:
@@ -84,7 +80,7 @@ class EngineLoop:
         from logitengine.checkpoint import resolve_checkpoint
 
         checkpoint = resolve_checkpoint(config.model)
-        self._outbox.put(Located(str(checkpoint.tokenizer_path)))
+        self._send(Located(str(checkpoint.tokenizer_path)))
         from logitengine.engine import Engine
         from logitengine.loader import load
 
@@ -93,14 +89,14 @@ class EngineLoop:
         engine = Engine(config, loaded)
         gc.freeze()
         gc.enable()
-        self._outbox.put(Ready(engine.info))
+        self._send(Ready(engine.info))
         computed = False
         while self._take_messages(engine, wait=not computed):
             steps_before = engine.num_steps
             outputs = engine.step()
             computed = engine.num_steps > steps_before or engine.is_computing
             if outputs or not computed:
-                self._outbox.put(StepOutputs(outputs, engine.stats))
+                self._send(StepOutputs(outputs, engine.stats))
 
     def _take_messages(self, engine: Engine, *, wait: bool) -> bool:
         """Handle every message that has come; with ``wait``, give the first a moment. False: the server is done."""
@@ -121,7 +117,7 @@ class EngineLoop:
                     engine.add(request)
                 except EngineError as error:
                     overloaded = isinstance(error, EngineOverloadedError)
-                    self._outbox.put(Refused(request.request_id, str(error), overloaded))
+                    self._send(Refused(request.request_id, str(error), overloaded))
             case Abort(request_id, index):
                 engine.abort(request_id, index)
             case Consumed(request_id, nbytes):
@@ -136,10 +132,9 @@ class EngineLoop:
             logger.exception("nothing more can be received from the server")
         self._inbox.put(None)
 
-    def _send(self) -> None:
+    def _send(self, message: FromEngine) -> None:
         try:
-            while (message := self._outbox.get()) is not None:
-                self._channel.send(message)
+            self._channel.send(message)
         except OSError:
             self._inbox.put(None)
 

@@ -9,9 +9,14 @@ declared message types is an error.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import queue
 import socket
 import struct
-from typing import Any, Generic, TypeVar
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
@@ -23,6 +28,12 @@ INLINE_BYTES = 4096
 MAX_ARRAYS = 1 << 16
 MAX_BYTES = 1 << 32
 PREFIX = struct.Struct("<IQ")
+
+STAGE_BYTES = 1 << 16
+"""What is read at once where no array is under way: many small messages, or one and its first arrays."""
+
+BUFFERS_AT_ONCE = 64
+"""As many as one system call takes on every system."""
 
 M = TypeVar("M")
 
@@ -74,97 +85,210 @@ class Decoder(Generic[M]):
         return message
 
 
-def _head_size(prefix: Buffer) -> int:
-    """Bytes of the array lengths and of the message, which are read together."""
-    count, body_size = PREFIX.unpack(prefix)
-    if count > MAX_ARRAYS or body_size > MAX_BYTES:
-        raise TransportError(f"{count} arrays and a message of {body_size} bytes announced")
-    return 8 * int(count) + int(body_size)
+class MessageReader(Generic[M]):
+    """Cuts a stream of bytes into messages of the given union of types, wherever the reads end.
 
+    What is read goes into ``space()``, and ``received`` says how much it was. The bytes of a large array go straight into
+    the buffer that its message keeps.
+    """
 
-def _split_head(prefix: Buffer, head: bytearray) -> tuple[tuple[int, ...], memoryview]:
-    """The arrays' lengths, and the message."""
-    (count, _) = PREFIX.unpack(prefix)
-    sizes: tuple[int, ...] = struct.unpack_from(f"<{count}Q", head)
-    if max(sizes, default=0) > MAX_BYTES:
-        raise TransportError(f"an array of {max(sizes)} bytes announced")
-    return sizes, memoryview(head)[8 * count :]
+    def __init__(self, types: Any) -> None:
+        self._decoder: Decoder[M] = Decoder(types)
+        self._stage = memoryview(bytearray(STAGE_BYTES))
+        self._staged = 0
+        self._message: M | None = None
+        self._missing: deque[memoryview] = deque()  # of the message's arrays
+
+    def space(self) -> memoryview:
+        """Where the next bytes belong; never empty."""
+        return self._missing[0] if self._missing else self._stage[self._staged :]
+
+    def received(self, count: int) -> Iterator[M]:
+        """The messages that ``count`` more bytes in ``space()`` made whole. Raises TransportError."""
+        if self._missing:
+            self._missing[0] = self._missing[0][count:]
+            yield from self._whole()
+            return
+        self._staged += count
+        start = 0
+        while (end := self._take(start)) is not None:
+            start = end
+            yield from self._whole()
+        self._keep_from(start)
+
+    def _take(self, start: int) -> int | None:
+        """Take the message staged from ``start`` on, with what is there of its arrays; where that ends, or None."""
+        if self._missing or self._staged - start < PREFIX.size:
+            return None
+        count, body_size = self._announced(start)
+        sizes_start = start + PREFIX.size
+        body_start = sizes_start + 8 * count
+        end = body_start + body_size
+        if end > self._staged:
+            return None
+        sizes: tuple[int, ...] = struct.unpack_from(f"<{count}Q", self._stage, sizes_start)
+        if max(sizes, default=0) > MAX_BYTES:
+            raise TransportError(f"an array of {max(sizes)} bytes announced")
+        arrays = [bytearray(size) for size in sizes]
+        self._message = self._decoder.decode(self._stage[body_start:end], arrays)
+        for array in arrays:
+            staged = min(len(array), self._staged - end)
+            array[:staged] = self._stage[end : end + staged]
+            self._missing.append(memoryview(array)[staged:])
+            end += staged
+        return end
+
+    def _announced(self, start: int) -> tuple[int, int]:
+        """The number of arrays and the bytes of the message that begins at ``start``."""
+        count, body_size = PREFIX.unpack_from(self._stage, start)
+        if count > MAX_ARRAYS or body_size > MAX_BYTES:
+            raise TransportError(f"{count} arrays and a message of {body_size} bytes announced")
+        return count, body_size
+
+    def _whole(self) -> Iterator[M]:
+        """The message that was taken, if nothing of it is missing."""
+        while self._missing and not self._missing[0].nbytes:
+            self._missing.popleft()
+        if not self._missing and self._message is not None:
+            message, self._message = self._message, None
+            yield message
+
+    def _keep_from(self, start: int) -> None:
+        """Bring what is staged from ``start`` on to the front of a stage that has room for the message it begins."""
+        rest = self._stage[start : self._staged]
+        needed = 0
+        if len(rest) >= PREFIX.size:
+            count, body_size = self._announced(start)
+            needed = PREFIX.size + 8 * count + body_size
+        if needed > len(self._stage) or (needed <= STAGE_BYTES < len(self._stage)):
+            self._stage = memoryview(bytearray(max(STAGE_BYTES, needed)))
+        if len(rest):
+            self._stage[: len(rest)] = bytes(rest)
+        self._staged = len(rest)
 
 
 class BlockingChannel(Generic[M]):
-    """The engine's end: blocking calls, one thread receiving and one sending."""
+    """The engine's end. One thread receives, one sends; neither is this class's.
+
+    Sending never waits: what the socket does not take at once is sent by a thread of the channel's own, in order.
+    """
 
     def __init__(self, sock: socket.socket, receives: Any) -> None:
         self._sock = sock
-        self._decoder: Decoder[M] = Decoder(receives)
+        self._reader: MessageReader[M] = MessageReader(receives)
+        self._received: deque[M] = deque()
+        self._rests: queue.SimpleQueue[list[memoryview] | None] = queue.SimpleQueue()
+        # Each counter is written by one thread.
+        self._num_left_to_thread = 0
+        self._num_sent_by_thread = 0
+        self._sender = threading.Thread(target=self._send_rests, name="send", daemon=True)
+        self._sender.start()
 
     def send(self, message: object) -> None:
-        buffers = [memoryview(buffer).cast("B") for buffer in encode(message)]
-        buffers = [buffer for buffer in buffers if buffer.nbytes]
-        while buffers:
-            sent = self._sock.sendmsg(buffers[:64])
-            while buffers and sent >= buffers[0].nbytes:
-                sent -= buffers.pop(0).nbytes
-            if sent:
-                buffers[0] = buffers[0][sent:]
+        """Raises OSError when the other side is gone."""
+        rest = [view for buffer in encode(message) if (view := memoryview(buffer).cast("B")).nbytes]
+        if self._num_sent_by_thread == self._num_left_to_thread:
+            with contextlib.suppress(BlockingIOError):
+                rest = self._send_some(rest, socket.MSG_DONTWAIT)
+        if rest:
+            self._num_left_to_thread += 1
+            self._rests.put(rest)
+
+    def _send_some(self, buffers: list[memoryview], flags: int = 0) -> list[memoryview]:
+        """One system call; the buffers that are left."""
+        sent = self._sock.sendmsg(buffers[:BUFFERS_AT_ONCE], (), flags)
+        done = 0
+        while done < len(buffers) and sent >= buffers[done].nbytes:
+            sent -= buffers[done].nbytes
+            done += 1
+        rest = buffers[done:]
+        if sent:
+            rest[0] = rest[0][sent:]
+        return rest
+
+    def _send_rests(self) -> None:
+        while (rest := self._rests.get()) is not None:
+            while rest:
+                try:
+                    rest = self._send_some(rest)
+                except OSError:
+                    return  # the other side is gone, as who receives is told
+            self._num_sent_by_thread += 1
 
     def receive(self) -> M | None:
         """The next message, or None once the other side has closed."""
-        prefix = self._read(PREFIX.size)
-        head = None if prefix is None else self._read(_head_size(prefix))
-        if prefix is None or head is None:
-            return None
-        sizes, body = _split_head(prefix, head)
-        arrays = [array for size in sizes if (array := self._read(size)) is not None]
-        return self._decoder.decode(body, arrays) if len(arrays) == len(sizes) else None
-
-    def _read(self, size: int) -> bytearray | None:
-        buffer = bytearray(size)
-        view = memoryview(buffer)
-        while view.nbytes:
-            received = self._sock.recv_into(view)
-            if not received:
+        while not self._received:
+            count = self._sock.recv_into(self._reader.space())
+            if not count:
                 return None
-            view = view[received:]
-        return buffer
+            self._received.extend(self._reader.received(count))
+        return self._received.popleft()
+
+    def flush(self, timeout: float) -> None:
+        """Give what was sent ``timeout`` seconds to leave. Nothing may be sent after."""
+        self._rests.put(None)
+        self._sender.join(timeout)
 
     def close(self) -> None:
         self._sock.close()
 
 
-class AsyncChannel(Generic[M]):
-    """The server's end, on an event loop. Array bytes are received straight into the buffer that the message keeps."""
+class AsyncChannel(asyncio.BufferedProtocol, Generic[M]):
+    """The server's end, on an event loop: hands every message on as it comes."""
 
-    def __init__(self, sock: socket.socket, receives: Any) -> None:
-        sock.setblocking(False)
-        self._sock = sock
-        self._decoder: Decoder[M] = Decoder(receives)
-        self._sending = asyncio.Lock()
+    def __init__(self, receives: Any, on_message: Callable[[M], None]) -> None:
+        self._reader: MessageReader[M] = MessageReader(receives)
+        self._on_message = on_message
+        self._transport: asyncio.Transport | None = None
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def send(self, message: object) -> None:
-        loop = asyncio.get_running_loop()
-        async with self._sending:
-            await loop.sock_sendall(self._sock, b"".join(encode(message)))
+    @classmethod
+    async def over(
+        cls, sock: socket.socket, receives: Any, on_message: Callable[[M], None]
+    ) -> AsyncChannel[M]:
+        """A channel over a connected socket, which is the channel's from then on."""
+        channel = cls(receives, on_message)
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: channel, sock)
+        return channel
 
-    async def receive(self) -> M | None:
-        """The next message, or None once the other side has closed or died."""
+    def send(self, message: object) -> None:
+        """Nothing is sent once the other side has closed or died."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.writelines(encode(message))
+
+    async def wait_closed(self) -> None:
+        """Until the other side has closed or died. Raises TransportError if it sent what is no message."""
+        await asyncio.shield(self._closed)
+
+    def close(self) -> None:
+        """Close when everything has been sent."""
+        if self._transport is not None:
+            self._transport.close()
+
+    # What the event loop calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # Of a stream socket. uvloop's is no subclass of asyncio's.
+        self._transport = cast("asyncio.Transport", transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature
+        return self._reader.space()
+
+    def buffer_updated(self, nbytes: int) -> None:
         try:
-            prefix = await self._read(PREFIX.size)
-            sizes, body = _split_head(prefix, await self._read(_head_size(prefix)))
-            return self._decoder.decode(body, [await self._read(size) for size in sizes])
-        except (EOFError, ConnectionError):
-            return None
+            for message in self._reader.received(nbytes):
+                self._on_message(message)
+        except TransportError as error:
+            self._end(error)
+            self.close()
 
-    async def _read(self, size: int) -> bytearray:
-        loop = asyncio.get_running_loop()
-        buffer = bytearray(size)
-        view = memoryview(buffer)
-        while view.nbytes:
-            received = await loop.sock_recv_into(self._sock, view)
-            if not received:
-                raise EOFError
-            view = view[received:]
-        return buffer
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - however it was lost
+        self._end(None)
 
-    def close(self) -> None:
-        self._sock.close()
+    def _end(self, error: TransportError | None) -> None:
+        if self._closed.done():
+            return
+        if error is None:
+            self._closed.set_result(None)
+        else:
+            self._closed.set_exception(error)

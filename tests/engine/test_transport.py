@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
-import threading
 
 import msgspec
 import pytest
@@ -24,7 +24,7 @@ from logitengine.messages import (
     StepOutputs,
     ToEngine,
 )
-from logitengine.transport import AsyncChannel, BlockingChannel, TransportError, encode
+from logitengine.transport import AsyncChannel, BlockingChannel, MessageReader, TransportError, encode
 
 UNKNOWN = msgspec.msgpack.encode({"type": "Exec", "code": "import os"})
 
@@ -33,12 +33,11 @@ def round_trip(message: object, types: object) -> object:
     left, right = socket.socketpair()
     sender: BlockingChannel[object] = BlockingChannel(left, types)
     receiver: BlockingChannel[object] = BlockingChannel(right, types)
-    sending = threading.Thread(target=sender.send, args=(message,))
-    sending.start()
+    sender.send(message)
     try:
         return receiver.receive()
     finally:
-        sending.join()
+        sender.flush(timeout=10)
         sender.close()
         receiver.close()
 
@@ -108,26 +107,119 @@ def test_what_is_no_message_is_refused(raw: bytes) -> None:
     receiver.close()
 
 
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    return "asyncio", {"use_uvloop": request.param}
+
+
+def output(index: int, nbytes: int) -> StepOutput:
+    payload = bytes(range(1, 252)) * (nbytes // 251 + 1)
+    rows = LogitsRows(values=Array("float16", (1, nbytes), payload[:nbytes]))
+    return StepOutput(request_id="a", index=index, logits=rows)
+
+
+def payloads(message: object) -> list[bytes]:
+    assert isinstance(message, StepOutputs)
+    return [bytes(output.logits.values.data) for output in message.outputs if output.logits is not None]
+
+
+array_sizes = st.one_of(st.just(0), st.integers(0, 5000), st.integers(4096, 200_000))
+
+
+@given(st.data(), st.lists(st.lists(array_sizes, max_size=3), min_size=1, max_size=4))
+def test_messages_are_whole_wherever_the_reads_end(data: st.DataObject, messages: list[list[int]]) -> None:
+    sent = [
+        StepOutputs([output(i, nbytes) for i, nbytes in enumerate(sizes)], EngineStats(num_steps=step))
+        for step, sizes in enumerate(messages)
+    ]
+    stream = b"".join(bytes(buffer) for message in sent for buffer in encode(message))
+    reader: MessageReader[FromEngine] = MessageReader(FromEngine)
+    received: list[FromEngine] = []
+    at = 0
+    while at < len(stream):
+        space = reader.space()
+        most = min(len(space), len(stream) - at)
+        count = data.draw(st.one_of(st.just(most), st.integers(1, min(most, 40)), st.integers(1, most)))
+        if len(stream) - at > 5000:
+            count = max(count, most // 3)  # a few cuts are drawn, not thousands
+        space[:count] = stream[at : at + count]
+        at += count
+        received.extend(reader.received(count))
+    assert [payloads(message) for message in received] == [payloads(message) for message in sent]
+    assert all(isinstance(message, StepOutputs) for message in received)
+
+
+def test_a_message_larger_than_the_stage_is_followed_by_others() -> None:
+    prompts = [list(range(40_000)), [1], list(range(30_000)), [2]]
+    left, right = socket.socketpair()
+    sender: BlockingChannel[object] = BlockingChannel(left, ToEngine)
+    receiver: BlockingChannel[ToEngine] = BlockingChannel(right, ToEngine)
+    for prompt in prompts:
+        sampling = SamplingParams(max_tokens=1)
+        sender.send(Generate(GenerationRequest(request_id="a", prompt_token_ids=prompt, sampling=sampling)))
+    for prompt in prompts:
+        received = receiver.receive()
+        assert isinstance(received, Generate)
+        assert received.request.prompt_token_ids == prompt
+    sender.flush(timeout=10)
+    sender.close()
+    receiver.close()
+
+
+def test_nobody_who_reads_holds_the_sender_up_or_changes_the_order() -> None:
+    left, right = socket.socketpair()
+    sender: BlockingChannel[object] = BlockingChannel(left, ToEngine)
+    receiver: BlockingChannel[FromEngine] = BlockingChannel(right, FromEngine)
+    sent = [StepOutputs([output(0, 300_000 * (step % 2))], EngineStats(num_steps=step)) for step in range(10)]
+    for message in sent:
+        sender.send(message)  # 1.5 MB, several times what the socket holds
+    received = [receiver.receive() for _ in sent]
+    assert [payloads(message) for message in received] == [payloads(message) for message in sent]
+    sender.flush(timeout=10)
+    sender.close()
+    assert receiver.receive() is None
+    receiver.close()
+
+
+def test_sending_to_a_closed_socket_is_an_error() -> None:
+    left, right = socket.socketpair()
+    right.close()
+    sender: BlockingChannel[object] = BlockingChannel(left, ToEngine)
+    with pytest.raises(OSError, match="pipe"):
+        sender.send(Abort("a"))
+    sender.flush(timeout=10)
+    sender.close()
+
+
 @pytest.mark.anyio
 async def test_the_two_ends_understand_each_other() -> None:
     left, right = socket.socketpair()
     engine: BlockingChannel[ToEngine] = BlockingChannel(left, ToEngine)
-    server: AsyncChannel[FromEngine] = AsyncChannel(right, FromEngine)
-    await server.send(Abort("a"))
-    assert engine.receive() == Abort("a")
-    rows = LogitsRows(values=Array("float32", (1, 2), b"12345678"))
-    engine.send(StepOutputs([StepOutput(request_id="a", index=0, logits=rows)], EngineStats()))
-    received = await server.receive()
-    assert isinstance(received, StepOutputs)
-    assert received.outputs[0].nbytes == 8
+    arrived: asyncio.Queue[FromEngine] = asyncio.Queue()
+    server = await AsyncChannel.over(right, FromEngine, arrived.put_nowait)
+    server.send(Abort("a"))
+    assert await asyncio.to_thread(engine.receive) == Abort("a")
+    for nbytes in (8, 1 << 20, 8):
+        engine.send(StepOutputs([output(0, nbytes)], EngineStats()))
+        assert [len(payload) for payload in payloads(await arrived.get())] == [nbytes]
+    engine.flush(timeout=10)
     engine.close()
-    assert await server.receive() is None
+    await server.wait_closed()
+    server.send(Abort("a"))
     server.close()
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
+@pytest.mark.anyio
+async def test_what_is_no_message_ends_the_conversation() -> None:
+    left, right = socket.socketpair()
+    arrived: list[FromEngine] = []
+    server = await AsyncChannel.over(right, FromEngine, arrived.append)
+    left.sendall(struct.pack("<IQ", 0, len(UNKNOWN)) + UNKNOWN)
+    with pytest.raises(TransportError):
+        await server.wait_closed()
+    assert await asyncio.to_thread(left.recv, 1) == b""
+    assert not arrived
+    left.close()
 
 
 def test_large_arrays_are_not_copied_into_the_message() -> None:
