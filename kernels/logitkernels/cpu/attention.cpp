@@ -615,12 +615,12 @@ void attend_typed(const Attention& attention, const Batch& batch, const Attentio
                    plan.partials.get());
         item = next;
     }
-    team_barrier();
-    if (omp_get_thread_num() == 0) taken = 0;  // for the next call: another barrier lies before it
+    place.team->barrier();
+    if (place.thread == 0) taken = 0;  // for the next call: another barrier lies before it
     if (plan.merges.empty()) return;
-#pragma omp for schedule(static) nowait
-    for (size_t i = 0; i < plan.merges.size(); ++i) worker.merge_partials(plan.merges[i], plan.partials.get(), out);
-    team_barrier();
+    share(int64_t(plan.merges.size()), [&](int64_t merge) {
+        worker.merge_partials(plan.merges[size_t(merge)], plan.partials.get(), out);
+    });
 }
 
 }  // namespace
@@ -689,9 +689,5 @@ extern "C" void logitkernels_attention(const Attention* attention, const Batch* 
                                        int threads) {
     AttentionPlan plan(*attention, *batch, threads);
     const Activations target{out, attention->heads * attention->value_size, false};
-#pragma omp parallel num_threads(threads)
-    {
-        stay_on_own_cpu();
-        attend(*attention, *batch, plan, query, attention->heads * attention->key_size, target);
-    }
+    in_team(threads, [&] { attend(*attention, *batch, plan, query, attention->heads * attention->key_size, target); });
 }

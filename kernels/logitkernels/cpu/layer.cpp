@@ -63,21 +63,19 @@ struct Workspace {
 void rotate_and_store(const DecoderLayer& layer, float* qkv, int64_t tokens, const float* cos, const float* sin,
                       int64_t rotary, const Cache& keys, const Cache& values, const int64_t* slots) {
     const int64_t size = layer.head_size, all_heads = layer.heads + 2 * layer.kv_heads;
-#pragma omp for schedule(static) nowait
-    for (int64_t item = 0; item < tokens * all_heads; ++item) {
+    share(tokens * all_heads, [&](int64_t item) {
         const int64_t token = item / all_heads, head = item % all_heads;
         float* x = qkv + item * size;
         const bool is_query = head < layer.heads, is_value = head >= layer.heads + layer.kv_heads;
         if (is_value) {
             store_head(x, size, values, slots[token], head - layer.heads - layer.kv_heads);
-            continue;
+            return;
         }
         const float* weight = is_query ? layer.query_norm : layer.key_norm;
         if (weight != nullptr) norm_head(x, weight, layer.eps, size);
         rotate_head(x, cos + token * rotary, sin + token * rotary, rotary, size, x);
         if (!is_query) store_head(x, size, keys, slots[token], head - layer.heads);
-    }
-    team_barrier();
+    });
 }
 
 }  // namespace
@@ -113,10 +111,7 @@ extern "C" void logitkernels_decoder_layers(const DecoderLayer* layers, int64_t 
             plan_of.push_back(plan_of[same]);
         }
     }
-    Barrier barrier;
-#pragma omp parallel num_threads(threads)
-    for (int64_t i = 0; i < count; ++i) {
-        const Team team(barrier);
+    const auto run = [&](int64_t i) {
         const DecoderLayer& layer = layers[i];
         const int64_t h = layer.qkv->k, qkv_width = layer.qkv->n;
         float* projected = workspace.projected.get();
@@ -133,5 +128,8 @@ extern "C" void logitkernels_decoder_layers(const DecoderLayer* layers, int64_t 
                  Epilogue::kStore);
         silu_and_mul(projected, tokens, layer.down->k, workspace.input_of(*layer.down));
         multiply(*layer.down, workspace.input_of(*layer.down), tokens, hidden, h, Epilogue::kAdd);
-    }
+    };
+    in_team(threads, [&] {
+        for (int64_t i = 0; i < count; ++i) run(i);
+    });
 }

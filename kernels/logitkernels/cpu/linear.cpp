@@ -1,7 +1,5 @@
 #include "linear.h"
 
-#include <omp.h>
-
 #include <algorithm>
 
 #include "linear_tile.h"
@@ -206,8 +204,7 @@ void multiply_panels(const Linear& linear, const Activations& x, int64_t rows, f
     const int64_t k = linear.k, panels = ceil_div(linear.n, kPanelColumns), panel_bytes = Format::panel_bytes(k);
     const int64_t block = rows_per_block(rows, x.stride * int64_t(sizeof(Element)));
     const int64_t blocks = ceil_div(rows, block);
-#pragma omp for schedule(static) nowait
-    for (int64_t item = 0; item < blocks * panels; ++item) {
+    share(blocks * panels, [&](int64_t item) {
         const int64_t first = item / panels * block, panel = item % panels;
         const int64_t count = std::min(block, rows - first);
         const char* weights = static_cast<const char*>(linear.weights) + panel * panel_bytes;
@@ -225,15 +222,13 @@ void multiply_panels(const Linear& linear, const Activations& x, int64_t rows, f
                             t * share < panel_bytes ? lines : 0, target);
             row += size;
         }
-    }
-    team_barrier();
+    });
 }
 
 }  // namespace
 
 void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, const Activations& target) {
-#pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < rows; ++row) {
+    share(rows, [&](int64_t row) {
         const float* source = x + row * ldx;
         for (int64_t i = 0; i < k; i += kLanes) {
             __mmask16 mask = lane_mask(k - i);
@@ -244,8 +239,7 @@ void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, c
             else
                 store(static_cast<float*>(target.data) + row * target.stride + i, 0xffff, values);
         }
-    }
-    team_barrier();
+    });
 }
 
 void multiply(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo, Epilogue epilogue) {
@@ -295,12 +289,10 @@ void logitkernels_linear(const Linear* linear, const float* x, int64_t rows, flo
     const BlockBuffers buffers(rows, linear->k);
     Activations activations{const_cast<float*>(x), linear->k, false, buffers.blocks()};
     if (rounds) activations = {rounded.get(), stride, true, buffers.blocks()};
-#pragma omp parallel num_threads(threads)
-    {
-        stay_on_own_cpu();
+    in_team(threads, [&] {
         if (rounds) convert_activations(x, linear->k, rows, linear->k, activations);
         multiply(*linear, activations, rows, out, linear->n, Epilogue::kStore);
-    }
+    });
 }
 
 }  // extern "C"

@@ -46,8 +46,7 @@ float inverse_rms(const float* x, int64_t size, float eps) {
 
 void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t size,
               const Activations& out) {
-#pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < rows; ++row) {
+    share(rows, [&](int64_t row) {
         if (out.rounded) {
             Rounded* target = static_cast<Rounded*>(out.data) + row * out.stride;
             norm_row(x + row * ldx, weight, eps, size, target);
@@ -55,15 +54,13 @@ void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64
         } else {
             norm_row(x + row * ldx, weight, eps, size, static_cast<float*>(out.data) + row * out.stride);
         }
-    }
-    team_barrier();
+    });
 }
 
 void norm_head(float* x, const float* weight, float eps, int64_t size) { norm_row(x, weight, eps, size, x); }
 
 void silu_and_mul(const float* gate_up, int64_t rows, int64_t size, const Activations& out) {
-#pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < rows; ++row) {
+    share(rows, [&](int64_t row) {
         const float *gate = gate_up + row * 2 * size, *up = gate + size;
         if (out.rounded) {
             Rounded* target = static_cast<Rounded*>(out.data) + row * out.stride;
@@ -72,8 +69,7 @@ void silu_and_mul(const float* gate_up, int64_t rows, int64_t size, const Activa
         } else {
             silu_and_mul_row(gate, up, size, static_cast<float*>(out.data) + row * out.stride);
         }
-    }
-    team_barrier();
+    });
 }
 
 void rotate_head(const float* x, const float* cos, const float* sin, int64_t rotary, int64_t size, float* out) {
@@ -119,13 +115,11 @@ extern "C" {
 
 void logitkernels_rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t size, float* out,
                            int threads) {
-#pragma omp parallel num_threads(threads)
-    rms_norm(x, size, weight, eps, rows, size, Activations{out, size, false});
+    in_team(threads, [&] { rms_norm(x, size, weight, eps, rows, size, Activations{out, size, false}); });
 }
 
 void logitkernels_silu_and_mul(const float* gate_up, int64_t rows, int64_t size, float* out, int threads) {
-#pragma omp parallel num_threads(threads)
-    silu_and_mul(gate_up, rows, size, Activations{out, size, false});
+    in_team(threads, [&] { silu_and_mul(gate_up, rows, size, Activations{out, size, false}); });
 }
 
 void logitkernels_rope(const float* x, const float* cos, const float* sin, int64_t tokens, int64_t heads, int64_t size,

@@ -1,7 +1,5 @@
 #include "quantized.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -119,14 +117,13 @@ struct Bytes {
 // The sum of every block of activations.
 template <class Element>
 void sum_blocks(const Activations& x, int64_t rows, int64_t blocks) {
-#pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < rows; ++row)
+    share(rows, [&](int64_t row) {
         for (int64_t b = 0; b < blocks; ++b) {
             const Element* source = static_cast<const Element*>(x.data) + row * x.stride + b * kBlock;
             const __m512 sum = _mm512_add_ps(load(source, 0xffff), load(source + kLanes, 0xffff));
             x.blocks.sums[row * blocks + b] = _mm512_reduce_add_ps(sum);
         }
-    team_barrier();
+    });
 }
 
 #ifndef LOGITKERNELS_AVX512
@@ -159,13 +156,11 @@ void round_block(const float* source, int16_t* integers, float& scale, float& su
 }
 
 void round_blocks(const Activations& x, int64_t rows, int64_t blocks) {
-#pragma omp for schedule(static) nowait
-    for (int64_t row = 0; row < rows; ++row) {
+    share(rows, [&](int64_t row) {
         const float* source = static_cast<const float*>(x.data) + row * x.stride;
         for (int64_t b = 0, block = row * blocks; b < blocks; ++b, ++block)
             round_block(source + b * kBlock, x.blocks.integers + block * kBlock, x.blocks.scales[block], x.blocks.sums[block]);
-    }
-    team_barrier();
+    });
 }
 #endif
 
@@ -477,8 +472,7 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
     const int64_t panel_bytes = kVectors * group_bytes<Format>(blocks);
     const int64_t row_block = rows_per_block(rows, all.stride * int64_t(sizeof *all.x));
     ScratchPanel<Format, Product> scratch(rows > kFusedRows ? blocks : 0);
-#pragma omp for schedule(static) nowait
-    for (int64_t item = 0; item < ceil_div(rows, row_block) * panels; ++item) {
+    share(ceil_div(rows, row_block) * panels, [&](int64_t item) {
         const int64_t first = item / panels * row_block, panel = item % panels;
         const int64_t count = std::min(row_block, rows - first);
         const char* weights = static_cast<const char*>(linear.weights) + panel * panel_bytes;
@@ -508,8 +502,7 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
                 default: scratch.template tile<6>(in, target); break;
             }
         }
-    }
-    team_barrier();
+    });
 }
 
 }  // namespace

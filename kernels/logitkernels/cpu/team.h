@@ -1,4 +1,5 @@
-// The threads of one parallel region: where they run, and a barrier that suits cores which are shared with other processes.
+// The threads of one parallel region: where they run, how they share work, and a barrier that suits cores which are shared
+// with other processes.
 //
 // OpenMP's own barrier spins for milliseconds, which keeps the thread that it waits for off its core whenever somebody
 // else (the HTTP server, say) runs there too; told not to spin, it sleeps at once and pays for every wake-up. This one
@@ -11,18 +12,33 @@
 #endif
 
 #include <atomic>
+#include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace logitkernels {
 
-class Barrier {
+class Team;
+
+// The calling thread's place in the region that it works in.
+struct Place {
+    Team* team = nullptr;
+    int thread = 0;
+    int threads = 1;
+};
+inline thread_local Place place;
+
+class Team {
    public:
-    void wait() {
-        const int threads = omp_get_num_threads();
-        if (threads == 1) return;
+    explicit Team(int threads) : taken_(new Counter[size_t(threads)]) {}
+
+    // Every thread waits for all others.
+    void barrier() {
+        if (place.threads == 1) return;
         const unsigned round = round_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == place.threads) {
             arrived_.store(0, std::memory_order_relaxed);
+            for (int t = 0; t < place.threads; ++t) taken_[size_t(t)].value.store(0, std::memory_order_relaxed);
             round_.store(round + 1, std::memory_order_release);
             round_.notify_all();  // costs nothing while nobody sleeps
             return;
@@ -38,15 +54,34 @@ class Barrier {
         round_.wait(round, std::memory_order_acquire);
     }
 
+    // body(0) to body(count - 1), each by one thread, and a barrier. A thread does its own share in order, and then what
+    // others have not begun of theirs: memory, and whoever else uses the cores, never serve all threads alike.
+    template <class Body>
+    void share(int64_t count, const Body& body) {
+        const int threads = place.threads;
+        for (int t = 0; t < threads; ++t) {
+            const int owner = (place.thread + t) % threads;
+            const int64_t first = count * owner / threads, items = count * (owner + 1) / threads - first;
+            std::atomic<int64_t>& taken = taken_[size_t(owner)].value;
+            while (taken.load(std::memory_order_relaxed) < items) {
+                const int64_t item = taken.fetch_add(1, std::memory_order_relaxed);
+                if (item < items) body(first + item);
+            }
+        }
+        barrier();
+    }
+
    private:
     static constexpr int kSpins = 1000;  // 10 to 50 us, by the processor's pause
 
+    struct alignas(64) Counter {
+        std::atomic<int64_t> value{0};
+    };
+
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<unsigned> round_{0};
+    std::unique_ptr<Counter[]> taken_;
 };
-
-// The barrier of the region that this thread works in; none: OpenMP's own.
-inline thread_local Barrier* region_barrier = nullptr;
 
 // The CPU that each thread of a region stays on, by its number there. Empty: the scheduler chooses.
 //
@@ -59,7 +94,7 @@ inline void stay_on_own_cpu() {
 #if defined(__linux__)
     thread_local int stays_on = -1;
     if (region_cpus.empty()) return;
-    const int cpu = region_cpus[size_t(omp_get_thread_num()) % region_cpus.size()];
+    const int cpu = region_cpus[size_t(place.thread) % region_cpus.size()];
     if (cpu == stays_on) return;
     stays_on = cpu;
     cpu_set_t* set = CPU_ALLOC(cpu + 1);
@@ -70,25 +105,22 @@ inline void stay_on_own_cpu() {
 #endif
 }
 
-// Says for a scope inside a parallel region which barrier its threads meet at.
-class Team {
-   public:
-    explicit Team(Barrier& barrier) {
-        region_barrier = &barrier;
+// work() by each thread of a parallel region, which the functions that share theirs need around them.
+template <class Work>
+void in_team(int threads, const Work& work) {
+    Team team(threads);
+#pragma omp parallel num_threads(threads)
+    {
+        place = {&team, omp_get_thread_num(), omp_get_num_threads()};
         stay_on_own_cpu();
+        work();
+        place = {};
     }
-    ~Team() { region_barrier = nullptr; }
-    Team(const Team&) = delete;
-    Team& operator=(const Team&) = delete;
-};
+}
 
-// Every thread of the enclosing region waits for all others. Outside a region it returns at once.
-inline void team_barrier() {
-    if (region_barrier != nullptr) {
-        region_barrier->wait();
-        return;
-    }
-#pragma omp barrier
+template <class Body>
+void share(int64_t count, const Body& body) {
+    place.team->share(count, body);
 }
 
 }  // namespace logitkernels
