@@ -579,13 +579,14 @@ class Worker {
                 const __mmask16 mask = lane_mask(size - d);
                 const __m512 result = _mm512_mul_ps(_mm512_load_ps(output_.get() + row * padded_ + d), factor);
                 const int64_t offset = token * out.stride + head * size + d;
-                if (out.rounded)
+                if (out.rounded())
                     store(static_cast<Rounded*>(out.data) + offset, mask, result);
                 else
                     store(static_cast<float*>(out.data) + offset, mask, result);
             }
-            if (out.rounded && head + 1 == attention_.heads && width % 2)
+            if (out.rounded() && head + 1 == attention_.heads && width % 2)
                 static_cast<Rounded*>(out.data)[token * out.stride + width] = {};
+            if (size % kSumBlock == 0) finish_columns(out, token, head * size, (head + 1) * size);
         }
     }
 
@@ -617,10 +618,13 @@ void attend_typed(const Attention& attention, const Batch& batch, const Attentio
     }
     place.team->barrier();
     if (place.thread == 0) taken = 0;  // for the next call: another barrier lies before it
-    if (plan.merges.empty()) return;
-    share(int64_t(plan.merges.size()), [&](int64_t merge) {
-        worker.merge_partials(plan.merges[size_t(merge)], plan.partials.get(), out);
-    });
+    if (!plan.merges.empty())
+        share(int64_t(plan.merges.size()), [&](int64_t merge) {
+            worker.merge_partials(plan.merges[size_t(merge)], plan.partials.get(), out);
+        });
+    // Heads that share blocks are finished when all of them are there.
+    if (attention.value_size % kSumBlock)
+        finish_rows(out, batch.query_start[batch.sequences], attention.heads * attention.value_size);
 }
 
 }  // namespace
@@ -688,6 +692,6 @@ using namespace logitkernels;
 extern "C" void logitkernels_attention(const Attention* attention, const Batch* batch, const float* query, float* out,
                                        int threads) {
     AttentionPlan plan(*attention, *batch, threads);
-    const Activations target{out, attention->heads * attention->value_size, false};
+    const Activations target{out, attention->heads * attention->value_size};
     in_team(threads, [&] { attend(*attention, *batch, plan, query, attention->heads * attention->key_size, target); });
 }

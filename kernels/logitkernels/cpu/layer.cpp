@@ -50,7 +50,7 @@ struct Workspace {
     }
 
     Activations input_of(const Linear& linear) const {
-        return {input.get(), activation_stride(linear.k), reads_rounded(linear), blocks->blocks()};
+        return {input.get(), activation_stride(linear.k), linear.kind, blocks->blocks()};
     }
 
     int64_t widest_output = 0;

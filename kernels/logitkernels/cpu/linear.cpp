@@ -234,11 +234,20 @@ void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, c
             __mmask16 mask = lane_mask(k - i);
             __m512 values = load(source + i, mask);
             // Whole vectors are written: the row is padded, and the zero after an odd k is part of the last pair.
-            if (target.rounded)
+            if (target.rounded())
                 store(static_cast<Rounded*>(target.data) + row * target.stride + i, 0xffff, values);
             else
                 store(static_cast<float*>(target.data) + row * target.stride + i, 0xffff, values);
         }
+        finish_columns(target, row, 0, k);
+    });
+}
+
+void finish_rows(const Activations& x, int64_t rows, int64_t k) {
+    const int64_t parts = ceil_div(k, kColumnsPerItem);
+    share(rows * parts, [&](int64_t item) {
+        const int64_t first = item % parts * kColumnsPerItem;
+        finish_columns(x, item / parts, first, std::min(first + kColumnsPerItem, k));
     });
 }
 
@@ -283,14 +292,17 @@ void logitkernels_pack_f32(const float* weight, int64_t stride, int64_t n, int64
 }
 
 void logitkernels_linear(const Linear* linear, const float* x, int64_t rows, float* out, int threads) {
-    const bool rounds = reads_rounded(*linear);
-    const int64_t stride = activation_stride(linear->k);
+    const bool rounds = reads_rounded(linear->kind);
+    const int64_t k = linear->k, stride = activation_stride(k);
     Buffer<Rounded> rounded = allocate<Rounded>(rounds ? rows * stride : 0);
-    const BlockBuffers buffers(rows, linear->k);
-    Activations activations{const_cast<float*>(x), linear->k, false, buffers.blocks()};
-    if (rounds) activations = {rounded.get(), stride, true, buffers.blocks()};
+    const BlockBuffers buffers(rows, k);
+    Activations activations{const_cast<float*>(x), k, linear->kind, buffers.blocks()};
+    if (rounds) activations = {rounded.get(), stride, linear->kind, buffers.blocks()};
     in_team(threads, [&] {
-        if (rounds) convert_activations(x, linear->k, rows, linear->k, activations);
+        if (rounds)
+            convert_activations(x, k, rows, k, activations);
+        else
+            finish_rows(activations, rows, k);
         multiply(*linear, activations, rows, out, linear->n, Epilogue::kStore);
     });
 }

@@ -36,30 +36,34 @@ constexpr int64_t kPanelColumns = 32;
 constexpr int64_t kMaxTileRows = kRegisterSums == 24 ? 12 : 6;
 
 constexpr int64_t kSumBlock = 32;
+constexpr int64_t kColumnsPerItem = 8 * kSumBlock;  // of a row that threads share
 
-// What a product with weights in blocks keeps of the blocks of 32 activations: room that it fills itself.
+// What a product with weights in blocks reads of the blocks of 32 activations.
 struct ActivationBlocks {
     int16_t* integers;  // [rows, k]
     float* scales;      // [rows, k / 32], of the integers
     float* sums;        // [rows, k / 32]
 };
 
-// Activations as a linear layer reads them: Rounded or float32 rows, `stride` elements apart.
-// A rounded row is padded with a zero to an even length.
+inline bool reads_rounded(int64_t kind) {
+#ifdef LOGITKERNELS_AVX512
+    return kind == kBf16Dot || kind == kQ40Dot || kind == kQ41Dot || kind == kQ80Dot;
+#else
+    return kind == kBf16Dot;  // blocks are rounded to integers beside the float32 row
+#endif
+}
+
+// Activations as a linear layer of some kind reads them: Rounded or float32 rows, `stride` elements apart, and what it reads
+// beside them of their blocks. A rounded row is padded with a zero to an even length. Whoever writes columns of a row says so
+// to `finish_columns`.
 struct Activations {
     void* data;
     int64_t stride;
-    bool rounded;
-    ActivationBlocks blocks{};  // null where no linear layer reads the rows
-};
+    int64_t kind = kF32Fma;
+    ActivationBlocks blocks{};  // null where the kind reads none
 
-inline bool reads_rounded(const Linear& linear) {
-#ifdef LOGITKERNELS_AVX512
-    return linear.kind == kBf16Dot || linear.kind == kQ40Dot || linear.kind == kQ41Dot || linear.kind == kQ80Dot;
-#else
-    return linear.kind == kBf16Dot;  // blocks are rounded to integers by their product
-#endif
-}
+    bool rounded() const { return reads_rounded(kind); }
+};
 
 // Whether the result replaces what `out` holds or is added to it (the residual stream).
 enum class Epilogue { kStore, kAdd };
@@ -79,10 +83,17 @@ struct BlockBuffers {
     Buffer<float> scales, sums;
 };
 
+// Columns from `first` to before `last` of a row have been written, both multiples of 32 or the row's end: what goes with
+// their blocks is computed now. By one thread.
+void finish_columns(const Activations& x, int64_t row, int64_t first, int64_t last);
+
 // The functions below share their work among the threads of the enclosing parallel region and end in a barrier.
 
-// Converts float32 rows into the type that `target` holds.
+// Brings float32 rows into the form that `target` has.
 void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, const Activations& target);
+
+// `finish_columns` for whole rows of k columns.
+void finish_rows(const Activations& x, int64_t rows, int64_t k);
 
 void multiply(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo, Epilogue epilogue);
 

@@ -1,6 +1,7 @@
 #include "pointwise.h"
 #include "team.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -17,10 +18,10 @@ void norm_row(const float* x, const float* weight, float eps, int64_t size, Out*
 }
 
 template <class Out>
-void silu_and_mul_row(const float* gate, const float* up, int64_t size, Out* out) {
+void silu_and_mul_columns(const float* gate, const float* up, int64_t first, int64_t last, Out* out) {
     __m512 one = _mm512_set1_ps(1.0f);
-    for (int64_t i = 0; i < size; i += kLanes) {
-        __mmask16 mask = lane_mask(size - i);
+    for (int64_t i = first; i < last; i += kLanes) {
+        __mmask16 mask = lane_mask(last - i);
         __m512 g = load(gate + i, mask);
         __m512 negated = _mm512_sub_ps(_mm512_setzero_ps(), g);
         __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, exponential(negated)));
@@ -47,28 +48,33 @@ float inverse_rms(const float* x, int64_t size, float eps) {
 void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t size,
               const Activations& out) {
     share(rows, [&](int64_t row) {
-        if (out.rounded) {
+        if (out.rounded()) {
             Rounded* target = static_cast<Rounded*>(out.data) + row * out.stride;
             norm_row(x + row * ldx, weight, eps, size, target);
             close_row(target, size);
         } else {
             norm_row(x + row * ldx, weight, eps, size, static_cast<float*>(out.data) + row * out.stride);
         }
+        finish_columns(out, row, 0, size);
     });
 }
 
 void norm_head(float* x, const float* weight, float eps, int64_t size) { norm_row(x, weight, eps, size, x); }
 
 void silu_and_mul(const float* gate_up, int64_t rows, int64_t size, const Activations& out) {
-    share(rows, [&](int64_t row) {
+    const int64_t parts = ceil_div(size, kColumnsPerItem);
+    share(rows * parts, [&](int64_t item) {
+        const int64_t row = item / parts, first = item % parts * kColumnsPerItem;
+        const int64_t last = std::min(first + kColumnsPerItem, size);
         const float *gate = gate_up + row * 2 * size, *up = gate + size;
-        if (out.rounded) {
+        if (out.rounded()) {
             Rounded* target = static_cast<Rounded*>(out.data) + row * out.stride;
-            silu_and_mul_row(gate, up, size, target);
-            close_row(target, size);
+            silu_and_mul_columns(gate, up, first, last, target);
+            if (last == size) close_row(target, size);
         } else {
-            silu_and_mul_row(gate, up, size, static_cast<float*>(out.data) + row * out.stride);
+            silu_and_mul_columns(gate, up, first, last, static_cast<float*>(out.data) + row * out.stride);
         }
+        finish_columns(out, row, first, last);
     });
 }
 
@@ -115,11 +121,11 @@ extern "C" {
 
 void logitkernels_rms_norm(const float* x, const float* weight, float eps, int64_t rows, int64_t size, float* out,
                            int threads) {
-    in_team(threads, [&] { rms_norm(x, size, weight, eps, rows, size, Activations{out, size, false}); });
+    in_team(threads, [&] { rms_norm(x, size, weight, eps, rows, size, Activations{out, size}); });
 }
 
 void logitkernels_silu_and_mul(const float* gate_up, int64_t rows, int64_t size, float* out, int threads) {
-    in_team(threads, [&] { silu_and_mul(gate_up, rows, size, Activations{out, size, false}); });
+    in_team(threads, [&] { silu_and_mul(gate_up, rows, size, Activations{out, size}); });
 }
 
 void logitkernels_rope(const float* x, const float* cos, const float* sin, int64_t tokens, int64_t heads, int64_t size,

@@ -114,16 +114,14 @@ struct Bytes {
     }
 };
 
-// The sum of every block of activations.
 template <class Element>
-void sum_blocks(const Activations& x, int64_t rows, int64_t blocks) {
-    share(rows, [&](int64_t row) {
-        for (int64_t b = 0; b < blocks; ++b) {
-            const Element* source = static_cast<const Element*>(x.data) + row * x.stride + b * kBlock;
-            const __m512 sum = _mm512_add_ps(load(source, 0xffff), load(source + kLanes, 0xffff));
-            x.blocks.sums[row * blocks + b] = _mm512_reduce_add_ps(sum);
-        }
-    });
+const Element* block_of(const Activations& x, int64_t place) {
+    return static_cast<const Element*>(x.data) + place * kBlock;
+}
+
+template <class Element>
+float sum_of(const Element* block) {
+    return _mm512_reduce_add_ps(_mm512_add_ps(load(block, 0xffff), load(block + kLanes, 0xffff)));
 }
 
 #ifndef LOGITKERNELS_AVX512
@@ -154,14 +152,6 @@ void round_block(const float* source, int16_t* integers, float& scale, float& su
     store_int16(integers + kLanes, second);
     sum = scale * _mm512_reduce_add_ps(_mm512_add_ps(first, second));
 }
-
-void round_blocks(const Activations& x, int64_t rows, int64_t blocks) {
-    share(rows, [&](int64_t row) {
-        const float* source = static_cast<const float*>(x.data) + row * x.stride;
-        for (int64_t b = 0, block = row * blocks; b < blocks; ++b, ++block)
-            round_block(source + b * kBlock, x.blocks.integers + block * kBlock, x.blocks.scales[block], x.blocks.sums[block]);
-    });
-}
 #endif
 
 // Rows of activations in the type that a product multiplies, from some row on.
@@ -174,7 +164,7 @@ struct Inputs {
     const float* block_scales;  // of integers
 };
 
-// How q and x meet. `inputs` makes of activations what is multiplied; a block's sums of 16 features are a Sum, which
+// How q and x meet. `inputs` is what of the activations is multiplied; a block's sums of 16 features are a Sum, which
 // `scaled` turns into float32; a scratch panel holds what two steps of 16 features unpack to.
 
 // Two steps at a time: bf16 and float32 sums with AVX-512, otherwise int16, whose sum over a block is exact in int32.
@@ -185,9 +175,7 @@ struct Dot {
     using Element = bf16;
     using Sum = __m512;
 
-    template <class Format>
-    static Inputs<bf16> inputs(const Activations& x, int64_t rows, int64_t k) {
-        if constexpr (Format::has_minimum) sum_blocks<bf16>(x, rows, k / kBlock);
+    static Inputs<bf16> inputs(const Activations& x, int64_t k) {
         return {static_cast<const bf16*>(x.data), x.stride, k / kBlock, x.blocks.sums, nullptr};
     }
     static LOGITKERNELS_INLINE __m512 sum(__m512 before, __m512i pairs, int32_t x) {
@@ -198,9 +186,7 @@ struct Dot {
     using Element = int16_t;
     using Sum = __m512i;
 
-    template <class Format>
-    static Inputs<int16_t> inputs(const Activations& x, int64_t rows, int64_t k) {
-        round_blocks(x, rows, k / kBlock);
+    static Inputs<int16_t> inputs(const Activations& x, int64_t k) {
         return {x.blocks.integers, k, k / kBlock, x.blocks.sums, x.blocks.scales};
     }
     static LOGITKERNELS_INLINE __m512i sum(__m512i before, __m512i pairs, int32_t x) {
@@ -240,9 +226,7 @@ struct Fma {
     using Element = float;
     using Sum = __m512;
 
-    template <class Format>
-    static Inputs<float> inputs(const Activations& x, int64_t rows, int64_t k) {
-        if constexpr (Format::has_minimum) sum_blocks<float>(x, rows, k / kBlock);
+    static Inputs<float> inputs(const Activations& x, int64_t k) {
         return {static_cast<const float*>(x.data), x.stride, k / kBlock, x.blocks.sums, nullptr};
     }
     static LOGITKERNELS_INLINE __m512 scaled(__m512 sum, const Inputs<float>&, int64_t) { return sum; }
@@ -467,7 +451,7 @@ class ScratchPanel {
 template <class Format, class Product>
 void multiply_format(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
                      Epilogue epilogue) {
-    const auto all = Product::template inputs<Format>(x, rows, linear.k);
+    const auto all = Product::inputs(x, linear.k);
     const int64_t blocks = all.blocks, panels = ceil_div(linear.n, kPanelColumns);
     const int64_t panel_bytes = kVectors * group_bytes<Format>(blocks);
     const int64_t row_block = rows_per_block(rows, all.stride * int64_t(sizeof *all.x));
@@ -506,6 +490,22 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
 }
 
 }  // namespace
+
+void finish_columns(const Activations& x, int64_t row, int64_t first, int64_t last) {
+    const bool is_dot = x.kind == kQ40Dot || x.kind == kQ41Dot || x.kind == kQ80Dot;
+    if (!is_dot && x.kind != kQ41Fma) return;
+    for (int64_t b = first / kBlock; b < last / kBlock; ++b) {
+        const int64_t place = row * x.stride / kBlock + b;
+#ifdef LOGITKERNELS_AVX512
+        if (x.kind == kQ41Dot) x.blocks.sums[place] = sum_of(block_of<Rounded>(x, place));
+#else
+        if (is_dot)
+            round_block(block_of<float>(x, place), x.blocks.integers + place * kBlock, x.blocks.scales[place],
+                        x.blocks.sums[place]);
+#endif
+        if (x.kind == kQ41Fma) x.blocks.sums[place] = sum_of(block_of<float>(x, place));
+    }
+}
 
 void multiply_quantized(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
                         Epilogue epilogue) {

@@ -59,6 +59,10 @@ class Team {
     template <class Body>
     void share(int64_t count, const Body& body) {
         const int threads = place.threads;
+        if (threads == 1) {
+            for (int64_t item = 0; item < count; ++item) body(item);
+            return;
+        }
         for (int t = 0; t < threads; ++t) {
             const int owner = (place.thread + t) % threads;
             const int64_t first = count * owner / threads, items = count * (owner + 1) / threads - first;
