@@ -6,6 +6,7 @@ norm of another kind) is left as transformers has it, only slower.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -34,6 +35,9 @@ GEMMA_FAMILY = (GemmaModel, Gemma2Model, Gemma3TextModel)
 PLAIN_HEADS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, GemmaForCausalLM)
 """Their logits are what the linear layer gives."""
 
+MOST_TABLED_POSITIONS = 1 << 15
+"""16 MiB each of cosines and sines for a head of 128."""
+
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """transformers' names of the activations that the kernels have."""
@@ -60,11 +64,11 @@ class FusedNetwork(Network):
     def __init__(self, decoder: Any, layers: list[DecoderLayerWeights], head: Head, kernels: Kernels) -> None:
         self.head = head
         self._kernels = kernels
-        self._embedding = decoder.embed_tokens
-        self._rotary = decoder.rotary_emb
+        self._embedding = _embedding(decoder.embed_tokens)
         self._norm = _norm_weight(decoder.norm)
         self._eps = _eps(decoder.norm)
         ropes = _ropes(decoder)
+        self._rotary = {rope: Rotary(decoder.rotary_emb, rope) for rope in ropes}
         self._runs = [
             _Run(rope, layers[indices[0] : indices[-1] + 1], indices[0])
             for rope, indices in (
@@ -85,16 +89,41 @@ class FusedNetwork(Network):
 
         def decode(batch: DeviceBatch) -> Tensor:
             hidden = self._embedding(batch.input_ids).float()
-            positions = batch.position_ids[None]
-            tables = {
-                rope: self._rotary(hidden, positions, *([] if rope is None else [rope])) for rope, _ in runs
-            }
+            tables = {rope: rotary(batch.position_ids) for rope, rotary in self._rotary.items()}
             for rope, layers in runs:
-                cos, sin = tables[rope]
-                hidden = layers(hidden, cos[0], sin[0], batch.metadata)
+                hidden = layers(hidden, *tables[rope], batch.metadata)
             return self._kernels.rms_norm(hidden, self._norm, self._eps)
 
         return decode
+
+
+class Rotary:
+    """The cosines and sines, float32 [T, R], that the model's own module has for positions int64 [T].
+
+    They are looked up where a position's depend on nothing but the position, and all of them are small.
+    """
+
+    def __init__(self, module: Any, rope: str | None) -> None:
+        self._module = module
+        self._arguments = [] if rope is None else [rope]
+        kind: str = module.rope_type if rope is None else module.rope_type[rope]
+        buffer = next(module.buffers())
+        self._any = torch.empty(0, dtype=torch.float32, device=buffer.device)
+        self._table: tuple[Tensor, Tensor] | None = None
+        bound = module.config.max_position_embeddings
+        if "dynamic" not in kind and kind != "longrope" and bound <= MOST_TABLED_POSITIONS:
+            self._table = self._compute(torch.arange(bound, device=buffer.device))
+
+    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        if self._table is None:
+            return self._compute(positions)
+        cos, sin = self._table
+        return cos.index_select(0, positions), sin.index_select(0, positions)
+
+    @torch.inference_mode()
+    def _compute(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self._module(self._any, positions[None], *self._arguments)
+        return cos[0], sin[0]
 
 
 class FusedLinear(nn.Module):
@@ -202,6 +231,13 @@ def _pack_layer(layer: Any, packer: Packer, name: str, shape: LayerShape) -> Dec
         attention_output_norm=_norm_weight(layer.post_attention_layernorm) if has_output_norms else None,
         mlp_output_norm=_norm_weight(layer.post_feedforward_layernorm) if has_output_norms else None,
     )
+
+
+def _embedding(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
+    """The rows of token ids, [T] -> [T, H], as the module gives them."""
+    if type(module) is nn.Embedding and module.max_norm is None:
+        return partial(torch.index_select, module.weight.detach(), 0)
+    return module
 
 
 def _norm_weight(norm: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """What server and engine say to each other. Typed, closed, and free of torch.
 
 The server validates every bound before it builds one of these; the engine trusts the types but checks what only it
-knows (block capacity, vocabulary).
+knows (block capacity, vocabulary). What goes out with every step is encoded by position, not by name.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         )
 
 
-class LogitsRows(Struct, frozen=True, kw_only=True):
+class LogitsRows(Struct, frozen=True, kw_only=True, array_like=True):
     """Rows of logits: [rows, V], or [rows, k] with ``token_ids`` (int32, [rows, k]) naming the columns of each row."""
 
     values: Array
@@ -131,7 +131,7 @@ class LogitsRows(Struct, frozen=True, kw_only=True):
         return self.values.nbytes + (self.token_ids.nbytes if self.token_ids else 0)
 
 
-class Logprobs(Struct, frozen=True, kw_only=True):
+class Logprobs(Struct, frozen=True, kw_only=True, array_like=True):
     """Per position: the log-probability and 0-based vocabulary rank of the token there, and the top-k beside it.
 
     ``token_logprobs`` [rows]; ``ranks`` [rows]; ``top_ids`` and ``top_logprobs`` [rows][k], most likely first.
@@ -143,7 +143,7 @@ class Logprobs(Struct, frozen=True, kw_only=True):
     top_logprobs: list[list[float]]
 
 
-class PromptOutput(Struct, frozen=True, kw_only=True):
+class PromptOutput(Struct, frozen=True, kw_only=True, array_like=True):
     """Rows of the prompt, in order and each exactly once.
 
     ``offset`` is the position of the first row. Logits row j is computed at prompt position j and scores token j + 1; a
@@ -165,7 +165,7 @@ class PromptOutput(Struct, frozen=True, kw_only=True):
         return sum(array.nbytes for array in arrays if array is not None)
 
 
-class StepOutput(Struct, frozen=True, kw_only=True):
+class StepOutput(Struct, frozen=True, kw_only=True, array_like=True):
     """What one step did for one choice of one request.
 
     ``token_ids`` holds the tokens drawn in this step (none while only prompt rows were computed); ``logits``, ``logprobs``
@@ -217,7 +217,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     """Value heads and classifiers by name, and how many numbers each gives per position."""
 
 
-class EngineStats(Struct, frozen=True, kw_only=True):
+class EngineStats(Struct, frozen=True, kw_only=True, array_like=True):
     """The engine after a step: sequences running and waiting, KV blocks in use, preemptions and prefix-cache hits so
     far."""
 
@@ -259,22 +259,22 @@ class Shutdown(Struct, frozen=True, tag=True):
 # Engine to server.
 
 
-class Located(Struct, frozen=True, tag=True):
+class Located(Struct, frozen=True, tag=True, array_like=True):
     """The model's files are on this machine; ``tokenizer_path`` is ModelInfo's. Comes long before Ready."""
 
     tokenizer_path: str
 
 
-class Ready(Struct, frozen=True, tag=True):
+class Ready(Struct, frozen=True, tag=True, array_like=True):
     info: ModelInfo
 
 
-class StepOutputs(Struct, frozen=True, tag=True):
+class StepOutputs(Struct, frozen=True, tag=True, array_like=True):
     outputs: list[StepOutput]
     stats: EngineStats
 
 
-class Refused(Struct, frozen=True, tag=True):
+class Refused(Struct, frozen=True, tag=True, array_like=True):
     """The engine did not take a request: it never could, or (``overloaded``) its queue is full at the moment."""
 
     request_id: str
@@ -282,7 +282,7 @@ class Refused(Struct, frozen=True, tag=True):
     overloaded: bool
 
 
-class Failed(Struct, frozen=True, tag=True):
+class Failed(Struct, frozen=True, tag=True, array_like=True):
     """The engine cannot go on (or never started); it exits after this."""
 
     message: str

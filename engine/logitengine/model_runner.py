@@ -92,7 +92,7 @@ class ModelRunner:
         awaited = self._last_tokens if batch.awaits_tokens else None
         on_device = DeviceBatch.of(tensors, awaited, batch.max_query_len, batch.max_seq_len)
         hidden = self._decoder(on_device)
-        drawn_hidden = hidden[tensors["drawing_rows"]]
+        drawn_hidden = hidden if batch.is_decode else hidden[tensors["drawing_rows"]]
         if not rows:
             return Computed(hidden, drawn_hidden, drawn_hidden.float(), self._last_tokens[:0], None)
         return Computed(hidden, drawn_hidden, *self._draw(drawn_hidden, sampling))
@@ -109,7 +109,7 @@ class ModelRunner:
     def _draw(
         self, hidden: Tensor, sampling: Sequence[RowSampling] | PackedRows
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        logits = self.head(hidden)
+        logits = self._head(hidden).float()
         sampled = self._kernels.sample(logits, sampling, self._last_tokens)
         self._last_tokens[: len(logits)] = sampled.token_ids
         return logits, sampled.token_ids, sampled.processed

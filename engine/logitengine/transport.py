@@ -65,24 +65,28 @@ class Decoder(Generic[M]):
     """Turns a msgpack frame and its arrays back into a message of the given union of types."""
 
     def __init__(self, types: Any) -> None:  # a union of Struct types: no narrower annotation exists for it
-        self._types = types
+        self._decoder = msgspec.msgpack.Decoder(types, dec_hook=self._array)
+        self._arrays: list[bytearray] = []
 
     def decode(self, body: Buffer, arrays: list[bytearray]) -> M:
-        def hook(kind: type, value: Any) -> object:
-            if kind is not Array:
-                raise NotImplementedError(kind)
-            dtype, shape, index = value
-            if isinstance(index, bytes):
-                return Array(dtype, tuple(shape), index)
-            if not 0 <= index < len(arrays):
-                raise TransportError("a message names an array that was not sent")
-            return Array(dtype, tuple(shape), memoryview(arrays[index]))
-
+        self._arrays = arrays
         try:
-            message: M = msgspec.msgpack.decode(body, type=self._types, dec_hook=hook)
+            message: M = self._decoder.decode(body)
         except (msgspec.MsgspecError, ValueError, TypeError) as error:
             raise TransportError(str(error)) from error
+        finally:
+            self._arrays = []
         return message
+
+    def _array(self, kind: type, value: Any) -> object:
+        if kind is not Array:
+            raise NotImplementedError(kind)
+        dtype, shape, index = value
+        if isinstance(index, bytes):
+            return Array(dtype, tuple(shape), index)
+        if not 0 <= index < len(self._arrays):
+            raise TransportError("a message names an array that was not sent")
+        return Array(dtype, tuple(shape), memoryview(self._arrays[index]))
 
 
 class MessageReader(Generic[M]):

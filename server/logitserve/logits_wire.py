@@ -29,10 +29,6 @@ class BlockWriter:
         self._dtype = ""
         self._has_columns = False
 
-    @property
-    def is_empty(self) -> bool:
-        return self._num_rows == 0
-
     def add(self, rows: LogitsRows) -> None:
         """Append rows: [rows, V], or [rows, k] with their columns."""
         count, self._width = rows.values.shape
@@ -62,29 +58,32 @@ class RowBlocks:
     """The rows of one choice, logits or hidden states: ``{"generated": block, "prompt": {**block, "offset"}}``."""
 
     def __init__(self, encoding: Encoding) -> None:
-        self._generated = BlockWriter(encoding)
-        self._prompt = BlockWriter(encoding)
+        self._encoding = encoding
+        self._generated: BlockWriter | None = None
+        self._prompt: BlockWriter | None = None
         self._offset = 0
 
     @property
     def is_empty(self) -> bool:
-        return self._generated.is_empty and self._prompt.is_empty
+        return self._generated is None and self._prompt is None
 
     def add_generated(self, rows: LogitsRows) -> None:
+        if self._generated is None:
+            self._generated = BlockWriter(self._encoding)
         self._generated.add(rows)
 
     def add_prompt(self, rows: LogitsRows, offset: int) -> None:
         """Append prompt rows, the first of them at position ``offset``."""
-        if self._prompt.is_empty:
-            self._offset = offset
+        if self._prompt is None:
+            self._prompt, self._offset = BlockWriter(self._encoding), offset
         self._prompt.add(rows)
 
     def finish(self) -> dict[str, Any]:
         """The blocks that have rows."""
         blocks: dict[str, Any] = {}
-        if not self._generated.is_empty:
+        if self._generated is not None:
             blocks["generated"] = self._generated.finish()
-        if not self._prompt.is_empty:
+        if self._prompt is not None:
             blocks["prompt"] = {**self._prompt.finish(), "offset": self._offset}
         return blocks
 
