@@ -172,9 +172,9 @@ class MessageReader(Generic[M]):
 
 
 class BlockingChannel(Generic[M]):
-    """The engine's end. One thread receives, one sends; neither is this class's.
+    """The engine's end, for one thread that receives and one that sends.
 
-    Sending never waits: what the socket does not take at once is sent by a thread of the channel's own, in order.
+    Receiving waits, sending never does: what the socket does not take at once is sent by a third thread, in order.
     """
 
     def __init__(self, sock: socket.socket, receives: Any) -> None:
