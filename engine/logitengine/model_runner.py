@@ -109,7 +109,7 @@ class ModelRunner:
     def _draw(
         self, hidden: Tensor, sampling: Sequence[RowSampling] | PackedRows
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        logits = self._head(hidden).float()
+        logits = self.head(hidden)
         sampled = self._kernels.sample(logits, sampling, self._last_tokens)
         self._last_tokens[: len(logits)] = sampled.token_ids
         return logits, sampled.token_ids, sampled.processed
