@@ -116,14 +116,15 @@ def prepare(
         kernels.name,
         "fused" if network.is_fused else "through transformers' modules",
     )
-    servable = _Servable(config, network, dtype, kernels, device, shapes, can_generate=can_generate)
+    longest = _longest(config, model.config)
+    servable = _Servable(config, network, dtype, kernels, device, shapes, longest, can_generate=can_generate)
     num_blocks = config.num_blocks or servable.affordable_blocks()
     runner = servable.runner(num_blocks)
     if can_generate:
         _check_head(runner, model, dtype, device)
     if device.captures:
         # Kernels compile here, not in somebody's request.
-        largest_step(runner, config, can_generate=can_generate)
+        largest_step(runner, config, longest=longest, can_generate=can_generate)
         if can_generate:
             runner.record_steps()
     return LoadedModel(
@@ -132,7 +133,7 @@ def prepare(
             tokenizer_path=str(checkpoint.tokenizer_path),
             architecture=type(model).__name__,
             vocab_size=model.config.get_text_config().vocab_size,
-            max_model_len=_max_model_len(config, model.config, num_blocks),
+            max_model_len=_max_model_len(config, longest, num_blocks),
             eos_token_ids=_eos_token_ids(model),
             dtype=str(dtype).removeprefix("torch."),
             device=str(device.torch_device),
@@ -161,6 +162,7 @@ class _Servable:
     kernels: Kernels
     device: Device
     shapes: list[LayerShape]
+    longest: int | None
     can_generate: bool
 
     def runner(self, num_blocks: int) -> ModelRunner:
@@ -180,7 +182,9 @@ class _Servable:
         """As many as the memory for the cache holds."""
         budget = self.config.kv_cache_bytes or self.device.kv_cache_bytes(
             self.config.memory_fraction,
-            lambda: largest_step(self.runner(1), self.config, can_generate=self.can_generate),
+            lambda: largest_step(
+                self.runner(1), self.config, longest=self.longest, can_generate=self.can_generate
+            ),
         )
         num_blocks = budget // bytes_per_block(self.shapes, self.config.block_size, self.dtype)
         if num_blocks < 2:
@@ -299,19 +303,23 @@ def _dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if name == "auto" else TORCH_DTYPES[name]
 
 
-def _max_model_len(config: EngineConfig, model_config: PretrainedConfig, num_blocks: int) -> int:
-    """The model's own limit or a shorter one that was asked for, and no more than one sequence can have of the cache."""
-    own = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+def _longest(config: EngineConfig, model_config: PretrainedConfig) -> int | None:
+    """The model's own limit or a shorter one that was asked for; None where there is neither."""
+    own: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if config.max_model_len is not None and own is not None and config.max_model_len > own:
         raise CheckpointError(f"max_model_len={config.max_model_len} exceeds the model's own {own} positions")
+    return own if config.max_model_len is None else config.max_model_len
+
+
+def _max_model_len(config: EngineConfig, longest: int | None, num_blocks: int) -> int:
+    """``longest``, and no more than one sequence can have of the cache."""
     capacity = num_blocks * config.block_size
     if config.max_model_len is not None and config.max_model_len > capacity:
         raise CheckpointError(
             f"max_model_len={config.max_model_len} needs more than the {capacity} tokens of the KV cache; "
             "raise kv_cache_bytes"
         )
-    limits = (config.max_model_len, own, capacity)
-    return min(limit for limit in limits if limit is not None)
+    return capacity if longest is None else min(longest, capacity)
 
 
 def _eos_token_ids(model: PreTrainedModel) -> list[int]:

@@ -1,7 +1,7 @@
 """What server and engine say to each other. Typed, closed, and free of torch.
 
 The server validates every bound before it builds one of these; the engine trusts the types but checks what only it
-knows (block capacity, vocabulary). What goes out with every step is encoded by position, not by name.
+knows (block capacity, vocabulary). The engine's messages are encoded by position, since one goes out with every step.
 """
 
 from __future__ import annotations

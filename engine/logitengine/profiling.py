@@ -13,14 +13,18 @@ from logitengine.scheduler import Chunk
 from logitengine.sequence import Sequence
 
 
-def largest_step(runner: ModelRunner, config: EngineConfig, *, can_generate: bool) -> None:
-    """A full token budget over as many sequences as may run, with every row asked for.
+def largest_step(
+    runner: ModelRunner, config: EngineConfig, *, longest: int | None, can_generate: bool
+) -> None:
+    """A full token budget over as many sequences as may run, none longer than ``longest``, with every row asked for.
 
     Where the model generates, all draw, filtered, every drawn row is shown in its widest dtype, and so are as many prompt
     rows as go through the head at once. The runner's cache needs one block: what is computed is never read.
     """
     count = min(config.max_num_seqs, config.max_num_batched_tokens)
     length = config.max_num_batched_tokens // count
+    if longest is not None:
+        length = min(length, longest)
     chunks = [
         Chunk(_prompt(index, length, config.block_size, int(can_generate)), 0, length)
         for index in range(count)

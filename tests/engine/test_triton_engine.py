@@ -16,7 +16,7 @@ from logitengine.loader import LoadedModel, load
 from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
 from logitkernels.backend import load_kernels
 from loopback_device import LoopbackDevice
-from support import EVERY_ROW, make_engine, run
+from support import EVERY_ROW, greedy, make_engine, run
 from tiny_models import save_llama
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -104,3 +104,14 @@ def test_the_cache_is_sized_by_the_largest_step_of_a_generator_and_of_a_classifi
     loaded = load(config, MeasuringDevice())
     assert loaded.info.can_generate == (family == "ForCausalLM")
     assert loaded.info.num_blocks > 2
+
+
+def test_the_largest_step_has_no_position_that_the_model_lacks(tmp_path: Path) -> None:
+    path = save_llama(tmp_path, vocab_size=300, max_position_embeddings=8)
+    config = EngineConfig(
+        model=str(path), dtype="float32", kernels="triton", max_num_seqs=1, max_num_batched_tokens=12
+    )
+    loaded = load(config, MeasuringDevice())
+    assert loaded.info.max_model_len == 8
+    answers = run(make_engine(loaded), [greedy("to the last position", [5, 6, 7], 5)])
+    assert len(answers["to the last position", 0].token_ids) == 5

@@ -13,8 +13,6 @@
 #include "attention.h"
 #include "team.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <limits>
 

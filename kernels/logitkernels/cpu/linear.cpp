@@ -244,6 +244,7 @@ void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, c
 }
 
 void finish_rows(const Activations& x, int64_t rows, int64_t k) {
+    if (!reads_blocks(x.kind)) return;
     const int64_t parts = ceil_div(k, kColumnsPerItem);
     share(rows * parts, [&](int64_t item) {
         const int64_t first = item % parts * kColumnsPerItem;

@@ -53,6 +53,19 @@ inline bool reads_rounded(int64_t kind) {
 #endif
 }
 
+// Whether the product reads anything of the blocks of activations beside the row.
+inline bool reads_blocks(int64_t kind) {
+    switch (kind) {
+        case kQ41Dot:
+        case kQ41Fma: return true;  // their sums, for the minima
+#ifndef LOGITKERNELS_AVX512
+        case kQ40Dot:
+        case kQ80Dot: return true;
+#endif
+        default: return false;
+    }
+}
+
 // Activations as a linear layer of some kind reads them: Rounded or float32 rows, `stride` elements apart, and what it reads
 // beside them of their blocks. A rounded row is padded with a zero to an even length. Whoever writes columns of a row says so
 // to `finish_columns`.
@@ -92,7 +105,7 @@ void finish_columns(const Activations& x, int64_t row, int64_t first, int64_t la
 // Brings float32 rows into the form that `target` has.
 void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, const Activations& target);
 
-// `finish_columns` for whole rows of k columns.
+// `finish_columns` for whole rows of k columns, if there is anything to finish.
 void finish_rows(const Activations& x, int64_t rows, int64_t k);
 
 void multiply(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo, Epilogue epilogue);

@@ -492,18 +492,19 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
 }  // namespace
 
 void finish_columns(const Activations& x, int64_t row, int64_t first, int64_t last) {
-    const bool is_dot = x.kind == kQ40Dot || x.kind == kQ41Dot || x.kind == kQ80Dot;
-    if (!is_dot && x.kind != kQ41Fma) return;
+    if (!reads_blocks(x.kind)) return;
     for (int64_t b = first / kBlock; b < last / kBlock; ++b) {
         const int64_t place = row * x.stride / kBlock + b;
+        if (x.kind == kQ41Fma) {
+            x.blocks.sums[place] = sum_of(block_of<float>(x, place));
+            continue;
+        }
 #ifdef LOGITKERNELS_AVX512
-        if (x.kind == kQ41Dot) x.blocks.sums[place] = sum_of(block_of<Rounded>(x, place));
+        x.blocks.sums[place] = sum_of(block_of<Rounded>(x, place));
 #else
-        if (is_dot)
-            round_block(block_of<float>(x, place), x.blocks.integers + place * kBlock, x.blocks.scales[place],
-                        x.blocks.sums[place]);
+        round_block(block_of<float>(x, place), x.blocks.integers + place * kBlock, x.blocks.scales[place],
+                    x.blocks.sums[place]);
 #endif
-        if (x.kind == kQ41Fma) x.blocks.sums[place] = sum_of(block_of<float>(x, place));
     }
 }
 
