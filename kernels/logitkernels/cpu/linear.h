@@ -40,30 +40,17 @@ constexpr int64_t kColumnsPerItem = 8 * kSumBlock;  // of a row that threads sha
 
 // What a product with weights in blocks reads of the blocks of 32 activations.
 struct ActivationBlocks {
-    int16_t* integers;  // [rows, k]
-    float* scales;      // [rows, k / 32], of the integers
-    float* sums;        // [rows, k / 32]
+    int16_t* integers;      // [rows, k]; with AVX-512 as bytes, see quantized.cpp
+    float* scales;          // [rows, k / 32], of the integers
+    float* sums;            // [rows, k / 32], of the activations
+    int32_t* integer_sums;  // [rows, k / 32]
 };
 
-inline bool reads_rounded(int64_t kind) {
-#ifdef LOGITKERNELS_AVX512
-    return kind == kBf16Dot || kind == kQ40Dot || kind == kQ41Dot || kind == kQ80Dot;
-#else
-    return kind == kBf16Dot;  // blocks are rounded to integers beside the float32 row
-#endif
-}
+inline bool reads_rounded(int64_t kind) { return kind == kBf16Dot; }
 
 // Whether the product reads anything of the blocks of activations beside the row.
 inline bool reads_blocks(int64_t kind) {
-    switch (kind) {
-        case kQ41Dot:
-        case kQ41Fma: return true;  // their sums, for the minima
-#ifndef LOGITKERNELS_AVX512
-        case kQ40Dot:
-        case kQ80Dot: return true;
-#endif
-        default: return false;
-    }
+    return kind == kQ40Dot || kind == kQ41Dot || kind == kQ80Dot || kind == kQ41Fma;
 }
 
 // Activations as a linear layer of some kind reads them: Rounded or float32 rows, `stride` elements apart, and what it reads
@@ -89,11 +76,13 @@ struct BlockBuffers {
     BlockBuffers(int64_t rows, int64_t k)
         : integers(allocate<int16_t>(rows * round_up(k, kSumBlock))),
           scales(allocate<float>(rows * ceil_div(k, kSumBlock))),
-          sums(allocate<float>(rows * ceil_div(k, kSumBlock))) {}
-    ActivationBlocks blocks() const { return {integers.get(), scales.get(), sums.get()}; }
+          sums(allocate<float>(rows * ceil_div(k, kSumBlock))),
+          integer_sums(allocate<int32_t>(rows * ceil_div(k, kSumBlock))) {}
+    ActivationBlocks blocks() const { return {integers.get(), scales.get(), sums.get(), integer_sums.get()}; }
 
     Buffer<int16_t> integers;
     Buffer<float> scales, sums;
+    Buffer<int32_t> integer_sums;
 };
 
 // Columns from `first` to before `last` of a row have been written, both multiples of 32 or the row's end: what goes with

@@ -15,11 +15,15 @@ namespace {
 
 constexpr int64_t kBlock = kSumBlock;
 constexpr int64_t kScaleBytes = kLanes * 2;  // the scales, or the minima, of a block in 16 features
-constexpr int kFusedRows = 4;     // up to here integers are unpacked where they are used, above into a scratch panel
 constexpr int kScratchRows = 6;   // by 32 columns: 12 sums of the block and 12 of the row
 
-// A format unpacks two neighbouring steps of k of 16 features: pair<P>(block) as pairs of what Dot multiplies, bf16 or
-// int16, and even<P>, odd<P> as float32, P from 0 to 15.
+// A format unpacks some steps of k of 16 features of a block:
+//
+//   quad<Q>(block)             AVX-512: four steps as unsigned bytes, `offset` above the integers, Q from 0 to 7
+//   pair<P>(block)             elsewhere: two neighbouring steps as int16, P from 0 to 15
+//   even<P>, odd<P>(block)     either of them as float32
+//
+// Bytes of quads lie as is cheapest to unpack: of 16 activations, the one for byte i is byte_order()[i].
 
 template <bool kHasMinimum>
 struct Nibbles {
@@ -36,20 +40,19 @@ struct Nibbles {
     }
 
 #ifdef LOGITKERNELS_AVX512
-    // Lookup ignores the bits above a nibble: bf16 tables repeat after 16 entries because the index has 5 bits.
-    static LOGITKERNELS_INLINE __m512i bf16_table() {
-        const __m512 floats = float_table();
-        return (__m512i)_mm512_cvtne2ps_pbh(floats, floats);
+    static __m128i byte_order() { return _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15); }
+
+    template <int Q>
+    static LOGITKERNELS_INLINE __m512i quad(const char* block) {
+        const __m512i lanes = _mm512_loadu_si512(block + kScaleBytes + Q / 2 * 64);
+        return _mm512_and_si512(Q % 2 ? _mm512_srli_epi16(lanes, 4) : lanes, _mm512_set1_epi8(15));
     }
+    // Lookup ignores the bits above a nibble.
     static LOGITKERNELS_INLINE __m512 float_table() {
         const __m512i ids = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         return _mm512_cvtepi32_ps(_mm512_sub_epi32(ids, _mm512_set1_epi32(offset)));
     }
 
-    template <int P>
-    static LOGITKERNELS_INLINE __m512i pair(const char* block) {
-        return _mm512_permutexvar_epi16(shifted<P>(block, 0), bf16_table());
-    }
     template <int P>
     static LOGITKERNELS_INLINE __m512 even(const char* block) {
         return _mm512_permutexvar_ps(shifted<P>(block, 0), float_table());
@@ -86,13 +89,17 @@ struct Bytes {
     static constexpr int64_t block_bytes = kScaleBytes + 512;
 
 #ifdef LOGITKERNELS_AVX512
-    template <int P>
-    static LOGITKERNELS_INLINE __m512i pair(const char* block) {
-        const char* source = block + kScaleBytes + P * 32;
-        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
-        const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 16));
-        return (__m512i)_mm512_cvtne2ps_pbh(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(high)),
-                                            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(low)));
+    static constexpr int offset = 128;
+
+    static __m128i byte_order() { return _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+
+    // Two half vectors of two steps each, their 16-bit words in turn.
+    template <int Q>
+    static LOGITKERNELS_INLINE __m512i quad(const char* block) {
+        const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                                 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+        const __m512i words = _mm512_permutexvar_epi16(in_turn, _mm512_loadu_si512(block + kScaleBytes + Q * 64));
+        return _mm512_xor_si512(words, _mm512_set1_epi8(int8_t(0x80)));
     }
 #else
     template <int P>
@@ -114,45 +121,65 @@ struct Bytes {
     }
 };
 
-template <class Element>
-const Element* block_of(const Activations& x, int64_t place) {
-    return static_cast<const Element*>(x.data) + place * kBlock;
-}
-
-template <class Element>
-float sum_of(const Element* block) {
+float sum_of(const float* block) {
     return _mm512_reduce_add_ps(_mm512_add_ps(load(block, 0xffff), load(block + kLanes, 0xffff)));
 }
 
-#ifndef LOGITKERNELS_AVX512
-// A block of activations as int16 times a power of two, the least one that holds the largest of them: what is rounded
-// away is at most 2^-15 of that. A block with an infinity or NaN is NaN.
-void round_block(const float* source, int16_t* integers, float& scale, float& sum) {
+#ifdef LOGITKERNELS_AVX512
+// 16 integers below 32,640 in magnitude as 256 times an upper byte plus a lower one, both signed: the upper bytes of a block
+// lie before its lower ones.
+void store_bytes(char* upper, const __m512& integers, __m128i order) {
+    const __m512i values = _mm512_cvtps_epi32(integers);
+    const __m512i above = _mm512_srai_epi32(_mm512_add_epi32(values, _mm512_set1_epi32(128)), 8);
+    const auto store_ordered = [&](char* target, __m512i bytes) {
+        const __m128i ordered = _mm_shuffle_epi8(_mm512_cvtepi32_epi8(bytes), order);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(target), ordered);
+    };
+    store_ordered(upper, above);
+    store_ordered(upper + kBlock, values);
+}
+#endif
+
+// A block of activations as 16-bit integers times a power of two, the least one with which they stay below 32,640 in
+// magnitude: what is rounded away is at most 2^-15 of the largest, or hardly more. A block with an infinity or NaN is NaN.
+template <class Format>
+void round_block(const float* source, const ActivationBlocks& blocks, int64_t place) {
     const __m512 low = load(source, 0xffff), high = load(source + kLanes, 0xffff);
     const auto absolute = [](const __m512& v) {
         return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(INT32_MAX)));
     };
     const float largest = _mm512_reduce_max_ps(_mm512_max_ps(absolute(low), absolute(high)));
     const bool has_nan = (_mm512_cmp_ps_mask(low, low, _CMP_UNORD_Q) | _mm512_cmp_ps_mask(high, high, _CMP_UNORD_Q)) != 0;
+    int16_t* integers = blocks.integers + place * kBlock;
     if (has_nan || std::isinf(largest)) {
         std::fill_n(integers, kBlock, int16_t(0));
-        scale = sum = std::numeric_limits<float>::quiet_NaN();
+        blocks.scales[place] = blocks.sums[place] = std::numeric_limits<float>::quiet_NaN();
+        blocks.integer_sums[place] = 0;
         return;
     }
-    // The scale is 2^-15 of the power of two above the largest, and both it and its inverse are normal numbers.
-    const int32_t exponent = std::max(std::bit_cast<int32_t>(largest) >> 23, 15);
-    scale = std::bit_cast<float>((exponent - 14) << 23);
+    // The scale is 2^-15 of the power of two above the largest, or 2^-14 where the largest would round to 32,640 or more
+    // (what is added to the mantissa then carries); both it and its inverse are normal numbers.
+    constexpr int32_t carry = 0x10100;
+    const int32_t exponent = std::max((std::bit_cast<int32_t>(largest) + carry) >> 23, 15);
+    const float scale = std::bit_cast<float>((exponent - 14) << 23);
     const __m512 inverse = _mm512_set1_ps(std::bit_cast<float>((268 - exponent) << 23));
     const auto rounded = [&](const __m512& v) {
-        const __m512 nearest = _mm512_roundscale_ps(_mm512_mul_ps(v, inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        return _mm512_min_ps(nearest, _mm512_set1_ps(INT16_MAX));
+        return _mm512_roundscale_ps(_mm512_mul_ps(v, inverse), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     };
     const __m512 first = rounded(low), second = rounded(high);
+#ifdef LOGITKERNELS_AVX512
+    char* bytes = reinterpret_cast<char*>(integers);
+    store_bytes(bytes, first, Format::byte_order());
+    store_bytes(bytes + kLanes, second, Format::byte_order());
+#else
     store_int16(integers, first);
     store_int16(integers + kLanes, second);
-    sum = scale * _mm512_reduce_add_ps(_mm512_add_ps(first, second));
-}
 #endif
+    const float sum = _mm512_reduce_add_ps(_mm512_add_ps(first, second));  // exact
+    blocks.scales[place] = scale;
+    blocks.sums[place] = scale * sum;
+    blocks.integer_sums[place] = int32_t(sum);
+}
 
 // Rows of activations in the type that a product multiplies, from some row on.
 template <class Element>
@@ -161,76 +188,154 @@ struct Inputs {
     int64_t stride;
     int64_t blocks;  // of a row
     const float* block_sums;
-    const float* block_scales;  // of integers
+    const float* block_scales;    // of integers
+    const int32_t* integer_sums;
 };
 
+template <class Step>
+LOGITKERNELS_INLINE void for_each_pair(Step step) {
+    [&]<int... P>(std::integer_sequence<int, P...>) __attribute__((always_inline)) {
+        (step.template operator()<P>(), ...);
+    }(std::make_integer_sequence<int, kBlock / 2>());
+}
+
 // How q and x meet. `inputs` is what of the activations is multiplied; a block's sums of 16 features are a Sum, which
-// `scaled` turns into float32; a scratch panel holds what two steps of 16 features unpack to.
+// `scaled` turns into float32. `add_block` unpacks integers where it uses them; a product that unpacks pairs can do so into
+// a scratch panel for many rows instead.
 
-// Two steps at a time: bf16 and float32 sums with AVX-512, otherwise int16, whose sum over a block is exact in int32.
+// A block of G groups of 16 features, `group_bytes` apart, pair by pair.
+template <class Product, class Format, int G, int R>
+LOGITKERNELS_INLINE void add_pairs(const char* block, int64_t group_bytes, const typename Product::Element* x, int64_t stride,
+                                   typename Product::Sum (&sums)[G][R]) {
+    for_each_pair([&]<int P>() __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int g = 0; g < G; ++g)
+            Product::template add_packed<Format, P, R>(block + g * group_bytes, x + 2 * P, stride, sums[g]);
+    });
+}
+
+// Sums over a block of integers are exact in int32. On AVX2 pairs of int16 are multiplied. With AVX-512 quads of bytes are,
+// the activations' upper bytes first: that is as many multiplications, but nibbles become bytes in half as many instructions
+// as int16, and so few that a scratch panel is not worth it.
 struct Dot {
-    static constexpr int64_t unpacked_bytes = 64;
-
-#ifdef LOGITKERNELS_AVX512
-    using Element = bf16;
-    using Sum = __m512;
-
-    static Inputs<bf16> inputs(const Activations& x, int64_t k) {
-        return {static_cast<const bf16*>(x.data), x.stride, k / kBlock, x.blocks.sums, nullptr};
-    }
-    static LOGITKERNELS_INLINE __m512 sum(__m512 before, __m512i pairs, int32_t x) {
-        return _mm512_dpbf16_ps(before, (__m512bh)pairs, (__m512bh)_mm512_set1_epi32(x));
-    }
-    static LOGITKERNELS_INLINE __m512 scaled(__m512 sum, const Inputs<bf16>&, int64_t) { return sum; }
-#else
     using Element = int16_t;
     using Sum = __m512i;
 
     static Inputs<int16_t> inputs(const Activations& x, int64_t k) {
-        return {x.blocks.integers, k, k / kBlock, x.blocks.sums, x.blocks.scales};
-    }
-    static LOGITKERNELS_INLINE __m512i sum(__m512i before, __m512i pairs, int32_t x) {
-        return _mm512_dpwssd_epi32(before, pairs, _mm512_set1_epi32(x));
+        return {x.blocks.integers, k, k / kBlock, x.blocks.sums, x.blocks.scales, x.blocks.integer_sums};
     }
     static LOGITKERNELS_INLINE __m512 scaled(__m512i sum, const Inputs<int16_t>& in, int64_t block) {
         return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(in.block_scales[block]));
     }
-#endif
 
+#ifdef LOGITKERNELS_AVX512
+    static constexpr bool has_scratch = false;
+    static constexpr int fused_rows = 8;
+    template <int R>
+    static constexpr int groups_together = kVectors;
+
+    template <class Format, int G, int R>
+    static LOGITKERNELS_INLINE void add_block(const char* block, int64_t group_bytes, const Inputs<int16_t>& in, int64_t b,
+                                              __m512i (&sums)[G][R]) {
+        const char* bytes = reinterpret_cast<const char*>(in.x + b * kBlock);
+        const int64_t stride = in.stride * int64_t(sizeof(int16_t));
+        add_bytes<Format>(block, group_bytes, bytes, stride, sums);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+            for (int g = 0; g < G; ++g) {
+                sums[g][r] = _mm512_slli_epi32(sums[g][r], 8);
+                if constexpr (Format::offset != 0)
+                    sums[g][r] = _mm512_sub_epi32(sums[g][r],
+                                                  _mm512_set1_epi32(Format::offset * in.integer_sums[r * in.blocks + b]));
+            }
+        add_bytes<Format>(block, group_bytes, bytes + kBlock, stride, sums);
+    }
+
+  private:
+    template <class Format, int G, int R>
+    static LOGITKERNELS_INLINE void add_bytes(const char* block, int64_t group_bytes, const char* x, int64_t stride,
+                                              __m512i (&sums)[G][R]) {
+        [&]<int... Q>(std::integer_sequence<int, Q...>) __attribute__((always_inline)) {
+            (add_quad<Format, Q>(block, group_bytes, x + 4 * Q, stride, sums), ...);
+        }(std::make_integer_sequence<int, kBlock / 4>());
+    }
+    template <class Format, int Q, int G, int R>
+    static LOGITKERNELS_INLINE void add_quad(const char* block, int64_t group_bytes, const char* x, int64_t stride,
+                                             __m512i (&sums)[G][R]) {
+        __m512i integers[G];
+#pragma GCC unroll 2
+        for (int g = 0; g < G; ++g) {
+            integers[g] = Format::template quad<Q>(block + g * group_bytes);
+            asm("" : "+v"(integers[g]));  // unpacked once, not for every row
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            int32_t quad;
+            __builtin_memcpy(&quad, x + r * stride, sizeof quad);
+            const __m512i factor = _mm512_set1_epi32(quad);
+#pragma GCC unroll 2
+            for (int g = 0; g < G; ++g) sums[g][r] = _mm512_dpbusd_epi32(sums[g][r], integers[g], factor);
+        }
+    }
+#else
+    static constexpr bool has_scratch = true;
+    static constexpr int fused_rows = 4;
+    static constexpr int64_t unpacked_bytes = 64;
+    // The sums of one group of a lone row are too few to hide the latency of a multiply-add.
+    template <int R>
+    static constexpr int groups_together = R == 1 ? kVectors : 1;
+
+    template <class Format, int G, int R>
+    static LOGITKERNELS_INLINE void add_block(const char* block, int64_t group_bytes, const Inputs<int16_t>& in, int64_t b,
+                                              __m512i (&sums)[G][R]) {
+        add_pairs<Dot, Format>(block, group_bytes, in.x + b * kBlock, in.stride, sums);
+    }
     template <class Format, int P>
     static LOGITKERNELS_INLINE void unpack(const char* block, char* scratch) {
         _mm512_store_si512(scratch, Format::template pair<P>(block));
     }
     template <class Format, int P, int R>
-    static LOGITKERNELS_INLINE void add_packed(const char* block, const Element* x, int64_t stride, Sum (&sums)[R]) {
+    static LOGITKERNELS_INLINE void add_packed(const char* block, const int16_t* x, int64_t stride, __m512i (&sums)[R]) {
         add<R>(Format::template pair<P>(block), x, stride, sums);
     }
     template <int R>
-    static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const Element* x, int64_t stride, Sum (&sums)[R]) {
+    static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const int16_t* x, int64_t stride, __m512i (&sums)[R]) {
         add<R>(_mm512_load_si512(scratch), x, stride, sums);
     }
     template <int R>
-    static LOGITKERNELS_INLINE void add(__m512i pairs, const Element* x, int64_t stride, Sum (&sums)[R]) {
+    static LOGITKERNELS_INLINE void add(__m512i pairs, const int16_t* x, int64_t stride, __m512i (&sums)[R]) {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             int32_t pair;
             __builtin_memcpy(&pair, x + r * stride, sizeof pair);
-            sums[r] = sum(sums[r], pairs, pair);
+            sums[r] = _mm512_dpwssd_epi32(sums[r], pairs, _mm512_set1_epi32(pair));
         }
     }
+#endif
 };
 
 // One step at a time, in float32.
 struct Fma {
-    static constexpr int64_t unpacked_bytes = 128;
     using Element = float;
     using Sum = __m512;
 
+    static constexpr bool has_scratch = true;
+    static constexpr int fused_rows = 4;
+    static constexpr int64_t unpacked_bytes = 128;
+    template <int R>
+    static constexpr int groups_together = kRegisterSums == 6 && R == 1 ? kVectors : 1;
+
     static Inputs<float> inputs(const Activations& x, int64_t k) {
-        return {static_cast<const float*>(x.data), x.stride, k / kBlock, x.blocks.sums, nullptr};
+        return {static_cast<const float*>(x.data), x.stride, k / kBlock, x.blocks.sums, nullptr, nullptr};
     }
     static LOGITKERNELS_INLINE __m512 scaled(__m512 sum, const Inputs<float>&, int64_t) { return sum; }
 
+    template <class Format, int G, int R>
+    static LOGITKERNELS_INLINE void add_block(const char* block, int64_t group_bytes, const Inputs<float>& in, int64_t b,
+                                              __m512 (&sums)[G][R]) {
+        add_pairs<Fma, Format>(block, group_bytes, in.x + b * kBlock, in.stride, sums);
+    }
     template <class Format, int P>
     static LOGITKERNELS_INLINE void unpack(const char* block, char* scratch) {
         _mm512_store_ps(scratch, Format::template even<P>(block));
@@ -255,13 +360,6 @@ struct Fma {
     }
 };
 
-template <class Step>
-LOGITKERNELS_INLINE void for_each_pair(Step step) {
-    [&]<int... P>(std::integer_sequence<int, P...>) __attribute__((always_inline)) {
-        (step.template operator()<P>(), ...);
-    }(std::make_integer_sequence<int, kBlock / 2>());
-}
-
 template <class Format>
 int64_t minima_bytes(int64_t blocks) {
     return Format::has_minimum ? blocks * kScaleBytes : 0;
@@ -276,7 +374,10 @@ template <class Element>
 Inputs<Element> from_row(Inputs<Element> in, int64_t row) {
     in.x += row * in.stride;
     in.block_sums += row * in.blocks;
-    if (in.block_scales != nullptr) in.block_scales += row * in.blocks;
+    if (in.block_scales != nullptr) {
+        in.block_scales += row * in.blocks;
+        in.integer_sums += row * in.blocks;
+    }
     return in;
 }
 
@@ -288,56 +389,53 @@ LOGITKERNELS_INLINE void add_minimum(__m512 m, const Inputs<Element>& in, int64_
 }
 
 template <class Product, int R>
-LOGITKERNELS_INLINE void add_block(const typename Product::Sum (&block)[R], __m512 d,
-                                   const Inputs<typename Product::Element>& in, int64_t b, __m512 (&totals)[R]) {
+LOGITKERNELS_INLINE void add_scaled(const typename Product::Sum (&block)[R], __m512 d,
+                                    const Inputs<typename Product::Element>& in, int64_t b, __m512 (&totals)[R]) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
         totals[r] = _mm512_fmadd_ps(Product::scaled(block[r], in, r * in.blocks + b), d, totals[r]);
 }
 
-// Groups of 16 features whose sums a tile of R rows takes in one go. On AVX2 the sums of one group of a lone row are too
-// few to hide the latency of a multiply-add; with AVX-512 both ways have not been compared.
-template <int R>
-constexpr int groups_together() {
-    return kRegisterSums == 6 && R == 1 ? kVectors : 1;
-}
-
+// Meanwhile the next panel is fetched: of its blocks, every `turns`th from `turn` on.
 template <class Format, class Product, int R>
-void fused_tile(const char* panel, const Inputs<typename Product::Element>& in, const Target& target) {
-    constexpr int G = groups_together<R>();
+void fused_tile(const char* panel, const Inputs<typename Product::Element>& in, int64_t turn, int64_t turns,
+                const Target& target) {
+    constexpr int G = Product::template groups_together<R>;
     const int64_t bytes = group_bytes<Format>(in.blocks);
     __m512 sums[R][kVectors];
 #pragma GCC unroll 2
     for (int first = 0; first < kVectors; first += G) {
         const char* group = panel + first * bytes;
         __m512 totals[G][R];
+#pragma GCC unroll 2
         for (int g = 0; g < G; ++g)
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) totals[g][r] = _mm512_setzero_ps();
         if constexpr (Format::has_minimum)
             for (int64_t b = 0; b < in.blocks; ++b)
 #pragma GCC unroll 2
                 for (int g = 0; g < G; ++g) {
                     const char* minima = group + g * bytes + b * kScaleBytes;
-                    if (b % 2 == 0) prefetch(minima + kVectors * bytes);
+                    if (b % 2 == 0 && turn == 0) prefetch(minima + kVectors * bytes);
                     add_minimum<R>(load_float16(minima), in, b, totals[g]);
                 }
         const char* block = group + minima_bytes<Format>(in.blocks);
-        for (int64_t b = 0; b < in.blocks; ++b, block += Format::block_bytes) {
-            for (int g = 0; g < G; ++g)
-                for (int64_t line = 0; line < Format::block_bytes; line += 64)
-                    prefetch(block + (kVectors + g) * bytes + line);
-            const auto* x = in.x + b * kBlock;
-            typename Product::Sum partial[G][R] = {};
-            for_each_pair([&]<int P>() __attribute__((always_inline)) {
-#pragma GCC unroll 2
+        for (int64_t b = 0, fetched = turn; b < in.blocks; ++b, block += Format::block_bytes) {
+            if (b == fetched) {
+                fetched += turns;
                 for (int g = 0; g < G; ++g)
-                    Product::template add_packed<Format, P, R>(block + g * bytes, x + 2 * P, in.stride, partial[g]);
-            });
+                    for (int64_t line = 0; line < Format::block_bytes; line += 64)
+                        prefetch(block + (kVectors + g) * bytes + line);
+            }
+            typename Product::Sum partial[G][R] = {};
+            Product::template add_block<Format>(block, bytes, in, b, partial);
 #pragma GCC unroll 2
             for (int g = 0; g < G; ++g)
-                add_block<Product, R>(partial[g], load_float16(block + g * bytes), in, b, totals[g]);
+                add_scaled<Product, R>(partial[g], load_float16(block + g * bytes), in, b, totals[g]);
         }
+#pragma GCC unroll 2
         for (int g = 0; g < G; ++g)
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) sums[r][first + g] = totals[g][r];
     }
     finish(sums, target);
@@ -408,8 +506,8 @@ class ScratchPanel {
                 Product::template add_unpacked<R>(step, x + 2 * p, in.stride, block0);
                 Product::template add_unpacked<R>(step + integer_bytes_, x + 2 * p, in.stride, block1);
             }
-            add_block<Product, R>(block0, _mm512_load_ps(scales_.get() + b * kLanes), in, b, totals0);
-            add_block<Product, R>(block1, _mm512_load_ps(scales_.get() + (blocks_ + b) * kLanes), in, b, totals1);
+            add_scaled<Product, R>(block0, _mm512_load_ps(scales_.get() + b * kLanes), in, b, totals0);
+            add_scaled<Product, R>(block1, _mm512_load_ps(scales_.get() + (blocks_ + b) * kLanes), in, b, totals1);
         }
         __m512 sums[R][kVectors];
         for (int r = 0; r < R; ++r) sums[r][0] = totals0[r], sums[r][1] = totals1[r];
@@ -433,7 +531,7 @@ class ScratchPanel {
                 typename Product::Sum block[R] = {};
                 for (int p = 0; p < kBlock / 2; ++p, step += Product::unpacked_bytes)
                     Product::template add_unpacked<R>(step, x + 2 * p, in.stride, block);
-                add_block<Product, R>(block, _mm512_load_ps(scales + b * kLanes), in, b, totals);
+                add_scaled<Product, R>(block, _mm512_load_ps(scales + b * kLanes), in, b, totals);
             }
             __m512 sums[R][1];
             for (int r = 0; r < R; ++r) sums[r][0] = totals[r];
@@ -448,6 +546,14 @@ class ScratchPanel {
     int64_t lines_a_block_ = 0;
 };
 
+// tile<R>() for the R that `rows` is, at most Most.
+template <int Most, class Tile>
+LOGITKERNELS_INLINE void tile_of(int64_t rows, const Tile& tile) {
+    if constexpr (Most > 1)
+        if (rows < Most) return tile_of<Most - 1>(rows, tile);
+    tile.template operator()<Most>();
+}
+
 template <class Format, class Product>
 void multiply_format(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
                      Epilogue epilogue) {
@@ -455,38 +561,44 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
     const int64_t blocks = all.blocks, panels = ceil_div(linear.n, kPanelColumns);
     const int64_t panel_bytes = kVectors * group_bytes<Format>(blocks);
     const int64_t row_block = rows_per_block(rows, all.stride * int64_t(sizeof *all.x));
-    ScratchPanel<Format, Product> scratch(rows > kFusedRows ? blocks : 0);
-    share(ceil_div(rows, row_block) * panels, [&](int64_t item) {
-        const int64_t first = item / panels * row_block, panel = item % panels;
-        const int64_t count = std::min(row_block, rows - first);
-        const char* weights = static_cast<const char*>(linear.weights) + panel * panel_bytes;
-        const int64_t most = count <= kFusedRows ? kFusedRows : kScratchRows;
+    // tile(turn, turns, row, size) for each tile of the rows from `first` on, in sizes as equal as can be.
+    const auto for_tiles = [](int64_t first, int64_t count, int64_t most, const auto& tile) {
         const int64_t tiles = ceil_div(count, most), small = count / tiles, larger = count % tiles;
-        if (count > kFusedRows) scratch.unpack(weights, tiles);
         for (int64_t t = 0, row = first; t < tiles; ++t) {
             const int64_t size = small + (t < larger);
-            const auto in = from_row(all, row);
-            const Target target = target_of(linear, row, panel, out, ldo, epilogue);
+            tile(t, tiles, row, size);
             row += size;
-            if (count <= kFusedRows) {
-                switch (size) {
-                    case 1: fused_tile<Format, Product, 1>(weights, in, target); break;
-                    case 2: fused_tile<Format, Product, 2>(weights, in, target); break;
-                    case 3: fused_tile<Format, Product, 3>(weights, in, target); break;
-                    default: fused_tile<Format, Product, 4>(weights, in, target); break;
-                }
-                continue;
-            }
-            switch (size) {
-                case 1: scratch.template tile<1>(in, target); break;
-                case 2: scratch.template tile<2>(in, target); break;
-                case 3: scratch.template tile<3>(in, target); break;
-                case 4: scratch.template tile<4>(in, target); break;
-                case 5: scratch.template tile<5>(in, target); break;
-                default: scratch.template tile<6>(in, target); break;
-            }
         }
-    });
+    };
+    const auto fused = [&](const char* weights, int64_t panel, int64_t first, int64_t count) {
+        for_tiles(first, count, Product::fused_rows, [&](int64_t turn, int64_t turns, int64_t row, int64_t size) {
+            tile_of<Product::fused_rows>(size, [&]<int R>() {
+                fused_tile<Format, Product, R>(weights, from_row(all, row), turn, turns,
+                                               target_of(linear, row, panel, out, ldo, epilogue));
+            });
+        });
+    };
+    const auto for_panels = [&](const auto& multiply) {
+        share(ceil_div(rows, row_block) * panels, [&](int64_t item) {
+            const int64_t first = item / panels * row_block, panel = item % panels;
+            const char* weights = static_cast<const char*>(linear.weights) + panel * panel_bytes;
+            multiply(weights, panel, first, std::min(row_block, rows - first));
+        });
+    };
+    if constexpr (!Product::has_scratch) {
+        for_panels(fused);
+    } else {
+        ScratchPanel<Format, Product> scratch(rows > Product::fused_rows ? blocks : 0);
+        for_panels([&](const char* weights, int64_t panel, int64_t first, int64_t count) {
+            if (count <= Product::fused_rows) return fused(weights, panel, first, count);
+            scratch.unpack(weights, ceil_div(count, kScratchRows));
+            for_tiles(first, count, kScratchRows, [&](int64_t, int64_t, int64_t row, int64_t size) {
+                tile_of<kScratchRows>(size, [&]<int R>() {
+                    scratch.template tile<R>(from_row(all, row), target_of(linear, row, panel, out, ldo, epilogue));
+                });
+            });
+        });
+    }
 }
 
 }  // namespace
@@ -495,16 +607,13 @@ void finish_columns(const Activations& x, int64_t row, int64_t first, int64_t la
     if (!reads_blocks(x.kind)) return;
     for (int64_t b = first / kBlock; b < last / kBlock; ++b) {
         const int64_t place = row * x.stride / kBlock + b;
-        if (x.kind == kQ41Fma) {
-            x.blocks.sums[place] = sum_of(block_of<float>(x, place));
-            continue;
+        const float* block = static_cast<const float*>(x.data) + place * kBlock;
+        switch (x.kind) {
+            case kQ41Fma: x.blocks.sums[place] = sum_of(block); break;
+            case kQ40Dot: round_block<Nibbles<false>>(block, x.blocks, place); break;
+            case kQ41Dot: round_block<Nibbles<true>>(block, x.blocks, place); break;
+            default: round_block<Bytes>(block, x.blocks, place);
         }
-#ifdef LOGITKERNELS_AVX512
-        x.blocks.sums[place] = sum_of(block_of<Rounded>(x, place));
-#else
-        round_block(block_of<float>(x, place), x.blocks.integers + place * kBlock, x.blocks.scales[place],
-                    x.blocks.sums[place]);
-#endif
     }
 }
 

@@ -14,7 +14,7 @@
 #define LOGITKERNELS_INLINE inline __attribute__((always_inline))
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
-    defined(__AVX512BF16__)
+    defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #define LOGITKERNELS_AVX512
 #include <immintrin.h>
 #else
