@@ -7,9 +7,11 @@
 #pragma once
 
 #include <omp.h>
-#if defined(__linux__)
+#include <linux/futex.h>
 #include <sched.h>
-#endif
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdint>
@@ -30,7 +32,10 @@ inline thread_local Place place;
 
 class Team {
    public:
-    explicit Team(int threads) : taken_(new Counter[size_t(threads)]) {}
+    // Looks at a barrier before a thread sleeps: 10 to 50 us, by the processor's pause.
+    static constexpr int kSpins = 1000;
+
+    explicit Team(int threads, int spins = kSpins) : spins_(spins), taken_(new Counter[size_t(threads)]) {}
 
     // Every thread waits for all others.
     void barrier() {
@@ -39,11 +44,11 @@ class Team {
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == place.threads) {
             arrived_.store(0, std::memory_order_relaxed);
             for (int t = 0; t < place.threads; ++t) taken_[size_t(t)].value.store(0, std::memory_order_relaxed);
-            round_.store(round + 1, std::memory_order_release);
-            round_.notify_all();  // costs nothing while nobody sleeps
+            round_.store(round + 1, std::memory_order_seq_cst);
+            wake_sleepers();
             return;
         }
-        for (int looks = 0; looks < kSpins; ++looks) {
+        for (int looks = 0; looks < spins_; ++looks) {
             if (round_.load(std::memory_order_acquire) != round) return;
 #if defined(__x86_64__)
             __builtin_ia32_pause();
@@ -51,7 +56,7 @@ class Team {
             asm volatile("yield");
 #endif
         }
-        round_.wait(round, std::memory_order_acquire);
+        sleep_while(round);
     }
 
     // body(0) to body(count - 1), each by one thread, and a barrier. A thread does its own share in order, and then what
@@ -76,7 +81,20 @@ class Team {
     }
 
    private:
-    static constexpr int kSpins = 1000;  // 10 to 50 us, by the processor's pause
+    // Who goes to sleep says so before it looks at the round for the last time, and who ends a round looks for sleepers
+    // after it: all of that in one order that every thread sees, or a sleeper could be overlooked. Nor is one wake-up
+    // worth a server that hangs: a sleeper looks again after a while. (std::atomic's wait offers neither.)
+    void sleep_while(unsigned round) {
+        const timespec while_asleep{0, 10'000'000};
+        sleepers_.fetch_add(1, std::memory_order_seq_cst);
+        while (round_.load(std::memory_order_seq_cst) == round)
+            syscall(SYS_futex, &round_, FUTEX_WAIT_PRIVATE, round, &while_asleep, nullptr, 0);
+        sleepers_.fetch_sub(1, std::memory_order_relaxed);
+    }
+    void wake_sleepers() {
+        if (sleepers_.load(std::memory_order_seq_cst) > 0)
+            syscall(SYS_futex, &round_, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+    }
 
     struct alignas(64) Counter {
         std::atomic<int64_t> value{0};
@@ -84,6 +102,9 @@ class Team {
 
     alignas(64) std::atomic<int> arrived_{0};
     alignas(64) std::atomic<unsigned> round_{0};
+    static_assert(sizeof(round_) == 4, "a futex is a word");
+    alignas(64) std::atomic<int> sleepers_{0};
+    const int spins_;
     std::unique_ptr<Counter[]> taken_;
 };
 
@@ -95,7 +116,6 @@ class Team {
 inline std::vector<int> region_cpus;
 
 inline void stay_on_own_cpu() {
-#if defined(__linux__)
     thread_local int stays_on = -1;
     if (region_cpus.empty()) return;
     const int cpu = region_cpus[size_t(place.thread) % region_cpus.size()];
@@ -106,7 +126,6 @@ inline void stay_on_own_cpu() {
     CPU_SET_S(cpu, CPU_ALLOC_SIZE(cpu + 1), set);
     sched_setaffinity(0, CPU_ALLOC_SIZE(cpu + 1), set);  // where it may not, the scheduler goes on choosing
     CPU_FREE(set);
-#endif
 }
 
 // work() by each thread of a parallel region, which the functions that share theirs need around them.
