@@ -19,23 +19,23 @@ constexpr int kScratchRows = 6;   // by 32 columns: 12 sums of the block and 12 
 
 // A format unpacks some steps of k of 16 features of a block:
 //
-//   quad<Q>(block)             AVX-512: four steps as unsigned bytes, `offset` above the integers, Q from 0 to 7
-//   pair<P>(block)             elsewhere: two neighbouring steps as int16, P from 0 to 15
-//   even<P>, odd<P>(block)     either of them as float32
+//   quad<Q>(integers)          AVX-512: four steps as unsigned bytes, `offset` above the integers, Q from 0 to 7
+//   pair<P>(integers)          elsewhere: two neighbouring steps as int16, P from 0 to 15
+//   even<P>, odd<P>(integers)  either of them as float32
 //
 // Bytes of quads lie as is cheapest to unpack: of 16 activations, the one for byte i is byte_order()[i].
 
 template <bool kHasMinimum>
 struct Nibbles {
     static constexpr bool has_minimum = kHasMinimum;
-    static constexpr int64_t block_bytes = kScaleBytes + 256;
+    static constexpr int64_t integer_bytes = 256;  // of a block
 
     // A nibble's integer: as stored beside a minimum, minus 8 without one.
     static constexpr int offset = kHasMinimum ? 0 : 8;
 
     template <int P>
-    static LOGITKERNELS_INLINE __m512i shifted(const char* block, int bits) {
-        const __m512i lanes = _mm512_loadu_si512(block + kScaleBytes + P / 4 * 64);
+    static LOGITKERNELS_INLINE __m512i shifted(const char* integers, int bits) {
+        const __m512i lanes = _mm512_loadu_si512(integers + P / 4 * 64);
         return _mm512_srli_epi32(lanes, unsigned(4 * (P % 4) + bits));
     }
 
@@ -43,8 +43,8 @@ struct Nibbles {
     static __m128i byte_order() { return _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15); }
 
     template <int Q>
-    static LOGITKERNELS_INLINE __m512i quad(const char* block) {
-        const __m512i lanes = _mm512_loadu_si512(block + kScaleBytes + Q / 2 * 64);
+    static LOGITKERNELS_INLINE __m512i quad(const char* integers) {
+        const __m512i lanes = _mm512_loadu_si512(integers + Q / 2 * 64);
         return _mm512_and_si512(Q % 2 ? _mm512_srli_epi16(lanes, 4) : lanes, _mm512_set1_epi8(15));
     }
     // Lookup ignores the bits above a nibble.
@@ -54,39 +54,39 @@ struct Nibbles {
     }
 
     template <int P>
-    static LOGITKERNELS_INLINE __m512 even(const char* block) {
-        return _mm512_permutexvar_ps(shifted<P>(block, 0), float_table());
+    static LOGITKERNELS_INLINE __m512 even(const char* integers) {
+        return _mm512_permutexvar_ps(shifted<P>(integers, 0), float_table());
     }
     template <int P>
-    static LOGITKERNELS_INLINE __m512 odd(const char* block) {
-        return _mm512_permutexvar_ps(shifted<P>(block, 16), float_table());
+    static LOGITKERNELS_INLINE __m512 odd(const char* integers) {
+        return _mm512_permutexvar_ps(shifted<P>(integers, 16), float_table());
     }
 #else
     template <int P>
-    static LOGITKERNELS_INLINE __m512i pair(const char* block) {
-        const __m512i lanes = _mm512_loadu_si512(block + kScaleBytes + P / 4 * 64);
+    static LOGITKERNELS_INLINE __m512i pair(const char* integers) {
+        const __m512i lanes = _mm512_loadu_si512(integers + P / 4 * 64);
         const __m512i shifted = _mm512_srli_epi16(lanes, 4 * (P % 4));
         const __m512i nibbles = P % 4 == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16(15));
         return offset == 0 ? nibbles : _mm512_sub_epi16(nibbles, _mm512_set1_epi16(offset));
     }
     static LOGITKERNELS_INLINE __m512 floats(__m512i nibbles) {
-        const __m512i integers = _mm512_and_si512(nibbles, _mm512_set1_epi32(15));
-        return _mm512_cvtepi32_ps(_mm512_sub_epi32(integers, _mm512_set1_epi32(offset)));
+        const __m512i masked = _mm512_and_si512(nibbles, _mm512_set1_epi32(15));
+        return _mm512_cvtepi32_ps(_mm512_sub_epi32(masked, _mm512_set1_epi32(offset)));
     }
     template <int P>
-    static LOGITKERNELS_INLINE __m512 even(const char* block) {
-        return floats(shifted<P>(block, 0));
+    static LOGITKERNELS_INLINE __m512 even(const char* integers) {
+        return floats(shifted<P>(integers, 0));
     }
     template <int P>
-    static LOGITKERNELS_INLINE __m512 odd(const char* block) {
-        return floats(shifted<P>(block, 16));
+    static LOGITKERNELS_INLINE __m512 odd(const char* integers) {
+        return floats(shifted<P>(integers, 16));
     }
 #endif
 };
 
 struct Bytes {
     static constexpr bool has_minimum = false;
-    static constexpr int64_t block_bytes = kScaleBytes + 512;
+    static constexpr int64_t integer_bytes = 512;
 
 #ifdef LOGITKERNELS_AVX512
     static constexpr int offset = 128;
@@ -95,29 +95,29 @@ struct Bytes {
 
     // Two half vectors of two steps each, their 16-bit words in turn.
     template <int Q>
-    static LOGITKERNELS_INLINE __m512i quad(const char* block) {
+    static LOGITKERNELS_INLINE __m512i quad(const char* integers) {
         const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                                  21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-        const __m512i words = _mm512_permutexvar_epi16(in_turn, _mm512_loadu_si512(block + kScaleBytes + Q * 64));
+        const __m512i words = _mm512_permutexvar_epi16(in_turn, _mm512_loadu_si512(integers + Q * 64));
         return _mm512_xor_si512(words, _mm512_set1_epi8(int8_t(0x80)));
     }
 #else
     template <int P>
-    static LOGITKERNELS_INLINE __m512i pair(const char* block) {
-        return load_int8(block + kScaleBytes + P * 32);
+    static LOGITKERNELS_INLINE __m512i pair(const char* integers) {
+        return load_int8(integers + P * 32);
     }
 #endif
     template <int P>
-    static LOGITKERNELS_INLINE __m512i words(const char* block) {
-        return load_int16(block + kScaleBytes + P * 32);
+    static LOGITKERNELS_INLINE __m512i words(const char* integers) {
+        return load_int16(integers + P * 32);
     }
     template <int P>
-    static LOGITKERNELS_INLINE __m512 even(const char* block) {
-        return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words<P>(block), 24), 24));
+    static LOGITKERNELS_INLINE __m512 even(const char* integers) {
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words<P>(integers), 24), 24));
     }
     template <int P>
-    static LOGITKERNELS_INLINE __m512 odd(const char* block) {
-        return _mm512_cvtepi32_ps(_mm512_srai_epi32(words<P>(block), 8));
+    static LOGITKERNELS_INLINE __m512 odd(const char* integers) {
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(words<P>(integers), 8));
     }
 };
 
@@ -203,14 +203,14 @@ LOGITKERNELS_INLINE void for_each_pair(Step step) {
 // `scaled` turns into float32. `add_block` unpacks integers where it uses them; a product that unpacks pairs can do so into
 // a scratch panel for many rows instead.
 
-// A block of G groups of 16 features, `group_bytes` apart, pair by pair.
+// A block of G groups of 16 features, pair by pair.
 template <class Product, class Format, int G, int R>
-LOGITKERNELS_INLINE void add_pairs(const char* block, int64_t group_bytes, const typename Product::Element* x, int64_t stride,
+LOGITKERNELS_INLINE void add_pairs(const char* integers, const typename Product::Element* x, int64_t stride,
                                    typename Product::Sum (&sums)[G][R]) {
     for_each_pair([&]<int P>() __attribute__((always_inline)) {
 #pragma GCC unroll 2
         for (int g = 0; g < G; ++g)
-            Product::template add_packed<Format, P, R>(block + g * group_bytes, x + 2 * P, stride, sums[g]);
+            Product::template add_packed<Format, P, R>(integers + g * Format::integer_bytes, x + 2 * P, stride, sums[g]);
     });
 }
 
@@ -235,48 +235,68 @@ struct Dot {
     static constexpr int groups_together = kVectors;
 
     template <class Format, int G, int R>
-    static LOGITKERNELS_INLINE void add_block(const char* block, int64_t group_bytes, const Inputs<int16_t>& in, int64_t b,
+    static LOGITKERNELS_INLINE void add_block(const char* integers, const Inputs<int16_t>& in, int64_t b,
                                               __m512i (&sums)[G][R]) {
-        const char* bytes = reinterpret_cast<const char*>(in.x + b * kBlock);
+        const char* upper = reinterpret_cast<const char*>(in.x + b * kBlock);
+        const char* lower = upper + kBlock;
         const int64_t stride = in.stride * int64_t(sizeof(int16_t));
-        add_bytes<Format>(block, group_bytes, bytes, stride, sums);
+        // What the upper bytes come to: 256 times their sum, less the offset that every integer has.
+        const auto weighed = [&](__m512i sum, int r) __attribute__((always_inline)) {
+            const __m512i shifted = _mm512_slli_epi32(sum, 8);
+            if constexpr (Format::offset == 0) return shifted;
+            return _mm512_sub_epi32(shifted, _mm512_set1_epi32(Format::offset * in.integer_sums[r * in.blocks + b]));
+        };
+        if constexpr (G * R <= 8) {
+            // The registers hold the sums of both: integers are unpacked once for the two.
+            __m512i parts[2][G][R] = {};
+            add_quads<Format>(integers, {upper, lower}, stride, parts);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r)
+            for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-            for (int g = 0; g < G; ++g) {
-                sums[g][r] = _mm512_slli_epi32(sums[g][r], 8);
-                if constexpr (Format::offset != 0)
-                    sums[g][r] = _mm512_sub_epi32(sums[g][r],
-                                                  _mm512_set1_epi32(Format::offset * in.integer_sums[r * in.blocks + b]));
-            }
-        add_bytes<Format>(block, group_bytes, bytes + kBlock, stride, sums);
+                for (int g = 0; g < G; ++g) sums[g][r] = _mm512_add_epi32(weighed(parts[0][g][r], r), parts[1][g][r]);
+        } else {
+            __m512i part[1][G][R] = {};
+            add_quads<Format>(integers, {upper}, stride, part);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+                for (int g = 0; g < G; ++g) part[0][g][r] = weighed(part[0][g][r], r);
+            add_quads<Format>(integers, {lower}, stride, part);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+                for (int g = 0; g < G; ++g) sums[g][r] = part[0][g][r];
+        }
     }
 
   private:
-    template <class Format, int G, int R>
-    static LOGITKERNELS_INLINE void add_bytes(const char* block, int64_t group_bytes, const char* x, int64_t stride,
-                                              __m512i (&sums)[G][R]) {
+    // sums[p][g][r] += integers of group g times the bytes of row r at x[p]
+    template <class Format, int P, int G, int R>
+    static LOGITKERNELS_INLINE void add_quads(const char* integers, const char* const (&x)[P], int64_t stride,
+                                              __m512i (&sums)[P][G][R]) {
         [&]<int... Q>(std::integer_sequence<int, Q...>) __attribute__((always_inline)) {
-            (add_quad<Format, Q>(block, group_bytes, x + 4 * Q, stride, sums), ...);
+            (add_quad<Format, Q>(integers, x, stride, sums), ...);
         }(std::make_integer_sequence<int, kBlock / 4>());
     }
-    template <class Format, int Q, int G, int R>
-    static LOGITKERNELS_INLINE void add_quad(const char* block, int64_t group_bytes, const char* x, int64_t stride,
-                                             __m512i (&sums)[G][R]) {
-        __m512i integers[G];
+    template <class Format, int Q, int P, int G, int R>
+    static LOGITKERNELS_INLINE void add_quad(const char* integers, const char* const (&x)[P], int64_t stride,
+                                             __m512i (&sums)[P][G][R]) {
+        __m512i q[G];
 #pragma GCC unroll 2
         for (int g = 0; g < G; ++g) {
-            integers[g] = Format::template quad<Q>(block + g * group_bytes);
-            asm("" : "+v"(integers[g]));  // unpacked once, not for every row
+            q[g] = Format::template quad<Q>(integers + g * Format::integer_bytes);
+            asm("" : "+v"(q[g]));  // unpacked once, not for every row
         }
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            int32_t quad;
-            __builtin_memcpy(&quad, x + r * stride, sizeof quad);
-            const __m512i factor = _mm512_set1_epi32(quad);
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-            for (int g = 0; g < G; ++g) sums[g][r] = _mm512_dpbusd_epi32(sums[g][r], integers[g], factor);
-        }
+            for (int p = 0; p < P; ++p) {
+                int32_t quad;
+                __builtin_memcpy(&quad, x[p] + r * stride + 4 * Q, sizeof quad);
+                const __m512i factor = _mm512_set1_epi32(quad);
+#pragma GCC unroll 2
+                for (int g = 0; g < G; ++g) sums[p][g][r] = _mm512_dpbusd_epi32(sums[p][g][r], q[g], factor);
+            }
     }
 #else
     static constexpr bool has_scratch = true;
@@ -287,17 +307,17 @@ struct Dot {
     static constexpr int groups_together = R == 1 ? kVectors : 1;
 
     template <class Format, int G, int R>
-    static LOGITKERNELS_INLINE void add_block(const char* block, int64_t group_bytes, const Inputs<int16_t>& in, int64_t b,
+    static LOGITKERNELS_INLINE void add_block(const char* integers, const Inputs<int16_t>& in, int64_t b,
                                               __m512i (&sums)[G][R]) {
-        add_pairs<Dot, Format>(block, group_bytes, in.x + b * kBlock, in.stride, sums);
+        add_pairs<Dot, Format>(integers, in.x + b * kBlock, in.stride, sums);
     }
     template <class Format, int P>
-    static LOGITKERNELS_INLINE void unpack(const char* block, char* scratch) {
-        _mm512_store_si512(scratch, Format::template pair<P>(block));
+    static LOGITKERNELS_INLINE void unpack(const char* integers, char* scratch) {
+        _mm512_store_si512(scratch, Format::template pair<P>(integers));
     }
     template <class Format, int P, int R>
-    static LOGITKERNELS_INLINE void add_packed(const char* block, const int16_t* x, int64_t stride, __m512i (&sums)[R]) {
-        add<R>(Format::template pair<P>(block), x, stride, sums);
+    static LOGITKERNELS_INLINE void add_packed(const char* integers, const int16_t* x, int64_t stride, __m512i (&sums)[R]) {
+        add<R>(Format::template pair<P>(integers), x, stride, sums);
     }
     template <int R>
     static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const int16_t* x, int64_t stride, __m512i (&sums)[R]) {
@@ -332,18 +352,18 @@ struct Fma {
     static LOGITKERNELS_INLINE __m512 scaled(__m512 sum, const Inputs<float>&, int64_t) { return sum; }
 
     template <class Format, int G, int R>
-    static LOGITKERNELS_INLINE void add_block(const char* block, int64_t group_bytes, const Inputs<float>& in, int64_t b,
+    static LOGITKERNELS_INLINE void add_block(const char* integers, const Inputs<float>& in, int64_t b,
                                               __m512 (&sums)[G][R]) {
-        add_pairs<Fma, Format>(block, group_bytes, in.x + b * kBlock, in.stride, sums);
+        add_pairs<Fma, Format>(integers, in.x + b * kBlock, in.stride, sums);
     }
     template <class Format, int P>
-    static LOGITKERNELS_INLINE void unpack(const char* block, char* scratch) {
-        _mm512_store_ps(scratch, Format::template even<P>(block));
-        _mm512_store_ps(scratch + 64, Format::template odd<P>(block));
+    static LOGITKERNELS_INLINE void unpack(const char* integers, char* scratch) {
+        _mm512_store_ps(scratch, Format::template even<P>(integers));
+        _mm512_store_ps(scratch + 64, Format::template odd<P>(integers));
     }
     template <class Format, int P, int R>
-    static LOGITKERNELS_INLINE void add_packed(const char* block, const float* x, int64_t stride, __m512 (&sums)[R]) {
-        const __m512 even = Format::template even<P>(block), odd = Format::template odd<P>(block);
+    static LOGITKERNELS_INLINE void add_packed(const char* integers, const float* x, int64_t stride, __m512 (&sums)[R]) {
+        const __m512 even = Format::template even<P>(integers), odd = Format::template odd<P>(integers);
         add<R>(even, x, stride, sums);
         add<R>(odd, x + 1, stride, sums);
     }
@@ -360,14 +380,27 @@ struct Fma {
     }
 };
 
+// Where things lie in a panel.
+template <class Format>
+constexpr int64_t block_bytes = kVectors * (kScaleBytes + Format::integer_bytes);
+
 template <class Format>
 int64_t minima_bytes(int64_t blocks) {
-    return Format::has_minimum ? blocks * kScaleBytes : 0;
+    return Format::has_minimum ? blocks * kVectors * kScaleBytes : 0;
 }
 
 template <class Format>
-int64_t group_bytes(int64_t blocks) {
-    return minima_bytes<Format>(blocks) + blocks * Format::block_bytes;
+int64_t panel_bytes(int64_t blocks) {
+    return minima_bytes<Format>(blocks) + blocks * block_bytes<Format>;
+}
+
+inline const char* minima_at(const char* panel, int64_t b, int64_t group) {
+    return panel + (b * kVectors + group) * kScaleBytes;
+}
+
+template <class Format>
+const char* integers_at(const char* block, int64_t group) {
+    return block + kVectors * kScaleBytes + group * Format::integer_bytes;
 }
 
 template <class Element>
@@ -401,37 +434,33 @@ template <class Format, class Product, int R>
 void fused_tile(const char* panel, const Inputs<typename Product::Element>& in, int64_t turn, int64_t turns,
                 const Target& target) {
     constexpr int G = Product::template groups_together<R>;
-    const int64_t bytes = group_bytes<Format>(in.blocks);
+    const int64_t next = panel_bytes<Format>(in.blocks);
     __m512 sums[R][kVectors];
 #pragma GCC unroll 2
     for (int first = 0; first < kVectors; first += G) {
-        const char* group = panel + first * bytes;
         __m512 totals[G][R];
 #pragma GCC unroll 2
         for (int g = 0; g < G; ++g)
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) totals[g][r] = _mm512_setzero_ps();
         if constexpr (Format::has_minimum)
-            for (int64_t b = 0; b < in.blocks; ++b)
+            for (int64_t b = 0; b < in.blocks; ++b) {
+                const char* minima = minima_at(panel, b, first);
+                if (turn == 0 && first == 0) prefetch(minima + next);
 #pragma GCC unroll 2
-                for (int g = 0; g < G; ++g) {
-                    const char* minima = group + g * bytes + b * kScaleBytes;
-                    if (b % 2 == 0 && turn == 0) prefetch(minima + kVectors * bytes);
-                    add_minimum<R>(load_float16(minima), in, b, totals[g]);
-                }
-        const char* block = group + minima_bytes<Format>(in.blocks);
-        for (int64_t b = 0, fetched = turn; b < in.blocks; ++b, block += Format::block_bytes) {
-            if (b == fetched) {
+                for (int g = 0; g < G; ++g) add_minimum<R>(load_float16(minima + g * kScaleBytes), in, b, totals[g]);
+            }
+        const char* block = panel + minima_bytes<Format>(in.blocks);
+        for (int64_t b = 0, fetched = turn; b < in.blocks; ++b, block += block_bytes<Format>) {
+            if (b == fetched && first == 0) {
                 fetched += turns;
-                for (int g = 0; g < G; ++g)
-                    for (int64_t line = 0; line < Format::block_bytes; line += 64)
-                        prefetch(block + (kVectors + g) * bytes + line);
+                for (int64_t line = 0; line < block_bytes<Format>; line += 64) prefetch(block + next + line);
             }
             typename Product::Sum partial[G][R] = {};
-            Product::template add_block<Format>(block, bytes, in, b, partial);
+            Product::template add_block<Format>(integers_at<Format>(block, first), in, b, partial);
 #pragma GCC unroll 2
             for (int g = 0; g < G; ++g)
-                add_scaled<Product, R>(partial[g], load_float16(block + g * bytes), in, b, totals[g]);
+                add_scaled<Product, R>(partial[g], load_float16(block + (first + g) * kScaleBytes), in, b, totals[g]);
         }
 #pragma GCC unroll 2
         for (int g = 0; g < G; ++g)
@@ -454,24 +483,22 @@ class ScratchPanel {
 
     // The panel after it is fetched while `tiles` tiles are computed: a burst of fetches would make the loads behind it wait.
     void unpack(const char* panel, int64_t tiles) {
-        const int64_t bytes = group_bytes<Format>(blocks_);
-        ahead_ = panel + kVectors * bytes;
-        ahead_end_ = ahead_ + kVectors * bytes;
-        lines_a_block_ = ceil_div(ceil_div(kVectors * bytes, 64), tiles * kVectors * blocks_);
-        for (int g = 0; g < kVectors; ++g) {
-            const char* group = panel + g * bytes;
+        const int64_t bytes = panel_bytes<Format>(blocks_);
+        ahead_ = panel + bytes;
+        ahead_end_ = ahead_ + bytes;
+        lines_a_block_ = ceil_div(ceil_div(bytes, 64), tiles * kVectors * blocks_);
+        for (int g = 0; g < kVectors; ++g)
             for (int64_t b = 0; b < blocks_; ++b) {
-                const char* block = group + minima_bytes<Format>(blocks_) + b * Format::block_bytes;
+                const char* block = panel + minima_bytes<Format>(blocks_) + b * block_bytes<Format>;
                 char* target = integers_.get() + g * integer_bytes_ + b * kBlock / 2 * Product::unpacked_bytes;
                 for_each_pair([&]<int P>() __attribute__((always_inline)) {
-                    Product::template unpack<Format, P>(block, target + P * Product::unpacked_bytes);
+                    Product::template unpack<Format, P>(integers_at<Format>(block, g), target + P * Product::unpacked_bytes);
                 });
                 const int64_t place = (g * blocks_ + b) * kLanes;
-                _mm512_store_ps(scales_.get() + place, load_float16(block));
+                _mm512_store_ps(scales_.get() + place, load_float16(block + g * kScaleBytes));
                 if constexpr (Format::has_minimum)
-                    _mm512_store_ps(minima_.get() + place, load_float16(group + b * kScaleBytes));
+                    _mm512_store_ps(minima_.get() + place, load_float16(minima_at(panel, b, g)));
             }
-        }
     }
 
     template <int R>
@@ -559,7 +586,7 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
                      Epilogue epilogue) {
     const auto all = Product::inputs(x, linear.k);
     const int64_t blocks = all.blocks, panels = ceil_div(linear.n, kPanelColumns);
-    const int64_t panel_bytes = kVectors * group_bytes<Format>(blocks);
+    const int64_t bytes = panel_bytes<Format>(blocks);
     const int64_t row_block = rows_per_block(rows, all.stride * int64_t(sizeof *all.x));
     // tile(turn, turns, row, size) for each tile of the rows from `first` on, in sizes as equal as can be.
     const auto for_tiles = [](int64_t first, int64_t count, int64_t most, const auto& tile) {
@@ -581,7 +608,7 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
     const auto for_panels = [&](const auto& multiply) {
         share(ceil_div(rows, row_block) * panels, [&](int64_t item) {
             const int64_t first = item / panels * row_block, panel = item % panels;
-            const char* weights = static_cast<const char*>(linear.weights) + panel * panel_bytes;
+            const char* weights = static_cast<const char*>(linear.weights) + panel * bytes;
             multiply(weights, panel, first, std::min(row_block, rows - first));
         });
     };
@@ -640,18 +667,20 @@ extern "C" void logitkernels_pack_gguf(const uint8_t* raw, int64_t kind, int64_t
                                        int threads) {
     const bool is_bytes = kind == kQ80Dot, has_minimum = kind == kQ41Dot;
     const int64_t header = has_minimum ? 4 : 2, source_bytes = header + (is_bytes ? 32 : 16);
-    const int64_t blocks = k / kBlock, block_bytes = kScaleBytes + (is_bytes ? 512 : 256);
-    const int64_t minima = has_minimum ? blocks * kScaleBytes : 0;
+    const int64_t blocks = k / kBlock;
+    const int64_t integer_bytes = is_bytes ? Bytes::integer_bytes : Nibbles<true>::integer_bytes;
+    const int64_t minima_bytes = has_minimum ? blocks * kVectors * kScaleBytes : 0;
+    const int64_t block_bytes = kVectors * (kScaleBytes + integer_bytes);
 #pragma omp parallel for num_threads(threads)
     for (int64_t column = 0; column < n; ++column)
         for (int64_t b = 0; b < blocks; ++b) {
             const uint8_t* source = raw + (column * blocks + b) * source_bytes;
-            uint8_t* group = target + column / kLanes * (minima + blocks * block_bytes);
-            uint8_t* block = group + minima + b * block_bytes;
-            const int64_t lane = column % kLanes;
-            std::memcpy(block + lane * 2, source, 2);
-            if (has_minimum) std::memcpy(group + b * kScaleBytes + lane * 2, source + 2, 2);
-            uint8_t* integers = block + kScaleBytes;
+            const int64_t group = column / kLanes % kVectors, lane = column % kLanes, scale = group * kScaleBytes + lane * 2;
+            uint8_t* panel = target + column / kPanelColumns * (minima_bytes + blocks * block_bytes);
+            uint8_t* block = panel + minima_bytes + b * block_bytes;
+            std::memcpy(block + scale, source, 2);
+            if (has_minimum) std::memcpy(panel + b * kVectors * kScaleBytes + scale, source + 2, 2);
+            uint8_t* integers = block + kVectors * kScaleBytes + group * integer_bytes;
             for (int64_t step = 0; step < kBlock; ++step) {
                 if (is_bytes) {
                     integers[step / 2 * 32 + lane * 2 + step % 2] = source[header + step];

@@ -6,12 +6,13 @@
 //     sum_k w_k x_k = (sum_blocks m sum_k x_k) + sum_blocks d (sum_k q_k x_k)
 //
 // The integers q are exact in what they are multiplied as. The activations x are float32 in the fma kinds. In the dot
-// kinds they are rounded: to bf16 (8 bits each) with AVX-512, which multiplies pairs of bf16, and elsewhere to int16 with
-// a power of two for every 32 (15 bits of the largest), which multiplies twice as fast as float32 on AVX2. That is the finer
-// rounding, but for blocks where one activation is hundreds of times the others and its weight next to nothing.
+// kinds they are rounded to 16-bit integers with a power of two for every 32: 15 bits of the largest of them, where bfloat16
+// keeps 8 of each. bfloat16 would be the finer of the two only for blocks where one activation is hundreds of times the
+// others and its weight next to nothing. Sums over a block are exact then, whatever the instructions that make them.
 //
-// Panels are 32 output features as two groups of 16. A group holds the minima of its blocks (Q4_1 only),
-// float16 m[k / 32][16], then its blocks one after the other: float16 d[16] and the integers, a 32-bit lane per feature:
+// Panels are 32 output features as two groups of 16. First come the minima of all blocks (Q4_1 only), float16
+// m[k / 32][2][16], then block by block float16 d[2][16] and the integers of one group and of the other, a 32-bit lane per
+// feature:
 //
 //     Q4_0, Q4_1:  4 vectors of 8 steps of k, nibble i of the lower half step 2 i, of the upper half step 2 i + 1
 //     Q8_0:        16 half vectors of 2 steps of k, [16 features][2] int8
