@@ -31,7 +31,7 @@ FLAGS = (
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 )
-# By platform.machine(). With AVX-512 BF16 the sources use that; portable.h is fast with these.
+# By platform.machine(). With AVX-512 VNNI and BF16 the sources use those; portable.h is fast with these.
 REQUIRED_CPU_FLAGS = {"x86_64": frozenset({"avx2", "fma", "f16c"}), "aarch64": frozenset({"asimd"})}
 SOURCES = Path(__file__).parent
 CPUINFO = Path("/proc/cpuinfo")

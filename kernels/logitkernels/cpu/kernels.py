@@ -54,7 +54,7 @@ class CpuDecoderLayer(DecoderLayerWeights):
 
 
 class CpuKernels(Kernels):
-    """Kernels for x86-64, with AVX-512 BF16 where the processor has it and else with AVX2, and for aarch64.
+    """Kernels for x86-64, with AVX-512 VNNI and BF16 where the processor has them and else with AVX2, and for aarch64.
 
     Activations are float32; bfloat16 ones are widened at the door and the result is rounded back. The number of threads
     is torch's, and never changes a result.
