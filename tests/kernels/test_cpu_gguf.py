@@ -98,7 +98,9 @@ def test_rounding_to_int16_is_far_finer_than_to_bfloat16(
 def test_the_largest_of_a_block_may_be_any_number() -> None:
     """Around the numbers that would round to 32,640 or more with the smaller of two scales."""
     raw, weights = blocks_of(GgufType.Q4_1, 40, 32)
-    largest = torch.arange(32630, 32780, dtype=torch.float64)[:, None] + torch.tensor([-0.5, -0.25, 0.0, 0.25])
+    largest = torch.arange(32630, 32780, dtype=torch.float64)[:, None] + torch.tensor(
+        [-0.5, -0.25, 0.0, 0.25]
+    )
     x = torch.randn(largest.numel(), 32, generator=torch.Generator().manual_seed(1)) * 1000
     x[:, 5] = largest.flatten() * torch.tensor([1, -1]).repeat(largest.numel() // 2)
     out = KERNELS.linear(x, KERNELS.pack_gguf(raw, (40, 32), GgufType.Q4_1))
