@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #include "linear_tile.h"
@@ -15,7 +16,7 @@ namespace {
 
 constexpr int64_t kBlock = kSumBlock;
 constexpr int64_t kScaleBytes = kLanes * 2;  // the scales, or the minima, of a block in 16 features
-constexpr int kScratchRows = 6;   // by 32 columns: 12 sums of the block and 12 of the row
+constexpr int kScratchRows = 6;  // by 32 columns: 12 sums of the block and 12 of the row
 
 // A format unpacks some steps of k of 16 features of a block:
 //
@@ -199,10 +200,6 @@ LOGITKERNELS_INLINE void for_each_pair(Step step) {
     }(std::make_integer_sequence<int, kBlock / 2>());
 }
 
-// How q and x meet. `inputs` is what of the activations is multiplied; a block's sums of 16 features are a Sum, which
-// `scaled` turns into float32. `add_block` unpacks integers where it uses them; a product that unpacks pairs can do so into
-// a scratch panel for many rows instead.
-
 // A block of G groups of 16 features, pair by pair.
 template <class Product, class Format, int G, int R>
 LOGITKERNELS_INLINE void add_pairs(const char* integers, const typename Product::Element* x, int64_t stride,
@@ -213,6 +210,10 @@ LOGITKERNELS_INLINE void add_pairs(const char* integers, const typename Product:
             Product::template add_packed<Format, P, R>(integers + g * Format::integer_bytes, x + 2 * P, stride, sums[g]);
     });
 }
+
+// How q and x meet. `inputs` is what of the activations is multiplied; a block's sums of 16 features are a Sum, which
+// `scaled` turns into float32. `add_block` unpacks integers where it uses them; a product that unpacks pairs can do so into
+// a scratch panel for many rows instead.
 
 // Sums over a block of integers are exact in int32. On AVX2 pairs of int16 are multiplied. With AVX-512 quads of bytes are,
 // the activations' upper bytes first: that is as many multiplications, but nibbles become bytes in half as many instructions
@@ -394,12 +395,13 @@ int64_t panel_bytes(int64_t blocks) {
     return minima_bytes<Format>(blocks) + blocks * block_bytes<Format>;
 }
 
-inline const char* minima_at(const char* panel, int64_t b, int64_t group) {
+template <class Byte>
+Byte* minima_at(Byte* panel, int64_t b, int64_t group) {
     return panel + (b * kVectors + group) * kScaleBytes;
 }
 
-template <class Format>
-const char* integers_at(const char* block, int64_t group) {
+template <class Format, class Byte>
+Byte* integers_at(Byte* block, int64_t group) {
     return block + kVectors * kScaleBytes + group * Format::integer_bytes;
 }
 
@@ -573,6 +575,38 @@ class ScratchPanel {
     int64_t lines_a_block_ = 0;
 };
 
+// In the file a Q4 block is d, (m,) and 16 bytes whose lower nibbles are steps 0 to 15 and whose upper ones are steps 16 to
+// 31; a Q8_0 block is d and 32 int8.
+template <class Format>
+void pack_format(const uint8_t* raw, int64_t n, int64_t blocks, char* target, int threads) {
+    constexpr bool is_bytes = std::is_same_v<Format, Bytes>;
+    constexpr int64_t header = Format::has_minimum ? 4 : 2, source_bytes = header + (is_bytes ? 32 : 16);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t column = 0; column < n; ++column)
+        for (int64_t b = 0; b < blocks; ++b) {
+            const uint8_t* source = raw + (column * blocks + b) * source_bytes;
+            const int64_t group = column / kLanes % kVectors, lane = column % kLanes;
+            char* panel = target + column / kPanelColumns * panel_bytes<Format>(blocks);
+            char* block = panel + minima_bytes<Format>(blocks) + b * block_bytes<Format>;
+            std::memcpy(block + group * kScaleBytes + lane * 2, source, 2);
+            if constexpr (Format::has_minimum) std::memcpy(minima_at(panel, b, group) + lane * 2, source + 2, 2);
+            char* integers = integers_at<Format>(block, group);
+            for (int64_t step = 0; step < kBlock; ++step) {
+                if constexpr (is_bytes) {
+                    integers[step / 2 * 32 + lane * 2 + step % 2] = char(source[header + step]);
+                } else {
+                    const uint8_t byte = source[header + step % 16];
+                    const uint32_t nibble = step < 16 ? byte & 15 : byte >> 4;
+                    char* vector = integers + step / 8 * 64 + lane * 4;
+                    uint32_t lanes;
+                    std::memcpy(&lanes, vector, sizeof lanes);
+                    lanes |= nibble << (step % 2 * 16 + step % 8 / 2 * 4);
+                    std::memcpy(vector, &lanes, sizeof lanes);
+                }
+            }
+        }
+}
+
 // tile<R>() for the R that `rows` is, at most Most.
 template <int Most, class Tile>
 LOGITKERNELS_INLINE void tile_of(int64_t rows, const Tile& tile) {
@@ -661,38 +695,11 @@ void multiply_quantized(const Linear& linear, const Activations& x, int64_t rows
 using namespace logitkernels;
 
 // Blocks as a GGUF file holds them, row after row of the weight [n, k], into panels. `kind` is one of the dot kinds;
-// `target` is zeroed and holds ceil(n / 32) panels. In the file a Q4 block is d, (m,) and 16 bytes whose lower nibbles
-// are steps 0 to 15 and whose upper ones are steps 16 to 31; a Q8_0 block is d and 32 int8.
-extern "C" void logitkernels_pack_gguf(const uint8_t* raw, int64_t kind, int64_t n, int64_t k, uint8_t* target,
-                                       int threads) {
-    const bool is_bytes = kind == kQ80Dot, has_minimum = kind == kQ41Dot;
-    const int64_t header = has_minimum ? 4 : 2, source_bytes = header + (is_bytes ? 32 : 16);
-    const int64_t blocks = k / kBlock;
-    const int64_t integer_bytes = is_bytes ? Bytes::integer_bytes : Nibbles<true>::integer_bytes;
-    const int64_t minima_bytes = has_minimum ? blocks * kVectors * kScaleBytes : 0;
-    const int64_t block_bytes = kVectors * (kScaleBytes + integer_bytes);
-#pragma omp parallel for num_threads(threads)
-    for (int64_t column = 0; column < n; ++column)
-        for (int64_t b = 0; b < blocks; ++b) {
-            const uint8_t* source = raw + (column * blocks + b) * source_bytes;
-            const int64_t group = column / kLanes % kVectors, lane = column % kLanes, scale = group * kScaleBytes + lane * 2;
-            uint8_t* panel = target + column / kPanelColumns * (minima_bytes + blocks * block_bytes);
-            uint8_t* block = panel + minima_bytes + b * block_bytes;
-            std::memcpy(block + scale, source, 2);
-            if (has_minimum) std::memcpy(panel + b * kVectors * kScaleBytes + scale, source + 2, 2);
-            uint8_t* integers = block + kVectors * kScaleBytes + group * integer_bytes;
-            for (int64_t step = 0; step < kBlock; ++step) {
-                if (is_bytes) {
-                    integers[step / 2 * 32 + lane * 2 + step % 2] = source[header + step];
-                    continue;
-                }
-                const uint8_t byte = source[header + step % 16];
-                const uint32_t nibble = step < 16 ? byte & 15 : byte >> 4;
-                uint8_t* vector = integers + step / 8 * 64 + lane * 4;
-                uint32_t lanes;
-                std::memcpy(&lanes, vector, sizeof lanes);
-                lanes |= nibble << (step % 2 * 16 + step % 8 / 2 * 4);
-                std::memcpy(vector, &lanes, sizeof lanes);
-            }
-        }
+// `target` is zeroed and holds ceil(n / 32) panels.
+extern "C" void logitkernels_pack_gguf(const uint8_t* raw, int64_t kind, int64_t n, int64_t k, char* target, int threads) {
+    switch (kind) {
+        case kQ40Dot: return pack_format<Nibbles<false>>(raw, n, k / kBlock, target, threads);
+        case kQ41Dot: return pack_format<Nibbles<true>>(raw, n, k / kBlock, target, threads);
+        default: return pack_format<Bytes>(raw, n, k / kBlock, target, threads);
+    }
 }
