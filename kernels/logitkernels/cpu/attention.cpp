@@ -104,14 +104,14 @@ void transpose_keys(const Element* const* keys, int64_t size, float* target) {
     for (int c = 0; c < 4; ++c) store_column(columns[c], target + (whole + c * per_column) * kBlockKeys, Element());
 }
 
-// Memory to fetch, a line at a time between other work: the processor has few misses in flight, and a burst of fetches
+// Memory to fetch, some lines at a time between other work: the processor has few misses in flight, and a burst of fetches
 // would make the loads behind it wait.
 class Fetcher {
   public:
     explicit Fetcher(int64_t capacity) : spans_(allocate<Span>(capacity)) {}
 
     void begin() {
-        position_ = count_ = 0;
+        position_ = count_ = lines_ = 0;
         next_ = end_ = nullptr;
     }
     void add(const void* start, int64_t bytes) {
@@ -120,17 +120,26 @@ class Fetcher {
             spans_[count_ - 1].end += bytes;
         else
             spans_[count_++] = {from, from + bytes};
+        lines_ += ceil_div(bytes, 64);
     }
+    // What was added is fetched in `steps` steps.
+    void spread(int64_t steps) { lines_per_step_ = ceil_div(lines_, std::max<int64_t>(steps, 1)); }
+
     LOGITKERNELS_INLINE void step() {
-        if (next_ < end_) {
-            prefetch(next_);
+        for (int64_t line = 0; line < lines_per_step_; ++line) {
+            if (next_ >= end_) {
+                if (position_ == count_) {
+                    lines_per_step_ = 0;
+                    return;
+                }
+                next_ = spans_[position_].next;
+                end_ = spans_[position_++].end;
+            }
+            prefetch_once(next_);
             next_ += 64;
-        } else if (position_ < count_) {
-            next_ = spans_[position_].next;
-            end_ = spans_[position_++].end;
         }
     }
-    // A line for each two vectors of 16 that a loop reads meanwhile.
+    // A step for each two vectors of 16 that a loop reads meanwhile.
     template <int V>
     LOGITKERNELS_INLINE void beside() {
 #pragma GCC unroll 2
@@ -143,7 +152,7 @@ class Fetcher {
         const char* end;
     };
     Buffer<Span> spans_;
-    int64_t position_ = 0, count_ = 0;
+    int64_t position_ = 0, count_ = 0, lines_ = 0, lines_per_step_ = 1;
     const char *next_ = nullptr, *end_ = nullptr;
 };
 
@@ -307,6 +316,12 @@ void merge(RowState& state, float* output, const RowState& block, const float* b
 // A negative sum says that the row sees nothing of the block.
 inline int64_t partial_stride(int64_t padded_value_size) { return padded_value_size + kLanes; }
 
+// A block of keys and values as a tile sees it.
+struct KeyBlock {
+    const AttentionItem* item = nullptr;
+    int64_t block = 0;
+};
+
 // One thread's working memory and the loops that use it.
 template <class Element>
 class Worker {
@@ -336,11 +351,15 @@ class Worker {
         begin(item);
         scale_queries(item, query, query_stride);
         for (int64_t block = item.first_block; block < item.last_block; ++block) {
+            upcoming_ = block + 1 < item.last_block ? KeyBlock{&item, block + 1}
+                        : next != nullptr           ? KeyBlock{next, next->first_block}
+                                                    : KeyBlock{};
             fetcher_.begin();
-            if (block + 1 < item.last_block)
-                plan_fetches(item, block + 1);
-            else if (next != nullptr)
-                plan_fetches(*next, next->first_block);
+            if (fetches_by_halves())
+                plan_values({&item, block});
+            else
+                plan_keys(upcoming_), plan_values(upcoming_);
+            fetcher_.spread(keys_seen({&item, block}) * attention_.key_size / (2 * kLanes));
             load_block(item, block);
             float* partial = item.partial < 0 ? nullptr
                                               : partials + (item.partial + (block - item.first_block) * rows_) *
@@ -402,6 +421,11 @@ class Worker {
     // read it.
     bool reads_keys_in_place() const { return rows_ <= kChunkRows && attention_.keys.is_transposed(); }
     bool reads_values_in_place() const { return rows_ <= kChunkRows && padded_ == attention_.value_size; }
+
+    // Scoring the keys of a block fetches its values, and weighing them the next block's keys: little enough to stay in the
+    // first-level cache. Where values are copied first, or chunks of rows score and weigh in turns, the next block is fetched
+    // during the whole of this one.
+    bool fetches_by_halves() const { return reads_values_in_place(); }
 
     // Finds or copies the keys and values of a block that the tile sees.
     void load_block(const AttentionItem& item, int64_t block) {
@@ -466,26 +490,44 @@ class Worker {
         return row_of(cache, table[position / cache.block_size], item.kv_head, position % cache.block_size);
     }
 
-    // What a tile sees of a block, in the order in which it will be read. It is scattered over the cache, where the
-    // processor does not foresee it.
-    void plan_fetches(const AttentionItem& item, int64_t block) {
-        const int64_t first = position_of(item), last = first + item.queries - 1, start = block * kBlockKeys;
-        const Range seen{std::max(visible(attention_, first).from, start) / kLanes * kLanes,
-                         std::min(start + kBlockKeys, last + 1)};
+    // Positions of a block that a tile sees, from a whole group on.
+    Range seen_of(const KeyBlock& block) const {
+        const int64_t first = position_of(*block.item), start = block.block * kBlockKeys;
+        return {std::max(visible(attention_, first).from, start) / kLanes * kLanes,
+                std::min(start + kBlockKeys, first + block.item->queries)};
+    }
+
+    int64_t keys_seen(const KeyBlock& block) const {
+        const Range seen = seen_of(block);
+        return seen.to - seen.from;
+    }
+
+    // What of a block will be read, in that order. It is scattered over the cache, where the processor does not foresee it.
+    void plan_keys(const KeyBlock& block) {
+        if (block.item == nullptr) return;
         const Cache& keys = attention_.keys;
-        const Element* rows[kLanes];
-        for (int64_t position = seen.from; position < seen.to; position += kLanes) {
-            if (!keys.is_transposed()) {
-                find_rows(keys, item, position, last, rows);
-                for (const Element* row : rows) fetcher_.add(row, attention_.key_size * int64_t(sizeof(Element)));
-            } else if (position == seen.from || position % keys.block_size == 0) {
-                const Element* group = group_of(item, position / keys.block_size * keys.block_size);
-                fetcher_.add(group, attention_.key_size * keys.element_stride * int64_t(sizeof(Element)));
-            }
+        if (!keys.is_transposed()) return plan_rows(keys, block, attention_.key_size);
+        const Range seen = seen_of(block);
+        for (int64_t position = seen.from; position < seen.to; position = (position / keys.block_size + 1) * keys.block_size) {
+            const Element* group = group_of(*block.item, position / keys.block_size * keys.block_size);
+            fetcher_.add(group, attention_.key_size * keys.element_stride * int64_t(sizeof(Element)));
         }
-        for (int64_t position = seen.from; position < seen.to; position += kLanes) {
-            find_rows(attention_.values, item, position, last, rows);
-            for (const Element* row : rows) fetcher_.add(row, attention_.value_size * int64_t(sizeof(Element)));
+    }
+    void plan_values(const KeyBlock& block) {
+        if (block.item != nullptr) plan_rows(attention_.values, block, attention_.value_size);
+    }
+    void plan_rows(const Cache& cache, const KeyBlock& block, int64_t size) {
+        const Range seen = seen_of(block);
+        const int32_t* table = batch_.block_tables + block.item->sequence * batch_.table_stride;
+        for (int64_t position = seen.from; position < seen.to;) {
+            const int64_t offset = position % cache.block_size;
+            const int64_t rows = std::min(cache.block_size - offset, seen.to - position);
+            const Element* row = row_of(cache, table[position / cache.block_size], block.item->kv_head, offset);
+            if (cache.token_stride == size)
+                fetcher_.add(row, rows * size * int64_t(sizeof(Element)));
+            else
+                for (int64_t i = 0; i < rows; ++i) fetcher_.add(row + i * cache.token_stride, size * int64_t(sizeof(Element)));
+            position += rows;
         }
     }
 
@@ -520,6 +562,11 @@ class Worker {
                 score<R>(query, attention_.key_size, cached_keys_, all, scores_.get(), fetcher_);
             else
                 score<R>(query, attention_.key_size, widened_keys_, all, scores_.get(), fetcher_);
+            if (fetches_by_halves()) {
+                fetcher_.begin();
+                plan_keys(upcoming_);
+                fetcher_.spread((all.to - all.from) * padded_ / (2 * kLanes));
+            }
             for (int r = 0; r < R; ++r)
                 if (!keys[r].empty()) states[r] = soften(scores_.get() + r * kBlockKeys, keys[r], attention_.softcap);
             if (reads_values_in_place())
@@ -595,6 +642,7 @@ class Worker {
     Buffer<RowState> states_;
     Buffer<float> scores_, block_output_;
     Fetcher fetcher_;
+    KeyBlock upcoming_;  // what this thread reads after the block it is at
     KeyGroups<Element> cached_keys_;
     KeyGroups<float> widened_keys_;
     const Element* value_rows_[kBlockKeys];

@@ -68,6 +68,15 @@ inline void prefetch(const void* address) {
 #endif
 }
 
+// The same for what is read once, soon and by this thread alone: it goes to the first-level cache and no further.
+inline void prefetch_once(const void* address) {
+#if defined(__x86_64__)
+    asm volatile("prefetchnta %0" : : "m"(*static_cast<const char*>(address)));
+#else
+    __builtin_prefetch(address, 0, 0);
+#endif
+}
+
 // The same address, about which GCC knows nothing: what was read there is read again, not kept in a register.
 LOGITKERNELS_INLINE const char* reread(const char* address) {
     asm("" : "+r"(address));
