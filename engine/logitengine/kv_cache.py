@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CACHE_LINE_BYTES = 64
+
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
@@ -53,26 +55,42 @@ class PagedKVCache:
         dtype: torch.dtype,
         device: torch.device,
         transposes_keys: bool = False,
+        joins_layers: bool = False,
     ) -> PagedKVCache:
+        """With ``joins_layers``, what all layers keep of one block lies side by side: a first block then takes a page of
+        memory (a huge one, where there are such), not one for every layer.
+        """
+
         # Unwritten slots are never attended to, but padded gathers read them: NaN there would survive a zero weight.
-        def blocks(shape: LayerShape, *block: int) -> Tensor:
-            size = (num_blocks, shape.num_kv_heads, *block)
-            if device.type != "cpu":
-                return torch.zeros(size, dtype=dtype, device=device)
-            # numpy leaves the zeroing to the kernel's fresh pages: no memory is spent until a block is used.
-            return (
-                torch.from_numpy(np.zeros(math.prod(size) * dtype.itemsize, np.uint8)).view(dtype).view(size)
-            )
+        def keys(shape: LayerShape) -> tuple[int, ...]:
+            return (shape.key_dim, block_size) if transposes_keys else (block_size, shape.key_dim)
 
-        def keys(shape: LayerShape) -> Tensor:
-            if transposes_keys:
-                return blocks(shape, shape.key_dim, block_size).transpose(2, 3)
-            return blocks(shape, block_size, shape.key_dim)
-
+        sizes = [
+            (shape.num_kv_heads, *block)
+            for shape in shapes
+            for block in (keys(shape), (block_size, shape.value_dim))
+        ]
+        numels = [math.prod(size) for size in sizes]
+        if joins_layers:
+            blocks = _zeros(num_blocks * sum(numels), dtype, device).view(num_blocks, -1)
+            parts = list(blocks.split(numels, dim=1))
+        else:
+            parts = [_zeros(num_blocks * numel, dtype, device).view(num_blocks, -1) for numel in numels]
+        tensors = [part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True)]
         return cls(
-            keys=[keys(shape) for shape in shapes],
-            values=[blocks(shape, block_size, shape.value_dim) for shape in shapes],
+            keys=[keys.transpose(2, 3) if transposes_keys else keys for keys in tensors[::2]],
+            values=tensors[1::2],
         )
+
+
+def _zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(numel, dtype=dtype, device=device)
+    # numpy leaves the zeroing to the kernel's fresh pages: no memory is spent until a block is used.
+    nbytes = numel * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(nbytes + CACHE_LINE_BYTES, np.uint8))
+    start = -memory.data_ptr() % CACHE_LINE_BYTES
+    return memory[start : start + nbytes].view(dtype)
 
 
 def bytes_per_block(shapes: list[LayerShape], block_size: int, dtype: torch.dtype) -> int:

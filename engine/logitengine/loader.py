@@ -173,6 +173,7 @@ class _Servable:
             dtype=self.dtype,
             device=self.device.torch_device,
             transposes_keys=self.kernels.transposes_keys and self.config.block_size % 16 == 0,
+            joins_layers=self.kernels.reads_strided_caches,
         )
         return ModelRunner(
             self.network, self.kernels, self.device, kv_cache, max_num_seqs=self.config.max_num_seqs

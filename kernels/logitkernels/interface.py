@@ -105,6 +105,9 @@ class Kernels(ABC):
     """Whether keys are read faster where caches of them are views [num_blocks, Hkv, block_size, D] of memory that holds
     [num_blocks, Hkv, D, block_size], for block sizes that are multiples of 16."""
 
+    reads_strided_caches: bool = False
+    """Whether the blocks of a cache may lie apart."""
+
     def pin_threads(self) -> None:  # noqa: B027 - nothing to do where the kernels have no threads of their own
         """Keep each CPU thread on a core of its own where there are as many of both. Only for a process that does nothing
         else: the calling thread is among them, and what it starts later inherits its core.

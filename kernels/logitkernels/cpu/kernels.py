@@ -63,6 +63,7 @@ class CpuKernels(Kernels):
     name = "cpu"
     batch_invariant = True
     transposes_keys = True
+    reads_strided_caches = True
     gguf_formats = frozenset(kind.name for kind in GgufType)
 
     def __init__(self, *, exact: bool = False, march: str = "native") -> None:
