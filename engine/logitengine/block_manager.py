@@ -30,6 +30,8 @@ class BlockManager:
         self._prefix_caching = prefix_caching
         self._blocks = [_Block() for _ in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.num_reached = 0
+        """Blocks from this one on were never used."""
         self._by_hash: dict[bytes, int] = {}
 
     @property
@@ -109,6 +111,7 @@ class BlockManager:
             del self._by_hash[block.content_hash]
             block.content_hash = block.token_ids = None
         block.ref_count = 1
+        self.num_reached = max(self.num_reached, block_id + 1)
         return block_id
 
     def _tokens(self, sequence: Sequence, position: int) -> list[int]:

@@ -91,6 +91,11 @@ class Engine:
         return self._under_way is not None
 
     @property
+    def num_blocks_reached(self) -> int:
+        """The cache's blocks from this one on were never used."""
+        return self._blocks.num_reached
+
+    @property
     def stats(self) -> EngineStats:
         return EngineStats(
             num_running=len(self._scheduler.running),

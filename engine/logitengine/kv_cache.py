@@ -36,6 +36,8 @@ class PagedKVCache:
 
     keys: list[Tensor]
     values: list[Tensor]
+    blocks: Tensor | None = None
+    """[num_blocks, ...]: the memory of both, where what all layers keep of one block lies side by side."""
 
     @property
     def num_blocks(self) -> int:
@@ -57,8 +59,8 @@ class PagedKVCache:
         transposes_keys: bool = False,
         joins_layers: bool = False,
     ) -> PagedKVCache:
-        """With ``joins_layers``, what all layers keep of one block lies side by side: a first block then takes a page of
-        memory (a huge one, where there are such), not one for every layer.
+        """With ``joins_layers`` the cache has ``blocks``: the first of them then takes a page of memory (a huge one, where
+        there are such), not one for every layer.
         """
 
         # Unwritten slots are never attended to, but padded gathers read them: NaN there would survive a zero weight.
@@ -75,11 +77,13 @@ class PagedKVCache:
             blocks = _zeros(num_blocks * sum(numels), dtype, device).view(num_blocks, -1)
             parts = list(blocks.split(numels, dim=1))
         else:
+            blocks = None
             parts = [_zeros(num_blocks * numel, dtype, device).view(num_blocks, -1) for numel in numels]
         tensors = [part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True)]
         return cls(
             keys=[keys.transpose(2, 3) if transposes_keys else keys for keys in tensors[::2]],
             values=tensors[1::2],
+            blocks=blocks,
         )
 
 

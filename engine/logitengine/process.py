@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from logitengine.config import EngineConfig
@@ -31,6 +32,7 @@ from logitengine.transport import BlockingChannel, TransportError
 
 if TYPE_CHECKING:
     from logitengine.engine import Engine
+    from logitengine.pages import PageTaker
 
 logger = logging.getLogger(__name__)
 
@@ -83,23 +85,28 @@ class EngineLoop:
         self._send(Located(str(checkpoint.tokenizer_path)))
         from logitengine.engine import Engine
         from logitengine.loader import load
+        from logitengine.pages import PageTaker
 
         loaded = load(config, checkpoint=checkpoint)
         loaded.kernels.pin_threads()
         engine = Engine(config, loaded)
+        pages = PageTaker(loaded.runner.kv_cache.blocks)
         gc.freeze()
         gc.enable()
         self._send(Ready(engine.info))
         computed = False
-        while self._take_messages(engine, wait=not computed):
+        while self._take_messages(engine, pages, wait=not computed):
             steps_before = engine.num_steps
             outputs = engine.step()
             computed = engine.num_steps > steps_before or engine.is_computing
             if outputs or not computed:
                 self._send(StepOutputs(outputs, engine.stats))
 
-    def _take_messages(self, engine: Engine, *, wait: bool) -> bool:
+    def _take_messages(self, engine: Engine, pages: PageTaker, *, wait: bool) -> bool:
         """Handle every message that has come; with ``wait``, give the first a moment. False: the server is done."""
+        until = time.monotonic() + HEARTBEAT_SECONDS
+        while wait and self._inbox.empty() and pages.take(engine.num_blocks_reached):
+            wait = time.monotonic() < until
         try:
             while True:
                 message = self._inbox.get(block=wait, timeout=HEARTBEAT_SECONDS)
