@@ -99,8 +99,13 @@ class _Pieces:
         """Nothing lies in between."""
 
     def take(self) -> Iterator[bytes | memoryview]:
-        """What was written: small pieces joined, long ones as views of SENT_BYTES at most."""
+        """What was written, in pieces of SENT_BYTES at most: joined where one holds all, as that costs less than sending
+        several, else small ones joined and views of the long ones.
+        """
         pieces, self._pieces = self._pieces, []
+        if sum(map(len, pieces)) <= SENT_BYTES:
+            yield b"".join(pieces)
+            return
         small: list[bytes | pa.Buffer] = []
         for piece in pieces:
             if len(piece) <= SENT_BYTES // 8:
