@@ -95,12 +95,13 @@ def score(rows: Tensor, token_ids: Tensor, top: int, kernels: Kernels) -> Scores
     """The scores of ``token_ids`` int64 [R] and of the ``top`` likeliest tokens in ``rows`` (float32 [R, V])."""
     chosen, normaliser = kernels.gather_logits(rows, token_ids[:, None])
     normaliser = normaliser[:, None]
+    ranks = kernels.count_above(rows, chosen.squeeze(-1))
     ids, values = (
         kernels.top_k_logits(rows, top) if top else (token_ids.new_empty(len(rows), 0), chosen[:, :0])
     )
     return Scores(
         logprobs=(chosen - normaliser).squeeze(-1),
-        ranks=(rows > chosen).sum(-1),
+        ranks=ranks,
         top_ids=ids,
         top_logprobs=values - normaliser,
     )

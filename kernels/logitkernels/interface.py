@@ -337,6 +337,10 @@ class Kernels(ABC):
         """The logits [R, V] at ``ids`` int64 [R, K] -> [R, K], and each row's ``logsumexp`` [R]."""
         return logits.gather(-1, ids), self.logsumexp(logits)
 
+    def count_above(self, logits: Tensor, bounds: Tensor) -> Tensor:
+        """How many logits of each row [R, V] are larger than its bound [R] -> int64 [R]. NaN is not."""
+        return (logits > bounds[:, None]).sum(-1)
+
     packs_sampling: bool = False
     """Whether ``sample`` reads PackedRows rather than RowSamplings."""
 

@@ -1,4 +1,4 @@
-"""Top-k and logsumexp of the native CPU backend."""
+"""Top-k, logsumexp and ranks of the native CPU backend."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logitkernels import ReferenceKernels
 from logitkernels.cpu import CpuKernels
 from logitkernels.cpu.build import BuildError
 from torch import Tensor
@@ -42,6 +43,16 @@ def test_top_k_is_the_head_of_a_stable_sort(
     expected = torch.stack([stable_order(row)[:k] for row in logits])
     assert torch.equal(ids, expected)
     assert torch.equal(values, logits.gather(-1, expected))
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 4), vocab=st.integers(1, 300), data=st.data())
+def test_count_above_is_the_reference(rows: int, vocab: int, data: st.DataObject) -> None:
+    entries = st.sampled_from([0.0, -0.0, 1.0, 1.5, torch.inf, -torch.inf, torch.nan])
+    row = st.lists(entries, min_size=vocab, max_size=vocab)
+    logits = torch.tensor(data.draw(st.lists(row, min_size=rows, max_size=rows)))
+    bounds = torch.tensor(data.draw(st.lists(entries, min_size=rows, max_size=rows)))
+    assert torch.equal(KERNELS.count_above(logits, bounds), ReferenceKernels().count_above(logits, bounds))
 
 
 def test_zeros_of_either_sign_tie_and_keep_their_bits() -> None:

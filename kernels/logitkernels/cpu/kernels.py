@@ -308,6 +308,16 @@ class CpuKernels(Kernels):
         self._library.log_sum_exp(source.data_ptr(), rows, vocab, out.data_ptr(), _threads_for(rows))
         return out
 
+    def count_above(self, logits: Tensor, bounds: Tensor) -> Tensor:
+        """How many logits of each row [R, V] are larger than its bound [R] -> int64 [R]. NaN is not."""
+        rows, vocab = logits.shape
+        source, limits = _float32(logits, "logits"), _float32(bounds, "bounds")
+        out = torch.empty(rows, dtype=torch.int64)
+        self._library.count_above(
+            source.data_ptr(), limits.data_ptr(), rows, vocab, out.data_ptr(), _threads_for(rows)
+        )
+        return out
+
 
 class _BoundLayers:
     """Layers with their caches as the library reads them, and the tensors that they point to."""

@@ -46,4 +46,16 @@ void logitkernels_log_sum_exp(const float* logits, int64_t rows, int64_t vocab, 
     for (int64_t row = 0; row < rows; ++row) out[row] = log_sum_exp(logits + row * vocab, vocab);
 }
 
+// Entries of each row that are larger than its bound; NaN is not.
+void logitkernels_count_above(const float* logits, const float* bounds, int64_t rows, int64_t vocab, int64_t* out,
+                              int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float *values = logits + row * vocab, bound = bounds[row];
+        int32_t above = 0;
+        for (int64_t i = 0; i < vocab; ++i) above += values[i] > bound;
+        out[row] = above;
+    }
+}
+
 }  // extern "C"
