@@ -1,0 +1,220 @@
+// How the integers of a block and the activations beside them are multiplied.
+#pragma once
+
+#include <utility>
+
+#include "block_formats.h"
+
+namespace logitkernels {
+
+// Rows of activations in the type that a product multiplies, from some row on.
+template <class Element>
+struct Inputs {
+    const Element* x;
+    int64_t stride;
+    int64_t blocks;  // of a row
+    const float* block_sums;
+    const float* block_scales;    // of integers
+    const int32_t* integer_sums;
+};
+
+template <class Element>
+Inputs<Element> from_row(Inputs<Element> in, int64_t row) {
+    in.x += row * in.stride;
+    in.block_sums += row * in.blocks;
+    if (in.block_scales != nullptr) {
+        in.block_scales += row * in.blocks;
+        in.integer_sums += row * in.blocks;
+    }
+    return in;
+}
+
+template <class Step>
+LOGITKERNELS_INLINE void for_each_pair(Step step) {
+    [&]<int... P>(std::integer_sequence<int, P...>) __attribute__((always_inline)) {
+        (step.template operator()<P>(), ...);
+    }(std::make_integer_sequence<int, kBlock / 2>());
+}
+
+// A block of G groups of 16 features, pair by pair.
+template <class Product, class Format, int G, int R>
+LOGITKERNELS_INLINE void add_pairs(const char* integers, const typename Product::Element* x, int64_t stride,
+                                   typename Product::Sum (&sums)[G][R]) {
+    for_each_pair([&]<int P>() __attribute__((always_inline)) {
+#pragma GCC unroll 2
+        for (int g = 0; g < G; ++g)
+            Product::template add_packed<Format, P, R>(integers + g * Format::integer_bytes, x + 2 * P, stride, sums[g]);
+    });
+}
+
+// How q and x meet. `inputs` is what of the activations is multiplied; a block's sums of 16 features are a Sum, which
+// `scaled` turns into float32. `add_block` unpacks integers where it uses them; a product that unpacks pairs can do so into
+// a scratch panel for many rows instead.
+
+// Sums over a block of integers are exact in int32. On AVX2 pairs of int16 are multiplied. With AVX-512 quads of bytes are,
+// the activations' upper bytes first: that is as many multiplications, but nibbles become bytes in half as many instructions
+// as int16, and so few that a scratch panel is not worth it.
+struct Dot {
+    using Element = int16_t;
+    using Sum = __m512i;
+
+    static Inputs<int16_t> inputs(const Activations& x, int64_t k) {
+        return {x.blocks.integers, k, k / kBlock, x.blocks.sums, x.blocks.scales, x.blocks.integer_sums};
+    }
+    static LOGITKERNELS_INLINE __m512 scaled(__m512i sum, const Inputs<int16_t>& in, int64_t block) {
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(in.block_scales[block]));
+    }
+
+#ifdef LOGITKERNELS_AVX512
+    static constexpr bool has_scratch = false;
+    static constexpr int fused_rows = 8;
+    template <int R>
+    static constexpr int groups_together = kVectors;
+
+    template <class Format, int G, int R>
+    static LOGITKERNELS_INLINE void add_block(const char* integers, const Inputs<int16_t>& in, int64_t b,
+                                              __m512i (&sums)[G][R]) {
+        const char* upper = reinterpret_cast<const char*>(in.x + b * kBlock);
+        const char* lower = upper + kBlock;
+        const int64_t stride = in.stride * int64_t(sizeof(int16_t));
+        // What the upper bytes come to: 256 times their sum, less the offset that every integer has.
+        const auto weighed = [&](__m512i sum, int r) __attribute__((always_inline)) {
+            const __m512i shifted = _mm512_slli_epi32(sum, 8);
+            if constexpr (Format::offset == 0) return shifted;
+            return _mm512_sub_epi32(shifted, _mm512_set1_epi32(Format::offset * in.integer_sums[r * in.blocks + b]));
+        };
+        if constexpr (G * R <= 8) {
+            // The registers hold the sums of both: integers are unpacked once for the two.
+            __m512i parts[2][G][R] = {};
+            add_quads<Format>(integers, {upper, lower}, stride, parts);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+                for (int g = 0; g < G; ++g) sums[g][r] = _mm512_add_epi32(weighed(parts[0][g][r], r), parts[1][g][r]);
+        } else {
+            __m512i part[1][G][R] = {};
+            add_quads<Format>(integers, {upper}, stride, part);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+                for (int g = 0; g < G; ++g) part[0][g][r] = weighed(part[0][g][r], r);
+            add_quads<Format>(integers, {lower}, stride, part);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+                for (int g = 0; g < G; ++g) sums[g][r] = part[0][g][r];
+        }
+    }
+
+  private:
+    // sums[p][g][r] += integers of group g times the bytes of row r at x[p]
+    template <class Format, int P, int G, int R>
+    static LOGITKERNELS_INLINE void add_quads(const char* integers, const char* const (&x)[P], int64_t stride,
+                                              __m512i (&sums)[P][G][R]) {
+        [&]<int... Q>(std::integer_sequence<int, Q...>) __attribute__((always_inline)) {
+            (add_quad<Format, Q>(integers, x, stride, sums), ...);
+        }(std::make_integer_sequence<int, kBlock / 4>());
+    }
+    template <class Format, int Q, int P, int G, int R>
+    static LOGITKERNELS_INLINE void add_quad(const char* integers, const char* const (&x)[P], int64_t stride,
+                                             __m512i (&sums)[P][G][R]) {
+        __m512i q[G];
+#pragma GCC unroll 2
+        for (int g = 0; g < G; ++g) {
+            q[g] = Format::template quad<Q>(integers + g * Format::integer_bytes);
+            asm("" : "+v"(q[g]));  // unpacked once, not for every row
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+            for (int p = 0; p < P; ++p) {
+                int32_t quad;
+                __builtin_memcpy(&quad, x[p] + r * stride + 4 * Q, sizeof quad);
+                const __m512i factor = _mm512_set1_epi32(quad);
+#pragma GCC unroll 2
+                for (int g = 0; g < G; ++g) sums[p][g][r] = _mm512_dpbusd_epi32(sums[p][g][r], q[g], factor);
+            }
+    }
+#else
+    static constexpr bool has_scratch = true;
+    static constexpr int fused_rows = 4;
+    static constexpr int64_t unpacked_bytes = 64;
+    // The sums of one group of a lone row are too few to hide the latency of a multiply-add.
+    template <int R>
+    static constexpr int groups_together = R == 1 ? kVectors : 1;
+
+    template <class Format, int G, int R>
+    static LOGITKERNELS_INLINE void add_block(const char* integers, const Inputs<int16_t>& in, int64_t b,
+                                              __m512i (&sums)[G][R]) {
+        add_pairs<Dot, Format>(integers, in.x + b * kBlock, in.stride, sums);
+    }
+    template <class Format, int P>
+    static LOGITKERNELS_INLINE void unpack(const char* integers, char* scratch) {
+        _mm512_store_si512(scratch, Format::template pair<P>(integers));
+    }
+    template <class Format, int P, int R>
+    static LOGITKERNELS_INLINE void add_packed(const char* integers, const int16_t* x, int64_t stride, __m512i (&sums)[R]) {
+        add<R>(Format::template pair<P>(integers), x, stride, sums);
+    }
+    template <int R>
+    static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const int16_t* x, int64_t stride, __m512i (&sums)[R]) {
+        add<R>(_mm512_load_si512(scratch), x, stride, sums);
+    }
+    template <int R>
+    static LOGITKERNELS_INLINE void add(__m512i pairs, const int16_t* x, int64_t stride, __m512i (&sums)[R]) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            int32_t pair;
+            __builtin_memcpy(&pair, x + r * stride, sizeof pair);
+            sums[r] = _mm512_dpwssd_epi32(sums[r], pairs, _mm512_set1_epi32(pair));
+        }
+    }
+#endif
+};
+
+// One step at a time, in float32.
+struct Fma {
+    using Element = float;
+    using Sum = __m512;
+
+    static constexpr bool has_scratch = true;
+    static constexpr int fused_rows = 4;
+    static constexpr int64_t unpacked_bytes = 128;
+    template <int R>
+    static constexpr int groups_together = kRegisterSums == 6 && R == 1 ? kVectors : 1;
+
+    static Inputs<float> inputs(const Activations& x, int64_t k) {
+        return {static_cast<const float*>(x.data), x.stride, k / kBlock, x.blocks.sums, nullptr, nullptr};
+    }
+    static LOGITKERNELS_INLINE __m512 scaled(__m512 sum, const Inputs<float>&, int64_t) { return sum; }
+
+    template <class Format, int G, int R>
+    static LOGITKERNELS_INLINE void add_block(const char* integers, const Inputs<float>& in, int64_t b,
+                                              __m512 (&sums)[G][R]) {
+        add_pairs<Fma, Format>(integers, in.x + b * kBlock, in.stride, sums);
+    }
+    template <class Format, int P>
+    static LOGITKERNELS_INLINE void unpack(const char* integers, char* scratch) {
+        _mm512_store_ps(scratch, Format::template even<P>(integers));
+        _mm512_store_ps(scratch + 64, Format::template odd<P>(integers));
+    }
+    template <class Format, int P, int R>
+    static LOGITKERNELS_INLINE void add_packed(const char* integers, const float* x, int64_t stride, __m512 (&sums)[R]) {
+        const __m512 even = Format::template even<P>(integers), odd = Format::template odd<P>(integers);
+        add<R>(even, x, stride, sums);
+        add<R>(odd, x + 1, stride, sums);
+    }
+    // With one of the steps in registers at a time.
+    template <int R>
+    static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const float* x, int64_t stride, __m512 (&sums)[R]) {
+        add<R>(_mm512_load_ps(scratch), x, stride, sums);
+        add<R>(_mm512_load_ps(scratch + 64), x + 1, stride, sums);
+    }
+    template <int R>
+    static LOGITKERNELS_INLINE void add(__m512 q, const float* x, int64_t stride, __m512 (&sums)[R]) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * stride]), q, sums[r]);
+    }
+};
+
+}  // namespace logitkernels
