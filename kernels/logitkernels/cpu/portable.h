@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <cmath>
@@ -162,6 +164,10 @@ LOGITKERNELS_INLINE __m512i _mm512_dpwssd_epi32(const __m512i& sum, const __m512
         const ::__m256i products = _mm256_madd_epi16((::__m256i)x, (::__m256i)y);
         asm("vpaddd %1, %0, %0" : "+x"(s) : "x"(products));
         return s;
+#elif defined(__aarch64__)
+        const int16x8_t first = vreinterpretq_s16_s32(x), second = vreinterpretq_s16_s32(y);
+        const int32x4_t low = vmull_s16(vget_low_s16(first), vget_low_s16(second));
+        return s + int_part(vpaddq_s32(low, vmull_high_s16(first, second)));
 #else
         return s + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
 #endif
