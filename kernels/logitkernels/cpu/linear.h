@@ -40,7 +40,7 @@ constexpr int64_t kColumnsPerItem = 8 * kSumBlock;  // of a row that threads sha
 
 // What a product with weights in blocks reads of the blocks of 32 activations.
 struct ActivationBlocks {
-    int16_t* integers;      // [rows, k]; with AVX-512 as bytes, see quantized.cpp
+    int16_t* integers;      // [rows, k]; with AVX-512 as bytes, see activations.cpp
     float* scales;          // [rows, k / 32], of the integers
     float* sums;            // [rows, k / 32], of the activations
     int32_t* integer_sums;  // [rows, k / 32]
