@@ -76,7 +76,7 @@ class Worker {
             upcoming_ = block + 1 < item.last_block ? KeyBlock{&item, block + 1}
                         : next != nullptr           ? KeyBlock{next, next->first_block}
                                                     : KeyBlock{};
-            fetcher_.begin();
+            fetcher_.begin(fetches_by_halves() && half_bytes(attention_.value_size) <= kFirstLevelBytes);
             if (fetches_by_halves())
                 plan_values({&item, block});
             else
@@ -144,10 +144,12 @@ class Worker {
     bool reads_keys_in_place() const { return rows_ <= kChunkRows && attention_.keys.is_transposed(); }
     bool reads_values_in_place() const { return rows_ <= kChunkRows && padded_ == attention_.value_size; }
 
-    // Scoring the keys of a block fetches its values, and weighing them the next block's keys: little enough to stay in the
-    // first-level cache. Where values are copied first, or chunks of rows score and weigh in turns, the next block is fetched
-    // during the whole of this one.
+    // Scoring the keys of a block fetches its values, and weighing them the next block's keys. Where values are copied first,
+    // or chunks of rows score and weigh in turns, the next block is fetched during the whole of this one.
     bool fetches_by_halves() const { return reads_values_in_place(); }
+
+    // Of the keys, or the values, of a block.
+    static int64_t half_bytes(int64_t size) { return kBlockKeys * size * int64_t(sizeof(Element)); }
 
     // Finds or copies the keys and values of a block that the tile sees.
     void load_block(const AttentionItem& item, int64_t block) {
@@ -285,7 +287,7 @@ class Worker {
             else
                 score<R>(query, attention_.key_size, widened_keys_, all, scores_.get(), fetcher_);
             if (fetches_by_halves()) {
-                fetcher_.begin();
+                fetcher_.begin(half_bytes(attention_.key_size) <= kFirstLevelBytes);
                 plan_keys(upcoming_);
                 fetcher_.spread((all.to - all.from) * padded_ / (2 * kLanes));
             }

@@ -13,7 +13,9 @@ class Fetcher {
   public:
     explicit Fetcher(int64_t capacity) : spans_(allocate<Span>(capacity)) {}
 
-    void begin() {
+    // `once`: into the first-level cache alone, for what fits there until it is read.
+    void begin(bool once) {
+        once_ = once;
         position_ = count_ = lines_ = 0;
         next_ = end_ = nullptr;
     }
@@ -38,7 +40,7 @@ class Fetcher {
                 next_ = spans_[position_].next;
                 end_ = spans_[position_++].end;
             }
-            prefetch_once(next_);
+            once_ ? prefetch_once(next_) : prefetch(next_);
             next_ += 64;
         }
     }
@@ -57,6 +59,7 @@ class Fetcher {
     Buffer<Span> spans_;
     int64_t position_ = 0, count_ = 0, lines_ = 0, lines_per_step_ = 1;
     const char *next_ = nullptr, *end_ = nullptr;
+    bool once_ = false;
 };
 
 }  // namespace logitkernels

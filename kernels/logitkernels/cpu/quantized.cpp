@@ -34,6 +34,7 @@ void fused_tile(const char* panel, const Inputs<typename Product::Element>& in, 
                 const Target& target) {
     constexpr int G = Product::template groups_together<R>;
     const int64_t next = panel_bytes<Format>(in.blocks);
+    const bool once = turns == 1 && next <= kFirstLevelBytes;  // for the one tile that will read it
     __m512 sums[R][kVectors];
 #pragma GCC unroll 2
     for (int first = 0; first < kVectors; first += G) {
@@ -53,7 +54,8 @@ void fused_tile(const char* panel, const Inputs<typename Product::Element>& in, 
         for (int64_t b = 0, fetched = turn; b < in.blocks; ++b, block += block_bytes<Format>) {
             if (b == fetched && first == 0) {
                 fetched += turns;
-                for (int64_t line = 0; line < block_bytes<Format>; line += 64) prefetch(block + next + line);
+                for (int64_t line = 0; line < block_bytes<Format>; line += 64)
+                    once ? prefetch_once(block + next + line) : prefetch(block + next + line);
             }
             typename Product::Sum partial[G][R] = {};
             Product::template add_block<Format>(integers_at<Format>(block, first), in, b, partial);

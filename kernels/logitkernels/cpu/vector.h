@@ -68,7 +68,9 @@ inline void prefetch(const void* address) {
 #endif
 }
 
-// The same for what is read once, soon and by this thread alone: it goes to the first-level cache and no further.
+// The same for what is read once, soon and by this thread alone: it goes to the first-level cache and no further. Up to
+// kFirstLevelBytes stay there beside what is read meanwhile.
+constexpr int64_t kFirstLevelBytes = 20 * 1024;
 inline void prefetch_once(const void* address) {
 #if defined(__x86_64__)
     asm volatile("prefetchnta %0" : : "m"(*static_cast<const char*>(address)));
