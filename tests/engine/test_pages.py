@@ -4,7 +4,6 @@ import ctypes
 import mmap
 import sys
 
-import numpy as np
 import pytest
 import torch
 from logitengine.pages import KEPT_READY, PageTaker
@@ -17,7 +16,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="madvise(MADV_PO
 
 @pytest.fixture
 def blocks() -> torch.Tensor:
-    return torch.from_numpy(np.zeros((NUM_BLOCKS, BLOCK), np.uint8))
+    # Of its own: an allocator would hand out memory that was in use before.
+    return torch.frombuffer(mmap.mmap(-1, NUM_BLOCKS * BLOCK), dtype=torch.uint8).view(NUM_BLOCKS, BLOCK)
 
 
 def num_resident(blocks: torch.Tensor, first: int, last: int) -> int:
