@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ if not torch.cuda.is_available():
 
 from logitengine.checkpoint import Checkpoint, resolve_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+
+def pytest_configure() -> None:
+    # Without job control a shell starts what goes to the background with SIGINT ignored. Commands that tests start and
+    # stop with it would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
