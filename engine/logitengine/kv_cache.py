@@ -63,7 +63,6 @@ class PagedKVCache:
         there are such), not one for every layer.
         """
 
-        # Unwritten slots are never attended to, but padded gathers read them: NaN there would survive a zero weight.
         def keys(shape: LayerShape) -> tuple[int, ...]:
             return (shape.key_dim, block_size) if transposes_keys else (block_size, shape.key_dim)
 
@@ -88,6 +87,7 @@ class PagedKVCache:
 
 
 def _zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Unwritten slots are never attended to, but padded gathers read them: NaN there would survive a zero weight.
     if device.type != "cpu":
         return torch.zeros(numel, dtype=dtype, device=device)
     # numpy leaves the zeroing to the kernel's fresh pages: no memory is spent until a block is used.
