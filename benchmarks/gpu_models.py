@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from gpu_shapes import ModelShape, Sizes
 from gpu_timing import Ceilings, free_memory
-from logitengine.attention import ATTENTION_NAME, register_attention
-from logitengine.checkpoint import Checkpoint
 from logitengine.config import EngineConfig
-from logitengine.devices import choose_device
 from logitengine.engine import Engine
-from logitengine.loader import prepare
-from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.model.attention import ATTENTION_NAME, register_attention
+from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.loader import prepare
+from logitengine.run.devices import choose_device
 from logitkernels.backend import load_kernels
 from transformers import (
     AutoModelForCausalLM,

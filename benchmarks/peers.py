@@ -13,7 +13,7 @@ Measure = Callable[[list[list[int]], int], float]
 def transformers_measure(model_name: str) -> Measure:
     """Batched ``generate`` in bfloat16 on our conversion of the model's weights."""
     import torch
-    from logitengine.checkpoint import resolve_checkpoint
+    from logitengine.model.checkpoint import resolve_checkpoint
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -46,7 +46,7 @@ def openvino_measure(model_name: str) -> Measure:
     except ImportError as error:
         raise SystemExit("the peer openvino needs: pip install openvino-genai") from error
     import numpy as np
-    from logitengine.checkpoint import gguf_path
+    from logitengine.model.checkpoint import gguf_path
 
     path = gguf_path(model_name)
     if path is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from logitengine.messages import Array, LogitsRows, Logprobs
+from logitengine.link.messages import Array, LogitsRows, Logprobs
 from msgspec.structs import asdict
 from support import Collected, to_numpy
 

@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from logitengine.checkpoint import Checkpoint, resolve_checkpoint
+from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from logitengine.devices.cpu import CpuDevice
-from logitengine.devices.device import Device
+from logitengine.run.devices.cpu import CpuDevice
+from logitengine.run.devices.device import Device
 from torch import Tensor
 
 

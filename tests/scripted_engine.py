@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
-from logitengine.client import EngineClient
 from logitengine.config import EngineConfig
 from logitengine.errors import EngineError
-from logitengine.messages import GenerationRequest, ModelInfo, StepOutput
+from logitengine.link.client import EngineClient
+from logitengine.link.messages import GenerationRequest, ModelInfo, StepOutput
 from logitserve.state import ServerState
 
 Step = StepOutput | EngineError | Awaitable[Any]

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from logitengine.config import EngineConfig
 from logitengine.engine import Engine
-from logitengine.loader import LoadedModel
-from logitengine.messages import Array, GenerationRequest, LogitsSpec, SamplingParams, StepOutput
+from logitengine.link.messages import Array, GenerationRequest, LogitsSpec, SamplingParams, StepOutput
+from logitengine.model.loader import LoadedModel
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 

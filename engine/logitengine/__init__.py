@@ -3,7 +3,6 @@
 This package can be imported without torch; `logitengine.engine` and what it builds on cannot.
 """
 
-from logitengine.client import EngineClient
 from logitengine.config import EngineConfig
 from logitengine.errors import (
     EngineDeadError,
@@ -12,7 +11,8 @@ from logitengine.errors import (
     EngineOverloadedError,
     RequestRefusedError,
 )
-from logitengine.messages import GenerationRequest, LogitsSpec, ModelInfo, SamplingParams, StepOutput
+from logitengine.link.client import EngineClient
+from logitengine.link.messages import GenerationRequest, LogitsSpec, ModelInfo, SamplingParams, StepOutput
 
 __all__ = [
     "EngineClient",

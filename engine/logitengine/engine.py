@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from logitengine.batch import Batch, build_batch
-from logitengine.block_manager import BlockManager
 from logitengine.config import EngineConfig
 from logitengine.errors import EngineOverloadedError, RequestRefusedError
-from logitengine.loader import LoadedModel
-from logitengine.messages import EngineStats, GenerationRequest, ModelInfo, StepOutput
-from logitengine.model_runner import ModelRunner
-from logitengine.reporter import Reporter, Shown
-from logitengine.sampler import Sampler
-from logitengine.scheduler import Chunk, Scheduler
-from logitengine.sequence import Sequence
+from logitengine.link.messages import EngineStats, GenerationRequest, ModelInfo, StepOutput
+from logitengine.model.loader import LoadedModel
+from logitengine.run.batch import Batch, build_batch
+from logitengine.run.reporter import Reporter, Shown
+from logitengine.run.runner import ModelRunner
+from logitengine.run.sampler import Sampler
+from logitengine.schedule.block_manager import BlockManager
+from logitengine.schedule.scheduler import Chunk, Scheduler
+from logitengine.schedule.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

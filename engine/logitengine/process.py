@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from logitengine.config import EngineConfig
 from logitengine.errors import EngineError, EngineOverloadedError
-from logitengine.messages import (
+from logitengine.link.channel import BlockingChannel, TransportError
+from logitengine.link.messages import (
     Abort,
     Consumed,
     Failed,
@@ -28,11 +29,10 @@ from logitengine.messages import (
     StepOutputs,
     ToEngine,
 )
-from logitengine.transport import BlockingChannel, TransportError
 
 if TYPE_CHECKING:
     from logitengine.engine import Engine
-    from logitengine.pages import PageTaker
+    from logitengine.run.pages import PageTaker
 
 logger = logging.getLogger(__name__)
 
@@ -79,13 +79,13 @@ class EngineLoop:
         # Nearly all that loading makes is there to stay: looking through it for garbage is a sixth of the time.
         gc.disable()
         # Only here: the threads are up, so the server sees a load that takes long as loading, not as silence.
-        from logitengine.checkpoint import resolve_checkpoint
+        from logitengine.model.checkpoint import resolve_checkpoint
 
         checkpoint = resolve_checkpoint(config.model)
         self._send(Located(str(checkpoint.tokenizer_path)))
         from logitengine.engine import Engine
-        from logitengine.loader import load
-        from logitengine.pages import PageTaker
+        from logitengine.model.loader import load
+        from logitengine.run.pages import PageTaker
 
         loaded = load(config, checkpoint=checkpoint)
         loaded.kernels.pin_threads()

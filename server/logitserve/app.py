@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
-from logitengine.client import EngineClient
+from logitengine.link.client import EngineClient
 
 from logitserve import __version__
 from logitserve.config import ServerConfig

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from logitengine.client import EngineClient
-from logitengine.messages import Array, GenerationRequest, LogitsRows, Logprobs, PromptOutput, StepOutput
+from logitengine.link.client import EngineClient
+from logitengine.link.messages import Array, GenerationRequest, LogitsRows, Logprobs, PromptOutput, StepOutput
 
 from logitserve.detokenizer import Detokenizer
 from logitserve.errors import ApiError

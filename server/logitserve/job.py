@@ -6,7 +6,7 @@ import secrets
 import uuid
 from dataclasses import dataclass
 
-from logitengine.messages import GenerationRequest, HiddenStatesSpec, LogitsSpec, SamplingParams
+from logitengine.link.messages import GenerationRequest, HiddenStatesSpec, LogitsSpec, SamplingParams
 
 from logitserve.bounds import (
     answer_nbytes,

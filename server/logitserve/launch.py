@@ -6,8 +6,8 @@ import asyncio
 import signal
 from pathlib import Path
 
-from logitengine.client import EngineClient
 from logitengine.config import EngineConfig
+from logitengine.link.client import EngineClient
 from uvloop import new_event_loop
 
 from logitserve.config import ServerConfig

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pybase64
-from logitengine.messages import Array, LogitsRows
+from logitengine.link.messages import Array, LogitsRows
 from numpy.typing import NDArray
 
 from logitserve.protocol.rows import Encoding

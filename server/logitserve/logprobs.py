@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from logitengine.messages import Logprobs
+from logitengine.link.messages import Logprobs
 
 from logitserve.token_table import TokenTable
 

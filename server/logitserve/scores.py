@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pybase64
-from logitengine.messages import PromptOutput
+from logitengine.link.messages import PromptOutput
 from numpy.typing import NDArray
 
 from logitserve.errors import ApiError, BadRequestError

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import orjson
 from fastapi import Request
 from fastapi.responses import Response
-from logitengine.messages import GenerationRequest, HeadSpec, Pooling, PromptOutput, SamplingParams
+from logitengine.link.messages import GenerationRequest, HeadSpec, Pooling, PromptOutput, SamplingParams
 from msgspec import Struct
 
 from logitserve.answering import CLIENT_CLOSED_REQUEST, INLINE_LIST_BYTES

@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from logitengine.client import EngineClient
+from logitengine.link.client import EngineClient
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from logitserve.app import create_app

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
-from logitengine.client import EngineClient
 from logitengine.errors import EngineError
-from logitengine.messages import ModelInfo
+from logitengine.link.client import EngineClient
+from logitengine.link.messages import ModelInfo
 
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError, not_ready

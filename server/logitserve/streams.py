@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from itertools import islice
 
-from logitengine.client import EngineClient
-from logitengine.messages import GenerationRequest, StepOutput
+from logitengine.link.client import EngineClient
+from logitengine.link.messages import GenerationRequest, StepOutput
 
 HELD_BYTES = 64 << 20
 """Requests run side by side as long as their answers' rows stay under this together; two always do."""

@@ -12,8 +12,8 @@ import torch
 from fastapi import FastAPI
 from live_server import serving
 from logitclient import AsyncClient
-from logitengine.client import EngineClient
 from logitengine.config import EngineConfig
+from logitengine.link.client import EngineClient
 from logitserve.app import create_app
 from logitserve.config import ServerConfig
 from safetensors.torch import save_file

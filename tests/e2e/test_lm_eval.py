@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 import pytest
 from live_server import serving
-from logitengine.checkpoint import Checkpoint
+from logitengine.model.checkpoint import Checkpoint
 
 pytest.importorskip("lm_eval")
 

@@ -16,9 +16,9 @@ import psutil
 import pytest
 from arrow_reader import open_logits, read_logits
 from live_server import LiveServer, serving
-from logitengine.client import EngineClient
 from logitengine.config import EngineConfig
-from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.link.client import EngineClient
+from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingParams
 from support import greedy
 
 MIB = 1 << 20

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from logitengine.config import EngineConfig
-from logitengine.loader import LoadedModel, load
+from logitengine.model.loader import LoadedModel, load
 
 
 @pytest.fixture(scope="session")

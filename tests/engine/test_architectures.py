@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from logitengine.checkpoint import CheckpointError
 from logitengine.config import EngineConfig
-from logitengine.loader import load
+from logitengine.model.checkpoint import CheckpointError
+from logitengine.model.loader import load
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run
 
 TOLERANCE = 5e-4
@@ -136,7 +136,7 @@ def test_rows_are_the_models_in_every_family(
     config = EngineConfig(
         model=str(tmp_path), dtype="float32", kernels=kernels, kv_cache_bytes=1 << 24, num_threads=1
     )
-    with caplog.at_level(logging.INFO, "logitengine.loader"):
+    with caplog.at_level(logging.INFO, "logitengine.model.loader"):
         loaded = load(config)
     if kernels == "triton":
         assert ("triton kernels, fused" in caplog.text) == (family in FUSED)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from logitengine.block_manager import BlockManager
-from logitengine.messages import GenerationRequest, SamplingParams
-from logitengine.sequence import Sequence
+from logitengine.link.messages import GenerationRequest, SamplingParams
+from logitengine.schedule.block_manager import BlockManager
+from logitengine.schedule.sequence import Sequence
 
 BLOCK_SIZE = 4
 

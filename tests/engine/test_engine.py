@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from logitengine.loader import LoadedModel
-from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.model.loader import LoadedModel
 from numpy.typing import NDArray
 from support import Collected, greedy, make_engine, run, to_numpy
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from logitengine.loader import LoadedModel
-from logitengine.messages import LogitsSpec
+from logitengine.link.messages import LogitsSpec
+from logitengine.model.loader import LoadedModel
 from numpy.typing import NDArray
 from support import EVERY_ROW, Collected, english_tokens, greedy, make_engine, reference_logits, run
 from transformers import LlamaForCausalLM, PreTrainedModel

@@ -10,11 +10,9 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from logitengine.checkpoint import CheckpointError
 from logitengine.config import EngineConfig
 from logitengine.errors import RequestRefusedError
-from logitengine.loader import LoadedModel, load
-from logitengine.messages import (
+from logitengine.link.messages import (
     GenerationRequest,
     HeadSpec,
     HiddenStatesSpec,
@@ -22,6 +20,8 @@ from logitengine.messages import (
     Pooling,
     SamplingParams,
 )
+from logitengine.model.checkpoint import CheckpointError
+from logitengine.model.loader import LoadedModel, load
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from support import Collected, make_engine, run, to_numpy

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logitengine.config import EngineConfig
-from logitengine.loader import LoadedModel, load
-from logitengine.messages import GenerationRequest, LogitsSpec
+from logitengine.link.messages import GenerationRequest, LogitsSpec
+from logitengine.model.loader import LoadedModel, load
 from msgspec.structs import replace
 from support import EVERY_ROW, Collected, english_tokens, greedy, make_engine, run
 

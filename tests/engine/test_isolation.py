@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from logitengine.loader import LoadedModel
-from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.model.loader import LoadedModel
 from support import english_tokens, make_engine, run
 
 SPECS = [

@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 import torch
 from answers import assert_same
-from logitengine import decode_graphs
-from logitengine.batch import Batch
 from logitengine.config import EngineConfig
-from logitengine.decode_graphs import DecodeGraphs
-from logitengine.devices import Device
 from logitengine.engine import Engine
-from logitengine.loader import LoadedModel, load
-from logitengine.messages import (
+from logitengine.link.messages import (
     GenerationRequest,
     HiddenStatesSpec,
     LogitsSpec,
     SamplingParams,
 )
+from logitengine.model.loader import LoadedModel, load
+from logitengine.run import graphs
+from logitengine.run.batch import Batch
+from logitengine.run.devices import Device
+from logitengine.run.graphs import DecodeGraphs
 from logitkernels.sampling import RowSampling
 from loopback_device import LoopbackDevice
 from msgspec.structs import replace
@@ -80,7 +80,7 @@ class Models:
 
 def new_device() -> Device:
     if torch.cuda.is_available():
-        from logitengine.devices.cuda import CudaDevice
+        from logitengine.run.devices.cuda import CudaDevice
 
         return CudaDevice()
     return LoopbackDevice()
@@ -222,7 +222,7 @@ def test_steps_are_recorded_when_the_model_is_loaded(models: Models, monkeypatch
 def test_block_tables_of_different_widths_share_a_recorded_width(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_graphs, "SMALLEST_TABLE", 2)
+    monkeypatch.setattr(graphs, "SMALLEST_TABLE", 2)
     requests = [greedy("short", PROMPTS[1], 8, LogitsSpec()), greedy("long", PROMPTS[2] * 2, 4, LogitsSpec())]
     engine = engine_of(models.overlapping)
     spy = Spy(engine, monkeypatch)
@@ -236,7 +236,7 @@ def test_block_tables_of_different_widths_share_a_recorded_width(
 def test_edits_of_different_numbers_share_a_recorded_number(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_graphs, "FEWEST_EDITS", 2)
+    monkeypatch.setattr(graphs, "FEWEST_EDITS", 2)
     bias = {40: 6.0, 41: 6.0, 42: 6.5}
     requests = [
         request("biased", PROMPTS[0], temperature=0.0, logit_bias=bias, repetition_penalty=1.4),

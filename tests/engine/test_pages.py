@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from logitengine.pages import KEPT_READY, PageTaker
+from logitengine.run.pages import KEPT_READY, PageTaker
 
 PAGE = mmap.PAGESIZE
 NUM_BLOCKS, BLOCK = 64, 1 << 20

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from logitengine.loader import LoadedModel
-from logitengine.messages import LogitsSpec
+from logitengine.link.messages import LogitsSpec
+from logitengine.model.loader import LoadedModel
 from numpy.typing import NDArray
 from support import Collected, english_tokens, greedy, make_engine, reference_logits, run, to_numpy
 from transformers import PreTrainedModel

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitengine.block_manager import BlockManager
 from logitengine.config import EngineConfig
-from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
-from logitengine.scheduler import Chunk, Scheduler
-from logitengine.sequence import Sequence
+from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.schedule.block_manager import BlockManager
+from logitengine.schedule.scheduler import Chunk, Scheduler
+from logitengine.schedule.sequence import Sequence
 
 
 def make_sequence(arrival: int, prompt: int, answer: int, *, prompt_rows: bool = False) -> Sequence:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from logitengine.checkpoint import Checkpoint, CheckpointError
 from logitengine.config import EngineConfig
-from logitengine.loader import load
-from logitengine.stored_weights import StoredWeights
+from logitengine.model.checkpoint import Checkpoint, CheckpointError
+from logitengine.model.loader import load
+from logitengine.model.stored_weights import StoredWeights
 from support import EVERY_ROW, english_tokens, greedy, make_engine, reference_logits, run
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from logitengine.messages import (
+from logitengine.link.channel import AsyncChannel, BlockingChannel, MessageReader, TransportError, encode
+from logitengine.link.messages import (
     Abort,
     Array,
     Consumed,
@@ -24,7 +25,6 @@ from logitengine.messages import (
     StepOutputs,
     ToEngine,
 )
-from logitengine.transport import AsyncChannel, BlockingChannel, MessageReader, TransportError, encode
 
 UNKNOWN = msgspec.msgpack.encode({"type": "Exec", "code": "import os"})
 

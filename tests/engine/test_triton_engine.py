@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from logitengine.config import EngineConfig
-from logitengine.loader import LoadedModel, load
-from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.model.loader import LoadedModel, load
 from logitkernels.backend import load_kernels
 from loopback_device import LoopbackDevice
 from support import EVERY_ROW, greedy, make_engine, run

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from answers import assert_same
-from logitengine.batch import Batch
 from logitengine.config import EngineConfig
-from logitengine.decode_graphs import DecodeGraphs
-from logitengine.devices import Device, choose_device
 from logitengine.engine import Engine
-from logitengine.loader import LoadedModel, load
-from logitengine.messages import GenerationRequest, HiddenStatesSpec, LogitsSpec, SamplingParams
+from logitengine.link.messages import GenerationRequest, HiddenStatesSpec, LogitsSpec, SamplingParams
+from logitengine.model.loader import LoadedModel, load
+from logitengine.run.batch import Batch
+from logitengine.run.devices import Device, choose_device
+from logitengine.run.graphs import DecodeGraphs
 from logitkernels.sampling import RowSampling
 from msgspec.structs import replace
 from support import EVERY_ROW, Collected, finish, greedy, make_engine, run

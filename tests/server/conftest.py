@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from logitengine.checkpoint import Checkpoint
-from logitengine.messages import ModelInfo
+from logitengine.link.messages import ModelInfo
+from logitengine.model.checkpoint import Checkpoint
 from logitserve.app import create_app
 from logitserve.config import ServerConfig
 from scripted_engine import App, OpenApp, Script, ScriptedEngine

@@ -16,7 +16,7 @@ from logitengine.errors import (
     EngineOverloadedError,
     RequestRefusedError,
 )
-from logitengine.messages import (
+from logitengine.link.messages import (
     Array,
     GenerationRequest,
     LogitsRows,

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from logitengine.errors import EngineDeadError, EngineOverloadedError
-from logitengine.messages import (
+from logitengine.link.messages import (
     Array,
     GenerationRequest,
     LogitsRows,

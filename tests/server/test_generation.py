@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from logitengine.messages import GenerationRequest, StepOutput
+from logitengine.link.messages import GenerationRequest, StepOutput
 from logitserve.generation import Generation
 from logitserve.job import prepare_completion
 from logitserve.protocol.completions import CompletionBody

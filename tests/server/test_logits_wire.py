@@ -10,7 +10,7 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from logitengine.messages import Array, LogitsRows
+from logitengine.link.messages import Array, LogitsRows
 from logitserve.logits_wire import BlockWriter
 from logitserve.protocol.rows import Encoding
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 import pytest
-from logitengine.messages import GenerationRequest, StepOutput
+from logitengine.link.messages import GenerationRequest, StepOutput
 from scripted_engine import OpenApp, Step
 
 pytestmark = pytest.mark.anyio

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
-from logitengine.messages import Array, LogitsRows, Logprobs
+from logitengine.link.messages import Array, LogitsRows, Logprobs
 
 from logitserve.generation import Delta
 from logitserve.job import Job

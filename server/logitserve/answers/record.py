@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from logitengine.messages import LogitsRows, Logprobs, PromptOutput
+from logitengine.link.messages import LogitsRows, Logprobs, PromptOutput
 
 from logitserve.generation import Delta
 from logitserve.job import Job

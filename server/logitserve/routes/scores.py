@@ -7,7 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from logitengine.messages import HeadSpec
+from logitengine.link.messages import HeadSpec
 
 from logitserve.body import JsonBody, documented
 from logitserve.bounds import generative

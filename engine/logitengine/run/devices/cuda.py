@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from logitengine.devices.device import Device
+from logitengine.run.devices.device import Device
 
 WARM_UPS = 2
 """Runs before a capture: kernels compile and libraries allocate their workspaces outside the recording."""

@@ -15,9 +15,9 @@ from logitkernels import Kernels
 from logitkernels.sampling import PackedRows, RowSampling
 from torch import Tensor
 
-from logitengine.batch import Batch
-from logitengine.devices import Device
-from logitengine.staging import Layout
+from logitengine.run.batch import Batch
+from logitengine.run.devices import Device
+from logitengine.run.staging import Layout
 
 SMALLEST_TABLE = 64
 """Blocks; larger tables are four times as long each."""

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from logitengine.checkpoint import CheckpointError
+from logitengine.model.checkpoint import CheckpointError
 
 WEIGHT_NAMES = ("v_head.summary.weight", "summary.weight", "score.weight", "weight")
 """TRL's name for a value head, the same without its prefix, transformers' name for a classifier, a plain linear."""

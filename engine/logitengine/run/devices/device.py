@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from logitengine.staging import Arrays, Layout
+from logitengine.run.staging import Arrays, Layout
 
 
 class Device(ABC):
@@ -68,11 +68,11 @@ def choose_device(name: str) -> Device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
-        from logitengine.devices.cpu import CpuDevice
+        from logitengine.run.devices.cpu import CpuDevice
 
         return CpuDevice()
     if not torch.cuda.is_available():
         raise ValueError("device=cuda was asked for, but torch sees no CUDA device")
-    from logitengine.devices.cuda import CudaDevice
+    from logitengine.run.devices.cuda import CudaDevice
 
     return CudaDevice()

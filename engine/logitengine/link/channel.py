@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar, cast
 
 import msgspec
 
-from logitengine.messages import Array
+from logitengine.link.messages import Array
 
 INLINE_BYTES = 4096
 """Arrays up to this size travel inside the message: a read of their own costs more than the copy."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from logitkernels.sampling import RowSampling
 
-from logitengine.batch import build_batch
 from logitengine.config import EngineConfig
-from logitengine.messages import GenerationRequest, SamplingParams
-from logitengine.model_runner import ModelRunner
-from logitengine.reporter import HEAD_ROWS
-from logitengine.scheduler import Chunk
-from logitengine.sequence import Sequence
+from logitengine.link.messages import GenerationRequest, SamplingParams
+from logitengine.run.batch import build_batch
+from logitengine.run.reporter import HEAD_ROWS
+from logitengine.run.runner import ModelRunner
+from logitengine.schedule.scheduler import Chunk
+from logitengine.schedule.sequence import Sequence
 
 
 def largest_step(

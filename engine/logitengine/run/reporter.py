@@ -11,9 +11,11 @@ import torch
 from logitkernels import Kernels
 from torch import Tensor
 
-from logitengine.batch import Batch
-from logitengine.devices import Device
-from logitengine.logits import (
+from logitengine.link.messages import GenerationRequest, HiddenStatesSpec, PromptOutput, StepOutput
+from logitengine.model.value_heads import ValueHead
+from logitengine.run.batch import Batch
+from logitengine.run.devices import Device
+from logitengine.run.rows import (
     TORCH_DTYPES,
     Scores,
     Selected,
@@ -24,11 +26,9 @@ from logitengine.logits import (
     select,
     to_array,
 )
-from logitengine.messages import GenerationRequest, HiddenStatesSpec, PromptOutput, StepOutput
-from logitengine.model_runner import Computed, ModelRunner
-from logitengine.scheduler import Chunk
-from logitengine.sequence import Sequence
-from logitengine.value_heads import ValueHead
+from logitengine.run.runner import Computed, ModelRunner
+from logitengine.schedule.scheduler import Chunk
+from logitengine.schedule.sequence import Sequence
 
 HEAD_ROWS = 64
 """Prompt rows that go through the head at once: 64 rows of 49,152 float32 logits are 12 MiB."""

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from logitengine.devices.device import Device
-from logitengine.staging import Arrays
+from logitengine.run.devices.device import Device
+from logitengine.run.staging import Arrays
 
 DEFAULT_KV_CACHE_BYTES = 2 << 30
 

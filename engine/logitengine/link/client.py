@@ -21,7 +21,8 @@ from logitengine.errors import (
     EngineOverloadedError,
     RequestRefusedError,
 )
-from logitengine.messages import (
+from logitengine.link.channel import AsyncChannel, TransportError
+from logitengine.link.messages import (
     Abort,
     Consumed,
     EngineStats,
@@ -37,7 +38,6 @@ from logitengine.messages import (
     StepOutput,
     StepOutputs,
 )
-from logitengine.transport import AsyncChannel, TransportError
 
 logger = logging.getLogger(__name__)
 

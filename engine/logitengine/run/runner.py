@@ -11,11 +11,11 @@ from logitkernels.sampling import PackedRows, RowSampling
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from logitengine.batch import Batch, DeviceBatch
-from logitengine.decode_graphs import DecodeGraphs
-from logitengine.devices import Device
-from logitengine.kv_cache import LayerShape, PagedKVCache, ShapeProbe
-from logitengine.network import Network
+from logitengine.model.network import Network
+from logitengine.run.batch import Batch, DeviceBatch
+from logitengine.run.devices import Device
+from logitengine.run.graphs import DecodeGraphs
+from logitengine.run.kv_cache import LayerShape, PagedKVCache, ShapeProbe
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from bisect import insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from logitengine.block_manager import BlockManager
 from logitengine.config import EngineConfig
-from logitengine.sequence import Sequence
+from logitengine.schedule.block_manager import BlockManager
+from logitengine.schedule.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)

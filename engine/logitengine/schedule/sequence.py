@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from logitengine.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingParams
 
 UNKNOWN = 0
 """Stands in ``token_ids`` for a token that the host has not read yet; a valid id, since nothing may look at it."""

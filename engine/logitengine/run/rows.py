@@ -8,8 +8,8 @@ import torch
 from logitkernels import Kernels
 from torch import Tensor
 
-from logitengine.devices import Device
-from logitengine.messages import Array, LogitsRows, LogitsSpec, Logprobs
+from logitengine.link.messages import Array, LogitsRows, LogitsSpec, Logprobs
+from logitengine.run.devices import Device
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from logitengine.batch import DeviceBatch
-from logitengine.kv_cache import PagedKVCache
+from logitengine.run.batch import DeviceBatch
+from logitengine.run.kv_cache import PagedKVCache
 
 Decoder = Callable[[DeviceBatch], Tensor]
 """Stores a batch's keys and values in the cache that it was made for; gives the last hidden states [T, H]."""

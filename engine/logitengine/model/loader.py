@@ -20,19 +20,19 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from logitengine.attention import ATTENTION_NAME, register_attention
-from logitengine.checkpoint import Checkpoint, CheckpointError, resolve_checkpoint
 from logitengine.config import EngineConfig
-from logitengine.devices import Device, choose_device
-from logitengine.fuse import Packer, fuse
-from logitengine.kv_cache import LayerShape, PagedKVCache, bytes_per_block
-from logitengine.logits import TORCH_DTYPES
-from logitengine.messages import ModelInfo
-from logitengine.model_runner import ModelRunner, probe_layers
-from logitengine.network import Network
-from logitengine.profiling import largest_step
-from logitengine.stored_weights import Int8Weights, StoredWeights
-from logitengine.value_heads import ValueHead, load_value_head
+from logitengine.link.messages import ModelInfo
+from logitengine.model.attention import ATTENTION_NAME, register_attention
+from logitengine.model.checkpoint import Checkpoint, CheckpointError, resolve_checkpoint
+from logitengine.model.fuse import Packer, fuse
+from logitengine.model.network import Network
+from logitengine.model.stored_weights import Int8Weights, StoredWeights
+from logitengine.model.value_heads import ValueHead, load_value_head
+from logitengine.run.devices import Device, choose_device
+from logitengine.run.kv_cache import LayerShape, PagedKVCache, bytes_per_block
+from logitengine.run.profiling import largest_step
+from logitengine.run.rows import TORCH_DTYPES
+from logitengine.run.runner import ModelRunner, probe_layers
 
 logger = logging.getLogger(__name__)
 

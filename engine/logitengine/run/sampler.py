@@ -7,7 +7,7 @@ import torch
 from logitkernels.sampling import RowSampling
 from torch import Tensor
 
-from logitengine.sequence import Sequence
+from logitengine.schedule.sequence import Sequence
 
 
 class Sampler:

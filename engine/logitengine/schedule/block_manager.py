@@ -11,7 +11,7 @@ from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from logitengine.sequence import Sequence
+from logitengine.schedule.sequence import Sequence
 
 
 @dataclass(slots=True)

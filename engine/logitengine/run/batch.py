@@ -13,7 +13,7 @@ from logitkernels import AttentionMetadata
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitengine.scheduler import Chunk
+from logitengine.schedule.scheduler import Chunk
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from logitengine.stored_weights import write_stored_weights
+from logitengine.model.stored_weights import write_stored_weights
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from logitkernels import AttentionMetadata, Kernels
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from logitengine.kv_cache import PagedKVCache, ShapeProbe
+from logitengine.run.kv_cache import PagedKVCache, ShapeProbe
 
 ATTENTION_NAME = "logitserve"
 

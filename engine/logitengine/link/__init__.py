@@ -1,0 +1,1 @@
+"""What server and engine say to each other. Free of torch."""

@@ -1,0 +1,1 @@
+"""Who computes what next: pure logic, free of torch."""
