@@ -49,7 +49,7 @@ def test_nothing_is_unpickled_and_no_remote_code_runs() -> None:
 
 
 def test_the_server_process_never_loads_torch() -> None:
-    code = "import sys, logitserve.cli, logitserve.app; sys.exit('torch' in sys.modules)"
+    code = "import sys, logitserve.cli, logitserve.http.app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -30,7 +30,7 @@ async def _serve(engine_client: EngineClient, config: ServerConfig) -> int:
     await engine_client.start()
     try:
         # Half a second of imports, with nobody to wait for the event loop yet.
-        from logitserve.serving import run_app
+        from logitserve.http.serving import run_app
 
         return await run_app(engine_client, config, stopped)
     finally:

@@ -17,7 +17,7 @@ from logitengine.link.messages import ModelInfo
 
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError, not_ready
-from logitserve.texts import Texts, TextWorker
+from logitserve.text.texts import Texts, TextWorker
 
 logger = logging.getLogger(__name__)
 

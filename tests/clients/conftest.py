@@ -14,8 +14,8 @@ from live_server import serving
 from logitclient import AsyncClient
 from logitengine.config import EngineConfig
 from logitengine.link.client import EngineClient
-from logitserve.app import create_app
 from logitserve.config import ServerConfig
+from logitserve.http.app import create_app
 from safetensors.torch import save_file
 
 START_SECONDS = 120

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from logitengine.link.messages import ModelInfo
 from logitengine.model.checkpoint import Checkpoint
-from logitserve.app import create_app
 from logitserve.config import ServerConfig
+from logitserve.http.app import create_app
 from scripted_engine import App, OpenApp, Script, ScriptedEngine
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logitengine.model.checkpoint import Checkpoint
-from logitserve.detokenizer import Detokenizer
-from logitserve.token_table import TokenTable, UnsupportedDecoderError
+from logitserve.text.detokenizer import Detokenizer
+from logitserve.text.token_table import TokenTable, UnsupportedDecoderError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 SLOW_START = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 from logitengine.link.messages import GenerationRequest, StepOutput
-from logitserve.generation import Generation
-from logitserve.job import prepare_completion
+from logitserve.answers.generation import Generation
+from logitserve.jobs.job import prepare_completion
 from logitserve.protocol.completions import CompletionBody
 from scripted_engine import OpenApp, Step
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from logitengine.link.messages import Array, LogitsRows
-from logitserve.logits_wire import BlockWriter
+from logitserve.answers.logits_wire import BlockWriter
 from logitserve.protocol.rows import Encoding
 
 # All of them survive bfloat16.

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
-from logitserve.stop_strings import StopStrings
+from logitserve.text.stop_strings import StopStrings
 
 # Few letters, so that matches, near matches and overlaps are common.
 texts = st.text(alphabet="abé", max_size=30)

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import orjson
 
+from logitserve.answers.generation import Counts, Delta
 from logitserve.answers.record import Record
-from logitserve.generation import Counts, Delta
-from logitserve.job import Job
+from logitserve.jobs.job import Job
 from logitserve.state import Model
 
 

@@ -10,8 +10,8 @@ import orjson
 import pyarrow as pa
 from logitengine.link.messages import Array, LogitsRows, Logprobs
 
-from logitserve.generation import Delta
-from logitserve.job import Job
+from logitserve.answers.generation import Delta
+from logitserve.jobs.job import Job
 from logitserve.protocol.logits import LogitsBody
 from logitserve.state import Model
 

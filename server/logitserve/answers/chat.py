@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from logitserve.answers.answer import Answer
+from logitserve.answers.logprobs import chat_content
 from logitserve.answers.record import Record
-from logitserve.logprobs import chat_content
 
 
 class ChatAnswer(Answer):

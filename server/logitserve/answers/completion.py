@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from logitserve.answers.answer import Answer
+from logitserve.answers.logprobs import CompletionLogprobs
 from logitserve.answers.record import Record
-from logitserve.detokenizer import Detokenizer
-from logitserve.job import Job
-from logitserve.logprobs import CompletionLogprobs
-from logitserve.prompts import PreparedPrompt
+from logitserve.jobs.job import Job
+from logitserve.jobs.prompts import PreparedPrompt
 from logitserve.protocol.completions import CompletionBody
 from logitserve.state import Model
-from logitserve.token_table import TokenTable
+from logitserve.text.detokenizer import Detokenizer
+from logitserve.text.token_table import TokenTable
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import orjson
 
+from logitserve.answers.generation import Counts, Delta
 from logitserve.answers.record import Record
-from logitserve.generation import Counts, Delta
-from logitserve.job import Job
+from logitserve.jobs.job import Job
 from logitserve.state import Model
 
 

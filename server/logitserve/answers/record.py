@@ -6,10 +6,10 @@ from typing import Any
 
 from logitengine.link.messages import LogitsRows, Logprobs, PromptOutput
 
-from logitserve.generation import Delta
-from logitserve.job import Job
-from logitserve.logits_wire import RowBlocks
-from logitserve.logprobs import joined, prompt_entries
+from logitserve.answers.generation import Delta
+from logitserve.answers.logits_wire import RowBlocks
+from logitserve.answers.logprobs import joined, prompt_entries
+from logitserve.jobs.job import Job
 from logitserve.protocol.rows import RowOptions
 from logitserve.state import Model
 

@@ -7,10 +7,10 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from logitserve.answering import respond
+from logitserve.answers.answering import respond
 from logitserve.answers.chat import ChatAnswer
-from logitserve.body import JsonBody, documented
-from logitserve.job import prepare_chat
+from logitserve.http.body import JsonBody, documented
+from logitserve.jobs.job import prepare_chat
 from logitserve.protocol.chat import ChatBody
 from logitserve.state import StateDep
 

@@ -7,10 +7,10 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from logitserve.answering import respond
+from logitserve.answers.answering import respond
 from logitserve.answers.completion import CompletionAnswer
-from logitserve.body import JsonBody, documented
-from logitserve.job import prepare_completion
+from logitserve.http.body import JsonBody, documented
+from logitserve.jobs.job import prepare_completion
 from logitserve.protocol.completions import CompletionBody
 from logitserve.state import StateDep
 

@@ -11,12 +11,12 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from logitengine.link.messages import HeadSpec
 
-from logitserve.body import JsonBody, documented
-from logitserve.bounds import too_large
-from logitserve.middleware import LogFields
+from logitserve.answers.scores import EmbeddingScore, PooledScore, PoolingScore, ValuesScore, choose_head
+from logitserve.http.body import JsonBody, documented
+from logitserve.http.middleware import LogFields
+from logitserve.jobs.bounds import too_large
+from logitserve.jobs.scoring import Asked, respond_scored
 from logitserve.protocol.scores import EmbeddingsBody, PoolingBody
-from logitserve.scores import EmbeddingScore, PooledScore, PoolingScore, ValuesScore, choose_head
-from logitserve.scoring import Asked, respond_scored
 from logitserve.state import StateDep
 
 router = APIRouter(tags=["embeddings"])

@@ -7,13 +7,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from logitserve.answering import respond_arrow, respond_whole
+from logitserve.answers.answering import respond_arrow, respond_whole
 from logitserve.answers.arrow import ArrowAnswer
 from logitserve.answers.logits import LogitsAnswer
-from logitserve.body import JsonBody, documented
-from logitserve.job import prepare_logits
+from logitserve.http.body import JsonBody, documented
+from logitserve.http.sse import ArrowStream
+from logitserve.jobs.job import prepare_logits
 from logitserve.protocol.logits import LogitsBody
-from logitserve.sse import ArrowStream
 from logitserve.state import StateDep
 
 router = APIRouter(tags=["logits"])

@@ -9,11 +9,11 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from logitengine.link.messages import HeadSpec
 
-from logitserve.body import JsonBody, documented
-from logitserve.bounds import generative
+from logitserve.answers.scores import PerplexityScore, RewardScore, choose_head
+from logitserve.http.body import JsonBody, documented
+from logitserve.jobs.bounds import generative
+from logitserve.jobs.scoring import Asked, respond_scored
 from logitserve.protocol.scores import PerplexityBody, RewardsBody
-from logitserve.scores import PerplexityScore, RewardScore, choose_head
-from logitserve.scoring import Asked, respond_scored
 from logitserve.state import StateDep
 
 router = APIRouter(tags=["scores"])

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
-from logitserve.body import JsonBody, documented
-from logitserve.bounds import check_ids, check_length, too_large
+from logitserve.http.body import JsonBody, documented
+from logitserve.jobs.bounds import check_ids, check_length, too_large
 from logitserve.protocol.tokens import DetokenizeBody, TokenizeBody
 from logitserve.state import Model, ModelDep, StateDep
 

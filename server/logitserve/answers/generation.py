@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from logitengine.link.client import EngineClient
 from logitengine.link.messages import Array, GenerationRequest, LogitsRows, Logprobs, PromptOutput, StepOutput
 
-from logitserve.detokenizer import Detokenizer
 from logitserve.errors import ApiError
-from logitserve.job import Job
-from logitserve.stop_strings import StopStrings
-from logitserve.streams import outputs_of
-from logitserve.token_table import TokenTable
+from logitserve.jobs.job import Job
+from logitserve.jobs.streams import outputs_of
+from logitserve.text.detokenizer import Detokenizer
+from logitserve.text.stop_strings import StopStrings
+from logitserve.text.token_table import TokenTable
 
 
 @dataclass(frozen=True, slots=True)

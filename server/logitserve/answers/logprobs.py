@@ -7,7 +7,7 @@ from typing import Any
 
 from logitengine.link.messages import Logprobs
 
-from logitserve.token_table import TokenTable
+from logitserve.text.token_table import TokenTable
 
 LOWEST = -9999.0
 """What stands for minus infinity, which JSON lacks; the number that OpenAI uses."""

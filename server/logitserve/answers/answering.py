@@ -13,11 +13,18 @@ from fastapi.responses import Response
 
 from logitserve.answers.answer import Answer
 from logitserve.answers.arrow import ArrowAnswer
+from logitserve.answers.generation import Counts, Delta, Generation
 from logitserve.errors import from_exception
-from logitserve.generation import Counts, Delta, Generation
-from logitserve.job import Job
-from logitserve.middleware import LogFields
-from logitserve.sse import DONE, ArrowStream, ClientDisconnectedError, EventStream, event, until_disconnect
+from logitserve.http.middleware import LogFields
+from logitserve.http.sse import (
+    DONE,
+    ArrowStream,
+    ClientDisconnectedError,
+    EventStream,
+    event,
+    until_disconnect,
+)
+from logitserve.jobs.job import Job
 from logitserve.state import ServerState
 
 INLINE_BASE64_BYTES = 1 << 20

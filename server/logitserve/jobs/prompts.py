@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from logitserve.bounds import check_ids, check_length, too_large
+from logitserve.jobs.bounds import check_ids, check_length, too_large
 from logitserve.protocol.chat import Message
 from logitserve.protocol.inputs import InputBody, InputOrMessagesBody, Prompt
 from logitserve.state import Model, ServerState

@@ -6,7 +6,7 @@ import codecs
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from logitserve.token_table import TokenTable
+    from logitserve.text.token_table import TokenTable
 
 
 class Detokenizer:

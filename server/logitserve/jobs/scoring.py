@@ -13,15 +13,15 @@ from fastapi.responses import Response
 from logitengine.link.messages import GenerationRequest, HeadSpec, Pooling, PromptOutput, SamplingParams
 from msgspec import Struct
 
-from logitserve.answering import CLIENT_CLOSED_REQUEST, INLINE_LIST_BYTES
-from logitserve.bounds import check_context
-from logitserve.generation import Counts
-from logitserve.middleware import LogFields
-from logitserve.prompts import from_input, input_param
+from logitserve.answers.answering import CLIENT_CLOSED_REQUEST, INLINE_LIST_BYTES
+from logitserve.answers.generation import Counts
+from logitserve.http.middleware import LogFields
+from logitserve.http.sse import ClientDisconnectedError, until_disconnect
+from logitserve.jobs.bounds import check_context
+from logitserve.jobs.prompts import from_input, input_param
+from logitserve.jobs.streams import outputs_of
 from logitserve.protocol.inputs import InputBody, InputOrMessagesBody
-from logitserve.sse import ClientDisconnectedError, until_disconnect
 from logitserve.state import ServerState
-from logitserve.streams import outputs_of
 
 
 class Asked(Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from logitserve.errors import BadRequestError
-from logitserve.token_table import TokenTable
+from logitserve.text.token_table import TokenTable
 
 T = TypeVar("T")
 

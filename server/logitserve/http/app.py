@@ -12,7 +12,7 @@ from logitengine.link.client import EngineClient
 from logitserve import __version__
 from logitserve.config import ServerConfig
 from logitserve.errors import install_error_handlers
-from logitserve.middleware import BodyLimit, DrainGate, KeyGate, RequestLog
+from logitserve.http.middleware import BodyLimit, DrainGate, KeyGate, RequestLog
 from logitserve.routes import chat, completions, embeddings, health, logits, models, scores, tokens
 from logitserve.state import ServerState
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from logitengine.link.messages import GenerationRequest, HiddenStatesSpec, LogitsSpec, SamplingParams
 
-from logitserve.bounds import (
+from logitserve.config import ServerConfig
+from logitserve.errors import BadRequestError
+from logitserve.jobs.bounds import (
     answer_nbytes,
     check_answer_bytes,
     check_context,
@@ -17,9 +19,7 @@ from logitserve.bounds import (
     parse_logit_bias,
     too_large,
 )
-from logitserve.config import ServerConfig
-from logitserve.errors import BadRequestError
-from logitserve.prompts import PreparedPrompt, from_input, from_messages, from_texts, input_param
+from logitserve.jobs.prompts import PreparedPrompt, from_input, from_messages, from_texts, input_param
 from logitserve.protocol.chat import ChatBody
 from logitserve.protocol.completions import CompletionBody
 from logitserve.protocol.generation import GenerationBody

@@ -10,8 +10,8 @@ import pybase64
 from logitengine.link.messages import PromptOutput
 from numpy.typing import NDArray
 
+from logitserve.answers.logits_wire import to_numpy
 from logitserve.errors import ApiError, BadRequestError
-from logitserve.logits_wire import to_numpy
 from logitserve.state import Model
 
 

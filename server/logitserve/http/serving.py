@@ -13,8 +13,8 @@ from fastapi import FastAPI
 from logitengine.link.client import EngineClient
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from logitserve.app import create_app
 from logitserve.config import ServerConfig
+from logitserve.http.app import create_app
 from logitserve.state import ServerState
 
 logger = logging.getLogger(__name__)

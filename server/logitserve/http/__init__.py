@@ -1,0 +1,1 @@
+"""The web framework: the app, middleware, bodies, event streams."""

@@ -1,0 +1,1 @@
+"""Templates, tokenizers, and text from tokens."""
