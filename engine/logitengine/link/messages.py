@@ -14,6 +14,8 @@ LogitsDtype = Literal["float32", "float16", "bfloat16"]
 LogitsStage = Literal["raw", "processed"]
 LogitsPositions = Literal["generated", "prompt", "all"]
 FinishReason = Literal["stop", "length", "error"]
+DrawError = Literal["not_finite", "nothing_allowed"]
+"""Why a token could not be drawn: the model's logits were not finite, or the request's own bans left no token."""
 Pooling = Literal["mean", "last", "cls"]
 
 
@@ -142,6 +144,11 @@ class Logprobs(Struct, frozen=True, kw_only=True, array_like=True):
     top_ids: list[list[int]]
     top_logprobs: list[list[float]]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its numbers, 8 for each."""
+        return 8 * (2 * len(self.token_logprobs) + 2 * sum(map(len, self.top_ids)))
+
 
 class PromptOutput(Struct, frozen=True, kw_only=True, array_like=True):
     """Rows of the prompt, in order and each exactly once.
@@ -161,8 +168,8 @@ class PromptOutput(Struct, frozen=True, kw_only=True, array_like=True):
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.logits, self.hidden_states, self.values, self.pooled)
-        return sum(array.nbytes for array in arrays if array is not None)
+        blocks = (self.logits, self.logprobs, self.hidden_states, self.values, self.pooled)
+        return sum(block.nbytes for block in blocks if block is not None)
 
 
 class StepOutput(Struct, frozen=True, kw_only=True, array_like=True):
@@ -183,11 +190,13 @@ class StepOutput(Struct, frozen=True, kw_only=True, array_like=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
+    error: DrawError | None = None
+    """Set where ``finish_reason`` is "error"."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its arrays: what counts against the request's window until the reader has taken it."""
-        blocks = (self.logits, self.hidden_states, self.prompt)
+        """Bytes of its arrays and log-probabilities: they count against the request's window until the reader took them."""
+        blocks = (self.logits, self.logprobs, self.hidden_states, self.prompt)
         return sum(block.nbytes for block in blocks if block is not None)
 
 
