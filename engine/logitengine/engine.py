@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from logitkernels.sampling import NOTHING_ALLOWED
 from msgspec.structs import replace
 
 from logitengine.config import EngineConfig
 from logitengine.errors import EngineOverloadedError, RequestRefusedError
 from logitengine.link.messages import EngineStats, GenerationRequest, ModelInfo, StepOutput
 from logitengine.model.loader import LoadedModel
-from logitengine.run.batch import Batch, build_batch
-from logitengine.run.reporter import Reporter, Shown
-from logitengine.run.runner import ModelRunner
+from logitengine.run.plan import StepPlan, plan_step
+from logitengine.run.rows import prompt_row_nbytes
 from logitengine.run.sampler import Sampler
+from logitengine.run.step_rows import StepRows
 from logitengine.schedule.block_manager import BlockManager
 from logitengine.schedule.scheduler import Chunk, Scheduler
 from logitengine.schedule.sequence import Sequence
@@ -22,12 +23,20 @@ from logitengine.schedule.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step that was launched: the tokens that ``positions`` await and what was asked of it come when ``wait`` is over."""
+    """A step that was launched: ``rows`` may be read, and tokens learnt at ``positions``, once ``wait`` is over."""
 
-    batch: Batch
+    plan: StepPlan
     positions: list[int]
-    shown: Shown
+    rows: StepRows
     wait: Callable[[], None]
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request's choices that are not over, and the bytes that were reported and its reader has not taken yet."""
+
+    sequences: list[Sequence]
+    unread_bytes: int = 0
 
 
 class Engine:
@@ -39,18 +48,15 @@ class Engine:
     def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
         self.config = config
         self.info: ModelInfo = loaded.info
-        self._runner: ModelRunner = loaded.runner
+        self._runner = loaded.runner
         self._device = loaded.device
-        self._reporter = Reporter(loaded.runner, loaded.kernels, loaded.heads, loaded.device)
         self._blocks = BlockManager(
             loaded.info.num_blocks, config.block_size, prefix_caching=config.prefix_caching
         )
-        self._scheduler = Scheduler(
-            config, self._blocks, throttled=self._is_throttled, max_chunk=self._max_chunk
-        )
+        self._scheduler = Scheduler(config, self._blocks)
         self._sampler = Sampler(loaded.info.eos_token_ids)
         self._under_way: _Step | None = None
-        self._unread_bytes: dict[str, int] = {}
+        self._requests: dict[str, _Request] = {}
         self._num_arrivals = 0
         self.num_steps = 0
         self._num_prompt_tokens = 0
@@ -61,25 +67,34 @@ class Engine:
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises RequestRefusedError or EngineOverloadedError, and then nothing has changed."""
         self._check(request)
-        self._unread_bytes[request.request_id] = 0
-        leader: Sequence | None = None
+        info = self.info
+        row_nbytes = prompt_row_nbytes(request.outputs, info.vocab_size, info.hidden_size, info.heads)
+        sequences: list[Sequence] = []
         for index in range(request.n):
-            sequence = Sequence(request, index, self._num_arrivals, leader)
+            leader = sequences[0] if sequences else None
+            sequences.append(
+                Sequence.of(request, index, self._num_arrivals, leader=leader, row_nbytes=row_nbytes)
+            )
             self._num_arrivals += 1
-            self._scheduler.add(sequence)
-            leader = leader or sequence
+            self._scheduler.add(sequences[-1])
+        self._requests[request.request_id] = _Request(sequences)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Forget a request or one of its choices, and free its blocks. Unknown ones are ignored."""
-        for sequence in list(self._scheduler):
-            if sequence.request.request_id == request_id and index in (None, sequence.index):
-                self._scheduler.remove(sequence)
-                self._forget_if_done(sequence)
+        request = self._requests.get(request_id)
+        for sequence in list(request.sequences) if request is not None else ():
+            if index in (None, sequence.index):
+                self._remove(sequence)
 
     def consumed(self, request_id: str, nbytes: int) -> None:
-        """The reader took ``nbytes`` of the request's arrays."""
-        if request_id in self._unread_bytes:
-            self._unread_bytes[request_id] -= nbytes
+        """The reader took ``nbytes`` of the request's outputs."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        request.unread_bytes -= nbytes
+        if request.unread_bytes < self.config.logits_window_bytes:
+            for sequence in request.sequences:
+                self._scheduler.resume(sequence)
 
     @property
     def has_work(self) -> bool:
@@ -100,6 +115,7 @@ class Engine:
         return EngineStats(
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting),
+            num_parked=len(self._scheduler.parked),
             num_used_blocks=self._blocks.num_used,
             num_steps=self.num_steps,
             num_preemptions=self._scheduler.num_preemptions,
@@ -111,7 +127,7 @@ class Engine:
     # One step.
 
     def step(self) -> list[StepOutput]:
-        """Schedule, run, sample, and say what came of it. Empty when everyone's reader lags behind.
+        """Schedule, plan, execute, report. Empty when everyone's reader lags behind.
 
         On a device that overlaps, what is reported is the step before the one that is launched here.
         """
@@ -123,73 +139,93 @@ class Engine:
     def _launch(self) -> _Step | None:
         """Put the next step on the device. Sequences go on from tokens that only the device knows yet."""
         chunks = self._scheduler.schedule()
+        dropped = self._scheduler.dropped
+        if not chunks and not dropped:
+            return None
+        plan = plan_step(chunks, self.config.block_size, self._sampler.row, dropped)
+        dropped.clear()
+        rows = self._runner.execute(plan)
         if not chunks:
             return None
-        batch = build_batch(chunks, self.config.block_size)
-        computed = self._runner.execute(batch, [self._sampler.row(chunk.sequence) for chunk in batch.drawing])
-        shown = self._reporter.show(batch, computed)
         for chunk in chunks:
             self._scheduler.complete(chunk)
-        positions = [chunk.sequence.await_token(row) for row, chunk in enumerate(batch.drawing)]
-        return _Step(batch, positions, shown, self._device.mark())
+        positions = [chunk.sequence.await_token(row) for row, chunk in enumerate(plan.drawing)]
+        return _Step(plan, positions, rows, self._device.mark())
 
     def _report(self, step: _Step) -> list[StepOutput]:
         """Wait for a launched step and say what it did for the sequences that are still there."""
         step.wait()
-        token_ids: list[int] = step.shown.tokens.tolist()
+        token_ids: list[int] = [] if step.rows.token_ids is None else step.rows.token_ids.tolist()
         drawn = {
             chunk.sequence: (row, position, token_id)
             for row, (chunk, position, token_id) in enumerate(
-                zip(step.batch.drawing, step.positions, token_ids, strict=True)
+                zip(step.plan.drawing, step.positions, token_ids, strict=True)
             )
         }
         outputs: list[StepOutput] = []
-        for chunk in step.batch.chunks:
-            if chunk.sequence.finished:
+        for chunk in step.plan.chunks:
+            sequence = chunk.sequence
+            if sequence.is_finished:
                 continue
-            if chunk.sequence in drawn:
-                outputs.append(self._advance(chunk.sequence, *drawn[chunk.sequence], step.shown))
-            else:
-                outputs += self._hold(chunk, step.shown)
-        self._count(step.batch.chunks, outputs)
+            draw = drawn.get(sequence)
+            output = (
+                self._prompt_output(chunk, step.rows)
+                if draw is None
+                else self._drawn_output(sequence, *draw, step.rows)
+            )
+            if output is not None:
+                outputs.append(output)
+                self._deliver(sequence, output)
+        self._count(step.plan.chunks, outputs)
         return outputs
 
-    def _advance(
-        self, sequence: Sequence, row: int, position: int, token_id: int, shown: Shown
+    def _drawn_output(
+        self, sequence: Sequence, row: int, position: int, token_id: int, rows: StepRows
     ) -> StepOutput:
         """Learn the token that was drawn for ``position`` and report it with the rows that it came from."""
         if token_id < 0:
-            self._finish(sequence)
-            return replace(shown.output(sequence, None, None), finish_reason="error")
-        output = shown.output(sequence, row, token_id)
+            error = "nothing_allowed" if token_id == NOTHING_ALLOWED else "not_finite"
+            return replace(rows.prompt_output(sequence), finish_reason="error", error=error)
+        output = rows.drawn_output(sequence, row, token_id)
         sequence.learn(position, token_id)
         if self._sampler.ends(sequence, token_id):
-            self._finish(sequence)
             return replace(output, finish_reason="stop", stop_token_id=token_id)
         if position + 1 - sequence.num_prompt_tokens >= sequence.sampling.max_tokens:
-            self._finish(sequence)
             return replace(output, finish_reason="length")
         return output
 
-    def _hold(self, chunk: Chunk, shown: Shown) -> Iterator[StepOutput]:
+    def _prompt_output(self, chunk: Chunk, rows: StepRows) -> StepOutput | None:
         """Report a chunk that drew nothing: its prompt rows if there are any, and the end of a prompt-only request."""
         sequence = chunk.sequence
-        complete = sequence.sampling.max_tokens == 0 and chunk.stop == sequence.num_prompt_tokens
-        if complete:
-            self._finish(sequence)
-        output = shown.output(sequence, None, None)
-        if complete or output.prompt is not None:
-            yield replace(output, finish_reason="length" if complete else None)
+        is_complete = sequence.sampling.max_tokens == 0 and chunk.is_prompt_done
+        if not is_complete and sequence not in rows.prompts:
+            return None
+        output = rows.prompt_output(sequence)
+        return replace(output, finish_reason="length") if is_complete else output
+
+    def _deliver(self, sequence: Sequence, output: StepOutput) -> None:
+        """Count what the reader has to take, and park its request where that is too much."""
+        request = self._requests[sequence.request_id]
+        if output.finish_reason is not None:
+            self._remove(sequence)
+        request.unread_bytes += output.nbytes
+        if request.unread_bytes >= self.config.logits_window_bytes:
+            for other in request.sequences:
+                self._scheduler.park(other)
+
+    def _remove(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence)
+        request = self._requests[sequence.request_id]
+        request.sequences.remove(sequence)
+        if not request.sequences:
+            del self._requests[sequence.request_id]
 
     def _count(self, chunks: list[Chunk], outputs: list[StepOutput]) -> None:
         self.num_steps += 1
-        self._num_prompt_tokens += sum(
-            max(0, min(chunk.stop, chunk.sequence.num_prompt_tokens) - chunk.start) for chunk in chunks
-        )
-        for output in outputs:
-            self._num_generated_tokens += len(output.token_ids)
-            if output.request_id in self._unread_bytes:
-                self._unread_bytes[output.request_id] += output.nbytes
+        for chunk in chunks:
+            prompt_stop = min(chunk.stop, chunk.sequence.num_prompt_tokens)
+            self._num_prompt_tokens += max(0, prompt_stop - chunk.start)
+        self._num_generated_tokens += sum(len(output.token_ids) for output in outputs)
 
     # Bounds.
 
@@ -212,30 +248,7 @@ class Engine:
             raise RequestRefusedError(
                 f"{self.info.architecture} has no language-model head: no tokens, no logits"
             )
-        if request.request_id in self._unread_bytes:
+        if request.request_id in self._requests:
             raise RequestRefusedError(f"request id {request.request_id!r} is in use")
         if len(self._scheduler.waiting) >= self.config.max_waiting:
             raise EngineOverloadedError(f"{self.config.max_waiting} sequences are waiting already")
-
-    # Backpressure: a reader that lags holds up its own request and nobody else's.
-
-    def _is_throttled(self, sequence: Sequence) -> bool:
-        return self._unread_bytes[sequence.request.request_id] >= self.config.logits_window_bytes
-
-    def _max_chunk(self, sequence: Sequence) -> int | None:
-        """Prompt rows of one step must fit a quarter of the request's window."""
-        if not sequence.wants_prompt_rows:
-            return None
-        nbytes = self._reporter.prompt_row_nbytes(
-            sequence.request, self.info.vocab_size, self.info.hidden_size
-        )
-        return max(1, self.config.logits_window_bytes // 4 // nbytes) if nbytes else None
-
-    def _finish(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence)
-        self._forget_if_done(sequence)
-
-    def _forget_if_done(self, sequence: Sequence) -> None:
-        request_id = sequence.request.request_id
-        if not any(other.request.request_id == request_id for other in self._scheduler):
-            self._unread_bytes.pop(request_id, None)

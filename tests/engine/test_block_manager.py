@@ -19,7 +19,7 @@ def make_sequence(tokens: list[int], salt: str | None = None, arrival: int = 0) 
         sampling=SamplingParams(max_tokens=1),
         cache_salt=salt,
     )
-    return Sequence(request, 0, arrival)
+    return Sequence.of(request, 0, arrival)
 
 
 def compute(manager: BlockManager, sequence: Sequence) -> None:

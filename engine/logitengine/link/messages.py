@@ -91,34 +91,70 @@ class HeadSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     every_position: bool = False
 
 
-class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One request: a prompt and ``n`` independent continuations of it.
+class OutputSpec(Struct, frozen=True, kw_only=True):
+    """What a request asks to see beside its tokens.
 
     ``logprobs`` and ``prompt_logprobs`` are the number of most likely tokens reported beside the token itself (0: only
     the token itself; None: off). They are log-softmax of the raw logits.
     """
 
+    logits: LogitsSpec | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    hidden_states: HiddenStatesSpec | None = None
+    pooling: Pooling | None = None
+    head: HeadSpec | None = None
+
+    @property
+    def of_prompt(self) -> OutputSpec:
+        """What is asked of prompt rows alone: requests that agree in it are computed together."""
+        logits, hidden_states = self.logits, self.hidden_states
+        return OutputSpec(
+            logits=logits if logits is not None and logits.wants_prompt else None,
+            prompt_logprobs=self.prompt_logprobs,
+            hidden_states=hidden_states if hidden_states is not None and hidden_states.wants_prompt else None,
+            pooling=self.pooling,
+            head=self.head,
+        )
+
+    def first_prompt_row(self, num_prompt_tokens: int) -> int:
+        """The first prompt position of which a row is needed; ``num_prompt_tokens`` where none is."""
+        if (
+            self.prompt_logprobs is not None
+            or (self.logits is not None and self.logits.wants_prompt)
+            or (self.hidden_states is not None and self.hidden_states.wants_prompt)
+            or (self.head is not None and self.head.every_position)
+            or self.pooling in ("mean", "cls")
+        ):
+            return 0
+        needs_last = self.head is not None or self.pooling is not None
+        return num_prompt_tokens - needs_last
+
+
+class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One request: a prompt and ``n`` independent continuations of it; its last six fields are OutputSpec's."""
+
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     n: int = 1
+    cache_salt: str | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logits: LogitsSpec | None = None
     hidden_states: HiddenStatesSpec | None = None
     pooling: Pooling | None = None
     head: HeadSpec | None = None
-    cache_salt: str | None = None
 
     @property
-    def wants_prompt_rows(self) -> bool:
-        """Whether something is asked of every position of the prompt, so that none may be skipped."""
-        return (
-            self.prompt_logprobs is not None
-            or (self.logits is not None and self.logits.wants_prompt)
-            or (self.hidden_states is not None and self.hidden_states.wants_prompt)
-            or (self.head is not None and self.head.every_position)
-            or self.pooling in ("mean", "cls")
+    def outputs(self) -> OutputSpec:
+        return OutputSpec(
+            logits=self.logits,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            hidden_states=self.hidden_states,
+            pooling=self.pooling,
+            head=self.head,
         )
 
 
@@ -227,8 +263,9 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
 
 
 class EngineStats(Struct, frozen=True, kw_only=True, array_like=True):
-    """The engine after a step: sequences running and waiting, KV blocks in use, preemptions and prefix-cache hits so
-    far."""
+    """The engine after a step: sequences that run, wait and are parked (their reader lags), KV blocks in use, and what was
+    counted so far.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -238,6 +275,7 @@ class EngineStats(Struct, frozen=True, kw_only=True, array_like=True):
     num_prefix_hit_tokens: int = 0
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
+    num_parked: int = 0
 
 
 # Server to engine.

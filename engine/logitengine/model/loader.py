@@ -45,7 +45,6 @@ class LoadedModel:
     runner: ModelRunner
     kernels: Kernels
     device: Device
-    heads: dict[str, ValueHead]
 
 
 def load(
@@ -117,14 +116,17 @@ def prepare(
         "fused" if network.is_fused else "through transformers' modules",
     )
     longest = _longest(config, model.config)
-    servable = _Servable(config, network, dtype, kernels, device, shapes, longest, can_generate=can_generate)
+    vocab_size = model.config.get_text_config().vocab_size
+    servable = _Servable(
+        config, network, heads, dtype, kernels, device, shapes, longest, vocab_size if can_generate else None
+    )
     num_blocks = config.num_blocks or servable.affordable_blocks()
     runner = servable.runner(num_blocks)
     if can_generate:
         _check_head(runner, model, dtype, device)
     if device.captures:
         # Kernels compile here, not in somebody's request.
-        largest_step(runner, config, longest=longest, can_generate=can_generate)
+        largest_step(runner, config, longest=longest, vocab_size=servable.vocab_size)
         if can_generate:
             runner.record_steps()
     return LoadedModel(
@@ -132,7 +134,7 @@ def prepare(
             model_path=str(checkpoint.path),
             tokenizer_path=str(checkpoint.tokenizer_path),
             architecture=type(model).__name__,
-            vocab_size=model.config.get_text_config().vocab_size,
+            vocab_size=vocab_size,
             max_model_len=_max_model_len(config, longest, num_blocks),
             eos_token_ids=_eos_token_ids(model),
             dtype=str(dtype).removeprefix("torch."),
@@ -145,7 +147,6 @@ def prepare(
             can_generate=can_generate,
             heads={name: head.num_outputs for name, head in heads.items()},
         ),
-        heads=heads,
         runner=runner,
         kernels=kernels,
         device=device,
@@ -158,12 +159,14 @@ class _Servable:
 
     config: EngineConfig
     network: Network
+    value_heads: dict[str, ValueHead]
     dtype: torch.dtype
     kernels: Kernels
     device: Device
     shapes: list[LayerShape]
     longest: int | None
-    can_generate: bool
+    vocab_size: int | None
+    """None for a model that does not generate."""
 
     def runner(self, num_blocks: int) -> ModelRunner:
         kv_cache = PagedKVCache.allocate(
@@ -176,7 +179,13 @@ class _Servable:
             joins_layers=self.kernels.reads_strided_caches,
         )
         return ModelRunner(
-            self.network, self.kernels, self.device, kv_cache, max_num_seqs=self.config.max_num_seqs
+            self.network,
+            self.kernels,
+            self.device,
+            kv_cache,
+            value_heads=self.value_heads,
+            max_num_seqs=self.config.max_num_seqs,
+            max_held_rows=self.config.max_num_batched_tokens,
         )
 
     def affordable_blocks(self) -> int:
@@ -184,7 +193,7 @@ class _Servable:
         budget = self.config.kv_cache_bytes or self.device.kv_cache_bytes(
             self.config.memory_fraction,
             lambda: largest_step(
-                self.runner(1), self.config, longest=self.longest, can_generate=self.can_generate
+                self.runner(1), self.config, longest=self.longest, vocab_size=self.vocab_size
             ),
         )
         num_blocks = budget // bytes_per_block(self.shapes, self.config.block_size, self.dtype)

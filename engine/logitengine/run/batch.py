@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -20,7 +20,7 @@ from logitengine.schedule.scheduler import Chunk
 class Batch:
     """The chunks one after another, without padding, on the host.
 
-    Chunk i's tokens are the rows ``starts[i]:starts[i] + len(chunk)`` of the flattened batch.
+    Chunk i's tokens are the rows ``starts[i]:starts[i] + num_tokens`` of the flattened batch.
 
     Attributes:
         drawing: the chunks that draw a token, in order; ``drawing_rows`` int64 are the rows that score it.
@@ -43,11 +43,6 @@ class Batch:
     def is_decode(self) -> bool:
         """Every chunk is one token that draws the next: the batch's rows are the drawing rows."""
         return self.max_query_len == 1 and len(self.drawing) == len(self.chunks)
-
-    def split(self, rows: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
-        """Each chunk with its own rows of something [T, ...] that was computed for the batch."""
-        for chunk, start in zip(self.chunks, self.starts, strict=True):
-            yield chunk, rows[start : start + chunk.stop - chunk.start]
 
     def padded(self, num_seqs: int, num_blocks: int) -> dict[str, NDArray[Any]]:
         """The arrays of a decode batch as those of ``num_seqs`` sequences with tables of ``num_blocks`` blocks."""

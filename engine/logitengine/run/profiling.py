@@ -2,56 +2,56 @@
 
 from __future__ import annotations
 
-from logitkernels.sampling import RowSampling
-
 from logitengine.config import EngineConfig
-from logitengine.link.messages import GenerationRequest, SamplingParams
-from logitengine.run.batch import build_batch
-from logitengine.run.reporter import HEAD_ROWS
+from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.run.plan import plan_step
+from logitengine.run.rows import row_nbytes
 from logitengine.run.runner import ModelRunner
+from logitengine.run.sampler import Sampler
 from logitengine.schedule.scheduler import Chunk
-from logitengine.schedule.sequence import Sequence
+from logitengine.schedule.sequence import Sequence, SequenceState
+
+SHOWN = LogitsSpec(positions="all", stage="processed")
+"""Every row of the vocabulary, in the widest dtype, of what is drawn and of the prompt."""
 
 
 def largest_step(
-    runner: ModelRunner, config: EngineConfig, *, longest: int | None, can_generate: bool
+    runner: ModelRunner, config: EngineConfig, *, longest: int | None, vocab_size: int | None
 ) -> None:
     """A full token budget over as many sequences as may run, none longer than ``longest``, with every row asked for.
 
-    Where the model generates, all draw, filtered, every drawn row is shown in its widest dtype, and so are as many prompt
-    rows as go through the head at once. The runner's cache needs one block: what is computed is never read.
+    Where the model generates (``vocab_size`` is not None), all draw, filtered, and every drawn row is shown. As many
+    prompt rows are given as one step may give, and the rest of the hidden states is held. The runner's cache needs one
+    block: what is computed is never read.
     """
     count = min(config.max_num_seqs, config.max_num_batched_tokens)
     length = config.max_num_batched_tokens // count
     if longest is not None:
         length = min(length, longest)
-    chunks = [
-        Chunk(_prompt(index, length, config.block_size, int(can_generate)), 0, length)
-        for index in range(count)
-    ]
-    row = RowSampling(
-        temperature=1.0,
-        top_k=0,
-        top_p=0.9,
-        min_p=0.0,
-        seed=0,
-        stream=0,
-        position=length,
-        shows_processed=True,
+    rows_left = (
+        0 if vocab_size is None else max(1, config.logits_window_bytes // row_nbytes(SHOWN, vocab_size))
     )
-    computed = runner.execute(build_batch(chunks, config.block_size), [row] * count if can_generate else [])
-    if can_generate:
-        drawn = computed.logits.clone()
-        prompt = runner.head(computed.hidden[:HEAD_ROWS]).clone()
-        del drawn, prompt
+    chunks = []
+    for index in range(count):
+        sequence = _prompt(index, length, config.block_size, generates=vocab_size is not None)
+        rows = range(min(length, rows_left) if vocab_size is not None else length)
+        rows_left -= len(rows)
+        chunks.append(Chunk(sequence, 0, length, rows))
+    sampler = Sampler(eos_token_ids=[])
+    runner.execute(plan_step(chunks, config.block_size, sampler.row))
+    for chunk in chunks:
+        chunk.sequence.state = SequenceState.FINISHED
+    finished = [chunk.sequence for chunk in chunks]
+    runner.execute(plan_step([], config.block_size, sampler.row, dropped=finished))
 
 
-def _prompt(index: int, length: int, block_size: int, max_tokens: int) -> Sequence:
+def _prompt(index: int, length: int, block_size: int, *, generates: bool) -> Sequence:
     request = GenerationRequest(
         request_id=str(index),
         prompt_token_ids=[0] * length,
-        sampling=SamplingParams(max_tokens=max_tokens),
+        sampling=SamplingParams(max_tokens=int(generates), top_p=0.9),
+        logits=SHOWN if generates else None,
     )
-    sequence = Sequence(request, 0, index)
+    sequence = Sequence.of(request, 0, index)
     sequence.block_table = [0] * -(-length // block_size)
     return sequence

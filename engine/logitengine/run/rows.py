@@ -1,4 +1,4 @@
-"""From rows of logits to what a request asked to see of them."""
+"""From rows of logits to what is shown of them."""
 
 from __future__ import annotations
 
@@ -8,44 +8,61 @@ import torch
 from logitkernels import Kernels
 from torch import Tensor
 
-from logitengine.link.messages import Array, LogitsRows, LogitsSpec, Logprobs
+from logitengine.link.messages import Array, LogitsRows, LogitsSpec, Logprobs, OutputSpec
 from logitengine.run.devices import Device
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def row_nbytes(spec: LogitsSpec, vocab_size: int) -> int:
-    """Bytes of one row as it travels."""
+    """Bytes of one row of logits as it travels."""
     itemsize = TORCH_DTYPES[spec.dtype].itemsize
-    columns = (
-        spec.top_k if spec.top_k is not None else len(spec.token_ids) if spec.token_ids is not None else None
-    )
-    return vocab_size * itemsize if columns is None else columns * (itemsize + 4)
+    if spec.top_k is not None:
+        return spec.top_k * (itemsize + 4)
+    if spec.token_ids is not None:
+        return len(spec.token_ids) * (itemsize + 4)
+    return vocab_size * itemsize
+
+
+def prompt_row_nbytes(
+    outputs: OutputSpec, vocab_size: int, hidden_size: int, head_sizes: dict[str, int]
+) -> int:
+    """Bytes that one prompt row of a request makes; 0 where nothing travels for each row."""
+    asked = outputs.of_prompt
+    total = 0
+    if asked.logits is not None:
+        total += row_nbytes(asked.logits, vocab_size)
+    if asked.prompt_logprobs is not None:
+        total += 8 * (2 + 2 * asked.prompt_logprobs)
+    if asked.hidden_states is not None:
+        total += hidden_size * TORCH_DTYPES[asked.hidden_states.dtype].itemsize
+    if asked.head is not None and asked.head.every_position:
+        total += 4 * head_sizes[asked.head.name]
+    return total
 
 
 @dataclass(frozen=True, slots=True)
-class Selected:
-    """The asked-for columns of some rows: ``values`` [R, V], or [R, k] with ``token_ids`` int32 [R, k]."""
+class LogitsBlock:
+    """The columns that were asked for of some rows: ``values`` [R, V], or [R, k] with ``token_ids`` int32 [R, k]."""
 
     values: Tensor
     token_ids: Tensor | None = None
 
-    def fetch(self, device: Device) -> Selected:
-        """On their way to the host: to be read once the wait of the device's next mark is over."""
-        return Selected(
-            device.fetch(self.values), None if self.token_ids is None else device.fetch(self.token_ids)
-        )
+    def fetch(self, device: Device) -> LogitsBlock:
+        """The block on its way to the host: to be read once the wait of the device's next mark is over."""
+        ids = None if self.token_ids is None else device.fetch(self.token_ids)
+        return LogitsBlock(device.fetch(self.values), ids)
 
     def rows(self, start: int, stop: int) -> LogitsRows:
-        """Some of the rows, of fetched ones, as they travel."""
+        """Rows ``start:stop`` of a fetched block, as they travel."""
         return LogitsRows(
             values=to_array(self.values[start:stop]),
             token_ids=None if self.token_ids is None else to_array(self.token_ids[start:stop]),
         )
 
 
-def select(rows: Tensor, spec: LogitsSpec, kernels: Kernels) -> Selected:
-    """The asked-for columns of ``rows`` (float32 [R, V]) in the asked-for dtype. Always a copy."""
+def take_columns(rows: Tensor, spec: LogitsSpec, kernels: Kernels) -> LogitsBlock:
+    """What ``spec`` asks of ``rows`` (float32 [R, V]), in its dtype. Always a copy."""
     dtype = TORCH_DTYPES[spec.dtype]
     if spec.top_k is not None:
         ids, values = kernels.top_k_logits(rows, spec.top_k)
@@ -53,20 +70,20 @@ def select(rows: Tensor, spec: LogitsSpec, kernels: Kernels) -> Selected:
         chosen = torch.tensor(spec.token_ids, device=rows.device)
         ids, values = chosen.expand(rows.shape[0], -1), rows[:, chosen]
     else:
-        return Selected(rows.to(dtype, copy=True))
-    return Selected(values.to(dtype), ids.to(torch.int32).contiguous())
+        return LogitsBlock(rows.to(dtype, copy=True))
+    return LogitsBlock(values.to(dtype), ids.to(torch.int32).contiguous())
 
 
-def join_selected(parts: list[Selected]) -> Selected:
+def join_logits(parts: list[LogitsBlock]) -> LogitsBlock:
     if len(parts) == 1:
         return parts[0]
     ids = [part.token_ids for part in parts if part.token_ids is not None]
-    return Selected(torch.cat([part.values for part in parts]), torch.cat(ids) if ids else None)
+    return LogitsBlock(torch.cat([part.values for part in parts]), torch.cat(ids) if ids else None)
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """Log-softmax of some raw rows: of a token in each, its rank, and of the k likeliest.
+class LogprobsBlock:
+    """Log-softmax of some raw rows: of one token in each, its rank, and of the k likeliest.
 
     ``logprobs`` float32 [R], ``ranks`` int64 [R], ``top_ids`` int64 [R, k], ``top_logprobs`` float32 [R, k].
     """
@@ -76,13 +93,13 @@ class Scores:
     top_ids: Tensor
     top_logprobs: Tensor
 
-    def fetch(self, device: Device) -> Scores:
-        """On their way to the host: to be read once the wait of the device's next mark is over."""
+    def fetch(self, device: Device) -> LogprobsBlock:
+        """The block on its way to the host: to be read once the wait of the device's next mark is over."""
         tensors = (self.logprobs, self.ranks, self.top_ids, self.top_logprobs)
-        return Scores(*(device.fetch(tensor) for tensor in tensors))
+        return LogprobsBlock(*(device.fetch(tensor) for tensor in tensors))
 
     def rows(self, start: int, stop: int) -> Logprobs:
-        """Some of the rows, of fetched ones, as they travel."""
+        """Rows ``start:stop`` of a fetched block, as they travel."""
         return Logprobs(
             token_logprobs=self.logprobs[start:stop].tolist(),
             ranks=self.ranks[start:stop].tolist(),
@@ -91,15 +108,15 @@ class Scores:
         )
 
 
-def score(rows: Tensor, token_ids: Tensor, top: int, kernels: Kernels) -> Scores:
-    """The scores of ``token_ids`` int64 [R] and of the ``top`` likeliest tokens in ``rows`` (float32 [R, V])."""
+def compute_logprobs(rows: Tensor, token_ids: Tensor, top: int, kernels: Kernels) -> LogprobsBlock:
+    """Log-probabilities of ``token_ids`` int64 [R] and of the ``top`` likeliest tokens in ``rows`` (float32 [R, V])."""
     chosen, normaliser = kernels.gather_logits(rows, token_ids[:, None])
     normaliser = normaliser[:, None]
     ranks = kernels.count_above(rows, chosen.squeeze(-1))
     ids, values = (
         kernels.top_k_logits(rows, top) if top else (token_ids.new_empty(len(rows), 0), chosen[:, :0])
     )
-    return Scores(
+    return LogprobsBlock(
         logprobs=(chosen - normaliser).squeeze(-1),
         ranks=ranks,
         top_ids=ids,
@@ -107,10 +124,10 @@ def score(rows: Tensor, token_ids: Tensor, top: int, kernels: Kernels) -> Scores
     )
 
 
-def join_scores(parts: list[Scores]) -> Scores:
+def join_logprobs(parts: list[LogprobsBlock]) -> LogprobsBlock:
     if len(parts) == 1:
         return parts[0]
-    return Scores(
+    return LogprobsBlock(
         logprobs=torch.cat([part.logprobs for part in parts]),
         ranks=torch.cat([part.ranks for part in parts]),
         top_ids=torch.cat([part.top_ids for part in parts]),

@@ -1,9 +1,8 @@
-"""Runs a network over batches, its head over the rows that were asked for, and draws the next tokens."""
+"""Executes step plans: runs a network over a batch, draws the next tokens, and computes what the plan shows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from logitkernels import Kernels
@@ -12,31 +11,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from logitengine.model.network import Network
+from logitengine.model.value_heads import ValueHead
 from logitengine.run.batch import Batch, DeviceBatch
 from logitengine.run.devices import Device
 from logitengine.run.graphs import DecodeGraphs
 from logitengine.run.kv_cache import LayerShape, PagedKVCache, ShapeProbe
-
-
-@dataclass(frozen=True, slots=True)
-class Computed:
-    """What a step computed, on the device, until the next one is launched.
-
-    ``hidden`` [T, H] of every token of the batch; ``drawn_hidden`` [R, H], raw ``logits`` float32 [R, V], ``token_ids``
-    int32 [R] (-1: no distribution) and ``processed`` float32 [R, V] (where a row shows it) of the rows that draw.
-    """
-
-    hidden: Tensor
-    drawn_hidden: Tensor
-    logits: Tensor
-    token_ids: Tensor
-    processed: Tensor | None = None
+from logitengine.run.plan import StepPlan
+from logitengine.run.row_computer import Forward, RowComputer
+from logitengine.run.step_rows import StepRows
 
 
 class ModelRunner:
-    """``execute`` computes a batch; ``head`` gives raw logits for rows of hidden states.
+    """One model on one device with its cache, and what is kept of sequences from one step to the next.
 
     Decode steps of a fused network are replayed where the device captures.
+
+    Args:
+        value_heads: by name.
+        max_num_seqs: sequences in one step at most.
+        max_held_rows: hidden states that are held at most; see `HeldStates`.
     """
 
     def __init__(
@@ -46,13 +39,16 @@ class ModelRunner:
         device: Device,
         kv_cache: PagedKVCache,
         *,
+        value_heads: Mapping[str, ValueHead],
         max_num_seqs: int,
+        max_held_rows: int,
     ) -> None:
         self.kv_cache = kv_cache
         self._decoder = network.decoder(kv_cache)
         self._head = network.head
         self._kernels = kernels
         self._device = device
+        self.rows = RowComputer(self.head, kernels, device, value_heads, max_held_rows)
         # Row i is what row i of the latest draw gave: the next step reads its input tokens here.
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device.torch_device)
         self._graphs = (
@@ -75,11 +71,17 @@ class ModelRunner:
             self._graphs.record_all()
 
     @torch.inference_mode()
-    def execute(self, batch: Batch, rows: Sequence[RowSampling]) -> Computed:
-        """Launch the batch: store its keys and values, and draw by ``rows``, one for each drawing chunk."""
+    def execute(self, plan: StepPlan) -> StepRows:
+        """Launch the step: store its keys and values, draw, and fetch what is shown."""
+        for sequence in plan.dropped:
+            self.rows.drop(sequence)
+        forward = None if plan.batch is None else self._forward(plan.batch, plan.sampling)
+        return self.rows.compute(plan, forward)
+
+    def _forward(self, batch: Batch, rows: Sequence[RowSampling]) -> Forward:
         if self._graphs is not None and batch.is_decode:
             outputs = self._graphs.run(batch, rows)
-            return Computed(**{**outputs, "token_ids": outputs["token_ids"].clone()})
+            return Forward(**{**outputs, "token_ids": outputs["token_ids"].clone()})
         arrays = {**batch.arrays, "drawing_rows": batch.drawing_rows}
         sampling: Sequence[RowSampling] | PackedRows = rows
         if self._kernels.packs_sampling:
@@ -92,10 +94,10 @@ class ModelRunner:
         awaited = self._last_tokens if batch.awaits_tokens else None
         on_device = DeviceBatch.of(tensors, awaited, batch.max_query_len, batch.max_seq_len)
         hidden = self._decoder(on_device)
-        drawn_hidden = hidden if batch.is_decode else hidden[tensors["drawing_rows"]]
         if not rows:
-            return Computed(hidden, drawn_hidden, drawn_hidden.float(), self._last_tokens[:0], None)
-        return Computed(hidden, drawn_hidden, *self._draw(drawn_hidden, sampling))
+            return Forward(hidden)
+        drawn_hidden = hidden if batch.is_decode else hidden[tensors["drawing_rows"]]
+        return Forward(hidden, drawn_hidden, *self._draw(drawn_hidden, sampling))
 
     def _decode_step(
         self, tensors: dict[str, Tensor], sampling: PackedRows, max_seq_len: int

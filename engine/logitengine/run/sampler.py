@@ -1,17 +1,15 @@
-"""How the next token of every sequence that is due one is to be drawn."""
+"""From a sequence's sampling params to how its next token is drawn."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from logitkernels.sampling import RowSampling
-from torch import Tensor
 
 from logitengine.schedule.sequence import Sequence
 
 
 class Sampler:
-    """From sampling params to the kernels' terms. Stateless but for which tokens of the model end an answer."""
+    """Knows which tokens of the model end an answer; everything else is the sequence's."""
 
     def __init__(self, eos_token_ids: list[int]) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
@@ -19,13 +17,8 @@ class Sampler:
     def row(self, sequence: Sequence) -> RowSampling:
         """How the sequence's next token is drawn, as far as the host knows its tokens."""
         sampling = sequence.sampling
-        penalises_generated = bool(sampling.presence_penalty or sampling.frequency_penalty)
-        seen = generated = counts = None
-        if sampling.repetition_penalty != 1.0:
-            seen, _ = _counted(sequence.token_ids[: sequence.num_known])
-        if penalises_generated and sequence.generated_token_ids:
-            generated, counts = _counted(sequence.generated_token_ids)
-        spec = sequence.logits_spec
+        seen, generated = sequence.seen, sequence.generated
+        spec = sequence.outputs.logits
         return RowSampling(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -39,10 +32,10 @@ class Sampler:
             repetition_penalty=sampling.repetition_penalty,
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
-            seen=seen,
-            generated=generated,
-            counts=counts,
-            pending=sequence.draw_row if seen is not None or penalises_generated else None,
+            seen=None if seen is None else torch.from_numpy(seen.ids),
+            generated=torch.from_numpy(generated.ids) if generated else None,
+            counts=torch.from_numpy(generated.counts) if generated else None,
+            pending=None if seen is None and generated is None else sequence.draw_row,
             shows_processed=spec is not None and spec.stage == "processed" and spec.wants_generated,
         )
 
@@ -59,9 +52,3 @@ class Sampler:
         if sequence.num_generated >= sampling.min_tokens:
             return ()
         return sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos_token_ids)
-
-
-def _counted(token_ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Each id once, in order, and how often it stands there; both int64."""
-    ids, counts = np.unique(np.array(token_ids, dtype=np.int64), return_counts=True)
-    return torch.from_numpy(ids), torch.from_numpy(counts)

@@ -1,7 +1,7 @@
 """Paged KV memory: reference-counted blocks, and a prefix cache keyed by a chain of content hashes.
 
-A full block is known by the hash of its tokens and of the block before it, so equal prefixes (under one cache salt)
-meet in the same chain. A block that nobody references keeps its contents until it is needed, oldest first.
+A full block is known by the hash of its tokens, of what items put in their place, and of the block before it, so equal
+prefixes under one root meet in the same chain. A block that nobody references keeps its contents until it is needed, oldest first.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from logitengine.schedule.prompt import DIGEST_BYTES
 from logitengine.schedule.sequence import Sequence
 
 
@@ -19,6 +20,7 @@ class _Block:
     ref_count: int = 0
     content_hash: bytes | None = None
     token_ids: list[int] | None = None
+    items_key: bytes = b""
 
 
 class BlockManager:
@@ -67,7 +69,7 @@ class BlockManager:
             position = len(sequence.block_table)
             content_hash = self._hash(sequence, position)
             block_id = self._by_hash.get(content_hash)
-            if block_id is None or self._blocks[block_id].token_ids != self._tokens(sequence, position):
+            if block_id is None or not self._holds(self._blocks[block_id], sequence, position):
                 break
             self._blocks[block_id].ref_count += 1
             self._free.pop(block_id, None)
@@ -91,6 +93,7 @@ class BlockManager:
             if self._by_hash.setdefault(content_hash, block_id) == block_id:
                 block = self._blocks[block_id]
                 block.content_hash, block.token_ids = content_hash, self._tokens(sequence, position)
+                block.items_key = self._items_key(sequence, position)
 
     def release(self, sequence: Sequence) -> None:
         """Drop the sequence's references. The end of a chain is reused before its beginning."""
@@ -114,15 +117,22 @@ class BlockManager:
         self.num_reached = max(self.num_reached, block_id + 1)
         return block_id
 
+    def _holds(self, block: _Block, sequence: Sequence, position: int) -> bool:
+        """Whether the block's content is the sequence's, whatever the hashes say."""
+        return block.token_ids == self._tokens(sequence, position) and block.items_key == self._items_key(
+            sequence, position
+        )
+
+    def _items_key(self, sequence: Sequence, position: int) -> bytes:
+        return sequence.prompt.items_key(position * self.block_size, (position + 1) * self.block_size)
+
     def _tokens(self, sequence: Sequence, position: int) -> list[int]:
         return sequence.token_ids[position * self.block_size : (position + 1) * self.block_size]
 
     def _hash(self, sequence: Sequence, position: int) -> bytes:
         if position < len(sequence.block_hashes):
             return sequence.block_hashes[position]
-        if position:
-            parent = sequence.block_hashes[position - 1]
-        else:
-            parent = hashlib.blake2b((sequence.request.cache_salt or "").encode(), digest_size=16).digest()
+        parent = sequence.block_hashes[position - 1] if position else sequence.prompt.root
         tokens = array("q", self._tokens(sequence, position)).tobytes()
-        return hashlib.blake2b(parent + tokens, digest_size=16).digest()
+        content = parent + tokens + self._items_key(sequence, position)
+        return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()

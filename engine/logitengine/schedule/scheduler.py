@@ -6,149 +6,291 @@ Pure logic over sequences and the block manager; it knows nothing of models or t
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from logitengine.config import EngineConfig
 from logitengine.schedule.block_manager import BlockManager
-from logitengine.schedule.sequence import Sequence
+from logitengine.schedule.sequence import Sequence, SequenceState
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Compute the sequence's tokens ``start:stop``, all of which were unknown to the cache."""
+    """A sequence's part of a step: tokens ``start:stop`` to compute, and prompt positions ``rows`` to give rows of.
+
+    Either may be empty. ``rows`` begins at the first position that is owed and never goes beyond ``stop``; the hidden
+    states of those before ``start`` were held, and those from its end to ``stop`` are to be held.
+    """
 
     sequence: Sequence
     start: int
     stop: int
+    rows: range
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
 
     @property
     def draws_token(self) -> bool:
-        """The chunk reaches the sequence's end, so its last row gives the next token."""
+        """The chunk reaches the sequence's end, so its last hidden state gives the next token."""
         sequence = self.sequence
-        return self.stop == sequence.num_tokens and sequence.num_generated < sequence.sampling.max_tokens
+        return (
+            self.start < self.stop == sequence.num_tokens
+            and sequence.num_generated < sequence.sampling.max_tokens
+        )
 
     @property
-    def prompt_rows(self) -> range:
-        """Prompt positions of this chunk whose rows are owed."""
-        sequence = self.sequence
-        if not sequence.wants_prompt_rows:
-            return range(0)
-        return range(
-            max(self.start, sequence.num_prompt_rows_sent), min(self.stop, sequence.num_prompt_tokens)
-        )
+    def is_prompt_done(self) -> bool:
+        """After the step the whole prompt is computed and no row of it is owed."""
+        return self.stop >= self.sequence.num_prompt_tokens == self.rows.stop
+
+    @property
+    def num_held(self) -> int:
+        """Prompt positions whose hidden states are held after the step."""
+        return max(0, min(self.stop, self.sequence.num_prompt_tokens) - self.rows.stop)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """The step that is being put together, and what is left of its bounds."""
+
+    tokens_left: int
+    rows_left: int
+    row_bytes_left: int
+    chunks: dict[Sequence, Chunk] = field(default_factory=dict)
+
+    def add(self, chunk: Chunk) -> None:
+        self.chunks[chunk.sequence] = chunk
+        self._take(chunk, 1)
+
+    def discard(self, sequence: Sequence) -> None:
+        chunk = self.chunks.pop(sequence, None)
+        if chunk is not None:
+            self._take(chunk, -1)
+
+    def _take(self, chunk: Chunk, sign: int) -> None:
+        self.tokens_left -= sign * chunk.num_tokens
+        self.rows_left -= sign * len(chunk.rows)
+        self.row_bytes_left -= sign * len(chunk.rows) * chunk.sequence.row_nbytes
 
 
 class Scheduler:
-    """Waiting and running sequences, both in order of arrival.
+    """Puts sequences into steps, oldest first.
 
-    ``throttled(sequence)`` says that its reader has not kept up: it keeps its place but computes nothing.
-    ``max_chunk(sequence)`` bounds a chunk for reasons of the sequence's own (rows that must fit its window).
+    A step computes at most ``max_num_batched_tokens`` tokens, gives at most as many prompt rows, and leaves at most as
+    many hidden states held for rows that are owed. The prompt rows of a step take at most ``logits_window_bytes``, those
+    of one sequence a quarter of that; a single row may always be given.
+
+    Attributes:
+        waiting, running, parked: the sequences in each state, by arrival.
+        dropped: sequences whose held hidden states are of no more use; whoever holds them clears this list.
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        block_manager: BlockManager,
-        *,
-        throttled: Callable[[Sequence], bool] = lambda _: False,
-        max_chunk: Callable[[Sequence], int | None] = lambda _: None,
-    ) -> None:
+    def __init__(self, config: EngineConfig, block_manager: BlockManager) -> None:
         self._config = config
         self._blocks = block_manager
-        self._throttled = throttled
-        self._max_chunk = max_chunk
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.parked: list[Sequence] = []
+        self.dropped: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prefix_hit_tokens = 0
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running
         yield from self.waiting
+        yield from self.parked
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self.waiting)
+        return bool(self.running or self.waiting or self.parked)
+
+    # Lives.
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self._enter(SequenceState.WAITING, sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a finished or aborted sequence and free its blocks."""
-        sequence.finished = True
+        self._list_of(sequence).remove(sequence)
+        sequence.state = SequenceState.FINISHED
         self._blocks.publish(sequence)
-        (self.running if sequence in self.running else self.waiting).remove(sequence)
         self._blocks.release(sequence)
+        self.dropped.append(sequence)
+
+    def park(self, sequence: Sequence) -> None:
+        """The sequence's reader lags: it takes part in no step until it is resumed."""
+        if sequence.state in (SequenceState.WAITING, SequenceState.RUNNING):
+            self._move(sequence, SequenceState.PARKED)
+
+    def resume(self, sequence: Sequence) -> None:
+        """The reader reads again. A sequence that kept its blocks goes on at once where there is a place."""
+        if sequence.state is not SequenceState.PARKED:
+            return
+        has_place = len(self.running) < self._config.max_num_seqs
+        goes_on = bool(sequence.block_table) and has_place
+        self._move(sequence, SequenceState.RUNNING if goes_on else SequenceState.WAITING)
+
+    def _list_of(self, sequence: Sequence) -> list[Sequence]:
+        match sequence.state:
+            case SequenceState.WAITING:
+                return self.waiting
+            case SequenceState.RUNNING:
+                return self.running
+            case SequenceState.PARKED:
+                return self.parked
+            case SequenceState.FINISHED:
+                raise ValueError("a finished sequence is in no list")
+
+    def _enter(self, state: SequenceState, sequence: Sequence) -> None:
+        sequence.state = state
+        insort(self._list_of(sequence), sequence, key=lambda other: other.arrival)
+
+    def _move(self, sequence: Sequence, state: SequenceState) -> None:
+        self._list_of(sequence).remove(sequence)
+        self._enter(state, sequence)
+
+    # Steps.
 
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks, in order of arrival; empty when everybody is throttled.
+        """The next step's chunks, in order of arrival; empty when nobody can go on.
 
         Decoding sequences come first, so that a long prompt never delays a token by more than one step's budget.
         """
-        planned: dict[Sequence, int] = {}
-        budget = self._config.max_num_batched_tokens
-        by_phase = sorted(self.running, key=lambda sequence: not sequence.is_decoding)
-        for sequence in by_phase:
-            if sequence in self.running and not self._throttled(sequence):
-                budget -= self._plan(sequence, budget, planned)
+        bound = self._config.max_num_batched_tokens
+        draft = _Draft(bound, bound, self._config.logits_window_bytes)
+        for sequence in sorted(self.running, key=lambda sequence: not sequence.is_decoding):
+            if sequence.state is SequenceState.RUNNING:  # it may have made room for another
+                self._plan(sequence, draft)
         for sequence in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self._config.max_num_seqs:
+            if draft.tokens_left <= 0 or len(self.running) >= self._config.max_num_seqs:
                 break
-            if sequence.is_answered or sequence.must_wait_for_leader or self._throttled(sequence):
+            if sequence.state is not SequenceState.WAITING or sequence.is_answered:
+                continue
+            if sequence.must_wait_for_leader:
                 continue
             if not self._admit(sequence):
                 break
-            budget -= self._plan(sequence, budget, planned)
-        chunks = [
-            Chunk(sequence, sequence.num_computed, sequence.num_computed + count)
-            for sequence, count in planned.items()
-        ]
-        return sorted(chunks, key=lambda chunk: chunk.sequence.arrival)
+            self._plan(sequence, draft)
+        return sorted(draft.chunks.values(), key=lambda chunk: chunk.sequence.arrival)
 
     def complete(self, chunk: Chunk) -> None:
-        """Record that the chunk's keys and values are in the cache, or will be before a step that is scheduled later."""
-        chunk.sequence.num_computed = chunk.stop
-        self._blocks.publish(chunk.sequence)
+        """Record that the chunk is computed, or will be before a step that is scheduled later, and its rows given."""
+        sequence = chunk.sequence
+        sequence.num_computed = chunk.stop
+        sequence.num_rows_given = chunk.rows.stop
+        self._blocks.publish(sequence)
 
-    def _plan(self, sequence: Sequence, budget: int, planned: dict[Sequence, int]) -> int:
-        limits = (budget, self._config.max_prefill_chunk, self._max_chunk(sequence))
-        count = min(sequence.num_uncomputed, *(limit for limit in limits if limit is not None))
-        if count <= 0:
-            return 0
-        freed_budget = 0
-        while not self._blocks.grow(sequence, sequence.num_computed + count):
-            # A reader that lags gives way first, then whoever came last. The oldest sequence can therefore always
-            # go on, which is why there is no deadlock.
-            victim = max(self.running, key=lambda other: (self._throttled(other), other.arrival))
-            freed_budget += planned.pop(victim, 0)
-            self._preempt(victim)
-            if victim is sequence:
-                return -freed_budget
-        planned[sequence] = count
-        return count - freed_budget
+    def _plan(self, sequence: Sequence, draft: _Draft) -> None:
+        start = sequence.num_computed
+        count = min(sequence.num_uncomputed, draft.tokens_left)
+        if self._config.max_prefill_chunk is not None:
+            count = min(count, self._config.max_prefill_chunk)
+        stop = start + max(count, 0)
+        given = sequence.num_rows_given
+        rows = range(given, given)
+        if sequence.owes_rows:
+            stop, rows = self._fit_rows(sequence, stop, draft)
+        if stop == start and not rows:
+            return
+        if self._make_room(sequence, stop, draft):
+            draft.add(Chunk(sequence, start, stop, rows))
+
+    def _fit_rows(self, sequence: Sequence, stop: int, draft: _Draft) -> tuple[int, range]:
+        """Where a chunk that would end at ``stop`` ends for its rows' sake, and the rows that it gives.
+
+        A row that is not given in the step of its token needs room among the held ones. A token is drawn in the step
+        that gives the prompt's last row, so until then the prompt's last token is left out.
+        """
+        start, given = sequence.num_computed, sequence.num_rows_given
+        most_rows = self._most_rows(sequence, draft)
+        stop = min(stop, given + most_rows + self._room_to_hold(sequence, stop - given - most_rows, draft))
+        draws = stop == sequence.num_prompt_tokens and sequence.sampling.max_tokens > 0
+        if draws and given + most_rows < stop:
+            stop -= 1
+        stop = max(start, stop)
+        return stop, range(given, max(given, min(given + most_rows, stop)))
+
+    def _most_rows(self, sequence: Sequence, draft: _Draft) -> int:
+        nbytes = sequence.row_nbytes
+        if not nbytes:
+            return draft.rows_left
+        window = self._config.logits_window_bytes
+        is_first = draft.row_bytes_left == window
+        in_all = max(draft.row_bytes_left // nbytes, int(is_first))
+        return min(draft.rows_left, in_all, max(1, window // 4 // nbytes))
+
+    def _room_to_hold(self, sequence: Sequence, wanted: int, draft: _Draft) -> int:
+        """How many of ``wanted`` hidden states may be held for the sequence; for it, lagging ones lose theirs."""
+
+        def held() -> int:
+            others = (other for other in self if other is not sequence)
+            return sum(
+                draft.chunks[other].num_held if other in draft.chunks else other.num_held for other in others
+            )
+
+        room = self._config.max_num_batched_tokens - held()
+        while room < wanted:
+            holder = next((other for other in reversed(self._idle_with_blocks()) if other.num_held), None)
+            if holder is None:
+                break
+            self._preempt(holder, draft)
+            room = self._config.max_num_batched_tokens - held()
+        return max(0, room)
 
     def _admit(self, sequence: Sequence) -> bool:
-        # Rows that are still owed must be computed again: the cache holds keys and values, not hidden states. What was
-        # sent before a preemption is not owed any more.
-        limit = sequence.num_prompt_rows_sent if sequence.wants_prompt_rows else sequence.num_tokens - 1
-        cached = self._blocks.share_prefix(sequence, limit)
-        # Room for the whole prompt, or alone: otherwise the newest prompts would preempt each other for ever.
-        if self.running and self._blocks.blocks_needed(sequence, sequence.num_tokens) > self._blocks.num_free:
-            self._blocks.release(sequence)
-            return False
-        sequence.num_computed = cached
-        if not sequence.admitted_once:
-            sequence.admitted_once = True
-            sequence.num_cached = cached
-            self.num_prefix_hit_tokens += cached
-        self.waiting.remove(sequence)
-        insort(self.running, sequence, key=lambda other: other.arrival)
+        """Give a waiting sequence a place, where there is room for all of it."""
+        if not sequence.block_table:
+            # Rows that are owed must be computed again: the cache holds keys and values, not hidden states.
+            limit = sequence.num_tokens - 1
+            if sequence.owes_rows:
+                limit = min(limit, sequence.num_rows_given)
+            sequence.num_computed = self._blocks.share_prefix(sequence, limit)
+            # Room for the whole prompt, or alone: otherwise the newest prompts would preempt each other for ever.
+            while self.running and self._num_missing(sequence) > self._blocks.num_free:
+                idle = [other for other in self._idle_with_blocks() if other is not sequence]
+                if not idle:
+                    self._blocks.release(sequence)
+                    sequence.num_computed = 0
+                    return False
+                self._preempt(idle[-1])
+            if sequence.num_cached is None:
+                sequence.num_cached = sequence.num_computed
+                self.num_prefix_hit_tokens += sequence.num_computed
+        self._move(sequence, SequenceState.RUNNING)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _num_missing(self, sequence: Sequence) -> int:
+        return self._blocks.blocks_needed(sequence, sequence.num_tokens)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> bool:
+        """Extend the block table to ``num_tokens``. False if the sequence had to give way itself.
+
+        Sequences that are parked, or wait with blocks from before they were, give way first, then whoever runs and came
+        last. The oldest running one can therefore always go on, which is why there is no deadlock.
+        """
+        while not self._blocks.grow(sequence, num_tokens):
+            victim = (self._idle_with_blocks() or self.running)[-1]
+            self._preempt(victim, draft)
+            if victim is sequence:
+                return False
+        return True
+
+    def _idle_with_blocks(self) -> list[Sequence]:
+        """Sequences that do not run but keep blocks; the last is the first to lose them."""
+        return [
+            *(other for other in self.waiting if other.block_table),
+            *(other for other in self.parked if other.block_table),
+        ]
+
+    def _preempt(self, sequence: Sequence, draft: _Draft | None = None) -> None:
+        """Take the sequence's blocks and held hidden states; it is computed again when its turn comes."""
+        if draft is not None:
+            draft.discard(sequence)
         self.num_preemptions += 1
-        self.running.remove(sequence)
         self._blocks.release(sequence)
         sequence.num_computed = 0
-        insort(self.waiting, sequence, key=lambda other: other.arrival)
+        self.dropped.append(sequence)
+        if sequence.state is SequenceState.RUNNING:
+            self._move(sequence, SequenceState.WAITING)

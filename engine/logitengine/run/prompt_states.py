@@ -1,0 +1,81 @@
+"""What is kept of prompts from one step to the next, by sequence."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitengine.link.messages import Pooling
+from logitengine.run.devices import Device
+from logitengine.schedule.sequence import Sequence
+
+
+class HeldStates:
+    """Last hidden states of prompt positions whose rows are owed, in one pool of ``capacity`` rows.
+
+    The pool is allocated when it is first needed. What is put in is copied, so it may lie in a buffer that the next step
+    overwrites.
+    """
+
+    def __init__(self, capacity: int, device: Device) -> None:
+        self._device = device
+        self._pool: Tensor | None = None
+        self._free = list(range(capacity))
+        self._places: dict[Sequence, list[int]] = {}
+
+    def put(self, sequence: Sequence, states: Tensor) -> None:
+        """Hold ``states`` [rows, H] after those that the sequence has already."""
+        if self._pool is None:
+            self._pool = states.new_empty(len(self._free), states.shape[1])
+        places = [self._free.pop() for _ in range(len(states))]
+        self._places.setdefault(sequence, []).extend(places)
+        self._pool.index_copy_(0, self._on_device(places), states)
+
+    def take(self, sequence: Sequence, count: int) -> Tensor:
+        """The first ``count`` states that are held for the sequence [count, H], which are then held no more."""
+        assert self._pool is not None  # noqa: S101 - something was put in
+        places = self._places[sequence][:count]
+        del self._places[sequence][:count]
+        self._free += places
+        return self._pool.index_select(0, self._on_device(places))
+
+    def drop(self, sequence: Sequence) -> None:
+        self._free += self._places.pop(sequence, ())
+
+    @property
+    def num_held(self) -> int:
+        return sum(map(len, self._places.values()))
+
+    def _on_device(self, places: list[int]) -> Tensor:
+        return self._device.upload({"places": np.array(places, dtype=np.int64)})["places"]
+
+
+class PooledStates:
+    """What has been pooled of each sequence's prompt rows so far."""
+
+    def __init__(self) -> None:
+        self._pooled: dict[Sequence, Tensor] = {}
+
+    def add(self, sequence: Sequence, pooling: Pooling, states: Tensor) -> None:
+        """Take in the next prompt rows' hidden states [rows, H].
+
+        The mean grows in float64, one row after the other, so that its bits do not depend on the chunking.
+        """
+        before = self._pooled.get(sequence)
+        if pooling == "last":
+            self._pooled[sequence] = states[-1].clone()
+        elif pooling == "cls":
+            self._pooled[sequence] = states[0].clone() if before is None else before
+        else:
+            zero = states.new_zeros(states.shape[1], dtype=torch.float64)
+            carried = (zero if before is None else before)[None]
+            self._pooled[sequence] = torch.cat((carried, states.double())).cumsum(0)[-1]
+
+    def pop(self, sequence: Sequence, pooling: Pooling) -> Tensor:
+        """The pooled prompt, float32 [H], once every row that it needs was added."""
+        pooled = self._pooled.pop(sequence)
+        return (pooled / sequence.num_prompt_tokens if pooling == "mean" else pooled).to(torch.float32)
+
+    def drop(self, sequence: Sequence) -> None:
+        self._pooled.pop(sequence, None)

@@ -1,0 +1,57 @@
+"""A prompt: token ids, what an encoder puts in place of some of them, and the root of its blocks' hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PromptItem:
+    """Something an encoder computes (an image, say) that takes the place of the placeholder tokens ``start:stop``.
+
+    Attributes:
+        digest: of the item's content, of any length.
+    """
+
+    start: int
+    stop: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a sequence begins with.
+
+    Attributes:
+        token_ids: at least one.
+        items: in the order of their positions, without overlap.
+        root: what the hash of the first block continues; see `root_digest`.
+    """
+
+    token_ids: list[int]
+    items: tuple[PromptItem, ...] = ()
+    root: bytes = b""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def items_key(self, start: int, stop: int) -> bytes:
+        """Tells apart what items put at the positions ``start:stop``; empty where they put nothing there."""
+        return b"".join(
+            (item.start - start).to_bytes(8, "little", signed=True)
+            + len(item.digest).to_bytes(8, "little")
+            + item.digest
+            for item in self.items
+            if item.start < stop and start < item.stop
+        )
+
+
+def root_digest(*, cache_salt: str | None = None, adapter: str = "", weights_version: int = 0) -> bytes:
+    """Digest what must differ for equal tokens never to share blocks."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in ((cache_salt or "").encode(), adapter.encode(), str(weights_version).encode()):
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
