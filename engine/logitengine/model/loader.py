@@ -185,7 +185,6 @@ class _Servable:
             kv_cache,
             value_heads=self.value_heads,
             max_num_seqs=self.config.max_num_seqs,
-            max_held_rows=self.config.max_num_batched_tokens,
         )
 
     def affordable_blocks(self) -> int:

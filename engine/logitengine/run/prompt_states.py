@@ -12,25 +12,35 @@ from logitengine.schedule.sequence import Sequence
 
 
 class HeldStates:
-    """Last hidden states of prompt positions whose rows are owed, in one pool of ``capacity`` rows.
+    """Last hidden states of prompt positions whose rows are owed, in one pool.
 
-    The pool is allocated when it is first needed. What is put in is copied, so it may lie in a buffer that the next step
-    overwrites.
+    The scheduler bounds how many are held; the pool grows to the most that ever were. What is put in is copied, so it may
+    lie in a buffer that the next step overwrites.
     """
 
-    def __init__(self, capacity: int, device: Device) -> None:
+    def __init__(self, device: Device) -> None:
         self._device = device
         self._pool: Tensor | None = None
-        self._free = list(range(capacity))
+        self._free: list[int] = []
         self._places: dict[Sequence, list[int]] = {}
 
     def put(self, sequence: Sequence, states: Tensor) -> None:
         """Hold ``states`` [rows, H] after those that the sequence has already."""
-        if self._pool is None:
-            self._pool = states.new_empty(len(self._free), states.shape[1])
+        pool = self._with_room_for(states)
         places = [self._free.pop() for _ in range(len(states))]
         self._places.setdefault(sequence, []).extend(places)
-        self._pool.index_copy_(0, self._on_device(places), states)
+        pool.index_copy_(0, self._on_device(places), states)
+
+    def _with_room_for(self, states: Tensor) -> Tensor:
+        size = 0 if self._pool is None else len(self._pool)
+        missing = len(states) - len(self._free)
+        if self._pool is None or missing > 0:
+            grown = states.new_empty(max(size + missing, 2 * size), states.shape[1])
+            if self._pool is not None:
+                grown[:size] = self._pool
+            self._free += range(size, len(grown))
+            self._pool = grown
+        return self._pool
 
     def take(self, sequence: Sequence, count: int) -> Tensor:
         """The first ``count`` states that are held for the sequence [count, H], which are then held no more."""

@@ -51,7 +51,6 @@ class RowComputer:
 
     Args:
         head: raw logits float32 [R, V] of hidden states [R, H].
-        capacity: hidden states that are held at most.
     """
 
     def __init__(
@@ -60,13 +59,12 @@ class RowComputer:
         kernels: Kernels,
         device: Device,
         value_heads: Mapping[str, ValueHead],
-        capacity: int,
     ) -> None:
         self._head = head
         self._kernels = kernels
         self._device = device
         self._value_heads = value_heads
-        self.held = HeldStates(capacity, device)
+        self.held = HeldStates(device)
         self.pooled = PooledStates()
 
     def drop(self, sequence: Sequence) -> None:

@@ -29,7 +29,6 @@ class ModelRunner:
     Args:
         value_heads: by name.
         max_num_seqs: sequences in one step at most.
-        max_held_rows: hidden states that are held at most; see `HeldStates`.
     """
 
     def __init__(
@@ -41,14 +40,13 @@ class ModelRunner:
         *,
         value_heads: Mapping[str, ValueHead],
         max_num_seqs: int,
-        max_held_rows: int,
     ) -> None:
         self.kv_cache = kv_cache
         self._decoder = network.decoder(kv_cache)
         self._head = network.head
         self._kernels = kernels
         self._device = device
-        self.rows = RowComputer(self.head, kernels, device, value_heads, max_held_rows)
+        self.rows = RowComputer(self.head, kernels, device, value_heads)
         # Row i is what row i of the latest draw gave: the next step reads its input tokens here.
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device.torch_device)
         self._graphs = (
