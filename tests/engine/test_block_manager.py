@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from logitengine.link.messages import GenerationRequest, SamplingParams
 from logitengine.schedule.block_manager import BlockManager
+from logitengine.schedule.prompt import Prompt, PromptItem, root_digest
 from logitengine.schedule.sequence import Sequence
 
 BLOCK_SIZE = 4
@@ -52,6 +53,39 @@ def test_another_salt_never_shares() -> None:
     compute(manager, make_sequence(list(range(8)), salt="a"))
     assert manager.share_prefix(make_sequence(list(range(8)), salt="b"), limit=7) == 0
     assert manager.share_prefix(make_sequence(list(range(8))), limit=7) == 0
+
+
+def with_items(tokens: list[int], *items: PromptItem) -> Sequence:
+    sequence = make_sequence(tokens)
+    sequence.prompt = Prompt(tokens, items, sequence.prompt.root)
+    return sequence
+
+
+def test_equal_placeholders_with_different_items_never_share() -> None:
+    manager = BlockManager(16, BLOCK_SIZE, prefix_caching=True)
+    tokens = [1, 2, 0, 0, 0, 0, 3, 4, 5]
+    compute(manager, with_items(tokens, PromptItem(2, 6, b"a cat")))
+    limit = len(tokens) - 1
+    assert manager.share_prefix(with_items(tokens, PromptItem(2, 6, b"a cat")), limit) == 8
+    assert manager.share_prefix(with_items(tokens, PromptItem(2, 6, b"a dog")), limit) == 0
+    assert manager.share_prefix(make_sequence(tokens), limit) == 0
+    second = with_items([1, 2, 9, 9, 0, 0, 3, 4, 5], PromptItem(4, 6, b"a cat"))
+    compute(manager, second)
+    other = with_items([1, 2, 9, 9, 0, 0, 3, 4, 5], PromptItem(4, 6, b"a dog"))
+    assert manager.share_prefix(other, limit) == 4, "the first block holds no part of the item"
+    shifted = with_items(tokens, PromptItem(3, 6, b"a cat"))
+    assert manager.share_prefix(shifted, limit) == 0, "another part of the item in the same place"
+
+
+@given(st.lists(st.sampled_from(["salt", "adapter", "weights"]), unique=True))
+def test_whatever_makes_equal_tokens_differ_changes_the_root(changed: list[str]) -> None:
+    plain = root_digest()
+    root = root_digest(
+        cache_salt="s" if "salt" in changed else None,
+        adapter="s" if "adapter" in changed else "",
+        weights_version=1 if "weights" in changed else 0,
+    )
+    assert (root == plain) == (not changed)
 
 
 def test_a_different_beginning_hides_an_equal_block() -> None:
