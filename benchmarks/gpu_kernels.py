@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from gpu_shapes import ModelShape, Sizes
 from gpu_timing import Call, Ceilings, Timer
 from logitkernels import AttentionMetadata, ReferenceKernels
-from logitkernels.sampling import PackedRows, RowSampling, philox_uniform, process_logits
+from logitkernels.sampling import PreparedSampling, RowSampling, philox_uniform, process_logits
 from logitkernels.triton import TritonKernels
 from logitkernels.triton.activations import gelu_and_mul, silu_and_mul
 from logitkernels.triton.matmul import matmul
@@ -427,19 +428,20 @@ class Sampled:
 
     logits: Tensor
     rows: list[RowSampling]
-    packed: PackedRows
+    prepared: PreparedSampling
+    tensors: dict[str, Tensor]
     last_tokens: Tensor
 
     @classmethod
     def draw(cls, draw: Draw, shape: ModelShape, count: int, options: dict[str, Any]) -> Sampled:
         logits = 4 * draw.normal(count, shape.vocab, dtype=torch.float32)
         rows = [_row_sampling(draw, shape.vocab, seed, options) for seed in range(count)]
-        edits = max(1, sum(row.num_edits for row in rows))
-        words = torch.from_numpy(KERNELS.pack_sampling(rows, count, edits)).to(draw.device)
-        return cls(logits, rows, PackedRows(words, count, edits), draw.integers([-1] * count))
+        prepared = KERNELS.prepare_sampling(rows, shape.vocab)
+        tensors = {name: torch.from_numpy(array).to(draw.device) for name, array in prepared.arrays.items()}
+        return cls(logits, rows, prepared, tensors, draw.integers([-1] * count))
 
     def sample(self) -> Tensor:
-        return KERNELS.sample(self.logits, self.packed, self.last_tokens).token_ids
+        return self.prepared.draw(self.logits, self.tensors, self.last_tokens).token_ids
 
     def error(self) -> float:
         """How far a row's uniform number lies from its token's part of the cumulative distribution, the worst row."""
@@ -451,8 +453,8 @@ def _row_sampling(draw: Draw, vocab: int, seed: int, options: dict[str, Any]) ->
     row = RowSampling(temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=seed, stream=0, position=seed + 7)
     row = replace(row, **options)
     if row.repetition_penalty != 1:
-        seen = draw.permutation(vocab)[: min(200, vocab)].sort().values.cpu()
-        row = replace(row, seen=seen, generated=seen[::2], counts=torch.ones_like(seen[::2]))
+        seen = draw.permutation(vocab)[: min(200, vocab)].sort().values.cpu().numpy()
+        row = replace(row, seen=seen, generated=seen[::2], counts=np.ones_like(seen[::2]))
     return row
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
-from logitkernels.sampling import RowSampling
+from logitkernels import Kernels
+from logitkernels.sampling import RowSampling, Sampled
+from numpy.typing import NDArray
 from torch import Tensor
 
 PLAIN = RowSampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=7, stream=0, position=3)
@@ -18,15 +21,28 @@ def eighths(rows: int, vocab: int, seed: int, spread: int = 24) -> Tensor:
     return torch.round(torch.randn(rows, vocab, generator=generator) * spread) / 8
 
 
+def draw_rows(
+    kernels: Kernels,
+    logits: Tensor,
+    rows: list[RowSampling],
+    last_tokens: Tensor | None = None,
+    allowed: NDArray[np.int32] | None = None,
+) -> Sampled:
+    """What the kernels draw for exactly these rows."""
+    prepared = kernels.prepare_sampling(rows, logits.shape[1], allowed=allowed)
+    tensors = {name: torch.from_numpy(array).to(logits.device) for name, array in prepared.arrays.items()}
+    return prepared.draw(logits, tensors, last_tokens)
+
+
 @st.composite
 def sampling_rows(draw: st.DrawFn, vocab: int, num_last: int) -> RowSampling:
     ids = st.lists(st.integers(0, vocab - 1), unique=True, max_size=5)
     seen, generated = draw(st.none() | ids), draw(st.none() | ids)
-    as_tensor = {
-        name: None if values is None else torch.tensor(values, dtype=torch.int64)
-        for name, values in (("seen", seen), ("generated", generated))
+    counts = None if generated is None else [1 + i % 3 for i in generated]
+    arrays = {
+        name: None if values is None else np.array(values, dtype=np.int64)
+        for name, values in (("seen", seen), ("generated", generated), ("counts", counts))
     }
-    counts = None if generated is None else torch.tensor([1 + i % 3 for i in generated], dtype=torch.int64)
     return RowSampling(
         temperature=draw(st.sampled_from([0.0, 0.5, 1.0, 2.0])),
         top_k=draw(st.sampled_from([0, 1, 3, 20, 300])),
@@ -42,8 +58,7 @@ def sampling_rows(draw: st.DrawFn, vocab: int, num_last: int) -> RowSampling:
         repetition_penalty=draw(st.sampled_from([0.5, 1.0, 2.0])),
         presence_penalty=draw(st.sampled_from([0.0, 0.75, -0.5])),
         frequency_penalty=draw(st.sampled_from([0.0, 0.25])),
-        **as_tensor,
-        counts=counts,
+        **arrays,
         pending=draw(st.none() | st.integers(0, num_last - 1)),
         shows_processed=draw(st.booleans()),
     )

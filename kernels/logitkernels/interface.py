@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from logitkernels.sampling import PackedRows, RowSampling, Sampled, sample_rows
+from logitkernels.sampling import HostSampling, PreparedSampling, RowSampling, SamplingSize
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,23 +341,26 @@ class Kernels(ABC):
         """How many logits of each row [R, V] are larger than its bound [R] -> int64 [R]. NaN is not."""
         return (logits > bounds[:, None]).sum(-1)
 
-    packs_sampling: bool = False
-    """Whether ``sample`` reads PackedRows rather than RowSamplings."""
+    records_sampling: bool = False
+    """Whether draws read nothing on the host, so that they can be recorded and replayed with other arrays."""
 
-    def pack_sampling(self, rows: Sequence[RowSampling], num_rows: int, num_edits: int) -> NDArray[np.int32]:
-        """The rows as one array whose layout depends on the two numbers alone; missing rows are greedy ones."""
-        raise NotImplementedError(f"the {self.name} kernels read the rows as they are")
+    def prepare_sampling(
+        self,
+        rows: Sequence[RowSampling],
+        vocab_size: int,
+        *,
+        allowed: NDArray[np.int32] | None = None,
+        size: SamplingSize | None = None,
+    ) -> PreparedSampling:
+        """The draws of a batch; see `logitkernels.sampling`.
 
-    def sample(
-        self, logits: Tensor, rows: Sequence[RowSampling] | PackedRows, last_tokens: Tensor | None = None
-    ) -> Sampled:
-        """One draw for each row of ``logits`` (float32 [R, V], left as they are); see `logitkernels.sampling`.
+        ``allowed`` int32 [rows, ceil(V / 32)] are masks: bit ``id % 32`` of word ``id // 32`` is 0 where the token cannot be
+        drawn. Bits beyond the vocabulary are ignored. The masks are read later: they must not be written again.
 
-        ``last_tokens`` int32 are the tokens that ``RowSampling.pending`` refers to.
+        ``size`` fixes the layout of the arrays. Rows missing up to ``size.num_rows`` are greedy, and everything is allowed
+        for them. Raises ValueError for rows or masks that do not fit.
         """
-        if isinstance(rows, PackedRows):
-            raise TypeError(f"the {self.name} kernels do not read packed rows")
-        return sample_rows(logits, rows, last_tokens)
+        return HostSampling(rows, vocab_size, allowed, size)
 
 
 def _heads(qkv: Tensor, layer: DecoderLayerWeights) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,11 +6,26 @@ in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+NOT_FINITE = -1
+"""Stands for the token of a row without a distribution: its logits hold a NaN, nothing above -inf, or an inf at a
+temperature above 0. Also where bias, penalties or a low temperature make such a row of it."""
+
+NOTHING_ALLOWED = -2
+"""Stands for the token of a row whose logits are fine, but whose bans, bias and mask leave nothing above -inf."""
+
+MASK_BITS = 32
+"""Tokens that one int32 word of a mask speaks for."""
 
 NUM_CANDIDATES = 1024
 """Entries of a row that top-p and min-p look at before they sort all of it."""
@@ -32,8 +47,9 @@ class RowSampling:
         temperature: 0 takes the largest score.
         bias: {token id: number added to its logit}.
         banned: token ids that must not be drawn.
-        seen: int64 ids of the prompt and of the generated tokens, each once (repetition penalty), or None.
-        generated, counts: int64 ids of the generated tokens, each once, and how often (presence, frequency), or None.
+        seen: int64 ids of the prompt and of the generated tokens, each once in any order (repetition penalty), or None.
+        generated, counts: int64 ids of the generated tokens, each once in any order, and how often (presence, frequency),
+            or None.
         seed, stream, position: the counter of the draw; see `philox_uniform`.
         pending: where the sequence's newest token lies among the tokens drawn in the step before, when the host does not
             know it yet; it counts as seen and generated once more than the fields above say. Only told where a penalty
@@ -53,9 +69,9 @@ class RowSampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    seen: Tensor | None = None
-    generated: Tensor | None = None
-    counts: Tensor | None = None
+    seen: NDArray[np.int64] | None = None
+    generated: NDArray[np.int64] | None = None
+    counts: NDArray[np.int64] | None = None
     pending: int | None = None
     shows_processed: bool = False
 
@@ -82,13 +98,29 @@ class RowSampling:
         return sum(len(group) for group in ids)
 
 
-@dataclass(frozen=True, slots=True)
-class PackedRows:
-    """``num_rows`` rows with room for ``num_edits`` edits in one int32 tensor on the device; see `Kernels.pack_sampling`."""
+GREEDY_ROW = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, stream=0, position=0)
+"""What stands for a row that is missing from a batch of fixed size."""
 
-    buffer: Tensor
+
+@dataclass(frozen=True, slots=True)
+class SamplingSize:
+    """What the layout of prepared rows depends on: their number, that of their edits, and whether any has a mask."""
+
     num_rows: int
     num_edits: int
+    has_masks: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[RowSampling], allowed: NDArray[np.int32] | None) -> SamplingSize:
+        """The exact size of some rows."""
+        return cls(len(rows), sum(row.num_edits for row in rows), allowed is not None)
+
+    def check_fits(self, rows: Sequence[RowSampling], allowed: NDArray[np.int32] | None) -> None:
+        """Raises ValueError for rows that need more than this size."""
+        if len(rows) > self.num_rows:
+            raise ValueError(f"{len(rows)} rows do not fit into a size of {self.num_rows}")
+        if allowed is not None and not self.has_masks:
+            raise ValueError("the rows have masks, but the size has no room for any")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +128,7 @@ class Sampled:
     """What was drawn for R rows.
 
     Attributes:
-        token_ids: int32 [R]; -1 where there is no distribution to draw from: the row holds a NaN, or nothing above -inf is
-            left, or an inf at a temperature above 0.
+        token_ids: int32 [R], NOT_FINITE or NOTHING_ALLOWED where nothing could be drawn.
         processed: float32 [R, V], defined for the rows that show it and have a token; None if none shows it.
     """
 
@@ -105,19 +136,119 @@ class Sampled:
     processed: Tensor | None
 
 
-def sample_rows(logits: Tensor, rows: Sequence[RowSampling], last_tokens: Tensor | None = None) -> Sampled:
-    """Draw for each row of ``logits`` (float32 [R, V], left as they are): what every backend is compared with."""
+class PreparedSampling(ABC):
+    """The draws of a batch, as a backend reads them; see `Kernels.prepare_sampling`.
+
+    Attributes:
+        arrays: host arrays that the caller takes to the device with those of its batch. All their names begin with
+            "sampling"; there are none where the backend reads the rows on the host.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+
+    @abstractmethod
+    def draw(
+        self, logits: Tensor, tensors: Mapping[str, Tensor], last_tokens: Tensor | None = None
+    ) -> Sampled:
+        """One draw for each row of ``logits`` (float32 [R, V], left as they are).
+
+        ``tensors`` are ``arrays`` on the device of the logits, or those of other rows of the same size; other names are
+        not looked at. ``last_tokens`` int32 are the tokens that ``RowSampling.pending`` refers to.
+        """
+
+
+class HostSampling(PreparedSampling):
+    """Rows that are read on the host, drawn by the reference."""
+
+    def __init__(
+        self,
+        rows: Sequence[RowSampling],
+        vocab_size: int,
+        allowed: NDArray[np.int32] | None,
+        size: SamplingSize | None,
+    ) -> None:
+        check_masks(allowed, len(rows), vocab_size)
+        if size is not None:
+            size.check_fits(rows, allowed)
+            missing = size.num_rows - len(rows)
+            rows = [*rows, *[GREEDY_ROW] * missing]
+            allowed = None if allowed is None else pad_masks(allowed, size.num_rows)
+        self.arrays = {}
+        self._rows = rows
+        self._vocab_size = vocab_size
+        self._allowed = allowed
+
+    def draw(
+        self,
+        logits: Tensor,
+        tensors: Mapping[str, Tensor],  # noqa: ARG002 - the rows are on the host
+        last_tokens: Tensor | None = None,
+    ) -> Sampled:
+        self._check(logits)
+        return sample_rows(logits, self._rows, last_tokens, self._allowed)
+
+    def _check(self, logits: Tensor) -> None:
+        """Raises ValueError for logits of another shape than what was prepared."""
+        if logits.shape != (len(self._rows), self._vocab_size):
+            raise ValueError(
+                f"logits are {list(logits.shape)}; {len(self._rows)} rows of {self._vocab_size} were prepared"
+            )
+
+
+def check_masks(allowed: NDArray[np.int32] | None, num_rows: int, vocab_size: int) -> None:
+    """Raises ValueError for masks that are not int32 [num_rows, ceil(vocab_size / 32)]."""
+    expected = (num_rows, -(-vocab_size // MASK_BITS))
+    if allowed is not None and (allowed.dtype != np.int32 or allowed.shape != expected):
+        raise ValueError(
+            f"allowed is {allowed.dtype} {list(allowed.shape)}; it must be int32 {list(expected)}"
+        )
+
+
+def pad_masks(allowed: NDArray[np.int32], num_rows: int) -> NDArray[np.int32]:
+    """The masks with those of missing rows, which allow everything."""
+    if len(allowed) == num_rows:
+        return allowed
+    padded = np.full((num_rows, allowed.shape[1]), -1, dtype=np.int32)
+    padded[: len(allowed)] = allowed
+    return padded
+
+
+def sample_rows(
+    logits: Tensor,
+    rows: Sequence[RowSampling],
+    last_tokens: Tensor | None = None,
+    allowed: NDArray[np.int32] | None = None,
+) -> Sampled:
+    """Draw for each row of ``logits`` (float32 [R, V], left as they are): what every backend is compared with.
+
+    ``allowed`` int32 [R, ceil(V / 32)] are the rows' masks; see `Kernels.prepare_sampling`.
+    """
     largest, argmax = logits.max(dim=-1)
-    token_ids = torch.where(largest > -torch.inf, argmax, -1).tolist()
+    peaks: list[float] = largest.tolist()
+    token_ids: list[int] = argmax.tolist()
     processed = torch.empty_like(logits) if any(row.shows_processed for row in rows) else None
-    for index, row in enumerate(rows):
-        if token_ids[index] < 0 or (row.is_plain_argmax and not row.shows_processed):
-            continue
-        scores = process_logits(logits[index], with_pending(row, last_tokens))
-        token_ids[index] = draw(scores, row) if scores.max().isfinite() else -1
-        if processed is not None:
-            processed[index] = scores
-    return Sampled(torch.tensor(token_ids, dtype=torch.int32), processed)
+    for index, (row, peak) in enumerate(zip(rows, peaks, strict=True)):
+        mask = None if allowed is None else allowed[index]
+        if not peak > -math.inf:
+            token_ids[index] = NOT_FINITE
+        elif not row.is_plain_argmax or row.shows_processed or mask is not None:
+            edited = edit_logits(logits[index], with_pending(row, last_tokens), mask)
+            token_ids[index], scores = _sample_row(edited, row, peak)
+            if processed is not None and scores is not None:
+                processed[index] = scores
+    return Sampled(torch.tensor(token_ids, dtype=torch.int32, device=logits.device), processed)
+
+
+def _sample_row(edited: Tensor, row: RowSampling, peak: float) -> tuple[int, Tensor | None]:
+    """The token and the processed scores of a row of edited logits [V]. ``peak`` is the largest raw one, above -inf."""
+    largest = float(edited.max())
+    if largest == -math.inf:
+        is_finite = peak < math.inf or row.temperature == 0
+        return NOTHING_ALLOWED if is_finite else NOT_FINITE, None
+    if math.isnan(largest):
+        return NOT_FINITE, None
+    scores = _filtered(edited, row)
+    return (draw(scores, row), scores) if scores.max().isfinite() else (NOT_FINITE, None)
 
 
 def with_pending(row: RowSampling, last_tokens: Tensor | None) -> RowSampling:
@@ -126,51 +257,78 @@ def with_pending(row: RowSampling, last_tokens: Tensor | None) -> RowSampling:
         return row
     if last_tokens is None:
         raise ValueError("a row's newest token is pending, but no tokens of the step before are given")
-    token = last_tokens[row.pending].long().reshape(1)
-    if token < 0:  # that row had no distribution, and ended
+    token = int(last_tokens[row.pending])
+    if token < 0:  # nothing could be drawn for that row, and it ended
         return replace(row, pending=None)
-    nothing = token[:0]
-    seen = torch.cat((nothing if row.seen is None else row.seen, token)).unique()
-    generated, counts = (nothing if ids is None else ids for ids in (row.generated, row.counts))
-    ids, index = torch.cat((generated, token)).unique(return_inverse=True)
-    totals = torch.zeros_like(ids).index_add(0, index, torch.cat((counts, torch.ones_like(token))))
-    return replace(row, seen=seen, generated=ids, counts=totals, pending=None)
+    nothing = np.empty(0, dtype=np.int64)
+    seen, generated, counts = (
+        nothing if ids is None else ids for ids in (row.seen, row.generated, row.counts)
+    )
+    if not (seen == token).any():
+        seen = np.append(seen, token)
+    is_token = generated == token
+    if is_token.any():
+        counts = counts + is_token
+    else:
+        generated, counts = np.append(generated, token), np.append(counts, 1)
+    return replace(row, seen=seen, generated=generated, counts=counts, pending=None)
 
 
-def process_logits(logits: Tensor, row: RowSampling) -> Tensor:
+def process_logits(logits: Tensor, row: RowSampling, allowed: NDArray[np.int32] | None = None) -> Tensor:
     """The scores that the row's token is drawn from: float32 [V] -> a new float32 [V], -inf where filtered.
 
     Order: bias, repetition penalty (Keskar et al. 2019, "CTRL"), presence and frequency penalties (as OpenAI defines
-    them), bans, temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). Ties at a filter's edge
-    go to the lower id. At temperature 0 the result is a point mass: 0 for the largest score, -inf elsewhere
-    (everywhere if nothing is left to choose from).
+    them), bans and the mask ``allowed`` int32 [ceil(V / 32)], temperature, top-k, top-p (Holtzman et al. 2020), min-p
+    (Nguyen et al. 2024). Ties at a filter's edge go to the lower id. At temperature 0 the result is a point mass: 0 for
+    the largest score, -inf elsewhere (everywhere if nothing is left to choose from).
     """
-    scores = edit_logits(logits, row)
+    return _filtered(edit_logits(logits, row, allowed), row)
+
+
+def edit_logits(logits: Tensor, row: RowSampling, allowed: NDArray[np.int32] | None = None) -> Tensor:
+    """Bias, penalties, bans and the mask: float32 [V] -> a new float32 [V]."""
+    scores, device = logits.clone(), logits.device
+    if row.bias:
+        ids = torch.tensor(list(row.bias), device=device)
+        scores[ids] += torch.tensor(list(row.bias.values()), dtype=scores.dtype, device=device)
+    if row.seen is not None:
+        seen = torch.from_numpy(row.seen).to(device)
+        picked = scores[seen]
+        penalty = row.repetition_penalty
+        scores[seen] = torch.where(picked > 0, picked / penalty, picked * penalty)
+    if row.generated is not None and row.counts is not None:
+        counts = torch.from_numpy(row.counts).to(device, scores.dtype)
+        generated = torch.from_numpy(row.generated).to(device)
+        scores[generated] -= row.presence_penalty + row.frequency_penalty * counts
+    if row.banned:
+        scores[torch.tensor(row.banned, device=device)] = -torch.inf
+    if allowed is not None:
+        is_allowed = torch.from_numpy(unpack_mask(allowed, len(scores))).to(device)
+        scores.masked_fill_(~is_allowed, -torch.inf)
+    return scores
+
+
+def unpack_mask(allowed: NDArray[np.int32], vocab_size: int) -> NDArray[np.bool_]:
+    """Masks int32 [..., ceil(V / 32)] as bool [..., V]."""
+    bits = np.unpackbits(
+        np.ascontiguousarray(allowed, dtype="<i4").view(np.uint8),
+        axis=-1,
+        count=vocab_size,
+        bitorder="little",
+    )
+    return bits.view(np.bool_)
+
+
+def _filtered(edited: Tensor, row: RowSampling) -> Tensor:
+    """Temperature and filters of edited logits [V], which may be overwritten."""
     if row.temperature == 0:
-        best = torch.argmax(scores)
-        point = torch.full_like(scores, -torch.inf)
-        if scores[best] > -torch.inf:
+        best = torch.argmax(edited)
+        point = torch.full_like(edited, -torch.inf)
+        if edited[best] > -torch.inf:
             point[best] = 0.0
         return point
-    scores /= row.temperature
-    return _filter(scores, row)
-
-
-def edit_logits(logits: Tensor, row: RowSampling) -> Tensor:
-    """Bias, penalties and bans: float32 [V] -> a new float32 [V]."""
-    scores = logits.clone()
-    if row.bias:
-        ids = torch.tensor(list(row.bias), device=scores.device)
-        scores[ids] += torch.tensor(list(row.bias.values()), dtype=scores.dtype, device=scores.device)
-    if row.seen is not None:
-        picked = scores[row.seen]
-        penalty = row.repetition_penalty
-        scores[row.seen] = torch.where(picked > 0, picked / penalty, picked * penalty)
-    if row.generated is not None and row.counts is not None:
-        scores[row.generated] -= row.presence_penalty + row.frequency_penalty * row.counts.to(scores.dtype)
-    if row.banned:
-        scores[list(row.banned)] = -torch.inf
-    return scores
+    edited /= row.temperature
+    return _filter(edited, row)
 
 
 def _filter(scores: Tensor, row: RowSampling) -> Tensor:
@@ -222,7 +380,10 @@ def draw(processed: Tensor, row: RowSampling) -> int:
         return int(torch.argmax(processed))
     mass = torch.softmax(processed, dim=-1).double().cumsum(-1)
     target = philox_uniform(row.seed, row.stream, row.position) * float(mass[-1])
-    index = int(torch.searchsorted(mass, torch.tensor(target, dtype=torch.float64), right=True))
+    found = torch.searchsorted(
+        mass, torch.tensor(target, dtype=torch.float64, device=mass.device), right=True
+    )
+    index = int(found)
     return min(index, processed.shape[0] - 1)
 
 

@@ -9,11 +9,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from logitkernels import AttentionMetadata, Kernels, ReferenceKernels
-from logitkernels.sampling import PackedRows, RowSampling, philox_uniform, process_logits
+from logitkernels.sampling import (
+    NOT_FINITE,
+    NOTHING_ALLOWED,
+    RowSampling,
+    philox_uniform,
+    process_logits,
+    sample_rows,
+)
 from logitkernels.triton import TritonKernels
+from numpy.typing import NDArray
+from sampling_cases import draw_rows
 from torch import Tensor
 
 DEVICE = "cuda"
@@ -363,17 +373,14 @@ def _rows() -> list[RowSampling]:
         )
         row = replace(row, **kinds[index % len(kinds)])
         if row.repetition_penalty != 1:
-            seen = torch.randperm(VOCAB)[:300].sort().values
-            row = replace(row, seen=seen, generated=seen[::3], counts=torch.ones_like(seen[::3]) * 2)
+            seen = torch.randperm(VOCAB)[:300].sort().values.numpy()
+            row = replace(row, seen=seen, generated=seen[::3], counts=np.full(100, 2))
         rows.append(row)
     return rows
 
 
-def _sample(logits: Tensor, rows: list[RowSampling]) -> list[int]:
-    edits = sum(row.num_edits for row in rows) + 1
-    words = torch.from_numpy(KERNELS.pack_sampling(rows, len(rows), edits)).to(DEVICE)
-    sampled = KERNELS.sample(logits, PackedRows(words, len(rows), edits))
-    tokens: list[int] = sampled.token_ids.tolist()
+def _sample(logits: Tensor, rows: list[RowSampling], allowed: NDArray[np.int32] | None = None) -> list[int]:
+    tokens: list[int] = draw_rows(KERNELS, logits, rows, allowed=allowed).token_ids.tolist()
     return tokens
 
 
@@ -407,3 +414,30 @@ def test_rows_without_a_distribution_draw_nothing() -> None:
     tokens = _sample(logits, rows)
     assert tokens[1:3] == [-1, -1]
     assert min(tokens[0], tokens[3]) >= 0
+
+
+def test_masks_leave_the_references_tokens_and_say_when_nothing_is_left() -> None:
+    """Greedy rows, one of which may draw nothing, one with a NaN that its mask hides, one with bits beyond the vocabulary."""
+    logits = normal(4, VOCAB)
+    allowed = np.random.default_rng(0).integers(-(2**31), 2**31, (4, -(-VOCAB // 32)), dtype=np.int32)
+    allowed[1, : VOCAB // 32] = 0
+    if VOCAB % 32:
+        allowed[1, -1] = -1 << VOCAB % 32
+    logits[2, 77] = torch.nan
+    allowed[2, 77 // 32] = 0
+    rows = [replace(row, temperature=0.0) for row in _rows()[:4]]
+    tokens = _sample(logits, rows, allowed)
+    assert tokens == sample_rows(logits.cpu(), rows, allowed=allowed).token_ids.tolist()
+    assert tokens[1:3] == [NOTHING_ALLOWED, NOT_FINITE]
+
+
+def test_the_reference_draws_where_the_logits_are() -> None:
+    logits, rows = 4 * normal(60, VOCAB), [replace(row, shows_processed=True) for row in _rows()]
+    sampled = draw_rows(REFERENCE, logits, rows)
+    assert sampled.token_ids.device == logits.device
+    assert sampled.processed is not None
+    assert sampled.processed.device == logits.device
+    expected = sample_rows(logits.cpu(), rows).token_ids
+    assert int((sampled.token_ids.cpu() != expected).sum()) <= 1, (
+        "a sum may round to the other side of a number"
+    )

@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 from logitkernels import AttentionMetadata
-from logitkernels.sampling import PackedRows
+from logitkernels.sampling import SamplingSize
 from logitkernels.triton import TritonKernels
 from logitkernels.triton.matmul import matmul
 from logitkernels.triton.rms_norm import add_rms_norm, rms_norm
-from logitkernels.triton.sampling_rows import SamplingLayout
 from logitkernels.triton.store_kv import rope_and_store
 from torch import Tensor
 from triton import knobs
@@ -187,12 +186,15 @@ def logits_calls(*, everything: bool) -> Iterator[Call]:
             f"gather_logits {vocabulary}",
             partial(kernels.gather_logits, logits, empty(16, 3, dtype=torch.int64)),
         )
-        layout = SamplingLayout(16, 64)
-        rows = PackedRows(empty(layout.numel, dtype=torch.int32), 16, 64)
-        yield (
-            f"sample {vocabulary}",
-            partial(kernels.sample, logits, rows, empty(16, dtype=torch.int32)),
-        )
+        for has_masks in (False, True):
+            yield f"sample {vocabulary} {has_masks=}", partial(draw_rows, vocabulary, has_masks=has_masks)
+
+
+def draw_rows(vocabulary: int, *, has_masks: bool) -> None:
+    size = SamplingSize(num_rows=16, num_edits=64, has_masks=has_masks)
+    prepared = TritonKernels().prepare_sampling([], vocabulary, size=size)
+    tensors = {name: empty(*array.shape, dtype=torch.int32) for name, array in prepared.arrays.items()}
+    prepared.draw(empty(16, vocabulary), tensors, empty(16, dtype=torch.int32))
 
 
 def all_calls(*, everything: bool) -> list[Call]:

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitkernels.cpu import CpuKernels
 from logitkernels.cpu.build import BuildError
-from logitkernels.sampling import RowSampling, sample_rows
-from sampling_cases import GREEDY, PLAIN, eighths, sampling_rows
+from logitkernels.sampling import NOT_FINITE, NOTHING_ALLOWED, RowSampling, sample_rows
+from sampling_cases import GREEDY, PLAIN, draw_rows, eighths, sampling_rows
 from torch import Tensor
 
 try:
@@ -31,7 +31,7 @@ def check(logits: Tensor, rows: list[RowSampling], last_tokens: Tensor | None = 
     """Tokens and processed rows equal the reference's."""
     before = logits.clone()
     expected = sample_rows(logits.double(), rows, last_tokens)
-    got = KERNELS.sample(logits, rows, last_tokens)
+    got = draw_rows(KERNELS, logits, rows, last_tokens)
     assert torch.equal(logits.nan_to_num(), before.nan_to_num())
     assert got.token_ids.tolist() == expected.token_ids.tolist()
     for index, row in enumerate(rows):
@@ -68,7 +68,7 @@ def test_equal_scores_are_cut_by_id() -> None:
     logits = torch.zeros(1, 1000)
     row = replace(PLAIN, top_p=0.3095, shows_processed=True)
     check(logits, [row])
-    kept = KERNELS.sample(logits, [row]).processed
+    kept = draw_rows(KERNELS, logits, [row]).processed
     assert kept is not None
     assert torch.isfinite(kept[0]).nonzero().squeeze(-1).tolist() == list(range(310))
 
@@ -82,22 +82,20 @@ def test_rows_without_a_distribution_have_no_token(entries: list[float], row: Ro
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_nan_that_is_banned_or_an_edit_that_leaves_nothing_is_no_distribution(temperature: float) -> None:
+def test_a_nan_that_is_banned_and_bans_that_leave_nothing_are_told_apart(temperature: float) -> None:
     logits = torch.tensor([[NAN, 1.0, 2.0], [0.0, 1.0, 2.0], [-0.0, 0.0, -1.0]])
     rows = [
         replace(PLAIN, temperature=temperature, banned=(0,)),
         replace(PLAIN, temperature=temperature, banned=(0, 1, 2)),
         replace(PLAIN, temperature=0.0),
     ]
-    assert check(logits, rows) == [-1, -1, 0]
+    assert check(logits, rows) == [NOT_FINITE, NOTHING_ALLOWED, 0]
 
 
 def test_a_score_that_a_low_temperature_makes_infinite_is_no_distribution() -> None:
     rows = [replace(PLAIN, temperature=0.25), replace(PLAIN, temperature=0.25, top_p=0.5)]
-    assert KERNELS.sample(torch.tensor([[3e38, 0.0, -3e38]]).expand(2, -1), rows).token_ids.tolist() == [
-        -1,
-        -1,
-    ]
+    logits = torch.tensor([[3e38, 0.0, -3e38]]).expand(2, -1)
+    assert draw_rows(KERNELS, logits, rows).token_ids.tolist() == [NOT_FINITE, NOT_FINITE]
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -107,9 +105,8 @@ def test_draws_follow_the_distribution() -> None:
     for token, share in likely.items():
         logits[0, token] = torch.tensor(share).log()
     draws = 20_000
-    tokens = KERNELS.sample(
-        logits.expand(draws, -1).contiguous(), [replace(PLAIN, position=i) for i in range(draws)]
-    ).token_ids
+    rows = [replace(PLAIN, position=position) for position in range(draws)]
+    tokens = draw_rows(KERNELS, logits.expand(draws, -1).contiguous(), rows).token_ids
     counts = {token: int((tokens == token).sum()) for token in likely}
     statistic = sum((counts[token] - draws * share) ** 2 / (draws * share) for token, share in likely.items())
     assert statistic < 30.7

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitkernels.sampling import (
+    NOT_FINITE,
+    NOTHING_ALLOWED,
     RowSampling,
     draw,
     philox4x32,
@@ -76,9 +78,9 @@ def test_penalties_and_bias_follow_their_formulas() -> None:
         repetition_penalty=2.0,
         presence_penalty=0.5,
         frequency_penalty=0.25,
-        seen=torch.tensor([0, 1]),
-        generated=torch.tensor([1, 2]),
-        counts=torch.tensor([3, 1]),
+        seen=np.array([0, 1]),
+        generated=np.array([1, 2]),
+        counts=np.array([3, 1]),
         banned=(4,),
     )
     expected = [1.0, -4.0 - 0.5 - 0.75, 1.0 - 0.5 - 0.25, 10.5, -np.inf]
@@ -142,16 +144,16 @@ def test_a_pending_token_counts_as_seen_and_generated_once_more(token: int) -> N
         repetition_penalty=2.0,
         presence_penalty=0.5,
         frequency_penalty=0.25,
-        seen=torch.tensor([2]),
-        generated=torch.tensor([2]),
-        counts=torch.tensor([3]),
+        seen=np.array([2]),
+        generated=np.array([2]),
+        counts=np.array([3]),
         shows_processed=True,
     )
     known = replace(
         row,
-        seen=torch.tensor([2, 3] if token == 3 else [2]),
-        generated=torch.tensor([2, 3] if token == 3 else [2]),
-        counts=torch.tensor([3, 1] if token == 3 else [4]),
+        seen=np.array([2, 3] if token == 3 else [2]),
+        generated=np.array([2, 3] if token == 3 else [2]),
+        counts=np.array([3, 1] if token == 3 else [4]),
     )
     last = torch.tensor([0, token], dtype=torch.int32)
     sampled = sample_rows(logits, [replace(row, pending=1)], last)
@@ -180,8 +182,10 @@ def test_a_row_without_a_distribution_has_no_token(temperature: float, top_k: in
     logits[1] = -torch.inf
     logits[3, 2] = torch.inf
     rows = [row, row, replace(row, banned=(0, 1, 2, 3)), row, row]
-    has_none = (sample_rows(logits, rows).token_ids < 0).tolist()
-    assert has_none == [True, True, True, temperature > 0, False]
+    tokens = sample_rows(logits, rows).token_ids.tolist()
+    assert tokens[:3] == [NOT_FINITE, NOT_FINITE, NOTHING_ALLOWED]
+    assert tokens[3] == (NOT_FINITE if temperature > 0 else 2)
+    assert tokens[4] >= 0
 
 
 @pytest.mark.parametrize(

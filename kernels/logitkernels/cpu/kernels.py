@@ -8,7 +8,9 @@ from ctypes import byref, c_int32, pointer
 from dataclasses import dataclass, field, fields
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from logitkernels.cpu import linear as linears
@@ -18,18 +20,11 @@ from logitkernels.cpu.library import (
     CacheStruct,
     DecoderLayerStruct,
     Library,
-    SamplingRowStruct,
 )
 from logitkernels.cpu.linear import GgufType, PackedLinear
+from logitkernels.cpu.sampling import CpuSampling
 from logitkernels.interface import AttentionMetadata, BoundLayers, DecoderLayerWeights, Kernels
-from logitkernels.sampling import (
-    PackedRows,
-    RowSampling,
-    Sampled,
-    edit_logits,
-    philox_uniform,
-    with_pending,
-)
+from logitkernels.sampling import RowSampling, SamplingSize
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,37 +264,15 @@ class CpuKernels(Kernels):
         )
         return ids, values.to(logits.dtype)
 
-    def sample(
-        self, logits: Tensor, rows: Sequence[RowSampling] | PackedRows, last_tokens: Tensor | None = None
-    ) -> Sampled:
-        if isinstance(rows, PackedRows):
-            raise TypeError("the cpu kernels do not read packed rows")
-        logits = _float32(logits, "logits")
-        if len(rows) != len(logits):
-            raise ValueError(f"{len(rows)} rows are to be drawn from {len(logits)} rows of logits")
-        processed = torch.empty_like(logits) if any(row.shows_processed for row in rows) else None
-        edited: list[Tensor] = []  # alive while the library reads them
-        structs = (SamplingRowStruct * len(rows))()
-        for index, row in enumerate(rows):
-            raw = scores = logits.data_ptr() + index * logits.shape[1] * logits.itemsize
-            if row.edits_logits:
-                edited.append(edit_logits(logits[index], with_pending(row, last_tokens)))
-                scores = edited[-1].data_ptr()
-            structs[index] = SamplingRowStruct(
-                raw,
-                scores,
-                processed[index].data_ptr() if processed is not None and row.shows_processed else None,
-                row.top_p,
-                row.min_p,
-                philox_uniform(row.seed, row.stream, row.position) if row.temperature else 0.0,
-                row.top_k,
-                row.temperature,
-            )
-        token_ids = torch.empty(len(rows), dtype=torch.int32)
-        self._library.sample(
-            structs, len(rows), logits.shape[1], token_ids.data_ptr(), _threads_for(len(rows))
-        )
-        return Sampled(token_ids, processed)
+    def prepare_sampling(
+        self,
+        rows: Sequence[RowSampling],
+        vocab_size: int,
+        *,
+        allowed: NDArray[np.int32] | None = None,
+        size: SamplingSize | None = None,
+    ) -> CpuSampling:
+        return CpuSampling(self._library, rows, vocab_size, allowed, size)
 
     def logsumexp(self, logits: Tensor) -> Tensor:
         """``log(sum(exp(row)))`` of [R, V] -> float32 [R]; subtracted from a row's logits it gives log-probabilities."""

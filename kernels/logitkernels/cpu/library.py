@@ -92,6 +92,7 @@ class SamplingRowStruct(Structure):
     _fields_: ClassVar = [
         ("logits", c_void_p),
         ("edited", c_void_p),
+        ("allowed", c_void_p),
         ("processed", c_void_p),
         ("top_p", c_double),
         ("min_p", c_double),

@@ -1,8 +1,8 @@
-// From rows of logits to tokens: temperature, top-k, top-p, min-p and the draw. What is computed is defined by
+// From rows of logits to tokens: the mask, temperature, top-k, top-p, min-p and the draw. What is computed is defined by
 // logitkernels/sampling.py; bias, penalties and bans are in the edited logits already.
 //
-// A row is worked on by one thread: one pass to find its largest logit, and where the temperature is above 0 about six
-// more over 4 bytes a logit that stay in its second-level cache. Nothing is sorted but what top-k keeps and the one bucket
+// A row is worked on by one thread: one pass to find its largest logit, another that copies it if it has a mask, and where
+// the temperature is above 0 about six more over 4 bytes a logit that stay in its second-level cache. Nothing is sorted but what top-k keeps and the one bucket
 // of scores that the edge of top-p falls into.
 #include <omp.h>
 
@@ -20,24 +20,35 @@ namespace logitkernels {
 
 // One row, mirrored by library.py.
 struct SamplingRow {
-    const float* logits;  // raw
-    const float* edited;  // with bias, penalties and bans; the raw ones where there are none
-    float* processed;     // where the scores go that the token is drawn from, or null
-    double top_p;         // 1: off
-    double min_p;         // 0: off
-    double uniform;       // in [0, 1)
-    int64_t top_k;        // 0: off
-    float temperature;    // 0: the largest
+    const float* logits;      // raw
+    const float* edited;      // with bias, penalties and bans; the raw ones where there are none
+    const uint32_t* allowed;  // a bit for each token, 0 where it cannot be drawn; null where there is no mask
+    float* processed;         // where the scores go that the token is drawn from, or null
+    double top_p;             // 1: off
+    double min_p;             // 0: off
+    double uniform;           // in [0, 1)
+    int64_t top_k;            // 0: off
+    float temperature;        // 0: the largest
 };
 
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr int32_t kNoToken = -1;  // there is no distribution to draw from
+constexpr int32_t kNotFinite = -1;       // there is no distribution to draw from
+constexpr int32_t kNothingAllowed = -2;  // there was one, of which bans, bias and the mask leave nothing
+
+// The row's logits, -inf where the mask has a 0. Bits beyond the vocabulary are not looked at.
+void apply_mask(const float* logits, const uint32_t* allowed, int64_t vocab, float* masked) {
+    const __m512 minus_infinity = _mm512_set1_ps(kMinusInfinity);
+    for (int64_t i = 0; i < vocab; i += kLanes) {
+        const __mmask16 exists = lane_mask(vocab - i);
+        const __mmask16 bits = __mmask16(allowed[i / 32] >> (i % 32));
+        store(masked + i, exists, _mm512_mask_mov_ps(minus_infinity, bits, load(logits + i, exists)));
+    }
+}
 
 // The point mass on the largest score, at its lowest id.
 int32_t take_largest(const SamplingRow& row, float largest, int64_t vocab) {
-    if (largest == kMinusInfinity) return kNoToken;
     const int32_t token = int32_t(std::find(row.edited, row.edited + vocab, largest) - row.edited);
     if (row.processed != nullptr) {
         std::fill_n(row.processed, vocab, kMinusInfinity);
@@ -60,7 +71,7 @@ class Sampler {
     int32_t draw(const SamplingRow& row, float largest) {
         cool(row.edited, row.temperature);
         largest_ = largest / row.temperature;
-        if (!std::isfinite(largest_)) return kNoToken;
+        if (!std::isfinite(largest_)) return kNotFinite;
         if (row.top_k > 0) {
             keep_top_k(std::min(row.top_k, vocab_), row.top_p, row.min_p);
         } else if (row.top_p < 1 || row.min_p > 0) {
@@ -188,19 +199,33 @@ class Sampler {
 
 using namespace logitkernels;
 
-// tokens [count]: what each row gives, or -1 where it has no distribution: a NaN among the raw logits, nothing above
-// -inf, or an inf at a temperature above 0.
+// tokens [count]: what each row gives, or one of
+// -1: no distribution: a NaN among the raw logits, nothing above -inf, or an inf at a temperature above 0;
+// -2: a distribution of raw logits of which edits and mask leave nothing.
 extern "C" void logitkernels_sample(const SamplingRow* rows, int64_t count, int64_t vocab, int32_t* tokens, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         std::optional<Sampler> sampler;
+        Buffer<float> masked;
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < count; ++i) {
-            const SamplingRow& row = rows[i];
-            float largest = largest_of(row.logits, vocab);
-            if (row.edited != row.logits && !std::isnan(largest)) largest = largest_of(row.edited, vocab);
+            SamplingRow row = rows[i];
+            const float raw_largest = largest_of(row.logits, vocab);
+            if (std::isnan(raw_largest) || raw_largest == kMinusInfinity) {
+                tokens[i] = kNotFinite;
+                continue;
+            }
+            if (row.allowed != nullptr) {
+                if (!masked) masked = allocate<float>(vocab);
+                apply_mask(row.edited, row.allowed, vocab, masked.get());
+                row.edited = masked.get();
+            }
+            const float largest = row.edited == row.logits ? raw_largest : largest_of(row.edited, vocab);
+            const bool is_infinite = row.temperature > 0 && std::isinf(raw_largest);
             if (std::isnan(largest)) {
-                tokens[i] = kNoToken;
+                tokens[i] = kNotFinite;
+            } else if (largest == kMinusInfinity) {
+                tokens[i] = is_infinite ? kNotFinite : kNothingAllowed;
             } else if (row.temperature == 0) {
                 tokens[i] = take_largest(row, largest, vocab);
             } else {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,15 @@ from torch.nn import functional
 
 from logitkernels.interface import AttentionMetadata, DecoderLayerWeights, Kernels
 from logitkernels.reference import ReferenceKernels
-from logitkernels.sampling import PackedRows, RowSampling, Sampled
+from logitkernels.sampling import (
+    MASK_BITS,
+    PreparedSampling,
+    RowSampling,
+    Sampled,
+    SamplingSize,
+    check_masks,
+    pad_masks,
+)
 from logitkernels.triton import (
     activations,
     gather_logits,
@@ -45,7 +53,7 @@ class TritonKernels(Kernels):
     """
 
     name = "triton"
-    packs_sampling = True
+    records_sampling = True
 
     def __init__(self, *, batch_invariant: bool = False) -> None:
         self.batch_invariant = batch_invariant
@@ -162,19 +170,46 @@ class TritonKernels(Kernels):
     def gather_logits(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         return gather_logits.gather_logits(logits, ids)
 
-    def pack_sampling(self, rows: Sequence[RowSampling], num_rows: int, num_edits: int) -> NDArray[np.int32]:
-        layout = sampling_rows.SamplingLayout(num_rows, num_edits)
-        packed = np.empty(layout.numel, dtype=np.int32)
-        sampling_rows.pack(rows, layout, packed)
-        return packed
+    def prepare_sampling(
+        self,
+        rows: Sequence[RowSampling],
+        vocab_size: int,
+        *,
+        allowed: NDArray[np.int32] | None = None,
+        size: SamplingSize | None = None,
+    ) -> TritonSampling:
+        return TritonSampling(rows, vocab_size, allowed, size)
 
-    def sample(
-        self, logits: Tensor, rows: Sequence[RowSampling] | PackedRows, last_tokens: Tensor | None = None
+
+class TritonSampling(PreparedSampling):
+    """Rows in one array, and their masks in another if there are any."""
+
+    def __init__(
+        self,
+        rows: Sequence[RowSampling],
+        vocab_size: int,
+        allowed: NDArray[np.int32] | None,
+        size: SamplingSize | None,
+    ) -> None:
+        check_masks(allowed, len(rows), vocab_size)
+        size = size or SamplingSize.of(rows, allowed)
+        size.check_fits(rows, allowed)
+        self._layout = sampling_rows.SamplingLayout(size.num_rows, max(1, size.num_edits))
+        self._has_masks = size.has_masks
+        packed = np.empty(self._layout.numel, dtype=np.int32)
+        sampling_rows.pack(rows, self._layout, packed)
+        self.arrays = {"sampling": packed}
+        if size.has_masks:
+            if allowed is None:
+                allowed = np.empty((0, -(-vocab_size // MASK_BITS)), dtype=np.int32)
+            self.arrays["sampling_allowed"] = pad_masks(allowed, size.num_rows)
+
+    def draw(
+        self, logits: Tensor, tensors: Mapping[str, Tensor], last_tokens: Tensor | None = None
     ) -> Sampled:
-        if not isinstance(rows, PackedRows):
-            raise TypeError("the triton kernels read packed rows")
-        tensors = sampling_rows.view(rows.buffer, sampling_rows.SamplingLayout(rows.num_rows, rows.num_edits))
+        rows = sampling_rows.view(tensors["sampling"], self._layout)
         scores = torch.empty_like(logits)
         if last_tokens is None:
-            last_tokens = torch.full_like(tensors.pending, -1)
-        return Sampled(sample.sample(logits, tensors, last_tokens, scores), scores)
+            last_tokens = torch.full_like(rows.pending, -1)
+        allowed = tensors["sampling_allowed"] if self._has_masks else None
+        return Sampled(sample.sample(logits, rows, last_tokens, scores, allowed), scores)

@@ -1,4 +1,4 @@
-"""One token for each row of logits: edits, temperature, top-k, top-p, min-p and the draw."""
+"""One token for each row of logits: edits, the mask, temperature, top-k, top-p, min-p and the draw."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from logitkernels.sampling import NOT_FINITE, NOTHING_ALLOWED
 from logitkernels.triton.gather_logits import exp_below
 from logitkernels.triton.launch import launch
 from logitkernels.triton.sample_cut import FLOOR, cut_kernel, load_orders, row_peak, tile_masses
@@ -18,6 +19,9 @@ TILE = 4096
 
 CANDIDATES = 2048
 """Entries around the cut that are searched without reading the row again."""
+
+_NOT_FINITE = tl.constexpr(NOT_FINITE)
+_NOTHING_ALLOWED = tl.constexpr(NOTHING_ALLOWED)
 
 
 @triton.jit
@@ -111,19 +115,22 @@ def _score_kernel(
     edit_bias_ptr: tl.tensor,
     edit_counts_ptr: tl.tensor,
     edit_flags_ptr: tl.tensor,
+    allowed_ptr: tl.tensor,
     tile_max_ptr: tl.tensor,
     tile_best_ptr: tl.tensor,
     tile_sum_ptr: tl.tensor,
     stored_ptr: tl.tensor,
     logits_stride: tl.tensor,
     scores_stride: tl.tensor,
+    allowed_stride: tl.tensor,
     vocab: tl.tensor,
     TILE: tl.constexpr,
     EDITS: tl.constexpr,
 ) -> None:
-    """A tile's scores after edits and temperature: their largest, its lowest id, and the sum of exp(score - largest).
+    """A tile's scores after edits, mask and temperature: their largest, its lowest id, the sum of exp(score - largest).
 
-    A NaN in the tile becomes its largest. The scores are stored where the row has edits or is read again.
+    A NaN in the tile becomes its largest. The scores are stored where the row has edits or is read again, as it is with a
+    mask at a temperature above 0.
     """
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -137,7 +144,7 @@ def _score_kernel(
     is_filtered = (
         (tl.load(top_k_ptr + row) > 0) | (tl.load(top_p_ptr + row) < 1.0) | (tl.load(min_p_ptr + row) > 0.0)
     )
-    is_read = (temperature > 0) & (is_filtered | (tl.load(shows_ptr + row) != 0))
+    is_read = (temperature > 0) & (is_filtered | (tl.load(shows_ptr + row) != 0) | (allowed_ptr is not None))
 
     columns = tile * TILE + tl.arange(0, TILE)
     inside = columns < vocab
@@ -163,8 +170,12 @@ def _score_kernel(
             TILE,
             EDITS,
         )
-        nans += tl.sum(is_nan(x).to(tl.int32))
         tl.debug_barrier()
+    if allowed_ptr is not None:
+        words = tl.load(allowed_ptr + row * allowed_stride + columns // 32, mask=inside, other=0)
+        x = tl.where(((words >> (columns % 32)) & 1) != 0, x, -float("inf"))
+    if has_edits:
+        nans += tl.sum(is_nan(x).to(tl.int32))
     if temperature > 0:
         x = tl.div_rn(x, temperature)
     if has_edits | is_read:
@@ -278,6 +289,23 @@ def _show_point(
         tl.store(scores_ptr + columns, tl.where(columns == best, 0.0, -float("inf")), mask=columns < vocab)
 
 
+@triton.jit
+def _is_drawable(
+    logits_ptr: tl.tensor,
+    temperature: tl.tensor,
+    vocab: tl.tensor,
+    num_tiles: tl.tensor,
+    TILE: tl.constexpr,
+) -> tl.tensor:
+    """Whether the raw logits of a row, none of which is NaN, are a distribution at its temperature."""
+    largest = tl.full((), -float("inf"), tl.float32)
+    for tile in range(num_tiles):
+        columns = tile * TILE + tl.arange(0, TILE)
+        x = tl.load(logits_ptr + columns, mask=columns < vocab, other=-float("inf"))
+        largest = tl.maximum(largest, tl.max(x))
+    return (largest > -float("inf")) & ((largest < float("inf")) | (temperature == 0))
+
+
 @triton.jit(do_not_specialize=["num_tiles"])
 def _draw_kernel(
     logits_ptr: tl.tensor,
@@ -307,9 +335,12 @@ def _draw_kernel(
         tile_max_ptr + row * num_tiles, tile_best_ptr + row * num_tiles, num_tiles, TILES
     )
     temperature = tl.load(temperature_ptr + row)
-    has_none = has_nan | (largest == -float("inf")) | ((temperature > 0) & (largest == float("inf")))
-    if has_none:
-        token = -1
+    if has_nan | ((temperature > 0) & (largest == float("inf"))):
+        token = tl.full((), _NOT_FINITE, tl.int32)
+    elif largest == -float("inf"):
+        # The row ends here, so that it may be read once more.
+        is_drawable = _is_drawable(logits_ptr, temperature, vocab, num_tiles, TILE)
+        token = tl.where(is_drawable, _NOTHING_ALLOWED, _NOT_FINITE)
     elif temperature > 0:
         cut = tl.load(cut_ptr + row)
         if cut > FLOOR:
@@ -350,18 +381,21 @@ def sample(
     tensors: SamplingTensors,
     last_tokens: Tensor,
     scores: Tensor,
+    allowed: Tensor | None = None,
     *,
     tile: int = TILE,
     candidates: int = CANDIDATES,
 ) -> Tensor:
-    """One draw for each row of ``logits`` (float32 [R, V], left as they are): int32 [R], -1 where there is no distribution.
+    """One draw for each row of ``logits`` (float32 [R, V], left as they are): int32 [R], below 0 where nothing is drawn.
 
     Follows `logitkernels.sampling.sample_rows`. ``tensors`` are R rows; ``last_tokens`` int32 are those that
-    ``tensors.pending`` refers to, -1 for a row that had none. ``scores`` float32 [R, V] is scratch: on return it holds the
-    processed scores of the rows that show them and have a token, the others are unspecified.
+    ``tensors.pending`` refers to, below 0 for a row that had none; ``allowed`` int32 [R, ceil(V / 32)] are their masks.
+    ``scores`` float32 [R, V] is scratch: on return it holds the processed scores of the rows that show them and have a
+    token, the others are unspecified.
 
     Greedy and plain temperature rows read V floats (and a tile more); rows with edits also write and read them once, rows
-    with filters read them about four times more, from the L2 cache where the row fits.
+    with filters read them about four times more, from the L2 cache where the row fits. Masks add V / 8 bytes, and writing
+    the scores above temperature 0.
 
     Raises ValueError for logits or scores that are not float32 [R, V] with adjacent entries of a row.
     """
@@ -400,12 +434,14 @@ def sample(
         tensors.edit_bias,
         tensors.edit_counts,
         tensors.edit_flags,
+        allowed,
         tile_max,
         tile_best,
         tile_sum,
         stored,
         logits.stride(0),
         scores.stride(0),
+        0 if allowed is None else allowed.stride(0),
         vocab,
         TILE=tile,
         EDITS=256,

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitkernels.sampling import RowSampling
+from logitkernels.sampling import GREEDY_ROW, RowSampling
 
 SEEN = 1
 BANNED = 2
@@ -40,7 +40,6 @@ _NUMPY = {torch.int64: np.int64, torch.float32: np.float32, torch.int32: np.int3
 _ALIGNMENT = (
     4  # int32 words: Triton compiles a kernel once more for a pointer that is not a multiple of 16 bytes
 )
-_PLAIN = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, stream=0, position=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +126,7 @@ def pack(rows: Sequence[RowSampling], layout: SamplingLayout, out: NDArray[np.in
     fields = {
         name: out[begin:end].view(_NUMPY[_FIELDS[name][0]]) for name, (begin, end) in layout.spans.items()
     }
-    every = [*rows, *[_PLAIN] * (layout.num_rows - len(rows))]
+    every = [*rows, *[GREEDY_ROW] * (layout.num_rows - len(rows))]
     fields["seed"].view(np.uint64)[:] = [row.seed for row in every]
     fields["stream"].view(np.uint32)[:] = [row.stream for row in every]
     fields["top_k"][:] = [min(row.top_k, 0x7FFFFFFF) for row in every]
@@ -176,7 +175,7 @@ def _pack_edits(row: RowSampling, fields: dict[str, NDArray[Any]], begin: int) -
     if row.bias:
         edits["edit_bias"][where["bias"]] = list(row.bias.values())
     if "generated" in where and row.counts is not None:
-        edits["edit_counts"][where["generated"]] = row.counts.numpy()
+        edits["edit_counts"][where["generated"]] = row.counts
     if "seen" in where:
         edits["edit_flags"][where["seen"]] |= SEEN
     if "banned" in where:
@@ -192,7 +191,7 @@ def _edited_ids(row: RowSampling) -> dict[str, NDArray[np.int64]]:
     if row.banned:
         sources["banned"] = np.array(sorted(set(row.banned)), dtype=np.int64)
     if row.seen is not None and row.repetition_penalty != 1:
-        sources["seen"] = row.seen.numpy()
+        sources["seen"] = row.seen
     if row.generated is not None and (row.presence_penalty or row.frequency_penalty):
-        sources["generated"] = row.generated.numpy()
+        sources["generated"] = row.generated
     return {name: ids for name, ids in sources.items() if len(ids)}

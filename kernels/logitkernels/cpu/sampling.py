@@ -1,0 +1,76 @@
+"""Draws by the compiled library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitkernels.cpu.library import Library, SamplingRowStruct
+from logitkernels.sampling import (
+    HostSampling,
+    RowSampling,
+    Sampled,
+    SamplingSize,
+    edit_logits,
+    philox_uniform,
+    with_pending,
+)
+
+
+class CpuSampling(HostSampling):
+    """Rows that the library reads where they are. Bias, penalties and bans are applied here, masks and the rest there."""
+
+    def __init__(
+        self,
+        library: Library,
+        rows: Sequence[RowSampling],
+        vocab_size: int,
+        allowed: NDArray[np.int32] | None,
+        size: SamplingSize | None,
+    ) -> None:
+        super().__init__(rows, vocab_size, allowed, size)
+        self._library = library
+        if self._allowed is not None:
+            self._allowed = np.ascontiguousarray(self._allowed)
+
+    def draw(
+        self,
+        logits: Tensor,
+        tensors: Mapping[str, Tensor],  # noqa: ARG002 - the rows are on the host
+        last_tokens: Tensor | None = None,
+    ) -> Sampled:
+        self._check(logits)
+        logits = logits.to(torch.float32).contiguous()
+        rows, row_bytes = self._rows, self._vocab_size * logits.itemsize
+        processed = torch.empty_like(logits) if any(row.shows_processed for row in rows) else None
+        masks, mask_bytes = None, 0
+        if self._allowed is not None:
+            masks, mask_bytes = self._allowed.ctypes.data, self._allowed.strides[0]
+        first = logits.data_ptr()
+        edited: list[Tensor] = []  # alive while the library reads them
+        structs = (SamplingRowStruct * len(rows))()
+        for index, row in enumerate(rows):
+            raw = scores = first + index * row_bytes
+            if row.edits_logits:
+                edited.append(edit_logits(logits[index], with_pending(row, last_tokens)))
+                scores = edited[-1].data_ptr()
+            structs[index] = SamplingRowStruct(
+                raw,
+                scores,
+                None if masks is None else masks + index * mask_bytes,
+                processed[index].data_ptr() if processed is not None and row.shows_processed else None,
+                row.top_p,
+                row.min_p,
+                philox_uniform(row.seed, row.stream, row.position) if row.temperature else 0.0,
+                row.top_k,
+                row.temperature,
+            )
+        token_ids = torch.empty(len(rows), dtype=torch.int32)
+        # Either all threads or one: OpenMP ends the threads that a smaller team leaves out.
+        threads = torch.get_num_threads() if len(rows) > 1 else 1
+        self._library.sample(structs, len(rows), self._vocab_size, token_ids.data_ptr(), threads)
+        return Sampled(token_ids, processed)
