@@ -30,9 +30,6 @@ MASK_BITS = 32
 NUM_CANDIDATES = 1024
 """Entries of a row that top-p and min-p look at before they sort all of it."""
 
-NOT_FINITE = -1
-NOTHING_ALLOWED = -2
-
 _PHILOX_ROUNDS = 10
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
