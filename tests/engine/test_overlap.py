@@ -28,10 +28,11 @@ from logitengine.model.loader import LoadedModel, load
 from logitengine.run import graphs
 from logitengine.run.batch import Batch
 from logitengine.run.devices import Device
-from logitengine.run.graphs import DecodeGraphs
+from logitengine.run.graphs import DecodeGraphs, Size
 from logitkernels.sampling import RowSampling
 from loopback_device import LoopbackDevice
 from msgspec.structs import replace
+from numpy.typing import NDArray
 from support import EVERY_ROW, Collected, finish, greedy, make_engine, run
 from tiny_models import NAN_TOKEN, save_llama
 from torch import Tensor
@@ -133,13 +134,16 @@ class Spy:
         graphs = engine._runner._graphs
         assert isinstance(graphs, DecodeGraphs)
         self.graphs = graphs
-        self.sizes: list[tuple[int, int, int]] = []
+        self.sizes: list[Size] = []
         replay = graphs.run
 
-        def counted(batch: Batch, rows: Sequence[RowSampling]) -> dict[str, Tensor]:
-            outputs = replay(batch, rows)
-            self.sizes.append(graphs._size_of(batch, rows))
-            assert self.sizes[-1] in graphs._recorded
+        def counted(
+            batch: Batch, rows: Sequence[RowSampling], allowed: NDArray[np.int32] | None
+        ) -> dict[str, Tensor] | None:
+            outputs = replay(batch, rows, allowed)
+            if outputs is not None:
+                self.sizes.append(graphs._size_of(batch, rows, allowed))
+                assert self.sizes[-1] in graphs._recorded
             return outputs
 
         monkeypatch.setattr(graphs, "run", counted)
@@ -246,6 +250,27 @@ def test_edits_of_different_numbers_share_a_recorded_number(
     spy = Spy(engine, monkeypatch)
     answers = run(engine, requests)
     assert {size[2] for size in spy.sizes} == {32}, "3 biases and at most 11 seen tokens"
+    models.assert_answers(requests, answers)
+
+
+def test_no_more_steps_are_recorded_than_a_bound(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other number of edits asks for a step of its own; those beyond the bound are launched unrecorded."""
+    monkeypatch.setattr(graphs, "FEWEST_EDITS", 1)
+    monkeypatch.setattr(graphs, "MOST_LATE", 2)
+    engine = engine_of(models.overlapping)
+    spy = Spy(engine, monkeypatch)
+    monkeypatch.setattr(spy.graphs, "_num_late", 0)
+    before = set(spy.graphs._recorded)
+    requests = [
+        request(f"r{edits}", PROMPTS[0], temperature=0.0, logit_bias=dict.fromkeys(range(edits), 1.0))
+        for edits in (2, 5, 17, 65)
+    ]
+    answers: dict[tuple[str, int], Collected] = {}
+    for asked in requests:
+        answers |= run(engine, [asked])
+    late = set(spy.graphs._recorded) - before
+    assert len(late) == 2
+    assert {size[2] for size in spy.sizes} == {4, 16}
     models.assert_answers(requests, answers)
 
 

@@ -20,6 +20,7 @@ from logitengine.run.devices import Device, choose_device
 from logitengine.run.graphs import DecodeGraphs
 from logitkernels.sampling import RowSampling
 from msgspec.structs import replace
+from numpy.typing import NDArray
 from support import EVERY_ROW, Collected, finish, greedy, make_engine, run
 from tiny_models import save_gemma3, save_llama
 from torch import Tensor
@@ -154,13 +155,15 @@ def test_decode_steps_are_replayed_and_give_what_eager_steps_give(
     engine = engine_of(models.gpu)
     graphs = engine._runner._graphs
     assert isinstance(graphs, DecodeGraphs)
-    assert {rows for rows, _, _ in graphs._recorded} >= {1, 2, 4, 8, 16, MOST}
+    assert {size[0] for size in graphs._recorded} >= {1, 2, 4, 8, 16, MOST}
     replayed: list[int] = []
     replay = graphs.run
 
-    def counted(batch: Batch, rows: list[RowSampling]) -> dict[str, Tensor]:
+    def counted(
+        batch: Batch, rows: list[RowSampling], allowed: NDArray[np.int32] | None
+    ) -> dict[str, Tensor]:
         replayed.append(len(rows))
-        return replay(batch, rows)
+        return replay(batch, rows, allowed)
 
     monkeypatch.setattr(graphs, "run", counted)
     answers = run(engine, requests)
@@ -200,7 +203,7 @@ def test_longer_tables_and_more_edits_than_were_recorded_at_load_are_recorded_wh
     assert graphs is not None
     before = set(graphs._recorded)
     assert_same(run(engine, [request])["long", 0], models.expected(request))
-    assert set(graphs._recorded) - before == {(1, 256, 4096)}
+    assert set(graphs._recorded) - before == {(1, 256, 4096, False)}
 
 
 def test_preempted_sequences_answer_as_if_alone(models: Models) -> None:

@@ -118,7 +118,7 @@ def prepare(
     longest = _longest(config, model.config)
     vocab_size = model.config.get_text_config().vocab_size
     servable = _Servable(
-        config, network, heads, dtype, kernels, device, shapes, longest, vocab_size if can_generate else None
+        config, network, heads, dtype, kernels, device, shapes, longest, vocab_size, can_generate=can_generate
     )
     num_blocks = config.num_blocks or servable.affordable_blocks()
     runner = servable.runner(num_blocks)
@@ -126,7 +126,7 @@ def prepare(
         _check_head(runner, model, dtype, device)
     if device.captures:
         # Kernels compile here, not in somebody's request.
-        largest_step(runner, config, longest=longest, vocab_size=servable.vocab_size)
+        largest_step(runner, config, longest=longest, vocab_size=vocab_size, can_generate=can_generate)
         if can_generate:
             runner.record_steps()
     return LoadedModel(
@@ -165,8 +165,8 @@ class _Servable:
     device: Device
     shapes: list[LayerShape]
     longest: int | None
-    vocab_size: int | None
-    """None for a model that does not generate."""
+    vocab_size: int
+    can_generate: bool
 
     def runner(self, num_blocks: int) -> ModelRunner:
         kv_cache = PagedKVCache.allocate(
@@ -185,6 +185,7 @@ class _Servable:
             kv_cache,
             value_heads=self.value_heads,
             max_num_seqs=self.config.max_num_seqs,
+            vocab_size=self.vocab_size,
         )
 
     def affordable_blocks(self) -> int:
@@ -192,7 +193,11 @@ class _Servable:
         budget = self.config.kv_cache_bytes or self.device.kv_cache_bytes(
             self.config.memory_fraction,
             lambda: largest_step(
-                self.runner(1), self.config, longest=self.longest, vocab_size=self.vocab_size
+                self.runner(1),
+                self.config,
+                longest=self.longest,
+                vocab_size=self.vocab_size,
+                can_generate=self.can_generate,
             ),
         )
         num_blocks = budget // bytes_per_block(self.shapes, self.config.block_size, self.dtype)

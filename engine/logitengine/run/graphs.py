@@ -1,8 +1,9 @@
 """Decode steps recorded for bucketed sizes: model, head and sampling as one replay.
 
 A step in which every sequence computes one token has the same shape as the next one, but for how many sequences there
-are, how long their block tables are and how many edits (biases, penalties) their sampling has. Each of the three is
-rounded up to a bucket, the inputs are copied into the bucket's own buffer, and what was recorded for it is replayed.
+are, how long their block tables are, how many edits (biases, penalties) their sampling has and whether any has a mask.
+Each is rounded up to a bucket, the inputs are copied into the bucket's own buffer, and what was recorded for it is
+replayed.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from logitkernels import Kernels
-from logitkernels.sampling import PackedRows, RowSampling
+from logitkernels.sampling import PreparedSampling, RowSampling, SamplingSize
+from numpy.typing import NDArray
 from torch import Tensor
 
 from logitengine.run.batch import Batch
@@ -25,8 +28,11 @@ SMALLEST_TABLE = 64
 FEWEST_EDITS = 64
 """Of a batch; larger buckets have room for four times as many each."""
 
-Size = tuple[int, int, int]
-"""Sequences, blocks of a table, edits."""
+MOST_LATE = 48
+"""Steps that are recorded while requests wait. What has not been recorded when so many are is launched as it is."""
+
+Size = tuple[int, int, int, bool]
+"""Sequences, blocks of a table, edits, whether there are masks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,7 @@ class _Recorded:
 
 
 class DecodeGraphs:
-    """``run`` replays a decode batch; what is missing is recorded first.
+    """``run`` replays a decode batch; what is missing is recorded first, up to `MOST_LATE` times.
 
     ``compute(tensors, sampling, max_seq_len)`` launches a step on a batch's arrays and gives named output tensors.
     ``last_tokens`` is what it draws into.
@@ -50,9 +56,10 @@ class DecodeGraphs:
         self,
         device: Device,
         kernels: Kernels,
-        compute: Callable[[dict[str, Tensor], PackedRows, int], dict[str, Tensor]],
+        compute: Callable[[dict[str, Tensor], PreparedSampling, int], dict[str, Tensor]],
         *,
         last_tokens: Tensor,
+        vocab_size: int,
         block_size: int,
         max_table: int,
     ) -> None:
@@ -60,54 +67,74 @@ class DecodeGraphs:
         self._kernels = kernels
         self._compute = compute
         self._last_tokens = last_tokens
+        self._vocab_size = vocab_size
         self._block_size = block_size
         self._rows = row_buckets(len(last_tokens))
         self._max_table = max_table
         self._recorded: dict[Size, _Recorded] = {}
+        self._num_late = 0
 
-    def run(self, batch: Batch, rows: Sequence[RowSampling]) -> dict[str, Tensor]:
-        """The outputs of the batch, each cut to its own rows. They hold until the next run."""
-        size = self._size_of(batch, rows)
-        num_rows, num_blocks, num_edits = size
+    def run(
+        self, batch: Batch, rows: Sequence[RowSampling], allowed: NDArray[np.int32] | None = None
+    ) -> dict[str, Tensor] | None:
+        """The outputs of the batch, each cut to its own rows. They hold until the next run.
+
+        None, and nothing was launched, where the batch's size is not recorded and no more sizes are.
+        """
+        size = self._size_of(batch, rows, allowed)
+        if size not in self._recorded and self._num_late >= MOST_LATE:
+            return None
+        num_rows, num_blocks, _, _ = size
         arrays = {
             **batch.padded(num_rows, num_blocks),
-            "sampling": self._kernels.pack_sampling(rows, num_rows, num_edits),
+            **self._prepare(rows, size, allowed).arrays,
         }
-        recorded = self._recorded.get(size) or self._record(size)
+        if size not in self._recorded:
+            self._num_late += 1
+            self._record(size)
+        recorded = self._recorded[size]
         staged = self._device.host_buffer(recorded.layout.nbytes)
         recorded.layout.pack(arrays, staged)
         recorded.inputs.copy_(staged, non_blocking=True)
         recorded.replay()
         return {name: output[: len(rows)] for name, output in recorded.outputs.items()}
 
-    def _size_of(self, batch: Batch, rows: Sequence[RowSampling]) -> Size:
+    def _prepare(
+        self, rows: Sequence[RowSampling], size: Size, allowed: NDArray[np.int32] | None = None
+    ) -> PreparedSampling:
+        num_rows, _, num_edits, has_masks = size
+        return self._kernels.prepare_sampling(
+            rows, self._vocab_size, allowed=allowed, size=SamplingSize(num_rows, num_edits, has_masks)
+        )
+
+    def _size_of(
+        self, batch: Batch, rows: Sequence[RowSampling], allowed: NDArray[np.int32] | None = None
+    ) -> Size:
         table = batch.arrays["block_tables"].shape[1]
         return (
             self._rows[bisect_left(self._rows, len(rows))],
             min(_power_of_four(table, SMALLEST_TABLE), self._max_table),
             _power_of_four(sum(row.num_edits for row in rows), FEWEST_EDITS),
+            allowed is not None,
         )
 
     def record_all(self) -> None:
-        """Record every number of sequences, with short tables and few edits."""
+        """Record every number of sequences, with short tables, few edits and no masks."""
         for num_rows in self._rows:
-            size = (num_rows, min(SMALLEST_TABLE, self._max_table), FEWEST_EDITS)
+            size = (num_rows, min(SMALLEST_TABLE, self._max_table), FEWEST_EDITS, False)
             if size not in self._recorded:
                 self._record(size)
 
-    def _record(self, size: Size) -> _Recorded:
+    def _record(self, size: Size) -> None:
         """Record on a batch of padding alone: it stores nothing, and what it draws is put back."""
-        num_rows, num_blocks, num_edits = size
-        arrays = {
-            **Batch.padding(num_rows, num_blocks),
-            "sampling": self._kernels.pack_sampling([], num_rows, num_edits),
-        }
+        num_rows, num_blocks, _, _ = size
+        sampling = self._prepare([], size)
+        arrays = {**Batch.padding(num_rows, num_blocks), **sampling.arrays}
         layout = Layout(arrays)
         staged = self._device.host_buffer(layout.nbytes)
         layout.pack(arrays, staged)
         inputs = staged.to(self._device.torch_device, copy=True)
         tensors = layout.views(inputs)
-        sampling = PackedRows(tensors["sampling"], num_rows, num_edits)
         outputs: dict[str, Tensor] = {}
 
         def step() -> None:
@@ -117,7 +144,6 @@ class DecodeGraphs:
         replay = self._device.capture(step)
         self._last_tokens.copy_(drawn)
         self._recorded[size] = _Recorded(layout, inputs, replay, outputs)
-        return self._recorded[size]
 
 
 def row_buckets(most: int) -> list[int]:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import numpy as np
 from logitkernels.sampling import RowSampling
+from numpy.typing import NDArray
 
 from logitengine.link.messages import HiddenStatesSpec, LogitsSpec, OutputSpec
 from logitengine.run.batch import Batch, build_batch
@@ -77,6 +79,8 @@ class StepPlan:
         chunks: every sequence's part.
         batch: the chunks that compute tokens; None in a step of prompt rows alone.
         sampling: how each drawing chunk of the batch draws.
+        allowed: int32 [drawing chunks, words], the tokens that each may draw; see `Kernels.prepare_sampling`. None where
+            all may draw any.
         logits, logprobs, hidden_states: what is to be shown of drawn tokens; the rows are those of the draw. Logprobs
             groups are told apart by the number of likeliest tokens.
         prompts: what is to be shown of prompts.
@@ -87,6 +91,7 @@ class StepPlan:
     chunks: list[Chunk]
     batch: Batch | None
     sampling: list[RowSampling]
+    allowed: NDArray[np.int32] | None
     logits: list[DrawnGroup[LogitsSpec]]
     logprobs: list[DrawnGroup[int]]
     hidden_states: list[DrawnGroup[HiddenStatesSpec]]
@@ -131,6 +136,7 @@ def plan_step(
         chunks=chunks,
         batch=batch,
         sampling=[sampling_of(chunk.sequence) for chunk in drawing],
+        allowed=None,
         logits=[DrawnGroup(spec, rows) for spec, rows in logits.items()],
         logprobs=[DrawnGroup(top, rows) for top, rows in logprobs.items()],
         hidden_states=[DrawnGroup(spec, rows) for spec, rows in hidden_states.items()],

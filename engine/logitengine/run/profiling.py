@@ -16,11 +16,11 @@ SHOWN = LogitsSpec(positions="all", stage="processed")
 
 
 def largest_step(
-    runner: ModelRunner, config: EngineConfig, *, longest: int | None, vocab_size: int | None
+    runner: ModelRunner, config: EngineConfig, *, longest: int | None, vocab_size: int, can_generate: bool
 ) -> None:
     """A full token budget over as many sequences as may run, none longer than ``longest``, with every row asked for.
 
-    Where the model generates (``vocab_size`` is not None), all draw, filtered, and every drawn row is shown. As many
+    Where the model generates, all draw, filtered, and every drawn row is shown. As many
     prompt rows are given as one step may give, and the rest of the hidden states is held. The runner's cache needs one
     block: what is computed is never read.
     """
@@ -33,8 +33,8 @@ def largest_step(
     )
     chunks = []
     for index in range(count):
-        sequence = _prompt(index, length, config.block_size, generates=vocab_size is not None)
-        rows = range(min(length, rows_left) if vocab_size is not None else length)
+        sequence = _prompt(index, length, config.block_size, generates=can_generate)
+        rows = range(min(length, rows_left) if can_generate else length)
         rows_left -= len(rows)
         chunks.append(Chunk(sequence, 0, length, rows))
     sampler = Sampler(eos_token_ids=[])

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from logitkernels import Kernels
-from logitkernels.sampling import PackedRows, RowSampling
+from logitkernels.sampling import PreparedSampling
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from logitengine.model.network import Network
 from logitengine.model.value_heads import ValueHead
-from logitengine.run.batch import Batch, DeviceBatch
+from logitengine.run.batch import DeviceBatch
 from logitengine.run.devices import Device
 from logitengine.run.graphs import DecodeGraphs
 from logitengine.run.kv_cache import LayerShape, PagedKVCache, ShapeProbe
@@ -40,8 +40,10 @@ class ModelRunner:
         *,
         value_heads: Mapping[str, ValueHead],
         max_num_seqs: int,
+        vocab_size: int,
     ) -> None:
         self.kv_cache = kv_cache
+        self._vocab_size = vocab_size
         self._decoder = network.decoder(kv_cache)
         self._head = network.head
         self._kernels = kernels
@@ -55,10 +57,11 @@ class ModelRunner:
                 kernels,
                 self._decode_step,
                 last_tokens=self._last_tokens,
+                vocab_size=vocab_size,
                 block_size=kv_cache.block_size,
                 max_table=kv_cache.num_blocks,
             )
-            if network.is_fused and device.captures and kernels.packs_sampling
+            if network.is_fused and device.captures and kernels.records_sampling
             else None
         )
 
@@ -73,44 +76,39 @@ class ModelRunner:
         """Launch the step: store its keys and values, draw, and fetch what is shown."""
         for sequence in plan.dropped:
             self.rows.drop(sequence)
-        forward = None if plan.batch is None else self._forward(plan.batch, plan.sampling)
-        return self.rows.compute(plan, forward)
+        return self.rows.compute(plan, None if plan.batch is None else self._forward(plan))
 
-    def _forward(self, batch: Batch, rows: Sequence[RowSampling]) -> Forward:
+    def _forward(self, plan: StepPlan) -> Forward:
+        batch, rows = plan.batch, plan.sampling
+        assert batch is not None  # noqa: S101 - execute() has looked
         if self._graphs is not None and batch.is_decode:
-            outputs = self._graphs.run(batch, rows)
-            return Forward(**{**outputs, "token_ids": outputs["token_ids"].clone()})
-        arrays = {**batch.arrays, "drawing_rows": batch.drawing_rows}
-        sampling: Sequence[RowSampling] | PackedRows = rows
-        if self._kernels.packs_sampling:
-            num_edits = max(1, sum(row.num_edits for row in rows))
-            arrays["sampling"] = self._kernels.pack_sampling(rows, len(rows), num_edits)
-            tensors = self._device.upload(arrays)
-            sampling = PackedRows(tensors["sampling"], len(rows), num_edits)
-        else:
-            tensors = self._device.upload(arrays)
+            outputs = self._graphs.run(batch, rows, plan.allowed)
+            if outputs is not None:
+                return Forward(**{**outputs, "token_ids": outputs["token_ids"].clone()})
+        sampling = self._kernels.prepare_sampling(rows, self._vocab_size, allowed=plan.allowed)
+        tensors = self._device.upload({**batch.arrays, "drawing_rows": batch.drawing_rows, **sampling.arrays})
         awaited = self._last_tokens if batch.awaits_tokens else None
         on_device = DeviceBatch.of(tensors, awaited, batch.max_query_len, batch.max_seq_len)
         hidden = self._decoder(on_device)
         if not rows:
             return Forward(hidden)
         drawn_hidden = hidden if batch.is_decode else hidden[tensors["drawing_rows"]]
-        return Forward(hidden, drawn_hidden, *self._draw(drawn_hidden, sampling))
+        return Forward(hidden, drawn_hidden, *self._draw(drawn_hidden, sampling, tensors))
 
     def _decode_step(
-        self, tensors: dict[str, Tensor], sampling: PackedRows, max_seq_len: int
+        self, tensors: dict[str, Tensor], sampling: PreparedSampling, max_seq_len: int
     ) -> dict[str, Tensor]:
         """A decode batch from its arrays on the device, as it is recorded."""
         hidden = self._decoder(DeviceBatch.of(tensors, self._last_tokens, 1, max_seq_len))
-        logits, token_ids, processed = self._draw(hidden, sampling)
+        logits, token_ids, processed = self._draw(hidden, sampling, tensors)
         outputs = {"hidden": hidden, "drawn_hidden": hidden, "logits": logits, "token_ids": token_ids}
         return outputs if processed is None else {**outputs, "processed": processed}
 
     def _draw(
-        self, hidden: Tensor, sampling: Sequence[RowSampling] | PackedRows
+        self, hidden: Tensor, sampling: PreparedSampling, tensors: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         logits = self.head(hidden)
-        sampled = self._kernels.sample(logits, sampling, self._last_tokens)
+        sampled = sampling.draw(logits, tensors, self._last_tokens)
         self._last_tokens[: len(logits)] = sampled.token_ids
         return logits, sampled.token_ids, sampled.processed
 

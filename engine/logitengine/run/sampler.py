@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from logitkernels.sampling import RowSampling
 
 from logitengine.schedule.sequence import Sequence
@@ -32,9 +31,9 @@ class Sampler:
             repetition_penalty=sampling.repetition_penalty,
             presence_penalty=sampling.presence_penalty,
             frequency_penalty=sampling.frequency_penalty,
-            seen=None if seen is None else torch.from_numpy(seen.ids),
-            generated=torch.from_numpy(generated.ids) if generated else None,
-            counts=torch.from_numpy(generated.counts) if generated else None,
+            seen=None if seen is None else seen.ids,
+            generated=generated.ids if generated else None,
+            counts=generated.counts if generated else None,
             pending=None if seen is None and generated is None else sequence.draw_row,
             shows_processed=spec is not None and spec.stage == "processed" and spec.wants_generated,
         )
