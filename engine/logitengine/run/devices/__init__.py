@@ -1,5 +1,6 @@
-"""Where the model runs. The device is chosen once, by name; nothing else in the engine asks which it is."""
+"""Where the model runs. Nothing else in the engine asks which device it is."""
 
-from logitengine.run.devices.device import Device, choose_device
+from logitengine.run.devices.choose import choose_device
+from logitengine.run.devices.device import Device
 
 __all__ = ["Device", "choose_device"]
