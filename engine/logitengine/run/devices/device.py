@@ -58,4 +58,3 @@ class Device(ABC):
         A device with its own memory runs ``largest_step`` to see what a step needs beside the cache, and leaves that
         and the share of its memory beyond ``fraction`` free.
         """
-
