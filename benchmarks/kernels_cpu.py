@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from logitkernels import AttentionMetadata, DecoderLayerWeights
+from logitkernels import AttentionMetadata, BlockWeight, DecoderLayerWeights, DenseWeight, Weight
 from logitkernels.cpu import CpuKernels, GgufType
-from logitkernels.cpu.linear import STORED_BYTES, PackedLinear
+from logitkernels.cpu.linear import STORED_BYTES, CpuLinear
 from torch import Tensor
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 576, 1536, 30, 9, 3, 64, 49152
@@ -48,20 +48,24 @@ def metadata_of(query_lens: list[int], seq_lens: list[int]) -> AttentionMetadata
 class Decoder:
     """Random weights of the model's shape, and caches for a batch."""
 
-    def __init__(self, kernels: CpuKernels, gguf_type: GgufType | None = None) -> None:
+    def __init__(self, kernels: CpuKernels, gguf_type: GgufType | None = None, *, exact: bool) -> None:
         self.kernels = kernels
         self.gguf_type = gguf_type
+        self.exact = exact
         self.layers = [kernels.prepare_layer(self._layer()) for _ in range(LAYERS)]
         self.head = self._linear(VOCAB, HIDDEN)
 
-    def _linear(self, n: int, k: int) -> PackedLinear:
+    def _linear(self, n: int, k: int) -> CpuLinear:
+        return self.kernels.pack([self._weight(n, k)], exact=self.exact)
+
+    def _weight(self, n: int, k: int) -> Weight:
         if self.gguf_type is None:
-            return self.kernels.pack_linear((torch.randn(n, k) * k**-0.5).bfloat16())
+            return DenseWeight("random", (torch.randn(n, k) * k**-0.5).bfloat16())
         # Random integers under small scales.
         raw = torch.randint(0, 256, (n * k // 32, STORED_BYTES[self.gguf_type]), dtype=torch.uint8)
         raw[:, 1] = 0x20
         raw[:, 3] = 0x20
-        return self.kernels.pack_gguf(raw, (n, k), self.gguf_type)
+        return BlockWeight("random", raw, self.gguf_type.name, (n, k))
 
     def _layer(self) -> DecoderLayerWeights:
         return DecoderLayerWeights(
@@ -86,15 +90,15 @@ class Decoder:
 
         def run() -> None:
             for layer in self.layers:
-                for packed in (layer.qkv, layer.output, layer.gate_up):
-                    self.kernels.linear(narrow, packed)
-                self.kernels.linear(wide, layer.down)
+                for linear in (layer.qkv, layer.output, layer.gate_up):
+                    linear(narrow)
+                layer.down(wide)
 
         return run
 
     def run_head(self, rows: int) -> Callable[[], None]:
         hidden = torch.randn(rows, HIDDEN)
-        return lambda: void(self.kernels.linear(hidden, self.head))
+        return lambda: void(self.head(hidden))
 
     def caches(self, metadata: AttentionMetadata) -> list[Tensor]:
         """Keys and values in turn, the keys transposed as the engine has them."""
@@ -159,12 +163,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     decoders = {
-        "bf16": Decoder(CpuKernels()),
-        "bf16 exact": Decoder(CpuKernels(exact=True)),
-        "q4_1": Decoder(CpuKernels(), GgufType.Q4_1),
-        "q4_1 exact": Decoder(CpuKernels(exact=True), GgufType.Q4_1),
-        "q8_0": Decoder(CpuKernels(), GgufType.Q8_0),
-        "q8_0 exact": Decoder(CpuKernels(exact=True), GgufType.Q8_0),
+        f"{name}{' exact' if exact else ''}": Decoder(CpuKernels(), gguf_type, exact=exact)
+        for name, gguf_type in (("bf16", None), ("q4_1", GgufType.Q4_1), ("q8_0", GgufType.Q8_0))
+        for exact in (False, True)
     }
     cases: dict[str, Callable[[], None]] = {}
     for kind, decoder in decoders.items():

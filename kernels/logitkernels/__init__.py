@@ -2,5 +2,15 @@
 
 from logitkernels.interface import AttentionMetadata, DecoderLayerWeights, Kernels
 from logitkernels.reference import ReferenceKernels
+from logitkernels.weights import BlockWeight, DenseWeight, Linear, Weight
 
-__all__ = ["AttentionMetadata", "DecoderLayerWeights", "Kernels", "ReferenceKernels"]
+__all__ = [
+    "AttentionMetadata",
+    "BlockWeight",
+    "DecoderLayerWeights",
+    "DenseWeight",
+    "Kernels",
+    "Linear",
+    "ReferenceKernels",
+    "Weight",
+]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from logitkernels.sampling import HostSampling, PreparedSampling, RowSampling, SamplingSize
+from logitkernels.weights import Linear, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +62,13 @@ class DecoderLayerWeights:
     """
 
     input_norm: Tensor
-    qkv: Any
+    qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
-    output: Any
+    output: Linear
     post_attention_norm: Tensor
-    gate_up: Any
-    down: Any
+    gate_up: Linear
+    down: Linear
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -95,7 +96,7 @@ BoundLayers = Callable[[Tensor, Tensor, Tensor, AttentionMetadata], Tensor]
 
 
 class Kernels(ABC):
-    """One backend. Without state of its own: weights are packed by ``pack_linear`` and handed back by the caller."""
+    """One backend. Without state of its own: what it prepares, the caller keeps."""
 
     name: str
     batch_invariant: bool
@@ -113,32 +114,18 @@ class Kernels(ABC):
         else: the calling thread is among them, and what it starts later inherits its core.
         """
 
+    block_formats: frozenset[str] = frozenset()
+    """Formats of weights in blocks that ``pack`` takes."""
+
     @abstractmethod
-    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> Any:
-        """Pack ``weight`` [N, K] and ``bias`` [N] into whatever ``linear`` reads fastest. Done once, at load."""
+    def pack(self, weights: Sequence[Weight], bias: Tensor | None = None, *, exact: bool = False) -> Linear:
+        """A linear layer over weights [N, K] of one K, their rows stacked in order, and ``bias`` [all N]. Done once, at load.
 
-    gguf_formats: frozenset[str] = frozenset()
-    """Block formats of GGUF files that ``pack_stored`` takes."""
+        The weights are dense, or all in blocks of one of ``block_formats``. ``exact`` multiplies them by activations as they
+        are; otherwise the layer may round those to the precision of the weights.
 
-    def pack_stored(
-        self,
-        raw: Tensor,
-        shape: tuple[int, int],
-        gguf_format: str,
-        bias: Tensor | None = None,
-        *,
-        exact: bool,
-    ) -> Any:
-        """Pack a weight [N, K] from ``raw`` uint8 [N, bytes of a row], the blocks of a GGUF file, without loss.
-
-        ``exact`` multiplies by float32 activations, otherwise the implementation may round them. Raises ValueError for a
-        format that is not among ``gguf_formats``.
+        Raises ValueError for weights that cannot be stacked or are in blocks that the backend does not multiply.
         """
-        raise ValueError(f"the {self.name} kernels do not multiply {gguf_format} blocks as stored")
-
-    @abstractmethod
-    def linear(self, x: Tensor, packed: Any) -> Tensor:
-        """``x @ weight.T + bias``: [T, K] -> [T, N], in the dtype of ``x``, accumulated in float32 or better."""
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -258,7 +245,7 @@ class Kernels(ABC):
         update: Tensor | None = None
         for layer, key_cache, value_cache in zip(layers, key_caches, value_caches, strict=True):
             hidden, normed = self._add_and_norm(hidden, update, layer.input_norm, layer)
-            query, key, value = _heads(self.linear(normed, layer.qkv), layer)
+            query, key, value = _heads(layer.qkv(normed), layer)
             query = self.rope_and_store(
                 query,
                 key,
@@ -281,12 +268,12 @@ class Kernels(ABC):
                 sliding_window=layer.sliding_window,
                 softcap=layer.softcap,
             )
-            update = self.linear(attended.flatten(1), layer.output)
+            update = layer.output(attended.flatten(1))
             update = self._normed(update, layer.attention_output_norm, layer)
             hidden, normed = self._add_and_norm(hidden, update, layer.post_attention_norm, layer)
-            gate_up = self.linear(normed, layer.gate_up)
+            gate_up = layer.gate_up(normed)
             gated = self.silu_and_mul(gate_up) if layer.activation == "silu" else self.gelu_and_mul(gate_up)
-            update = self._normed(self.linear(gated, layer.down), layer.mlp_output_norm, layer)
+            update = self._normed(layer.down(gated), layer.mlp_output_norm, layer)
         return hidden if update is None else hidden + update
 
     def bind_layers(
@@ -302,14 +289,11 @@ class Kernels(ABC):
 
         return run
 
-    def activation_dtype(self, hidden: Tensor, layer: DecoderLayerWeights) -> torch.dtype:
-        """What the operations between the norms and the residual stream are given and give."""
-        return hidden.dtype
-
     def _add_and_norm(
         self, hidden: Tensor, update: Tensor | None, weight: Tensor, layer: DecoderLayerWeights
     ) -> tuple[Tensor, Tensor]:
-        dtype = self.activation_dtype(hidden, layer)
+        # What the operations between the norms and the residual stream are given and give.
+        dtype = layer.qkv.input_dtype or hidden.dtype
         if update is None:
             return hidden, self.rms_norm(hidden, weight, layer.eps).to(dtype)
         return self.add_rms_norm(hidden, update, weight, layer.eps, dtype)

@@ -5,6 +5,7 @@ Written to be read. Each works in float32, or in float64 where it is given float
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from logitkernels.interface import AttentionMetadata, Kernels
+from logitkernels.weights import Linear, Weight, stack_dense
 
 QUERY_TILE = 64
 """Queries of one sequence that share a gathered copy of its keys and values."""
@@ -20,10 +22,18 @@ MAX_SCORES = 1 << 24
 """Attention scores held at once (float32: 64 MiB)."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReferenceLinear:
-    weight: Tensor
-    bias: Tensor | None
+class ReferenceLinear(Linear):
+    """A weight [N, K] and a bias [N]."""
+
+    def __init__(self, weights: Sequence[Weight], bias: Tensor | None) -> None:
+        super().__init__(weights, bias)
+        weight = stack_dense(weights)
+        if weight is None:
+            raise ValueError("the reference kernels do not multiply weights in blocks")
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x.to(self._weight.dtype), self._weight, self._bias).to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -35,11 +45,14 @@ class ReferenceKernels(Kernels):
     # torch chooses another summation order for another number of rows.
     batch_invariant = False
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> ReferenceLinear:
-        return ReferenceLinear(weight, bias)
-
-    def linear(self, x: Tensor, packed: ReferenceLinear) -> Tensor:
-        return functional.linear(x.to(packed.weight.dtype), packed.weight, packed.bias).to(x.dtype)
+    def pack(
+        self,
+        weights: Sequence[Weight],
+        bias: Tensor | None = None,
+        *,
+        exact: bool = False,  # noqa: ARG002 - activations take the dtype of the weights
+    ) -> ReferenceLinear:
+        return ReferenceLinear(weights, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = _wide(x)

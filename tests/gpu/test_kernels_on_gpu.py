@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from logitkernels import AttentionMetadata, Kernels, ReferenceKernels
+from logitkernels import AttentionMetadata, DenseWeight, Kernels, ReferenceKernels
 from logitkernels.sampling import (
     NOT_FINITE,
     NOTHING_ALLOWED,
@@ -120,7 +120,8 @@ ROWWISE = {
     "silu_and_mul": Rowwise(_draw_gated, lambda kernels, x, _: (kernels.silu_and_mul(x[0]),)),
     "gelu_and_mul": Rowwise(_draw_gated, lambda kernels, x, _: (kernels.gelu_and_mul(x[0]),)),
     "linear": Rowwise(
-        _draw_linear, lambda kernels, x, weights: (kernels.linear(x[0], kernels.pack_linear(*weights)),)
+        _draw_linear,
+        lambda kernels, x, weights: (kernels.pack([DenseWeight("w", weights[0])], weights[1])(x[0]),),
     ),
     "rope_and_store": Rowwise(_draw_heads, _rope_and_store),
     "store_kv": Rowwise(_draw_heads, _store),
@@ -158,9 +159,10 @@ def test_products_of_every_weight_of_a_layer_follow_the_reference(tokens: int) -
     """Few rows are summed in parts by programs of their own, many by one program: the same bits."""
     for n, k in ((1152, 896), (896, 4864), (6144, HIDDEN), (HIDDEN, INTERMEDIATE), (VOCAB, 896)):
         x, weight = normal(tokens, k, dtype=torch.bfloat16), normal(n, k, dtype=torch.bfloat16)
-        product = KERNELS.linear(x, KERNELS.pack_linear(weight))
+        linear = KERNELS.pack([DenseWeight("w", weight)])
+        product = linear(x)
         assert relative_error(product, x.double() @ weight.double().T) < TOLERANCES[torch.bfloat16]
-        assert torch.equal(KERNELS.linear(x[-1:], KERNELS.pack_linear(weight)), product[-1:])
+        assert torch.equal(linear(x[-1:]), product[-1:])
 
 
 # Attention.

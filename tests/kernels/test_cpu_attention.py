@@ -10,14 +10,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from logitkernels import AttentionMetadata, DecoderLayerWeights, Kernels
+from logitkernels import AttentionMetadata, DecoderLayerWeights, DenseWeight, Kernels, Linear
 from logitkernels.cpu import CpuKernels
 from logitkernels.cpu.build import BuildError
 from torch import Tensor
 
 try:
     KERNELS = CpuKernels()
-    EXACT = CpuKernels(exact=True)
 except BuildError as error:  # pragma: no cover
     pytest.skip(f"no native kernels here: {error}", allow_module_level=True)
 
@@ -262,13 +261,19 @@ HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, SIZE = 96, 120, 6, 2, 32
 
 
 def layer_of(
-    kernels: Kernels, dtype: torch.dtype, *, qk_norm: bool = False, bias: bool = False
+    kernels: Kernels,
+    dtype: torch.dtype,
+    *,
+    qk_norm: bool = False,
+    bias: bool = False,
+    exact: bool = False,
 ) -> DecoderLayerWeights:
     generator = torch.Generator().manual_seed(3)
 
-    def packed(n: int, k: int) -> object:
+    def packed(n: int, k: int) -> Linear:
         weight = (torch.randn(n, k, generator=generator) * k**-0.5).to(dtype)
-        return kernels.pack_linear(weight, torch.randn(n, generator=generator) if bias else None)
+        biases = torch.randn(n, generator=generator) if bias else None
+        return kernels.pack([DenseWeight("w", weight)], biases, exact=exact)
 
     def norm(size: int) -> Tensor:
         return 1 + 0.1 * torch.randn(size, generator=generator)
@@ -349,16 +354,16 @@ def test_a_layer_in_one_call_equals_its_operations_one_by_one(
     assert torch.equal(hidden, before)
 
 
-@pytest.mark.parametrize("kernels", [KERNELS, EXACT], ids=["rounded", "exact"])
+@pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layers_give_the_same_bits_in_chunks_of_any_size(kernels: CpuKernels, dtype: torch.dtype) -> None:
-    layers = [kernels.prepare_layer(layer_of(kernels, dtype)) for _ in range(3)]
+def test_layers_give_the_same_bits_in_chunks_of_any_size(exact: bool, dtype: torch.dtype) -> None:
+    layers = [KERNELS.prepare_layer(layer_of(KERNELS, dtype, exact=exact)) for _ in range(3)]
     hidden = torch.randn(150, HIDDEN, generator=torch.Generator().manual_seed(2))
-    whole = run_chunks(kernels, layers, hidden, [150], dtype)
+    whole = run_chunks(KERNELS, layers, hidden, [150], dtype)
     for chunks in ([1] * 150, [7] * 21 + [3], [100, 50], [149, 1]):
-        assert torch.equal(run_chunks(kernels, layers, hidden, chunks, dtype), whole)
+        assert torch.equal(run_chunks(KERNELS, layers, hidden, chunks, dtype), whole)
     with threads(1):
-        assert torch.equal(run_chunks(kernels, layers, hidden, [64, 64, 22], dtype), whole)
+        assert torch.equal(run_chunks(KERNELS, layers, hidden, [64, 64, 22], dtype), whole)
     assert whole.isfinite().all()
 
 

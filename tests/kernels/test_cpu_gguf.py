@@ -15,9 +15,10 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logitkernels import BlockWeight
 from logitkernels.cpu import CpuKernels, GgufType
 from logitkernels.cpu.build import BuildError
-from logitkernels.cpu.linear import STORED_BYTES
+from logitkernels.cpu.linear import STORED_BYTES, CpuLinear
 from torch import Tensor
 
 try:
@@ -37,6 +38,18 @@ def blocks_of(gguf_type: GgufType, rows: int, depth: int) -> tuple[Tensor, Tenso
     flat = raw.reshape(rows, -1)
     weights = dequantize(flat, GGMLQuantizationType(int(gguf_type)))
     return torch.from_numpy(flat), torch.from_numpy(weights.astype(np.float64))
+
+
+def pack(
+    raw: Tensor,
+    shape: tuple[int, int],
+    gguf_type: GgufType,
+    bias: Tensor | None = None,
+    *,
+    kernels: CpuKernels = KERNELS,
+    exact: bool = False,
+) -> CpuLinear:
+    return kernels.pack([BlockWeight("w", raw, gguf_type.name, shape)], bias, exact=exact)
 
 
 def as_int16_blocks(x: Tensor) -> Tensor:
@@ -73,7 +86,7 @@ def test_products_are_those_of_the_dequantised_weights(
     bias = torch.randn(out) if has_bias else None
 
     native, portable = (
-        kernels.linear(x, kernels.pack_gguf(raw, (out, blocks * 32), gguf_type, bias, exact=exact))
+        pack(raw, (out, blocks * 32), gguf_type, bias, kernels=kernels, exact=exact)(x)
         for kernels in (KERNELS, PORTABLE)
     )
     assert relative_error(native, x if exact else as_int16_blocks(x), weights, bias) < 1e-6
@@ -90,7 +103,7 @@ def test_rounding_to_int16_is_far_finer_than_to_bfloat16(
     x = torch.randn(50, 256, generator=torch.Generator().manual_seed(1))
     x[:, ::64] *= outlier
     exact = x.double() @ weights.T
-    error = (KERNELS.linear(x, KERNELS.pack_gguf(raw, (64, 256), gguf_type)) - exact).pow(2).mean().sqrt()
+    error = (pack(raw, (64, 256), gguf_type)(x) - exact).pow(2).mean().sqrt()
     of_bfloat16 = (x.bfloat16().double() @ weights.T - exact).pow(2).mean().sqrt()
     assert error < of_bfloat16 / ratio
 
@@ -103,7 +116,7 @@ def test_the_largest_of_a_block_may_be_any_number() -> None:
     )
     x = torch.randn(largest.numel(), 32, generator=torch.Generator().manual_seed(1)) * 1000
     x[:, 5] = largest.flatten() * torch.tensor([1, -1]).repeat(largest.numel() // 2)
-    out = KERNELS.linear(x, KERNELS.pack_gguf(raw, (40, 32), GgufType.Q4_1))
+    out = pack(raw, (40, 32), GgufType.Q4_1)(x)
     assert relative_error(out, as_int16_blocks(x), weights, None) < 1e-6
 
 
@@ -115,7 +128,7 @@ def test_activations_of_any_magnitude_are_multiplied(gguf_type: GgufType, magnit
     x = torch.rand(3, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     x[:, 0] = 1
     x = (x.double() * magnitude).float()
-    out = KERNELS.linear(x, KERNELS.pack_gguf(raw, (40, 64), gguf_type)).double()
+    out = pack(raw, (40, 64), gguf_type)(x).double()
     error = (out - as_int16_blocks(x) @ weights.T).abs()
     assert (error <= (1e-6 * x.double().abs() + 1e-38) @ weights.T.abs()).all()
 
@@ -126,14 +139,14 @@ def test_a_row_that_is_not_finite_says_so_and_leaves_the_others(*, exact: bool, 
     raw, _ = blocks_of(GgufType.Q4_1, 40, 64)
     x = torch.randn(9, 64, generator=torch.Generator().manual_seed(1))
     for kernels in (KERNELS, PORTABLE):
-        packed = kernels.pack_gguf(raw, (40, 64), GgufType.Q4_1, exact=exact)
+        linear = pack(raw, (40, 64), GgufType.Q4_1, kernels=kernels, exact=exact)
         for rows in (2, 9):
             clean, spoilt = x[:rows], x[:rows].clone()
             spoilt[1, 40] = bad
-            out = kernels.linear(spoilt, packed)
+            out = linear(spoilt)
             assert not out[1].isfinite().any()
             rest = [row for row in range(rows) if row != 1]
-            assert torch.equal(out[rest], kernels.linear(clean, packed)[rest])
+            assert torch.equal(out[rest], linear(clean)[rest])
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
@@ -142,27 +155,27 @@ def test_a_row_has_the_same_bits_in_every_batch(gguf_type: GgufType, *, exact: b
     raw, _ = blocks_of(gguf_type, 77, 96)
     x = torch.randn(31, 96, generator=torch.Generator().manual_seed(1))
     for kernels in (KERNELS, PORTABLE):
-        packed = kernels.pack_gguf(raw, (77, 96), gguf_type, exact=exact)
-        alone = torch.cat([kernels.linear(row[None], packed) for row in x])
+        linear = pack(raw, (77, 96), gguf_type, kernels=kernels, exact=exact)
+        alone = torch.cat([linear(row[None]) for row in x])
         for size in (*range(2, 20), 31):
             for start in range(0, 31, size):
                 rows = slice(start, start + size)
-                assert torch.equal(kernels.linear(x[rows], packed), alone[rows])
+                assert torch.equal(linear(x[rows]), alone[rows])
 
 
 def test_packed_weights_are_as_small_as_in_the_file() -> None:
     for gguf_type in GgufType:
         raw, _ = blocks_of(gguf_type, 64, 64)
-        assert KERNELS.pack_gguf(raw, (64, 64), gguf_type).nbytes == raw.nbytes
+        assert pack(raw, (64, 64), gguf_type).nbytes == raw.nbytes
 
 
 def test_bytes_that_do_not_fit_are_refused() -> None:
     raw, _ = blocks_of(GgufType.Q4_1, 4, 64)
     with pytest.raises(ValueError, match="160 bytes"):
-        KERNELS.pack_gguf(raw, (4, 96), GgufType.Q4_1)
+        pack(raw, (4, 96), GgufType.Q4_1)
     with pytest.raises(ValueError, match="multiple of 32"):
-        KERNELS.pack_gguf(raw, (4, 40), GgufType.Q4_1)
+        pack(raw, (4, 40), GgufType.Q4_1)
     with pytest.raises(TypeError, match="uint8"):
-        KERNELS.pack_gguf(raw.float(), (4, 64), GgufType.Q4_1)
+        pack(raw.float(), (4, 64), GgufType.Q4_1)
     with pytest.raises(ValueError, match="bias"):
-        KERNELS.pack_gguf(raw, (4, 64), GgufType.Q4_1, torch.zeros(3))
+        pack(raw, (4, 64), GgufType.Q4_1, torch.zeros(3))

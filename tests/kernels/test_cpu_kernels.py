@@ -11,13 +11,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from logitkernels import DenseWeight
 from logitkernels.cpu import CpuKernels
 from logitkernels.cpu.build import BuildError
+from logitkernels.cpu.linear import CpuLinear
 from torch import Tensor
 
 try:
     KERNELS = CpuKernels()
-    EXACT = CpuKernels(exact=True)
 except BuildError as error:  # pragma: no cover
     pytest.skip(f"no native kernels here: {error}", allow_module_level=True)
 
@@ -27,6 +28,10 @@ quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCh
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def pack(weight: Tensor, bias: Tensor | None = None, *, exact: bool = False) -> CpuLinear:
+    return KERNELS.pack([DenseWeight("w", weight)], bias, exact=exact)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -52,54 +57,54 @@ def test_linear_is_the_product_with_the_stored_weights(
     x = random(rows, depth, seed=3)
     read = x.bfloat16() if dtype == torch.bfloat16 else x
     expected = read.double() @ weight.double().T + (0 if bias is None else bias.double())
-    assert_close(KERNELS.linear(x, KERNELS.pack_linear(weight, bias)), expected, 5e-6)
+    assert_close(pack(weight, bias)(x), expected, 5e-6)
 
 
-@pytest.mark.parametrize("kernels", [KERNELS, EXACT])
+@pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("out", "depth"), [(96, 64), (77, 123), (1, 1), (33, 577)])
 def test_a_row_of_a_linear_has_the_same_bits_in_every_batch(
-    kernels: CpuKernels, dtype: torch.dtype, out: int, depth: int
+    exact: bool, dtype: torch.dtype, out: int, depth: int
 ) -> None:
-    packed = kernels.pack_linear(random(out, depth, seed=1, dtype=dtype), random(out, seed=2))
+    linear = pack(random(out, depth, seed=1, dtype=dtype), random(out, seed=2), exact=exact)
     x = random(43, depth, seed=3)
-    alone = torch.cat([kernels.linear(row[None], packed) for row in x])
+    alone = torch.cat([linear(row[None]) for row in x])
     for size in (*range(2, 27), 43):
         for start in range(0, 43, size):
-            batch = kernels.linear(x[start : start + size], packed)
+            batch = linear(x[start : start + size])
             assert torch.equal(batch, alone[start : start + size]), (size, start)
 
 
 def test_rows_have_the_same_bits_past_a_block_of_activations() -> None:
-    packed = KERNELS.pack_linear(random(64, 4096, seed=1, dtype=torch.bfloat16))
+    linear = pack(random(64, 4096, seed=1, dtype=torch.bfloat16))
     x = random(150, 4096, seed=2)
-    assert torch.equal(KERNELS.linear(x, packed)[[0, 100, 149]], KERNELS.linear(x[[0, 100, 149]], packed))
+    assert torch.equal(linear(x)[[0, 100, 149]], linear(x[[0, 100, 149]]))
 
 
 def test_exact_products_of_bf16_weights_equal_those_of_the_widened_weights() -> None:
     weight, x = random(70, 131, seed=1, dtype=torch.bfloat16), random(9, 131, seed=2)
-    narrow, wide = EXACT.pack_linear(weight), EXACT.pack_linear(weight.float())
+    narrow, wide = pack(weight, exact=True), pack(weight.float(), exact=True)
     unrepresentable = weight.float()
     unrepresentable[0, 0] += 1e-5
-    full = EXACT.pack_linear(unrepresentable)
+    full = pack(unrepresentable, exact=True)
     assert narrow.nbytes == wide.nbytes < full.nbytes
-    assert torch.equal(EXACT.linear(x, narrow), EXACT.linear(x, wide))
-    assert torch.equal(EXACT.linear(x, narrow)[:, 1:], EXACT.linear(x, full)[:, 1:])
-    assert_close(EXACT.linear(x, narrow), x.double() @ weight.double().T, 5e-6)
+    assert torch.equal(narrow(x), wide(x))
+    assert torch.equal(narrow(x)[:, 1:], full(x)[:, 1:])
+    assert_close(narrow(x), x.double() @ weight.double().T, 5e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8])
 def test_weights_of_another_type_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=str(dtype)):
-        KERNELS.pack_linear(torch.ones(4, 4).to(dtype))
+        pack(torch.ones(4, 4).to(dtype))
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    packed = KERNELS.pack_linear(torch.ones(4, 6))
+    linear = pack(torch.ones(4, 6))
     with pytest.raises(ValueError, match="6 features"):
-        KERNELS.linear(torch.ones(2, 5), packed)
+        linear(torch.ones(2, 5))
     with pytest.raises(ValueError, match="bias"):
-        KERNELS.pack_linear(torch.ones(4, 6), torch.ones(5))
+        pack(torch.ones(4, 6), torch.ones(5))
     with pytest.raises(ValueError, match="sliding_window"):
         KERNELS.paged_attention(
             torch.ones(1, 1, 32),
@@ -113,8 +118,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 def test_bfloat16_activations_come_back_as_bfloat16() -> None:
     x = random(3, 64, dtype=torch.bfloat16)
-    packed = KERNELS.pack_linear(random(32, 64, seed=1, dtype=torch.bfloat16))
-    assert torch.equal(KERNELS.linear(x, packed), KERNELS.linear(x.float(), packed).bfloat16())
+    linear = pack(random(32, 64, seed=1, dtype=torch.bfloat16))
+    assert torch.equal(linear(x), linear(x.float()).bfloat16())
     assert KERNELS.rms_norm(x, torch.ones(64), 1e-5).dtype == torch.bfloat16
     assert KERNELS.silu_and_mul(x).dtype == torch.bfloat16
 
@@ -180,11 +185,12 @@ def test_store_follows_the_strides_of_a_cache_that_is_a_view() -> None:
 
 PINNING = """
 import json, os, sys, torch
+from logitkernels import DenseWeight
 from logitkernels.cpu import CpuKernels
 torch.set_num_threads(int(sys.argv[1]))
 kernels = CpuKernels()
 kernels.pin_threads()
-kernels.linear(torch.ones(9, 64), kernels.pack_linear(torch.ones(640, 64)))
+kernels.pack([DenseWeight("w", torch.ones(640, 64))])(torch.ones(9, 64))
 print(json.dumps([sorted(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task")]))
 """
 

@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from logitkernels import AttentionMetadata
+from logitkernels import AttentionMetadata, BlockWeight, DenseWeight
 from logitkernels.cpu import CpuKernels, GgufType
 from logitkernels.cpu.build import BuildError
 from logitkernels.cpu.linear import STORED_BYTES
 from torch import Tensor
 
 try:
-    NATIVE = CpuKernels(exact=True)
-    PORTABLE = CpuKernels(exact=True, march="x86-64-v3")
-    ROUNDED = CpuKernels(march="x86-64-v3")
+    NATIVE = CpuKernels()
+    PORTABLE = CpuKernels(march="x86-64-v3")
 except BuildError as error:  # pragma: no cover
     pytest.skip(f"no native kernels here: {error}", allow_module_level=True)
 
@@ -31,9 +30,11 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 @pytest.mark.parametrize(("out", "depth"), [(96, 64), (77, 123), (1, 1), (33, 577)])
 def test_exact_linears_have_the_bits_of_the_native_ones(dtype: torch.dtype, out: int, depth: int) -> None:
     weight, bias, x = random(out, depth, seed=1, dtype=dtype), random(out, seed=2), random(40, depth, seed=3)
-    native, portable = (kernels.pack_linear(weight, bias) for kernels in (NATIVE, PORTABLE))
+    native, portable = (
+        kernels.pack([DenseWeight("w", weight)], bias, exact=True) for kernels in (NATIVE, PORTABLE)
+    )
     for rows in ROWS:
-        assert torch.equal(PORTABLE.linear(x[:rows], portable), NATIVE.linear(x[:rows], native))
+        assert torch.equal(portable(x[:rows]), native(x[:rows]))
 
 
 @pytest.mark.parametrize("gguf_type", GgufType)
@@ -47,17 +48,18 @@ def test_exact_products_of_blocks_have_the_bits_of_the_native_ones(gguf_type: Gg
     )
     raw[:, [1, 3]] &= 0x3F  # finite scales
     x = random(40, 160, seed=3)
-    native, portable = (kernels.pack_gguf(raw, (77, 160), gguf_type) for kernels in (NATIVE, PORTABLE))
+    weight = BlockWeight("w", raw, gguf_type.name, (77, 160))
+    native, portable = (kernels.pack([weight], exact=True) for kernels in (NATIVE, PORTABLE))
     for rows in ROWS:
-        assert torch.equal(PORTABLE.linear(x[:rows], portable), NATIVE.linear(x[:rows], native))
+        assert torch.equal(portable(x[:rows]), native(x[:rows]))
 
 
 def test_a_rounded_linear_is_the_exact_one_on_rounded_activations() -> None:
     weight, x = random(77, 123, seed=1, dtype=torch.bfloat16), random(40, 123, seed=3)
-    rounded, exact = ROUNDED.pack_linear(weight), PORTABLE.pack_linear(weight)
-    expected = PORTABLE.linear(x.bfloat16().float(), exact)
+    rounded, exact = (PORTABLE.pack([DenseWeight("w", weight)], exact=is_exact) for is_exact in (False, True))
+    expected = exact(x.bfloat16().float())
     for rows in ROWS:
-        assert torch.equal(ROUNDED.linear(x[:rows], rounded), expected[:rows])
+        assert torch.equal(rounded(x[:rows]), expected[:rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

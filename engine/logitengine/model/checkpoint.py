@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from logitengine.model.stored_weights import write_stored_weights
+from logitengine.model.weight_sources import write_stored_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _from_gguf(name: str, gguf: Path) -> Checkpoint:
         for tied in model.all_tied_weights_keys:
             weights.pop(tied, None)
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-        write_stored_weights(gguf, model, directory)
+        write_stored_blocks(gguf, model, directory)
 
     try:
         path = _cached("gguf", gguf, convert)

@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from logitkernels import DecoderLayerWeights, Kernels
+from logitkernels import BlockWeight, DecoderLayerWeights, Kernels, Linear, Weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -26,7 +26,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Mode
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 
 from logitengine.model.network import Decoder, Head, Network, TransformersHead, TransformersNetwork
-from logitengine.model.stored_weights import Int8Weights, StoredWeights
+from logitengine.model.weight_sources import WeightSource
 from logitengine.run.batch import DeviceBatch
 from logitengine.run.kv_cache import LayerShape, PagedKVCache
 
@@ -57,12 +57,24 @@ class _Run:
 
 
 class FusedNetwork(Network):
-    """A model of the Llama or Gemma family: embedding, layers, final norm. The residual stream is float32."""
+    """A model of the Llama or Gemma family: embedding, layers, final norm. The residual stream is float32.
+
+    Attributes:
+        linears: its linear layers by the names of their weights, of which several may be one layer.
+    """
 
     is_fused = True
 
-    def __init__(self, decoder: Any, layers: list[DecoderLayerWeights], head: Head, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        decoder: Any,
+        layers: list[DecoderLayerWeights],
+        head: Head,
+        linears: dict[str, Linear],
+        kernels: Kernels,
+    ) -> None:
         self.head = head
+        self.linears = linears
         self._kernels = kernels
         self._embedding = _embedding(decoder.embed_tokens)
         self._norm = _norm_weight(decoder.norm)
@@ -127,44 +139,54 @@ class Rotary:
 
 
 class FusedLinear(nn.Module):
-    """A linear layer over the kernels' own packing of its weight."""
+    """A linear layer of the kernels' in the place of a model's."""
 
-    def __init__(self, packed: Any, kernels: Kernels) -> None:
+    def __init__(self, linear: Linear) -> None:
         super().__init__()
-        self._kernels = kernels
-        self._packed = packed
+        self._linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
-        leading = x.shape[:-1]
-        output: Tensor = self._kernels.linear(x.reshape(-1, x.shape[-1]), self._packed)
-        return output.reshape(*leading, -1)
+        return self._linear(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 class Packer:
-    """Packs linear layers for the kernels: in blocks where there are such, else from their weights."""
+    """Packs linear layers for the kernels.
 
-    def __init__(self, kernels: Kernels, stored: StoredWeights | Int8Weights | None, *, exact: bool) -> None:
+    Attributes:
+        linears: what was packed, by the names of its weights.
+    """
+
+    def __init__(self, kernels: Kernels, model: WeightSource, source: WeightSource, *, exact: bool) -> None:
+        """``source`` has the weights to be multiplied; ``model`` has them dense, for layers that cannot be packed from it."""
         self.kernels = kernels
-        self._stored = stored
+        self.linears: dict[str, Linear] = {}
+        self._model = model
+        self._source = source
         self._exact = exact
 
-    def pack(self, linears: dict[str, nn.Linear]) -> Any:
+    def pack(self, linears: dict[str, nn.Linear]) -> Linear:
         """Several layers over the same input as one, by parameter name without ``.weight``."""
         biases: list[Tensor] = [
             linear.bias.detach() for linear in linears.values() if linear.bias is not None
         ]
         if biases and len(biases) != len(linears):
             raise ValueError(f"of {', '.join(linears)} some have a bias and some have none")
-        bias = torch.cat(biases) if biases else None
-        stored = [self._stored.get(f"{name}.weight") if self._stored else None for name in linears]
-        blocks = [weight for weight in stored if weight is not None]
-        formats = {weight.format for weight in blocks}
-        if len(blocks) == len(linears) and len(formats) == 1 and formats <= self.kernels.gguf_formats:
-            raw = torch.cat([weight.raw for weight in blocks])
-            shape = (raw.shape[0], blocks[0].shape[1])
-            return self.kernels.pack_stored(raw, shape, formats.pop(), bias, exact=self._exact)
-        weight = torch.cat([linear.weight.detach() for linear in linears.values()])
-        return self.kernels.pack_linear(weight, bias)
+        weights = self._weights([f"{name}.weight" for name in linears])
+        packed = self.kernels.pack(weights, torch.cat(biases) if biases else None, exact=self._exact)
+        self.linears |= dict.fromkeys(packed.names, packed)
+        return packed
+
+    def _weights(self, names: list[str]) -> list[Weight]:
+        """Weights that can be stacked: a GGUF file may hold those of one layer in blocks of several formats."""
+        weights = [self._source.get(name) for name in names]
+        formats = {weight.format for weight in weights if isinstance(weight, BlockWeight)}
+        if not formats or (
+            len(formats) == 1
+            and formats <= self.kernels.block_formats
+            and all(isinstance(weight, BlockWeight) for weight in weights)
+        ):
+            return weights
+        return [self._model.get(name) for name in names]
 
 
 def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape]) -> Network:
@@ -182,16 +204,16 @@ def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape]) -> Ne
             return TransformersNetwork(model, kernels)
         layers.append(kernels.prepare_layer(packed))
     setattr(model, model.base_model_prefix, None)  # its weights were packed: nothing else may keep them
-    return FusedNetwork(decoder, layers, _fuse_head(model, packer), kernels)
+    return FusedNetwork(decoder, layers, _fuse_head(model, packer), packer.linears, kernels)
 
 
 def _fuse_head(model: PreTrainedModel, packer: Packer) -> Head:
     """The model's head over a packed weight, which takes the place of the model's own."""
     if isinstance(getattr(model, "lm_head", None), nn.Linear):
         packed = packer.pack({"lm_head": model.lm_head})
-        model.lm_head = FusedLinear(packed, packer.kernels)
+        model.lm_head = FusedLinear(packed)
         if type(model) in PLAIN_HEADS:
-            return partial(packer.kernels.linear, packed=packed)
+            return packed
     return TransformersHead(model)
 
 

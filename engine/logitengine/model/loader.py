@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from logitkernels import Kernels
+from logitkernels import BlockWeight, Kernels
 from logitkernels.backend import load_kernels
 from torch import nn
 from transformers import (
@@ -26,8 +26,14 @@ from logitengine.model.attention import ATTENTION_NAME, register_attention
 from logitengine.model.checkpoint import Checkpoint, CheckpointError, resolve_checkpoint
 from logitengine.model.fuse import Packer, fuse
 from logitengine.model.network import Network
-from logitengine.model.stored_weights import Int8Weights, StoredWeights
 from logitengine.model.value_heads import ValueHead, load_value_head
+from logitengine.model.weight_sources import (
+    Int8Weights,
+    ModelWeights,
+    StoredWeights,
+    WeightSource,
+    load_stored_blocks,
+)
 from logitengine.run.devices import Device, choose_device
 from logitengine.run.kv_cache import LayerShape, PagedKVCache, bytes_per_block
 from logitengine.run.profiling import largest_step
@@ -70,10 +76,14 @@ def load(
         raise CheckpointError(
             "the native CPU kernels compute in bfloat16 or float32; use kernels=reference for float16"
         )
-    stored = _stored_weights(config, checkpoint, kernels)
+    blocks = _stored_blocks(config, checkpoint, kernels)
     model = _load_model(checkpoint, _dtype(config.dtype), device.torch_device)
-    blocks = Int8Weights(model) if config.weights == "int8" else stored
-    return prepare(config, checkpoint, model, kernels, device, blocks)
+    weights: WeightSource = ModelWeights(model)
+    if config.weights == "int8":
+        weights = Int8Weights(model)
+    elif blocks is not None:
+        weights = StoredWeights(blocks, weights)
+    return prepare(config, checkpoint, model, kernels, device, weights)
 
 
 def prepare(
@@ -82,11 +92,11 @@ def prepare(
     model: PreTrainedModel,
     kernels: Kernels,
     device: Device,
-    blocks: StoredWeights | Int8Weights | None = None,
+    weights: WeightSource | None = None,
 ) -> LoadedModel:
     """Fuse a model that lies on ``device`` and uses our attention function, and size the KV cache for it.
 
-    The model is used up: what is fused is taken out of it.
+    The model is used up: what is fused is taken out of it, its linear layers with the weights of ``weights`` if given.
 
     Raises CheckpointError for a model that cannot be served, with the reason.
     """
@@ -95,7 +105,8 @@ def prepare(
         can_generate = model.get_output_embeddings() is not None
         heads = _heads(config, model, kernels, is_classifier=not can_generate)
         dtype = model.dtype
-        network = fuse(model, Packer(kernels, blocks, exact=dtype == torch.float32), shapes)
+        own = ModelWeights(model)
+        network = fuse(model, Packer(kernels, own, weights or own, exact=dtype == torch.float32), shapes)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{type(model).__name__} cannot be served: {error}") from error
     only_fused = {
@@ -228,16 +239,18 @@ def _load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     return model
 
 
-def _stored_weights(config: EngineConfig, checkpoint: Checkpoint, kernels: Kernels) -> StoredWeights | None:
+def _stored_blocks(
+    config: EngineConfig, checkpoint: Checkpoint, kernels: Kernels
+) -> dict[str, BlockWeight] | None:
     if config.weights == "dense":
         return None
     if config.weights == "int8":
-        if "Q8_0" not in kernels.gguf_formats:
+        if "Q8_0" not in kernels.block_formats:
             raise CheckpointError(
                 f"the {kernels.name} kernels do not multiply weights=int8; the native CPU kernels do"
             )
         return None
-    stored = StoredWeights.load(checkpoint.path) if kernels.gguf_formats else None
+    stored = load_stored_blocks(checkpoint.path) if kernels.block_formats else None
     if stored is None and config.weights == "stored":
         raise CheckpointError(
             f"weights=stored needs a GGUF file and kernels that multiply its blocks; {checkpoint.name} with the "
@@ -273,7 +286,8 @@ def _heads(
     """The heads that were attached by name, and a classifier's own under the name `score`."""
     hidden_size = model.config.get_text_config().hidden_size
     heads = {
-        name: load_value_head(name, path, hidden_size, kernels) for name, path in config.value_head.items()
+        name: load_value_head(name, path, hidden_size, kernels, model.device)
+        for name, path in config.value_head.items()
     }
     if is_classifier:
         score = getattr(model, CLASSIFIER_HEAD, None)
@@ -281,7 +295,9 @@ def _heads(
             raise CheckpointError(
                 f"{type(model).__name__} has neither a language-model head nor a linear score"
             )
-        heads.setdefault(CLASSIFIER_HEAD, ValueHead.from_weights(score.weight, score.bias, kernels))
+        heads.setdefault(
+            CLASSIFIER_HEAD, ValueHead.from_weights(score.weight, score.bias, kernels, model.device)
+        )
     return heads
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from logitkernels import Kernels
+from logitkernels import DenseWeight, Kernels, Linear
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,26 +19,34 @@ WEIGHT_NAMES = ("v_head.summary.weight", "summary.weight", "score.weight", "weig
 
 @dataclass(frozen=True, slots=True)
 class ValueHead:
-    """``apply`` maps float32 hidden states [R, H] to float32 values [R, outputs]."""
+    """``apply`` maps hidden states [R, H] to float32 values [R, outputs]."""
 
-    packed: Any
-    num_outputs: int
-    kernels: Kernels
+    linear: Linear
 
     @classmethod
-    def from_weights(cls, weight: Tensor, bias: Tensor | None, kernels: Kernels) -> ValueHead:
-        """``weight`` is [outputs, H], ``bias`` [outputs]. Computed in float32 whatever the model's dtype."""
-        packed = kernels.pack_linear(weight.detach().float(), None if bias is None else bias.detach().float())
-        return cls(packed, weight.shape[0], kernels)
+    def from_weights(
+        cls, weight: Tensor, bias: Tensor | None, kernels: Kernels, device: torch.device
+    ) -> ValueHead:
+        """``weight`` is [outputs, H], ``bias`` [outputs]. Computed on ``device``, in float32 whatever the model's dtype."""
+        tensors = [weight] if bias is None else [weight, bias]
+        placed, *biases = (tensor.detach().to(device, torch.float32) for tensor in tensors)
+        return cls(
+            kernels.pack([DenseWeight("value_head", placed)], biases[0] if biases else None, exact=True)
+        )
+
+    @property
+    def num_outputs(self) -> int:
+        return self.linear.out_features
 
     @torch.inference_mode()
     def apply(self, hidden: Tensor) -> Tensor:
-        values: Tensor = self.kernels.linear(hidden.float(), self.packed)
-        return values
+        return self.linear(hidden.float())
 
 
-def load_value_head(name: str, path: Path, hidden_size: int, kernels: Kernels) -> ValueHead:
-    """Read a head from a safetensors file. Raises CheckpointError, naming the head and what is wrong with it.
+def load_value_head(
+    name: str, path: Path, hidden_size: int, kernels: Kernels, device: torch.device
+) -> ValueHead:
+    """Read a head from a safetensors file, onto the model's device. Raises CheckpointError, naming the head and what is wrong with it.
 
     Only dense tensors of declared shape are ever read: the safetensors header is checked against the file's size by
     the library, the shapes are checked here.
@@ -65,4 +72,4 @@ def load_value_head(name: str, path: Path, hidden_size: int, kernels: Kernels) -
         raise CheckpointError(f"value head {name!r}: the bias is {bias.dtype} {list(bias.shape)}")
     if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
         raise CheckpointError(f"value head {name!r}: {path} holds numbers that are not finite")
-    return ValueHead.from_weights(weight, bias, kernels)
+    return ValueHead.from_weights(weight, bias, kernels, device)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitkernels.cpu import linear as linears
+from logitkernels.cpu.arguments import as_float32, as_integers, num_threads, threads_for
 from logitkernels.cpu.library import (
     AttentionStruct,
     BatchStruct,
@@ -21,10 +21,11 @@ from logitkernels.cpu.library import (
     DecoderLayerStruct,
     Library,
 )
-from logitkernels.cpu.linear import GgufType, PackedLinear
+from logitkernels.cpu.linear import CpuLinear, GgufType
 from logitkernels.cpu.sampling import CpuSampling
 from logitkernels.interface import AttentionMetadata, BoundLayers, DecoderLayerWeights, Kernels
 from logitkernels.sampling import RowSampling, SamplingSize
+from logitkernels.weights import Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,71 +60,34 @@ class CpuKernels(Kernels):
     batch_invariant = True
     transposes_keys = True
     reads_strided_caches = True
-    gguf_formats = frozenset(kind.name for kind in GgufType)
+    block_formats = frozenset(GgufType.__members__)
 
-    def __init__(self, *, exact: bool = False, march: str = "native") -> None:
+    def __init__(self, *, march: str = "native") -> None:
         """Build the library if needed and load it.
 
         Args:
-            exact: multiply bfloat16 weights and blocks by float32 activations instead of rounded ones.
             march: the instruction set to compile for; tests run what other processors would.
 
         Raises:
             BuildError: the library cannot be built or loaded here (see build.py).
         """
         self._library = Library(march)
-        self._exact = exact
 
     def pin_threads(self) -> None:
         cpus = sorted(os.sched_getaffinity(0))
-        if len(cpus) == _threads() > 1:
+        if len(cpus) == num_threads() > 1:
             self._library.pin_threads((c_int32 * len(cpus))(*cpus), len(cpus))
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
-        return linears.pack(self._library, weight.detach(), bias, exact=self._exact)
-
-    def pack_gguf(
-        self,
-        raw: Tensor,
-        shape: tuple[int, int],
-        gguf_type: GgufType,
-        bias: Tensor | None = None,
-        *,
-        exact: bool | None = None,
-    ) -> PackedLinear:
-        """A weight [N, K] from the bytes of a GGUF tensor in Q4_0, Q4_1 or Q8_0, kept as stored (see linear.py).
-
-        Weights are what the file says, ``d q + m``, unrounded; activations are rounded unless ``exact`` (default: as the
-        kernels were made), as quantized.h says.
-        """
-        exact = self._exact if exact is None else exact
-        return linears.pack_gguf(self._library, raw, shape, gguf_type, bias, exact=exact)
-
-    def pack_stored(
-        self,
-        raw: Tensor,
-        shape: tuple[int, int],
-        gguf_format: str,
-        bias: Tensor | None = None,
-        *,
-        exact: bool,
-    ) -> PackedLinear:
-        if gguf_format not in self.gguf_formats:
-            raise ValueError(f"{gguf_format} is not among {', '.join(sorted(self.gguf_formats))}")
-        return self.pack_gguf(raw, shape, GgufType[gguf_format], bias, exact=exact)
-
-    def linear(self, x: Tensor, packed: PackedLinear) -> Tensor:
-        if x.shape[-1] != packed.in_features:
-            raise ValueError(f"x is {list(x.shape)}; the layer reads {packed.in_features} features")
-        rows = _float32(x, "x").reshape(-1, x.shape[-1])
-        out = linears.multiply(self._library, rows, packed)
-        return out.to(x.dtype).view(*x.shape[:-1], packed.out_features)
+    def pack(
+        self, weights: Sequence[Weight], bias: Tensor | None = None, *, exact: bool = False
+    ) -> CpuLinear:
+        return CpuLinear(self._library, weights, bias, exact=exact)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         size = x.shape[-1]
         if weight.shape != (size,):
             raise ValueError(f"weight is {list(weight.shape)}; x of {list(x.shape)} needs [{size}]")
-        source, weight = _float32(x, "x"), _float32(weight, "weight")
+        source, weight = as_float32(x, "x"), as_float32(weight, "weight")
         out = torch.empty_like(source)
         self._library.rms_norm(
             source.data_ptr(),
@@ -132,22 +96,24 @@ class CpuKernels(Kernels):
             source.numel() // size,
             size,
             out.data_ptr(),
-            _threads(),
+            num_threads(),
         )
         return out.to(x.dtype)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         if gate_up.shape[-1] % 2:
             raise ValueError(f"gate_up is {list(gate_up.shape)}; its last dimension must be even")
-        source, size = _float32(gate_up, "gate_up"), gate_up.shape[-1] // 2
+        source, size = as_float32(gate_up, "gate_up"), gate_up.shape[-1] // 2
         out = torch.empty(*gate_up.shape[:-1], size)
-        self._library.silu_and_mul(source.data_ptr(), out.numel() // size, size, out.data_ptr(), _threads())
+        self._library.silu_and_mul(
+            source.data_ptr(), out.numel() // size, size, out.data_ptr(), num_threads()
+        )
         return out.to(gate_up.dtype)
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tokens, heads, size = x.shape
         rotary = _check_rotary(cos, sin, tokens, size)
-        source, cos, sin = _float32(x, "x"), _float32(cos, "cos"), _float32(sin, "sin")
+        source, cos, sin = as_float32(x, "x"), as_float32(cos, "cos"), as_float32(sin, "sin")
         out = torch.empty_like(source)
         self._library.rope(
             source.data_ptr(),
@@ -158,22 +124,28 @@ class CpuKernels(Kernels):
             size,
             rotary,
             out.data_ptr(),
-            _threads(),
+            num_threads(),
         )
         return out.to(x.dtype)
 
     def store_kv(
         self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
     ) -> None:
-        slots = _integers(slot_mapping, torch.int64, "slot_mapping")
+        slots = as_integers(slot_mapping, torch.int64, "slot_mapping")
         for source, cache, struct_of in ((key, key_cache, _key_cache), (value, value_cache, _cache)):
             tokens, heads, size = source.shape
             if (heads, size) != (cache.shape[1], cache.shape[3]) or len(slots) != tokens:
                 msg = f"{list(source.shape)} with {len(slots)} slots does not fit a cache of {list(cache.shape)}"
                 raise ValueError(msg)
-            source = _float32(source, "key and value")  # noqa: PLW2901  the same values, contiguous
+            source = as_float32(source, "key and value")  # noqa: PLW2901  the same values, contiguous
             self._library.store(
-                source.data_ptr(), tokens, heads, size, byref(struct_of(cache)), slots.data_ptr(), _threads()
+                source.data_ptr(),
+                tokens,
+                heads,
+                size,
+                byref(struct_of(cache)),
+                slots.data_ptr(),
+                num_threads(),
             )
 
     def paged_attention(
@@ -195,8 +167,8 @@ class CpuKernels(Kernels):
             raise ValueError(msg)
         if key_cache.dtype != value_cache.dtype:
             raise TypeError(f"key cache is {key_cache.dtype} and value cache {value_cache.dtype}")
-        source = _float32(query, "query")
-        sinks = None if sinks is None else _float32(sinks, "sinks")
+        source = as_float32(query, "query")
+        sinks = None if sinks is None else as_float32(sinks, "sinks")
         attention = AttentionStruct(
             heads,
             kv_heads,
@@ -212,7 +184,7 @@ class CpuKernels(Kernels):
         batch = _Batch(metadata)
         out = torch.empty(tokens, heads, value_size)
         self._library.attention(
-            byref(attention), byref(batch.struct), source.data_ptr(), out.data_ptr(), _threads()
+            byref(attention), byref(batch.struct), source.data_ptr(), out.data_ptr(), num_threads()
         )
         return out.to(query.dtype)
 
@@ -225,7 +197,7 @@ class CpuKernels(Kernels):
         values = {f.name: getattr(layer, f.name) for f in fields(DecoderLayerWeights)}
         for name in ("input_norm", "post_attention_norm", "q_norm", "k_norm"):
             if values[name] is not None:
-                values[name] = _float32(values[name].detach(), name)
+                values[name] = as_float32(values[name].detach(), name)
         if (layer.q_norm is None) != (layer.k_norm is None):
             raise ValueError("a layer has both q_norm and k_norm or neither")
         return CpuDecoderLayer(**values)
@@ -257,10 +229,10 @@ class CpuKernels(Kernels):
         rows, vocab = logits.shape
         if not 1 <= k <= vocab:
             raise ValueError(f"k is {k}; it must be from 1 to the {vocab} logits of a row")
-        source = _float32(logits, "logits")
+        source = as_float32(logits, "logits")
         ids, values = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k)
         self._library.top_k(
-            source.data_ptr(), rows, vocab, k, ids.data_ptr(), values.data_ptr(), _threads_for(rows)
+            source.data_ptr(), rows, vocab, k, ids.data_ptr(), values.data_ptr(), threads_for(rows)
         )
         return ids, values.to(logits.dtype)
 
@@ -277,17 +249,17 @@ class CpuKernels(Kernels):
     def logsumexp(self, logits: Tensor) -> Tensor:
         """``log(sum(exp(row)))`` of [R, V] -> float32 [R]; subtracted from a row's logits it gives log-probabilities."""
         rows, vocab = logits.shape
-        source, out = _float32(logits, "logits"), torch.empty(rows)
-        self._library.log_sum_exp(source.data_ptr(), rows, vocab, out.data_ptr(), _threads_for(rows))
+        source, out = as_float32(logits, "logits"), torch.empty(rows)
+        self._library.log_sum_exp(source.data_ptr(), rows, vocab, out.data_ptr(), threads_for(rows))
         return out
 
     def count_above(self, logits: Tensor, bounds: Tensor) -> Tensor:
         """How many logits of each row [R, V] are larger than its bound [R] -> int64 [R]. NaN is not."""
         rows, vocab = logits.shape
-        source, limits = _float32(logits, "logits"), _float32(bounds, "bounds")
+        source, limits = as_float32(logits, "logits"), as_float32(bounds, "bounds")
         out = torch.empty(rows, dtype=torch.int64)
         self._library.count_above(
-            source.data_ptr(), limits.data_ptr(), rows, vocab, out.data_ptr(), _threads_for(rows)
+            source.data_ptr(), limits.data_ptr(), rows, vocab, out.data_ptr(), threads_for(rows)
         )
         return out
 
@@ -317,7 +289,7 @@ class _BoundLayers:
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, metadata: AttentionMetadata) -> Tensor:
         tokens = hidden.shape[0]
         rotary = _check_rotary(cos, sin, tokens, self._head_size)
-        cos, sin = _float32(cos, "cos"), _float32(sin, "sin")
+        cos, sin = as_float32(cos, "cos"), as_float32(sin, "sin")
         out = hidden.to(torch.float32, copy=True).contiguous()
         batch = _Batch(metadata)
         self._library.decoder_layers(
@@ -331,7 +303,7 @@ class _BoundLayers:
             self._keys,
             self._values,
             byref(batch.struct),
-            _threads(),
+            num_threads(),
         )
         return out.to(hidden.dtype)
 
@@ -342,10 +314,10 @@ class _Batch:
     __slots__ = ("_tensors", "struct")
 
     def __init__(self, metadata: AttentionMetadata) -> None:
-        starts = _integers(metadata.query_start, torch.int32, "query_start")
-        lengths = _integers(metadata.seq_lens, torch.int32, "seq_lens")
-        tables = _integers(metadata.block_tables, torch.int32, "block_tables")
-        slots = _integers(metadata.slot_mapping, torch.int64, "slot_mapping")
+        starts = as_integers(metadata.query_start, torch.int32, "query_start")
+        lengths = as_integers(metadata.seq_lens, torch.int32, "seq_lens")
+        tables = as_integers(metadata.block_tables, torch.int32, "block_tables")
+        slots = as_integers(metadata.slot_mapping, torch.int64, "slot_mapping")
         self._tensors = (starts, lengths, tables, slots)
         self.struct = BatchStruct(
             len(lengths),
@@ -357,34 +329,12 @@ class _Batch:
         )
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
-
-
-def _threads_for(rows: int) -> int:
-    """Of what gives each row to one thread. All or one: OpenMP ends the threads that a smaller team leaves out."""
-    return _threads() if rows > 1 else 1
-
-
 def _window(sliding_window: int | None) -> int:
     if sliding_window is None:
         return 0  # how the library says that there is none
     if sliding_window < 1:
         raise ValueError(f"sliding_window is {sliding_window}; it must be at least 1")
     return sliding_window
-
-
-def _float32(tensor: Tensor, name: str) -> Tensor:
-    """The tensor itself when it is contiguous float32, else a copy that is."""
-    if tensor.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"{name} is {tensor.dtype}; the native kernels compute on float32 and bfloat16")
-    return tensor.to(torch.float32).contiguous()
-
-
-def _integers(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} is {tensor.dtype}; it must be {dtype}")
-    return tensor.contiguous()
 
 
 def _check_rotary(cos: Tensor, sin: Tensor, tokens: int, size: int) -> int:

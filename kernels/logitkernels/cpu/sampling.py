@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from logitkernels.cpu.arguments import as_float32, threads_for
 from logitkernels.cpu.library import Library, SamplingRowStruct
 from logitkernels.sampling import (
     HostSampling,
@@ -44,7 +45,7 @@ class CpuSampling(HostSampling):
         last_tokens: Tensor | None = None,
     ) -> Sampled:
         self._check(logits)
-        logits = logits.to(torch.float32).contiguous()
+        logits = as_float32(logits, "logits")
         rows, row_bytes = self._rows, self._vocab_size * logits.itemsize
         processed = torch.empty_like(logits) if any(row.shows_processed for row in rows) else None
         masks, mask_bytes = None, 0
@@ -70,7 +71,7 @@ class CpuSampling(HostSampling):
                 row.temperature,
             )
         token_ids = torch.empty(len(rows), dtype=torch.int32)
-        # Either all threads or one: OpenMP ends the threads that a smaller team leaves out.
-        threads = torch.get_num_threads() if len(rows) > 1 else 1
-        self._library.sample(structs, len(rows), self._vocab_size, token_ids.data_ptr(), threads)
+        self._library.sample(
+            structs, len(rows), self._vocab_size, token_ids.data_ptr(), threads_for(len(rows))
+        )
         return Sampled(token_ids, processed)

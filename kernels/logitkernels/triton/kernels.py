@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from logitkernels.interface import AttentionMetadata, DecoderLayerWeights, Kernels
+from logitkernels.interface import AttentionMetadata, Kernels
 from logitkernels.reference import ReferenceKernels
 from logitkernels.sampling import (
     MASK_BITS,
@@ -34,14 +33,23 @@ from logitkernels.triton import (
 from logitkernels.triton.matmul import matmul
 from logitkernels.triton.paged_decode import paged_decode
 from logitkernels.triton.paged_prefill import paged_prefill
+from logitkernels.weights import Linear, Weight, stack_dense
 
 
-@dataclass(frozen=True, slots=True)
-class TritonLinear:
-    """A weight [N, K] and a bias [N], contiguous."""
+class TritonLinear(Linear):
+    """A weight [N, K] and a bias [N], contiguous, multiplied by cuBLAS or, if ``batch_invariant``, in one fixed order."""
 
-    weight: Tensor
-    bias: Tensor | None
+    def __init__(self, weights: Sequence[Weight], bias: Tensor | None, *, batch_invariant: bool) -> None:
+        super().__init__(weights, bias)
+        weight = stack_dense(weights)
+        if weight is None:
+            raise ValueError("the triton kernels do not multiply weights in blocks")
+        self.input_dtype = weight.dtype
+        self._weight, self._bias = weight.contiguous(), None if bias is None else bias.contiguous()
+        self._multiply = matmul if batch_invariant else functional.linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._multiply(x.to(self.input_dtype), self._weight, self._bias).to(x.dtype)
 
 
 class TritonKernels(Kernels):
@@ -60,14 +68,14 @@ class TritonKernels(Kernels):
 
     # Linear layers.
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None = None) -> TritonLinear:
-        return TritonLinear(weight.contiguous(), None if bias is None else bias.contiguous())
-
-    def linear(self, x: Tensor, packed: TritonLinear) -> Tensor:
-        narrow = x.to(packed.weight.dtype)
-        if self.batch_invariant:
-            return matmul(narrow, packed.weight, packed.bias).to(x.dtype)
-        return functional.linear(narrow, packed.weight, packed.bias).to(x.dtype)
+    def pack(
+        self,
+        weights: Sequence[Weight],
+        bias: Tensor | None = None,
+        *,
+        exact: bool = False,  # noqa: ARG002 - activations take the dtype of the weights
+    ) -> TritonLinear:
+        return TritonLinear(weights, bias, batch_invariant=self.batch_invariant)
 
     # Norms, activations, rotary embedding.
 
@@ -154,10 +162,6 @@ class TritonKernels(Kernels):
                 uniform=self.batch_invariant,
             )
         return out
-
-    def activation_dtype(self, hidden: Tensor, layer: DecoderLayerWeights) -> torch.dtype:  # noqa: ARG002 - it is the weights'
-        dtype: torch.dtype = layer.qkv.weight.dtype
-        return dtype
 
     # Logits.
 

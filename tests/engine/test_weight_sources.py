@@ -12,27 +12,28 @@ from gguf.quants import dequantize, quantize
 from logitengine.config import EngineConfig
 from logitengine.model.checkpoint import Checkpoint, CheckpointError
 from logitengine.model.loader import load
-from logitengine.model.stored_weights import StoredWeights
+from logitengine.model.weight_sources import load_stored_blocks
+from logitkernels import BlockWeight
 from support import EVERY_ROW, english_tokens, greedy, make_engine, reference_logits, run
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 @pytest.fixture(scope="module")
-def stored(smollm2: Checkpoint) -> StoredWeights:
-    weights = StoredWeights.load(smollm2.path)
-    assert weights is not None
-    return weights
+def stored(smollm2: Checkpoint) -> dict[str, BlockWeight]:
+    blocks = load_stored_blocks(smollm2.path)
+    assert blocks is not None
+    return blocks
 
 
 def test_every_linear_layer_is_stored_and_dequantises_to_its_weight(
-    stored: StoredWeights, smollm2_float32: PreTrainedModel
+    stored: dict[str, BlockWeight], smollm2_float32: PreTrainedModel
 ) -> None:
     parameters = smollm2_float32.state_dict()
     linears = [name for name in parameters if name.endswith("_proj.weight")] + ["lm_head.weight"]
     assert len(linears) == 30 * 7 + 1
     for name in linears:
-        weight = stored.get(name)
-        assert weight is not None, name
+        weight = stored[name]
+        assert weight.name == name
         assert weight.shape == tuple(parameters[name].shape)
         dense = dequantize(weight.raw.numpy(), GGMLQuantizationType[weight.format])
         np.testing.assert_array_equal(dense, parameters[name].numpy())

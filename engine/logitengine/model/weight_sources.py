@@ -1,19 +1,21 @@
-"""Weights in GGUF's blocks, for kernels that multiply them as they are stored: those of a file, or made from dense ones.
+"""Where the weights of a model's linear layers come from: its own parameters, the blocks of a GGUF file, or int8 blocks.
 
-A file's are written once, when a GGUF file is converted: a safetensors file of uint8 rows named like the model's parameters. A
-parameter is in it only if its blocks, dequantised, are exactly the weights that transformers read from the same file.
+A GGUF file's blocks are written once, when the file is converted: a safetensors file of uint8 rows named like the model's
+parameters. A parameter is in it only if its blocks, dequantised, are exactly the weights that transformers read from the
+same file.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize, quantize
+from logitkernels import BlockWeight, DenseWeight, Weight
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -36,56 +38,65 @@ LAYER_TENSORS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class StoredWeight:
-    """``raw`` uint8 [N, bytes of a row] holds a weight [N, K] in the GGUF block format ``format``."""
+class WeightSource(Protocol):
+    """Weights [N, K] by the name of the model's parameter."""
 
-    raw: Tensor
-    format: str
-    shape: tuple[int, int]
+    def get(self, name: str) -> Weight: ...
+
+
+class ModelWeights:
+    """A model's own parameters."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def get(self, name: str) -> DenseWeight:
+        """Raises AttributeError for a name that the model has not."""
+        return DenseWeight(name, self._model.get_parameter(name).detach())
 
 
 class StoredWeights:
-    """The stored weights of a converted checkpoint, by parameter name."""
+    """Blocks where there are some of that name, else what another source has."""
 
-    def __init__(self, weights: dict[str, StoredWeight]) -> None:
-        self._weights = weights
+    def __init__(self, blocks: dict[str, BlockWeight], otherwise: WeightSource) -> None:
+        self._blocks = blocks
+        self._otherwise = otherwise
 
-    def get(self, name: str) -> StoredWeight | None:
-        return self._weights.get(name)
-
-    @classmethod
-    def load(cls, directory: Path) -> StoredWeights | None:
-        """What the conversion left beside the model, or None where there is nothing (a Hugging Face directory)."""
-        path = directory / FILE_NAME
-        if not path.is_file():
-            return None
-        with safe_open(path, framework="pt") as file:
-            formats = file.metadata()
-            weights = {}
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                raw, (block_format, columns) = file.get_tensor(name), formats[name].split()
-                weights[name] = StoredWeight(raw, block_format, (raw.shape[0], int(columns)))
-        return cls(weights)
+    def get(self, name: str) -> Weight:
+        return self._blocks.get(name) or self._otherwise.get(name)
 
 
 class Int8Weights:
     """The weights of any model in blocks of Q8_0: 32 int8 along K under one float16 scale. Made when they are asked for."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._model = model
 
-    def get(self, name: str) -> StoredWeight:
+    def get(self, name: str) -> BlockWeight:
         """Raises ValueError for a weight whose rows are no whole number of blocks."""
-        weight = self._parameters[name].detach()
+        weight = self._model.get_parameter(name).detach()
         rows, columns = weight.shape
         if columns % BLOCK_WEIGHTS:
             raise ValueError(f"{name} has {columns} input features; int8 takes multiples of {BLOCK_WEIGHTS}")
-        raw = quantize(weight.float().numpy(), GGMLQuantizationType.Q8_0)
-        return StoredWeight(torch.from_numpy(raw), "Q8_0", (rows, columns))
+        raw = quantize(weight.float().cpu().numpy(), GGMLQuantizationType.Q8_0)
+        return BlockWeight(name, torch.from_numpy(raw), "Q8_0", (rows, columns))
 
 
-def write_stored_weights(gguf: Path, model: PreTrainedModel, directory: Path) -> None:
+def load_stored_blocks(directory: Path) -> dict[str, BlockWeight] | None:
+    """What a conversion left beside the model, by parameter name; None where there is nothing (a Hugging Face directory)."""
+    path = directory / FILE_NAME
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        formats = file.metadata()
+        weights = {}
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            raw, (block_format, columns) = file.get_tensor(name), formats[name].split()
+            weights[name] = BlockWeight(name, raw, block_format, (raw.shape[0], int(columns)))
+    return weights
+
+
+def write_stored_blocks(gguf: Path, model: PreTrainedModel, directory: Path) -> None:
     """Copy the blocks of ``gguf`` that stand for linear layers of ``model`` (float32, from the same file)."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}

@@ -1,0 +1,106 @@
+"""Weights by name, and the linear layers that a backend makes of them.
+
+A layer remembers which of its rows are which weight, so that a weight can be replaced where it lies.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DenseWeight:
+    """A weight [N, K] as a tensor of floating-point numbers."""
+
+    name: str
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockWeight:
+    """A weight [N, K] in blocks along K: ``raw`` uint8 [N, bytes of a row], in the format that GGUF files call ``format``."""
+
+    name: str
+    raw: Tensor
+    format: str
+    shape: tuple[int, int]
+
+
+Weight = DenseWeight | BlockWeight
+
+
+class Linear(ABC):
+    """``x @ weight.T + bias``, [T, K] -> [T, N] in the dtype of ``x``, accumulated in float32 or better.
+
+    Attributes:
+        parts: the rows of each weight, by its name, in the order in which they are stacked.
+        in_features, out_features: K and N.
+        input_dtype: what ``x`` is converted to if it is of another type, or None where it is read as it is.
+    """
+
+    parts: dict[str, slice]
+    in_features: int
+    out_features: int
+    input_dtype: torch.dtype | None = None
+
+    def __init__(self, weights: Sequence[Weight], bias: Tensor | None) -> None:
+        """Raises ValueError for weights and a bias that do not fit each other."""
+        if not weights or any(len(weight.shape) != 2 or 0 in weight.shape for weight in weights):
+            shapes = [list(weight.shape) for weight in weights]
+            raise ValueError(f"weights are {shapes}; they must be [N, K] with both above zero")
+        if len({weight.shape[1] for weight in weights}) > 1 or len({w.name for w in weights}) < len(weights):
+            described = ", ".join(f"{weight.name} {list(weight.shape)}" for weight in weights)
+            raise ValueError(f"{described} cannot be stacked: they must have one K and a name each")
+        self.parts, end = {}, 0
+        for weight in weights:
+            self.parts[weight.name] = slice(end, end + weight.shape[0])
+            end += weight.shape[0]
+        self.in_features, self.out_features = weights[0].shape[1], end
+        if bias is not None and bias.shape != (end,):
+            raise ValueError(f"bias is {list(bias.shape)}; {end} output features need [{end}]")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of its weights, in order."""
+        return tuple(self.parts)
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+def stack_dense(weights: Sequence[Weight]) -> Tensor | None:
+    """The rows of dense weights one after another, [N, K]; None for weights in blocks.
+
+    Raises ValueError for weights of both kinds.
+    """
+    dense = [weight.tensor.detach() for weight in weights if isinstance(weight, DenseWeight)]
+    if not dense:
+        return None
+    if len(dense) < len(weights):
+        raise ValueError(f"{', '.join(weight.name for weight in weights)} are dense and in blocks")
+    return dense[0] if len(dense) == 1 else torch.cat(dense)
+
+
+def stack_blocks(weights: Sequence[Weight]) -> BlockWeight:
+    """The rows of weights in blocks one after another, under the first one's name.
+
+    Raises ValueError for weights of several formats.
+    """
+    blocks = [weight for weight in weights if isinstance(weight, BlockWeight)]
+    formats = {weight.format for weight in blocks}
+    if len(formats) != 1 or len(blocks) < len(weights):
+        raise ValueError(f"{', '.join(weight.name for weight in weights)} are not in blocks of one format")
+    if len(blocks) == 1:
+        return blocks[0]
+    rows = sum(weight.shape[0] for weight in blocks)
+    raw = torch.cat([weight.raw.reshape(weight.shape[0], -1) for weight in blocks])
+    return BlockWeight(blocks[0].name, raw, formats.pop(), (rows, blocks[0].shape[1]))
