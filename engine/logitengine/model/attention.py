@@ -13,7 +13,8 @@ from logitkernels import AttentionMetadata, Kernels
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from logitengine.run.kv_cache import PagedKVCache, ShapeProbe
+from logitengine.model.layer_shapes import ShapeProbe
+from logitengine.run.kv_cache import PagedKVCache
 
 ATTENTION_NAME = "logitserve"
 

@@ -25,10 +25,11 @@ from transformers.models.mistral.modeling_mistral import MistralForCausalLM, Mis
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 
+from logitengine.model.layer_shapes import LayerShape
 from logitengine.model.network import Decoder, Head, Network, TransformersHead, TransformersNetwork
 from logitengine.model.weight_sources import WeightSource
 from logitengine.run.batch import DeviceBatch
-from logitengine.run.kv_cache import LayerShape, PagedKVCache
+from logitengine.run.kv_cache import PagedKVCache
 
 LLAMA_FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 GEMMA_FAMILY = (GemmaModel, Gemma2Model, Gemma3TextModel)

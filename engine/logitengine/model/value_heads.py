@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import torch
 from logitkernels import DenseWeight, Kernels, Linear
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from logitengine.model.checkpoint import CheckpointError
+
+CLASSIFIER_HEAD = "score"
 
 WEIGHT_NAMES = ("v_head.summary.weight", "summary.weight", "score.weight", "weight")
 """TRL's name for a value head, the same without its prefix, transformers' name for a classifier, a plain linear."""
@@ -73,3 +77,24 @@ def load_value_head(
     if not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
         raise CheckpointError(f"value head {name!r}: {path} holds numbers that are not finite")
     return ValueHead.from_weights(weight, bias, kernels, device)
+
+
+def value_heads_of(
+    model: PreTrainedModel, attached: Mapping[str, Path], kernels: Kernels, *, is_classifier: bool
+) -> dict[str, ValueHead]:
+    """The heads that are attached by name, and a classifier's own under the name `score`. Raises CheckpointError."""
+    hidden_size = model.config.get_text_config().hidden_size
+    heads = {
+        name: load_value_head(name, path, hidden_size, kernels, model.device)
+        for name, path in attached.items()
+    }
+    if is_classifier:
+        score = getattr(model, CLASSIFIER_HEAD, None)
+        if not isinstance(score, nn.Linear):
+            raise CheckpointError(
+                f"{type(model).__name__} has neither a language-model head nor a linear score"
+            )
+        heads.setdefault(
+            CLASSIFIER_HEAD, ValueHead.from_weights(score.weight, score.bias, kernels, model.device)
+        )
+    return heads

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from logitengine.model.layer_shapes import LayerShape
+
 CACHE_LINE_BYTES = 64
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """What a layer stores per token, how far back it looks (None: to the beginning), and how it caps its scores.
-
-    The sizes of a key and of a value differ in some architectures.
-    """
-
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-    sliding_window: int | None = None
-    softcap: float | None = None
-
-    @property
-    def numel_per_token(self) -> int:
-        return self.num_kv_heads * (self.key_dim + self.value_dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,25 +83,3 @@ def _zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def bytes_per_block(shapes: list[LayerShape], block_size: int, dtype: torch.dtype) -> int:
     return sum(shape.numel_per_token for shape in shapes) * block_size * dtype.itemsize
-
-
-@dataclass(slots=True)
-class ShapeProbe:
-    """Stands in for the cache in one forward pass and records what each layer would have stored."""
-
-    shapes: dict[int, LayerShape] = field(default_factory=dict)
-
-    def record(
-        self, layer: int, key: Tensor, value: Tensor, sliding_window: int | None, softcap: float | None
-    ) -> None:
-        """``key`` and ``value`` are [1, Hkv, T, D]."""
-        self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3], sliding_window, softcap)
-
-    def in_order(self) -> list[LayerShape]:
-        """Raises ValueError if some layer did not come through our attention function."""
-        if sorted(self.shapes) != list(range(len(self.shapes))) or not self.shapes:
-            raise ValueError(
-                "this architecture has layers that do not use the attention interface "
-                f"(attention layers seen: {sorted(self.shapes)})"
-            )
-        return [self.shapes[layer] for layer in range(len(self.shapes))]

@@ -8,14 +8,13 @@ import torch
 from logitkernels import Kernels
 from logitkernels.sampling import PreparedSampling
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from logitengine.model.network import Network
 from logitengine.model.value_heads import ValueHead
 from logitengine.run.batch import DeviceBatch
 from logitengine.run.devices import Device
 from logitengine.run.graphs import DecodeGraphs
-from logitengine.run.kv_cache import LayerShape, PagedKVCache, ShapeProbe
+from logitengine.run.kv_cache import PagedKVCache
 from logitengine.run.plan import StepPlan
 from logitengine.run.row_computer import Forward, RowComputer
 from logitengine.run.step_rows import StepRows
@@ -116,22 +115,3 @@ class ModelRunner:
     def head(self, hidden: Tensor) -> Tensor:
         """Raw logits of some hidden states: [R, H] -> float32 [R, V]."""
         return self._head(hidden).float()
-
-
-@torch.inference_mode()
-def probe_layers(model: PreTrainedModel, kernels: Kernels) -> list[LayerShape]:
-    """What each layer stores per token, found by running one token through the model as transformers has it.
-
-    Raises TypeError or ValueError if the architecture asks for something of its attention that is not served.
-    """
-    probe = ShapeProbe()
-    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    getattr(model, model.base_model_prefix)(
-        input_ids=token,
-        position_ids=token,
-        use_cache=False,
-        kv_cache=probe,
-        attention_metadata=None,
-        kernels=kernels,
-    )
-    return probe.in_order()

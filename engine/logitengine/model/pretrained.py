@@ -1,0 +1,90 @@
+"""A checkpoint as transformers' own model, and what its configuration says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from logitengine.model.attention import ATTENTION_NAME, register_attention
+from logitengine.model.checkpoint import Checkpoint, CheckpointError
+
+
+def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model on ``device``, with our attention function. Raises CheckpointError for what cannot be served."""
+    register_attention()
+    try:
+        model_config = AutoConfig.from_pretrained(checkpoint.path)
+        _refuse_unsupported(model_config)
+        model: PreTrainedModel = _auto_class(model_config).from_pretrained(
+            checkpoint.path,
+            config=model_config,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint.name} could not be loaded: {error}") from error
+    nn.Module.to(model, device)
+    model.eval().requires_grad_(False)
+    return model
+
+
+def _auto_class(model_config: PretrainedConfig) -> Any:
+    """What the checkpoint says that it is; anything but a sequence classifier is read as a language model."""
+    architecture = (model_config.architectures or [""])[0]
+    if architecture.endswith("ForSequenceClassification"):
+        return AutoModelForSequenceClassification
+    return AutoModelForCausalLM
+
+
+def _refuse_unsupported(model_config: PretrainedConfig) -> None:
+    """Name what the attention function cannot see in its kwargs and would otherwise get silently wrong."""
+    config = model_config.get_text_config()
+    rope_types = _rope_types(getattr(config, "rope_parameters", None) or {})
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    unknown = sorted(layer_types - {"full_attention", "sliding_attention"})
+    reasons = {
+        f"layers of type {', '.join(unknown)}": bool(unknown),
+        # Their frequencies follow the longest sequence of the batch, so a neighbour would change a request's logits.
+        f"{', '.join(sorted(rope_types))} rotary embeddings": not rope_types.isdisjoint(
+            {"dynamic", "longrope"}
+        ),
+        "chunked attention": bool(getattr(config, "attention_chunk_size", None)),
+        "bidirectional attention": getattr(config, "is_causal", True) is False
+        or bool(getattr(config, "use_bidirectional_attention", False)),
+        "an encoder": bool(getattr(config, "is_encoder_decoder", False)),
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"{model_config.model_type} has {reason}, which is not supported")
+
+
+def _rope_types(parameters: dict[str, Any]) -> set[str]:
+    """The types of a model's rotary embeddings, of which some models have one for each type of layer."""
+    nested = [part for part in parameters.values() if isinstance(part, dict)]
+    return {part.get("rope_type", "default") for part in nested or [parameters]}
+
+
+def eos_token_ids(model: PreTrainedModel) -> list[int]:
+    """The generation config's, else the model config's; either may be one id, several or none."""
+    generation_config = getattr(model, "generation_config", None)  # a classifier has none
+    generation = generation_config.eos_token_id if generation_config is not None else None
+    found = generation if generation is not None else model.config.get_text_config().eos_token_id
+    if found is None:
+        return []
+    return sorted(found) if isinstance(found, list) else [int(found)]
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence that the model was made for; None where its config names none."""
+    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest

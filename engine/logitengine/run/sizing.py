@@ -1,0 +1,104 @@
+"""How large a cache a network gets on its device, and the runner over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from logitkernels import Kernels
+
+from logitengine.config import EngineConfig
+from logitengine.model.checkpoint import CheckpointError
+from logitengine.model.layer_shapes import LayerShape
+from logitengine.model.network import Network
+from logitengine.model.value_heads import ValueHead
+from logitengine.run.devices import Device
+from logitengine.run.kv_cache import PagedKVCache, bytes_per_block
+from logitengine.run.profiling import largest_step
+from logitengine.run.runner import ModelRunner
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerFactory:
+    """A network with all that a runner needs but the KV cache.
+
+    Attributes:
+        dtype: of the cache.
+        longest: positions of a sequence at most; None where nothing bounds them but the cache.
+    """
+
+    config: EngineConfig
+    network: Network
+    value_heads: dict[str, ValueHead]
+    kernels: Kernels
+    device: Device
+    shapes: list[LayerShape]
+    dtype: torch.dtype
+    vocab_size: int
+    longest: int | None
+    can_generate: bool
+
+    def runner(self) -> ModelRunner:
+        """A runner over the largest cache that the options and the device's memory allow, ready for requests.
+
+        Raises CheckpointError where that is too small.
+        """
+        runner = self._with_blocks(self.config.num_blocks or self._affordable_blocks())
+        if self.device.captures:
+            # Kernels compile here, not in somebody's request.
+            self._run_largest_step(runner)
+            if self.can_generate:
+                runner.record_steps()
+        return runner
+
+    def max_model_len(self, num_blocks: int) -> int:
+        """``longest``, and no more than one sequence can have of the cache. Raises CheckpointError if more was asked for."""
+        capacity = num_blocks * self.config.block_size
+        if self.config.max_model_len is not None and self.config.max_model_len > capacity:
+            raise CheckpointError(
+                f"max_model_len={self.config.max_model_len} needs more than the {capacity} tokens of the KV cache; "
+                "raise kv_cache_bytes"
+            )
+        return capacity if self.longest is None else min(self.longest, capacity)
+
+    def _with_blocks(self, num_blocks: int) -> ModelRunner:
+        kv_cache = PagedKVCache.allocate(
+            self.shapes,
+            num_blocks=num_blocks,
+            block_size=self.config.block_size,
+            dtype=self.dtype,
+            device=self.device.torch_device,
+            transposes_keys=self.kernels.transposes_keys and self.config.block_size % 16 == 0,
+            joins_layers=self.kernels.reads_strided_caches,
+        )
+        return ModelRunner(
+            self.network,
+            self.kernels,
+            self.device,
+            kv_cache,
+            value_heads=self.value_heads,
+            max_num_seqs=self.config.max_num_seqs,
+            vocab_size=self.vocab_size,
+        )
+
+    def _affordable_blocks(self) -> int:
+        """As many as the memory for the cache holds."""
+        budget = self.config.kv_cache_bytes or self.device.kv_cache_bytes(
+            self.config.memory_fraction, lambda: self._run_largest_step(self._with_blocks(1))
+        )
+        num_blocks = budget // bytes_per_block(self.shapes, self.config.block_size, self.dtype)
+        if num_blocks < 2:
+            raise CheckpointError(
+                f"the KV cache has {budget} bytes, which hold {max(num_blocks, 0)} blocks; at least 2 are needed: "
+                "raise kv_cache_bytes or memory_fraction, or lower max_num_seqs or max_num_batched_tokens"
+            )
+        return num_blocks
+
+    def _run_largest_step(self, runner: ModelRunner) -> None:
+        largest_step(
+            runner,
+            self.config,
+            longest=self.longest,
+            vocab_size=self.vocab_size,
+            can_generate=self.can_generate,
+        )
