@@ -59,11 +59,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, run: Run) -> None:
     import torch
-    from gpu_kernels import all_cases
-    from gpu_kernels import measure as measure_kernel
-    from gpu_models import measure_model
-    from gpu_shapes import LLAMA_8B, QWEN_05B, TINY_LLAMA, TINY_QWEN, TINY_SIZES, Sizes
-    from gpu_timing import Timer, describe, free_memory, measure_ceilings
+    from gpus.kernels import all_cases
+    from gpus.kernels import measure as measure_kernel
+    from gpus.models import measure_model
+    from gpus.shapes import LLAMA_8B, QWEN_05B, TINY_LLAMA, TINY_QWEN, TINY_SIZES, Sizes
+    from gpus.timing import Timer, describe, free_memory, measure_ceilings
 
     device = torch.device(arguments.device)
     timer = Timer(device, arguments.repeats)
@@ -107,7 +107,7 @@ class Run:
 
     @property
     def is_failed(self) -> bool:
-        from gpu_models import PEER
+        from gpus.models import PEER
 
         failures = [name for name, _ in self.document["failures"] if not name.endswith(PEER)]
         return bool(failures) or not all(row["ok"] for row in self.document["kernels"])

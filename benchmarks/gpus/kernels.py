@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_shapes import ModelShape, Sizes
-from gpu_timing import Call, Ceilings, Timer
+from gpus.shapes import ModelShape, Sizes
+from gpus.timing import Call, Ceilings, Timer
 from logitkernels import AttentionMetadata, ReferenceKernels
 from logitkernels.sampling import PreparedSampling, RowSampling, philox_uniform, process_logits
 from logitkernels.triton import TritonKernels

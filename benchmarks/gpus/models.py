@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_shapes import ModelShape, Sizes
-from gpu_timing import Ceilings, free_memory
+from gpus.shapes import ModelShape, Sizes
+from gpus.timing import Ceilings, free_memory
 from logitengine.config import EngineConfig
 from logitengine.engine import Engine
 from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingParams
