@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
@@ -86,6 +87,37 @@ class App:
 
     async def post(self, path: str, body: dict[str, Any], **options: Any) -> httpx.Response:
         return await self.client.post(path, json=body, **options)
+
+    async def asgi_post(
+        self,
+        path: str,
+        body: dict[str, Any] | None,
+        send: Callable[[Any], Awaitable[None]],
+        **scope: Any,
+    ) -> None:
+        """POST (without a body: GET) with no HTTP library in between, from a client that stays. Returns when the app does."""
+        content = b"" if body is None else json.dumps(body).encode()
+        told = [{"type": "http.request", "body": content, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            return told.pop() if told else await asyncio.Event().wait()  # type: ignore[return-value]
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "GET" if body is None else "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("test", 1),
+            "server": ("test", 80),
+            **scope,
+        }
+        await self.asgi(scope, receive, send)
 
 
 OpenApp = Callable[..., contextlib.AbstractAsyncContextManager[App]]

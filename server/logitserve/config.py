@@ -48,6 +48,9 @@ class ServerConfig(BaseModel):
     max_answer_bytes: int = Field(
         2 << 30, ge=1, description="most bytes of logits and hidden states that one request may ask for"
     )
+    write_timeout: float = Field(
+        60.0, gt=0, description="seconds after which a client that takes nothing of its answer is dropped"
+    )
     tokenize_timeout: float = Field(
         10.0, gt=0, description="seconds to render and tokenize one request's prompts"
     )

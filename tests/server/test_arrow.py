@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -57,31 +56,13 @@ async def asgi_post(
 ) -> list[dict[str, Any]]:
     """POST /v1/logits without an HTTP library in between: the messages that the app sent, ``on_body`` awaited at each."""
     sent: list[dict[str, Any]] = []
-    asked = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-
-    async def receive() -> dict[str, Any]:
-        return asked.pop() if asked else await asyncio.Event().wait()  # type: ignore[return-value]
 
     async def send(message: Any) -> None:
         sent.append(message)
         if message.get("body") and (waiting := on_body(bytes(message["body"]))) is not None:
             await waiting
 
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": "POST",
-        "scheme": "http",
-        "path": "/v1/logits",
-        "raw_path": b"/v1/logits",
-        "query_string": b"",
-        "root_path": "",
-        "headers": [(b"content-type", b"application/json")],
-        "client": ("test", 1),
-        "server": ("test", 80),
-    }
-    await app.asgi(scope, receive, send)
+    await app.asgi_post("/v1/logits", body, send)
     return sent
 
 

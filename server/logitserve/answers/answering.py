@@ -53,7 +53,7 @@ async def respond(job: Job, answer: Answer, state: ServerState, request: Request
         first = await _first(deltas, request)
     except ClientDisconnectedError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return EventStream(_events(first, deltas, job, answer, state, generation))
+    return EventStream(_events(first, deltas, job, answer, state, generation), deltas)
 
 
 async def respond_whole(job: Job, answer: WholeAnswer, state: ServerState, request: Request) -> Response:
@@ -83,7 +83,7 @@ async def respond_arrow(job: Job, answer: ArrowAnswer, state: ServerState, reque
         first = await _first(deltas, request)
     except ClientDisconnectedError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return ArrowStream(_batches(first, deltas, answer))
+    return ArrowStream(_batches(first, deltas, answer), deltas)
 
 
 def _begin(job: Job, state: ServerState, request: Request) -> Generation:
@@ -103,7 +103,7 @@ async def _first(deltas: AsyncIterator[Delta], request: Request) -> Delta:
 
 async def _events(
     first: Delta,
-    deltas: AsyncGenerator[Delta, None],
+    deltas: AsyncIterator[Delta],
     job: Job,
     answer: Answer,
     state: ServerState,
@@ -111,28 +111,26 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     """Chunks, usage where asked for, [DONE]; or after a failure one error event and nothing more."""
     inline = _inline_bytes(job)
-    async with contextlib.aclosing(deltas):
-        try:
-            async for delta in _with_first(first, deltas):
-                if not answer.says_nothing(delta):
-                    for chunk in await state.encode(partial(answer.chunks, delta), delta.nbytes, inline):
-                        yield event(chunk)
-        except Exception as error:  # noqa: BLE001 - the status is sent: whatever happens must be said in the stream
-            yield event(orjson.dumps(from_exception(error).body()))
-            return
+    try:
+        async for delta in _with_first(first, deltas):
+            if not answer.says_nothing(delta):
+                for chunk in await state.encode(partial(answer.chunks, delta), delta.nbytes, inline):
+                    yield event(chunk)
+    except Exception as error:  # noqa: BLE001 - the status is sent: whatever happens must be said in the stream
+        yield event(orjson.dumps(from_exception(error).body()))
+        return
     if job.body.include_usage:
         yield event(answer.usage_chunk(generation.counts))
     yield DONE
 
 
 async def _batches(
-    first: Delta, deltas: AsyncGenerator[Delta, None], answer: ArrowAnswer
+    first: Delta, deltas: AsyncIterator[Delta], answer: ArrowAnswer
 ) -> AsyncGenerator[bytes | memoryview, None]:
     """The next delta is asked for when the batches of this one have left: so a slow reader slows its own request."""
-    async with contextlib.aclosing(deltas):
-        async for delta in _with_first(first, deltas):
-            for piece in answer.batches(delta):
-                yield piece
+    async for delta in _with_first(first, deltas):
+        for piece in answer.batches(delta):
+            yield piece
     for piece in answer.end():
         yield piece
 

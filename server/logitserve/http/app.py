@@ -13,6 +13,7 @@ from logitserve import __version__
 from logitserve.config import ServerConfig
 from logitserve.errors import install_error_handlers
 from logitserve.http.middleware import BodyLimit, DrainGate, KeyGate, RequestLog
+from logitserve.http.write_timeout import WriteTimeout
 from logitserve.routes import chat, completions, embeddings, health, logits, models, scores, tokens
 from logitserve.state import ServerState
 
@@ -55,4 +56,5 @@ def create_app(engine_client: EngineClient, config: ServerConfig) -> FastAPI:
     app.add_middleware(KeyGate, config=config)
     app.add_middleware(DrainGate, state=state)
     app.add_middleware(RequestLog, state=state)
+    app.add_middleware(WriteTimeout, config=config)
     return app

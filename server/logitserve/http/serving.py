@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from logitserve.config import ServerConfig
 from logitserve.http.app import create_app
+from logitserve.http.connection import EXTENSION, Connection
 from logitserve.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -73,10 +74,33 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
-    """uvicorn's httptools protocol, which by itself takes a request head of any size, with a bound."""
+class OpenConnection(HttpToolsProtocol):
+    """uvicorn's httptools protocol, whose requests bring their Connection with them.
 
-    class BoundedProtocol(HttpToolsProtocol):
+    Sending waits as soon as the kernel takes no more: what a response leaves in the process at its end nobody would watch.
+    """
+
+    _connection: Connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)
+        self._connection = Connection(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connection.release()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        extensions: dict[str, Any] = {EXTENSION: self._connection}
+        self.scope["extensions"] = extensions
+
+
+def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
+    """The protocol, which by itself takes a request head of any size, with a bound."""
+
+    class BoundedProtocol(OpenConnection):
         _head_bytes = 0
         _in_head = True
 

@@ -54,18 +54,22 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class ByteStream(Response):
-    """Sends pieces as they come, and waits while the client does not read. The generator is closed however it ends.
+    """Sends pieces as they come, and waits while the client does not read.
 
-    A failure leaves the body without its end, so that the client's HTTP library sees that it is not whole.
+    ``pieces`` and what they are made of, ``source``, are closed however it ends: closing a generator that never began runs
+    nothing of it. A failure leaves the body without its end, so that the client's HTTP library sees that it is not whole.
     """
 
-    def __init__(self, pieces: AsyncGenerator[bytes | memoryview, None]) -> None:
+    def __init__(
+        self, pieces: AsyncGenerator[bytes | memoryview, None], source: AsyncGenerator[Any, None]
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._pieces = pieces
+        self._source = source
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        async with contextlib.aclosing(self._pieces):
+        async with contextlib.aclosing(self._source), contextlib.aclosing(self._pieces):
             with contextlib.suppress(ClientDisconnectedError):
                 await until_disconnect(receive, self._send_all(send))
 
