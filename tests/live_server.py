@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -12,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -37,6 +40,16 @@ class LiveServer:
                     return
             time.sleep(0.05)
         pytest.fail(f"the server was not ready within {seconds} s:\n{self.tail()}")
+
+    async def logged(self, request_id: str) -> dict[str, Any]:
+        """The log line of a request, once it is over."""
+        async with asyncio.timeout(30):
+            while True:
+                for line in self.log.read_text().splitlines():
+                    if f'"request_id":"{request_id}"' in line:
+                        entry: dict[str, Any] = json.loads(line)
+                        return entry
+                await asyncio.sleep(0.02)
 
     def tail(self) -> str:
         return self.log.read_text()[-4000:]

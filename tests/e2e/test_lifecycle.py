@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
@@ -43,17 +42,6 @@ async def first_token(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[
     return response, lines
 
 
-async def logged(server: LiveServer, request_id: str) -> dict[str, Any]:
-    """The log line of a request, once it is over."""
-    async with asyncio.timeout(30):
-        while True:
-            for line in server.log.read_text().splitlines():
-                if f'"request_id":"{request_id}"' in line:
-                    entry: dict[str, Any] = json.loads(line)
-                    return entry
-            await asyncio.sleep(0.02)
-
-
 @pytest.mark.parametrize("streamed", [True, False], ids=["stream", "whole"])
 async def test_clients_that_go_away_free_what_their_requests_held(
     server: LiveServer, *, streamed: bool
@@ -68,7 +56,7 @@ async def test_clients_that_go_away_free_what_their_requests_held(
             else:
                 with pytest.raises(httpx.ReadTimeout):
                     await client.post(COMPLETIONS, json=LONG, timeout=0.15)
-        assert (await logged(server, name))["completion_tokens"] < LONG["max_tokens"]
+        assert (await server.logged(name))["completion_tokens"] < LONG["max_tokens"]
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         answers = await asyncio.gather(*(client.post(COMPLETIONS, json=LONG) for _ in range(2)))
     assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [480, 480]

@@ -1,0 +1,123 @@
+"""Clients that ask for much and read little or nothing: who is dropped, who never is, and that nobody else waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from live_server import LiveServer, serving
+
+pytestmark = pytest.mark.anyio
+
+COMPLETIONS = "/v1/completions"
+OPTIONS = ("--dtype", "float32", "--num-threads", "1", "--logits-window-bytes", str(1 << 20))
+GREEDY = {"prompt": [5, 6, 7], "temperature": 0, "ignore_eos": True}
+LONG = {**GREEDY, "max_tokens": 480}
+RECEIVE_BUFFER = 32 << 10
+SEGMENT = 1 << 10
+"""Of a slow network: loopback's own segments are so large that a client takes nothing, and then 64 KiB."""
+
+
+def asked(server: LiveServer, path: str, body: dict[str, Any], request_id: str = "x") -> socket.socket:
+    """A connection on which a request was sent and nothing is read; whatever the kernels take is little."""
+    address = urlsplit(server.url)
+    assert address.hostname is not None
+    assert address.port is not None
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
+    connection.settimeout(60)
+    connection.connect((address.hostname, address.port))
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nx-request-id: {request_id}\r\n"
+        f"connection: close\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+def read_to_end(connection: socket.socket, pause: float = 0.0) -> bytes:
+    """Everything that comes, 8 KiB and then a pause at a time."""
+    received = b""
+    while piece := connection.recv(8 << 10):
+        received += piece
+        time.sleep(pause)
+    return received
+
+
+@pytest.fixture(scope="module")
+def impatient(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """Its cache holds two long requests and no more, so that blocks which are not freed are missed at once."""
+    log = tmp_path_factory.mktemp("readers") / "server.log"
+    cache = ("--num-blocks", "64", "--no-prefix-caching")
+    with serving(log, str(tiny_llama), *OPTIONS, *cache, "--write-timeout", "2") as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (COMPLETIONS, {**LONG, "return_logits": True, "stream": True}),
+        ("/v1/logits", {"input": [5] * 500}),
+        (COMPLETIONS, {**LONG, "max_tokens": 100, "return_logits": True}),
+    ],
+    ids=["stream", "Arrow", "whole"],
+)
+async def test_a_client_that_never_reads_is_dropped_and_frees_what_it_held(
+    impatient: LiveServer, request: pytest.FixtureRequest, path: str, body: dict[str, Any]
+) -> None:
+    name = request.node.callspec.id
+    with contextlib.closing(asked(impatient, path, body, name)) as connection:
+        entry = await impatient.logged(name)
+        assert entry["status"] == 200
+        if path == COMPLETIONS and "stream" in body:
+            assert entry["completion_tokens"] < LONG["max_tokens"]
+        assert "took nothing" in impatient.log.read_text()
+        async with httpx.AsyncClient(base_url=impatient.url, timeout=60) as client:
+            answers = await asyncio.gather(*(client.post(COMPLETIONS, json=LONG) for _ in range(2)))
+        assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [480, 480]
+        with pytest.raises(ConnectionResetError):
+            read_to_end(connection)
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["stream", "whole"])
+def test_a_slow_client_is_told_everything(impatient: LiveServer, *, streamed: bool) -> None:
+    """At 100 KiB a second a slice of a body takes it longer than the timeout."""
+    body = {**GREEDY, "max_tokens": 2, "return_logits": True, "stream": streamed}
+    with contextlib.closing(asked(impatient, COMPLETIONS, body)) as connection:
+        received = read_to_end(connection, pause=0.08)
+    expected = httpx.post(impatient.url + COMPLETIONS, json=body, timeout=60).content
+    assert len(expected) > 500_000
+    if streamed:
+        assert received.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+    else:
+        head, _, content = received.partition(b"\r\n\r\n")
+        assert b" 200 " in head.split(b"\r\n")[0]
+        assert json.loads(content)["choices"] == json.loads(expected)["choices"]
+
+
+async def test_a_newcomer_is_served_beside_64_streams_that_nobody_reads(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """As many as a step holds; they are there to stay."""
+    body = {**LONG, "return_logits": True, "stream": True}
+    with (
+        serving(tmp_path / "server.log", str(tiny_llama), *OPTIONS) as server,
+        contextlib.ExitStack() as open_streams,
+    ):
+        for _ in range(64):
+            connection = open_streams.enter_context(contextlib.closing(asked(server, COMPLETIONS, body)))
+            assert connection.recv(12) == b"HTTP/1.1 200"
+        async with httpx.AsyncClient(base_url=server.url, timeout=30) as client:
+            answer = await client.post(COMPLETIONS, json={**GREEDY, "max_tokens": 32})
+        assert answer.json()["usage"]["completion_tokens"] == 32
