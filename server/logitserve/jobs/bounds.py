@@ -58,10 +58,21 @@ def check_fields(body: GenerationBody, model: Model, config: ServerConfig) -> No
     check_ids(body.stop_token_ids, model, "stop_token_ids")
     if len(body.logit_bias) > config.max_logit_bias:
         raise too_large("logit_bias", len(body.logit_bias), config.max_logit_bias, "entries")
-    if body.prompt_logprobs is not None and body.prompt_logprobs > config.max_prompt_logprobs:
-        raise too_large("prompt_logprobs", body.prompt_logprobs, config.max_prompt_logprobs)
+    check_logprobs("prompt_logprobs", body.prompt_logprobs, config.max_prompt_logprobs, model)
     if body.return_logits is not None:
         _check_columns(body.return_logits, model)
+
+
+def check_logprobs(param: str, wanted: int | None, limit: int, model: Model) -> None:
+    """Refuse more of the likeliest tokens than this server allows, whatever flag raised that, or the vocabulary has."""
+    if wanted is None:
+        return
+    if wanted > limit:
+        raise too_large(param, wanted, limit)
+    if wanted > model.info.vocab_size:
+        raise BadRequestError(
+            f"'{param}' is {wanted}; the model's vocabulary has {model.info.vocab_size} tokens.", param=param
+        )
 
 
 def _check_columns(logits: ReturnLogits, model: Model) -> None:

@@ -15,13 +15,13 @@ from logitserve.jobs.bounds import (
     check_answer_bytes,
     check_context,
     check_fields,
+    check_logprobs,
     generative,
     parse_logit_bias,
-    too_large,
 )
 from logitserve.jobs.prompts import PreparedPrompt, from_input, from_messages, from_texts, input_param
 from logitserve.protocol.chat import ChatBody
-from logitserve.protocol.completions import CompletionBody
+from logitserve.protocol.completions import MOST_COMPLETION_LOGPROBS, CompletionBody
 from logitserve.protocol.generation import GenerationBody
 from logitserve.protocol.logits import LogitsBody
 from logitserve.state import Model, ServerState
@@ -57,9 +57,8 @@ async def prepare_chat(body: ChatBody, state: ServerState) -> Job:
     model = generative(state.model())
     name = model.check_name(body.model)
     check_fields(body, model, state.config)
+    check_logprobs("top_logprobs", body.top_logprobs, state.config.max_logprobs, model)
     prompt = await from_messages(body.messages, state, add_generation_prompt=body.add_generation_prompt)
-    if body.top_logprobs is not None and body.top_logprobs > state.config.max_logprobs:
-        raise too_large("top_logprobs", body.top_logprobs, state.config.max_logprobs)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     asked = _Asked("messages", body.token_limit, None, logprobs)
     return _job(body, name, [prompt], model, state.config, asked)
@@ -70,6 +69,7 @@ async def prepare_completion(body: CompletionBody, state: ServerState) -> Job:
     model = generative(state.model())
     name = model.check_name(body.model)
     check_fields(body, model, state.config)
+    check_logprobs("logprobs", body.logprobs, MOST_COMPLETION_LOGPROBS, model)
     prompts = await from_texts(body.prompt, "prompt", state, add_special_tokens=body.add_special_tokens)
     asked = _Asked("prompt", body.max_tokens, DEFAULT_COMPLETION_TOKENS, body.logprobs, echo=body.echo)
     return _job(body, name, prompts, model, state.config, asked)

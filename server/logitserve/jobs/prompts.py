@@ -35,7 +35,14 @@ async def from_texts(
     def tokenize() -> list[PreparedPrompt]:
         return [_prepare(prompt, model, add_special_tokens=add_special_tokens) for prompt in prompts]
 
-    return await state.text_worker.run(tokenize, param=param)
+    return _checked(await state.text_worker.run(tokenize, param=param), model, param)
+
+
+def _checked(prompts: list[PreparedPrompt], model: Model, param: str) -> list[PreparedPrompt]:
+    """The prompts, whose tokens the model all has: a tokenizer may know more, from other models of its family."""
+    for prompt in prompts:
+        check_ids(prompt.token_ids, model, param)
+    return prompts
 
 
 def _prepare(prompt: Prompt, model: Model, *, add_special_tokens: bool) -> PreparedPrompt:
@@ -57,7 +64,8 @@ async def from_messages(
         check_length(len(text), model, "messages")
         return PreparedPrompt(model.texts.encode(text, add_special_tokens=False), text)
 
-    return await state.text_worker.run(tokenize, param="messages")
+    (prompt,) = _checked([await state.text_worker.run(tokenize, param="messages")], model, "messages")
+    return prompt
 
 
 async def from_input(body: InputBody | InputOrMessagesBody, state: ServerState) -> list[PreparedPrompt]:

@@ -11,6 +11,9 @@ from logitserve.protocol.base import IGNORED_FIELDS, NEUTRAL_VALUES
 from logitserve.protocol.generation import GenerationBody
 from logitserve.protocol.inputs import Prompts
 
+MOST_COMPLETION_LOGPROBS = 5
+"""OpenAI's bound."""
+
 
 class CompletionBody(GenerationBody):
     """The body of a completions request."""
@@ -20,7 +23,7 @@ class CompletionBody(GenerationBody):
 
     prompt: Prompts
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=5)
+    logprobs: int | None = Field(None, ge=0, le=MOST_COMPLETION_LOGPROBS)
     add_special_tokens: bool = True
 
     def check(self) -> None:
