@@ -11,7 +11,7 @@ import pytest
 from logitengine.link.messages import Array, GenerationRequest, LogitsRows, PromptOutput, StepOutput
 from logitserve.http.connection import EXTENSION
 from logitserve.http.write_timeout import CHECKS, SLICE_BYTES
-from scripted_engine import OpenApp, Step
+from scripted_engine import OpenApp, Script, Step
 
 pytestmark = pytest.mark.anyio
 
@@ -54,7 +54,7 @@ def whole_script(request: GenerationRequest) -> list[Step]:
     return [StepOutput(request_id=request.request_id, index=0, token_ids=[33], finish_reason="length")]
 
 
-ANSWERS = {
+ANSWERS: dict[str, tuple[str, dict[str, Any] | None, Script]] = {
     "stream": (COMPLETIONS, STREAMED, script),
     "Arrow": ("/v1/logits", ROWS, script),
     "whole": (COMPLETIONS, WHOLE, whole_script),
