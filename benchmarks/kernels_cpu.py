@@ -16,7 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from logitkernels import AttentionMetadata, BlockWeight, DecoderLayerWeights, DenseWeight, Weight
+from logitkernels import (
+    AttentionMetadata,
+    AttentionOptions,
+    BlockWeight,
+    DecoderLayerWeights,
+    DenseWeight,
+    Weight,
+)
 from logitkernels.cpu import CpuKernels, GgufType
 from logitkernels.cpu.linear import STORED_BYTES, CpuLinear
 from torch import Tensor
@@ -52,7 +59,7 @@ class Decoder:
         self.kernels = kernels
         self.gguf_type = gguf_type
         self.exact = exact
-        self.layers = [kernels.prepare_layer(self._layer()) for _ in range(LAYERS)]
+        self.layers = [self._layer() for _ in range(LAYERS)]
         self.head = self._linear(VOCAB, HIDDEN)
 
     def _linear(self, n: int, k: int) -> CpuLinear:
@@ -81,8 +88,7 @@ class Decoder:
             num_kv_heads=KV_HEADS,
             head_dim=HEAD_DIM,
             eps=1e-5,
-            scale=HEAD_DIM**-0.5,
-            sliding_window=None,
+            attention=AttentionOptions(HEAD_DIM**-0.5),
         )
 
     def linears(self, rows: int) -> Callable[[], None]:
@@ -115,12 +121,12 @@ class Decoder:
     def attention(self, query_lens: list[int], seq_lens: list[int]) -> Callable[[], None]:
         metadata = metadata_of(query_lens, seq_lens)
         caches = self.caches(metadata)
-        query = torch.randn(sum(query_lens), HEADS, HEAD_DIM)
+        query, options = torch.randn(sum(query_lens), HEADS, HEAD_DIM), AttentionOptions(HEAD_DIM**-0.5)
 
         def run() -> None:
             for layer in range(LAYERS):
                 self.kernels.paged_attention(
-                    query, caches[2 * layer], caches[2 * layer + 1], metadata, scale=HEAD_DIM**-0.5
+                    query, caches[2 * layer], caches[2 * layer + 1], metadata, options
                 )
 
         return run
@@ -134,9 +140,8 @@ class Decoder:
             torch.rand(tokens, HEAD_DIM),
             torch.rand(tokens, HEAD_DIM),
         )
-        return lambda: void(
-            self.kernels.decoder_layers(hidden, self.layers, cos, sin, caches[::2], caches[1::2], metadata)
-        )
+        layers = self.kernels.bind_layers(self.layers, caches[::2], caches[1::2])
+        return lambda: void(layers(hidden, cos, sin, metadata))
 
 
 def void(_: object) -> None:

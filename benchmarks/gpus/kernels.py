@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gpus.shapes import ModelShape, Sizes
 from gpus.timing import Call, Ceilings, Timer
-from logitkernels import AttentionMetadata, ReferenceKernels
+from logitkernels import AttentionMetadata, AttentionOptions, ReferenceKernels
 from logitkernels.sampling import PreparedSampling, RowSampling, philox_uniform, process_logits
 from logitkernels.triton import TritonKernels
 from logitkernels.triton.activations import gelu_and_mul, silu_and_mul
@@ -156,7 +156,14 @@ class Paged:
         return cls(query, *caches, metadata, draw.nothing(*query.shape), shape.head_dim**-0.5)
 
     def attend(self, attention: Callable[..., None]) -> None:
-        attention(self.query, self.key_cache, self.value_cache, self.metadata, self.out, scale=self.scale)
+        attention(
+            self.query,
+            self.key_cache,
+            self.value_cache,
+            self.metadata,
+            self.out,
+            AttentionOptions(self.scale),
+        )
 
     def error(self, attention: Callable[..., None]) -> float:
         """Over the rows of a few sequences; of the others only that they were written."""
@@ -172,7 +179,7 @@ class Paged:
             block_tables=self.metadata.block_tables[-count:],
         )
         expected = REFERENCE.paged_attention(
-            self.query[-rows:].double(), self.key_cache, self.value_cache, last, scale=self.scale
+            self.query[-rows:].double(), self.key_cache, self.value_cache, last, AttentionOptions(self.scale)
         )
         return relative_error(self.out[-rows:], expected)
 

@@ -8,9 +8,7 @@ of a linear layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,81 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from logitkernels.attention import AttentionMetadata, AttentionOptions
+from logitkernels.decoder import BoundLayers, ComposedLayers, DecoderLayerWeights
 from logitkernels.sampling import HostSampling, PreparedSampling, RowSampling, SamplingSize
 from logitkernels.weights import Linear, Weight
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionMetadata:
-    """Where the queries of a flattened batch sit in their sequences and in the paged KV cache.
-
-    Sequence s owns the queries ``query_start[s]:query_start[s + 1]``. They are the last ones of its ``seq_lens[s]``
-    tokens, so query i of the sequence has position ``seq_lens[s] - query_len[s] + i`` and attends to every position up
-    to its own.
-
-    A batch that is padded to a captured size (CUDA graphs) ends in sequences of length 0 with one query each: their slots
-    are -1, nothing is stored for them, and their attention is zero.
-
-    Attributes:
-        query_start: int32 [S + 1], cumulative query lengths.
-        seq_lens: int32 [S], tokens in the cache once this step's keys and values are stored.
-        block_tables: int32 [S, max_blocks], the physical block of every block of the sequence; entries past its length
-            are unspecified but valid indices.
-        slot_mapping: int64 [T], ``block * block_size + offset`` where each token's key and value are stored.
-        max_query_len: the longest query of the batch.
-        max_seq_len: the longest sequence of the batch.
-    """
-
-    query_start: Tensor
-    seq_lens: Tensor
-    block_tables: Tensor
-    slot_mapping: Tensor
-    max_query_len: int
-    max_seq_len: int
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderLayerWeights:
-    """The weights of one decoder layer of the Llama or Gemma family, packed by the backend that will run it.
-
-    ``qkv`` is [ (Hq + 2 Hkv) D, H ] in the order q, k, v; ``gate_up`` is [2 I, H] in the order gate, up.
-    ``q_norm`` and ``k_norm`` are [D] (per-head norms of Qwen3 and Gemma 3) or None. ``attention_output_norm`` and
-    ``mlp_output_norm`` [H] are applied to what attention and MLP give before it is added to the residual stream
-    (Gemma 2 and 3) or None. Norm weights are what multiplies the normed values (Gemma's ``1 + w`` already added).
-    """
-
-    input_norm: Tensor
-    qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    output: Linear
-    post_attention_norm: Tensor
-    gate_up: Linear
-    down: Linear
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    eps: float
-    scale: float
-    sliding_window: int | None
-    activation: Literal["silu", "gelu_tanh"] = "silu"
-    softcap: float | None = None
-    attention_output_norm: Tensor | None = None
-    mlp_output_norm: Tensor | None = None
-
-    @property
-    def is_llama(self) -> bool:
-        """Whether nothing of the layer goes beyond the Llama family."""
-        return (
-            self.activation == "silu"
-            and self.softcap is None
-            and self.attention_output_norm is None
-            and self.mlp_output_norm is None
-        )
-
-
-BoundLayers = Callable[[Tensor, Tensor, Tensor, AttentionMetadata], Tensor]
-"""``hidden``, ``cos``, ``sin`` and the metadata of a batch to its hidden states after some layers; see ``bind_layers``."""
 
 
 class Kernels(ABC):
@@ -193,88 +120,16 @@ class Kernels(ABC):
         key_cache: Tensor,
         value_cache: Tensor,
         metadata: AttentionMetadata,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        options: AttentionOptions,
     ) -> Tensor:
         """Causal attention of ``query`` [T, Hq, D] over the paged cache -> [T, Hq, Dv] in the dtype of ``query``.
 
         Query head h reads key-value head ``h // (Hq / Hkv)``. Scores and softmax are float32.
-        ``sliding_window`` w keeps the last w positions (the query's own included); ``softcap`` c replaces a score s by
-        ``c * tanh(s / c)``; ``sinks`` [Hq] adds one logit per head to the softmax denominator only.
         """
 
     def runs_fused(self, layer: DecoderLayerWeights) -> bool:
-        """Whether ``decoder_layer`` takes such a layer."""
+        """Whether ``bind_layers`` takes such a layer."""
         return True
-
-    def prepare_layer(self, layer: DecoderLayerWeights) -> DecoderLayerWeights:
-        """What ``decoder_layer`` reads fastest. Done once, at load; a layer that is not prepared gives the same result."""
-        return layer
-
-    def decoder_layer(
-        self,
-        hidden: Tensor,
-        layer: DecoderLayerWeights,
-        cos: Tensor,
-        sin: Tensor,
-        key_cache: Tensor,
-        value_cache: Tensor,
-        metadata: AttentionMetadata,
-    ) -> Tensor:
-        """One pre-norm decoder layer of the Llama or Gemma family: ``hidden`` [T, H] -> [T, H], same dtype."""
-        return self.decoder_layers(hidden, [layer], cos, sin, [key_cache], [value_cache], metadata)
-
-    def decoder_layers(
-        self,
-        hidden: Tensor,
-        layers: Sequence[DecoderLayerWeights],
-        cos: Tensor,
-        sin: Tensor,
-        key_caches: Sequence[Tensor],
-        value_caches: Sequence[Tensor],
-        metadata: AttentionMetadata,
-    ) -> Tensor:
-        """``decoder_layer`` for one layer after the other, each with its own caches. Same bits as one by one.
-
-        What a layer adds to the residual stream is added by the next norm, which reads it anyway. Backends override this
-        where one call is faster than the operations one by one.
-        """
-        update: Tensor | None = None
-        for layer, key_cache, value_cache in zip(layers, key_caches, value_caches, strict=True):
-            hidden, normed = self._add_and_norm(hidden, update, layer.input_norm, layer)
-            query, key, value = _heads(layer.qkv(normed), layer)
-            query = self.rope_and_store(
-                query,
-                key,
-                value,
-                cos,
-                sin,
-                key_cache,
-                value_cache,
-                metadata.slot_mapping,
-                q_norm=layer.q_norm,
-                k_norm=layer.k_norm,
-                eps=layer.eps,
-            )
-            attended = self.paged_attention(
-                query,
-                key_cache,
-                value_cache,
-                metadata,
-                scale=layer.scale,
-                sliding_window=layer.sliding_window,
-                softcap=layer.softcap,
-            )
-            update = layer.output(attended.flatten(1))
-            update = self._normed(update, layer.attention_output_norm, layer)
-            hidden, normed = self._add_and_norm(hidden, update, layer.post_attention_norm, layer)
-            gate_up = layer.gate_up(normed)
-            gated = self.silu_and_mul(gate_up) if layer.activation == "silu" else self.gelu_and_mul(gate_up)
-            update = self._normed(layer.down(gated), layer.mlp_output_norm, layer)
-        return hidden if update is None else hidden + update
 
     def bind_layers(
         self,
@@ -282,24 +137,12 @@ class Kernels(ABC):
         key_caches: Sequence[Tensor],
         value_caches: Sequence[Tensor],
     ) -> BoundLayers:
-        """``decoder_layers`` with these layers and caches. What a backend can work out once for all calls, it does here."""
+        """Pre-norm decoder layers, one after the other, each with its own caches: ``hidden`` [T, H] -> [T, H], same dtype.
 
-        def run(hidden: Tensor, cos: Tensor, sin: Tensor, metadata: AttentionMetadata) -> Tensor:
-            return self.decoder_layers(hidden, layers, cos, sin, key_caches, value_caches, metadata)
-
-        return run
-
-    def _add_and_norm(
-        self, hidden: Tensor, update: Tensor | None, weight: Tensor, layer: DecoderLayerWeights
-    ) -> tuple[Tensor, Tensor]:
-        # What the operations between the norms and the residual stream are given and give.
-        dtype = layer.qkv.input_dtype or hidden.dtype
-        if update is None:
-            return hidden, self.rms_norm(hidden, weight, layer.eps).to(dtype)
-        return self.add_rms_norm(hidden, update, weight, layer.eps, dtype)
-
-    def _normed(self, update: Tensor, weight: Tensor | None, layer: DecoderLayerWeights) -> Tensor:
-        return update if weight is None else self.rms_norm(update, weight, layer.eps)
+        What a backend can work out once for all calls, it does here. Backends override this where one call is faster than
+        the operations one by one.
+        """
+        return ComposedLayers(self, layers, key_caches, value_caches)
 
     def logsumexp(self, logits: Tensor) -> Tensor:
         """``log(sum(exp(row)))`` of [R, V] -> [R]; subtracted from a row's logits it gives log-probabilities."""
@@ -345,10 +188,3 @@ class Kernels(ABC):
         for them. Raises ValueError for rows or masks that do not fit.
         """
         return HostSampling(rows, vocab_size, allowed, size)
-
-
-def _heads(qkv: Tensor, layer: DecoderLayerWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value heads [T, heads, D] as views of the packed rows [T, (Hq + 2 Hkv) D]."""
-    heads = qkv.view(qkv.shape[0], -1, layer.head_dim)
-    query, key, value = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
-    return query, key, value

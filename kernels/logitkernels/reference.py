@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from logitkernels.interface import AttentionMetadata, Kernels
+from logitkernels.attention import AttentionMetadata, AttentionOptions
+from logitkernels.interface import Kernels
 from logitkernels.weights import Linear, Weight, stack_dense
 
 QUERY_TILE = 64
@@ -86,11 +87,7 @@ class ReferenceKernels(Kernels):
         key_cache: Tensor,
         value_cache: Tensor,
         metadata: AttentionMetadata,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        options: AttentionOptions,
     ) -> Tensor:
         output = query.new_zeros(query.shape[0], query.shape[1], value_cache.shape[-1])
         for tile in _query_tiles(metadata):
@@ -99,19 +96,19 @@ class ReferenceKernels(Kernels):
             groups = query.shape[1] // keys.shape[1]
             # [tiles, Hkv, group, rows, D]: the query heads of a group share their keys without a copy.
             queries = _wide(query[tile.rows]).permute(0, 2, 1, 3).unflatten(1, (-1, groups))
-            scores = torch.matmul(queries, keys.unsqueeze(2).transpose(-1, -2)) * scale
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
+            scores = torch.matmul(queries, keys.unsqueeze(2).transpose(-1, -2)) * options.scale
+            if options.softcap is not None:
+                scores = options.softcap * torch.tanh(scores / options.softcap)
             key_positions = torch.arange(keys.shape[2], device=query.device)
             # A weight of zero does not hide a NaN that somebody else left in the block.
             unseen = key_positions > tile.positions.amax(-1, keepdim=True)
             values = values.masked_fill(unseen[:, None, :, None], 0.0)
             hidden = key_positions > tile.positions[..., None]
-            if sliding_window is not None:
-                hidden |= key_positions <= tile.positions[..., None] - sliding_window
+            if options.sliding_window is not None:
+                hidden |= key_positions <= tile.positions[..., None] - options.sliding_window
             scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
-            if sinks is not None:
-                sink = _wide(sinks).view(1, -1, groups, 1, 1).expand(*scores.shape[:-1], 1)
+            if options.sinks is not None:
+                sink = _wide(options.sinks).view(1, -1, groups, 1, 1).expand(*scores.shape[:-1], 1)
                 weights = torch.cat((scores, sink.to(scores.dtype)), dim=-1).softmax(-1)[..., :-1]
             else:
                 weights = scores.softmax(-1)

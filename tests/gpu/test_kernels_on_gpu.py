@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from logitkernels import AttentionMetadata, DenseWeight, Kernels, ReferenceKernels
+from logitkernels import AttentionMetadata, AttentionOptions, DenseWeight, Kernels, ReferenceKernels
 from logitkernels.sampling import (
     NOT_FINITE,
     NOTHING_ALLOWED,
@@ -176,7 +176,7 @@ class Attention:
     key_cache: Tensor
     value_cache: Tensor
     metadata: AttentionMetadata
-    options: dict[str, Any]
+    options: AttentionOptions
 
     @classmethod
     def draw(
@@ -207,16 +207,16 @@ class Attention:
             max_seq_len=max(total for _, total in lengths),
         )
         query = normal(int(starts[-1]), num_heads, size, dtype=dtype)
-        return cls(query, *caches, metadata, {"scale": size**-0.5, **options})
+        return cls(query, *caches, metadata, AttentionOptions(size**-0.5, **options))
 
     def attend(self, kernels: Kernels) -> Tensor:
         return kernels.paged_attention(
-            self.query, self.key_cache, self.value_cache, self.metadata, **self.options
+            self.query, self.key_cache, self.value_cache, self.metadata, self.options
         )
 
     def expected(self) -> Tensor:
         keys, values = self.key_cache.nan_to_num(), self.value_cache.nan_to_num()
-        return REFERENCE.paged_attention(self.query.double(), keys, values, self.metadata, **self.options)
+        return REFERENCE.paged_attention(self.query.double(), keys, values, self.metadata, self.options)
 
     def alone(self, index: int) -> Attention:
         """One of the sequences as a batch of its own."""

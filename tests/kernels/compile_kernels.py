@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from logitkernels import AttentionMetadata
+from logitkernels import AttentionMetadata, AttentionOptions
 from logitkernels.sampling import SamplingSize
 from logitkernels.triton import TritonKernels
 from logitkernels.triton.matmul import matmul
@@ -126,8 +126,7 @@ def attend(
             max_query_len=128,
             max_seq_len=256 * block_size,
         ),
-        scale=0.1,
-        **options,
+        AttentionOptions(0.1, **options),
     )
 
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from logitkernels import AttentionMetadata, DecoderLayerWeights, DenseWeight, Kernels, Linear
+from logitkernels import (
+    AttentionMetadata,
+    AttentionOptions,
+    DecoderLayerWeights,
+    DenseWeight,
+    Kernels,
+    Linear,
+)
 from logitkernels.cpu import CpuKernels
 from logitkernels.cpu.build import BuildError
+from logitkernels.decoder import ComposedLayers
 from torch import Tensor
 
 try:
@@ -88,7 +97,7 @@ class Sequences:
         block_size: int = 16,
         transposed: bool = False,
         seed: int = 0,
-        **options: object,
+        **options: Any,
     ) -> list[Tensor]:
         """Page the keys and values among NaN, then attend with the last queries of each sequence."""
         seq_lens = [len(keys) for keys in self.keys]
@@ -106,7 +115,7 @@ class Sequences:
         metadata = metadata_of(query_lens, seq_lens, block_size, seed)
         query = torch.cat([q[len(q) - n :] for q, n in zip(self.queries, query_lens, strict=True)])
         out = KERNELS.paged_attention(
-            query, key_cache, value_cache, metadata, **{"scale": size**-0.5, **options}
+            query, key_cache, value_cache, metadata, AttentionOptions(size**-0.5, **options)
         )
         return list(out.split(query_lens))
 
@@ -291,8 +300,7 @@ def layer_of(
         num_kv_heads=KV_HEADS,
         head_dim=SIZE,
         eps=1e-5,
-        scale=SIZE**-0.5,
-        sliding_window=None,
+        attention=AttentionOptions(SIZE**-0.5),
     )
 
 
@@ -312,6 +320,7 @@ def run_chunks(
     """One sequence through the layers, chunk by chunk."""
     caches = [torch.zeros(9, KV_HEADS, 32, SIZE, dtype=dtype) for _ in range(2 * len(layers))]
     caches[::2] = map(transpose_memory, caches[::2])
+    bound = kernels.bind_layers(layers, caches[::2], caches[1::2])
     rows, done = [], 0
     for chunk in chunks:
         metadata = metadata_of([chunk], [done + chunk], 32)
@@ -320,11 +329,7 @@ def run_chunks(
         slots = [int(blocks[0, p // 32]) * 32 + p % 32 for p in range(done, done + chunk)]
         metadata = dataclasses.replace(metadata, block_tables=blocks, slot_mapping=torch.tensor(slots))
         cos, sin = tables(torch.arange(done, done + chunk))
-        rows.append(
-            kernels.decoder_layers(
-                hidden[done : done + chunk], layers, cos, sin, caches[::2], caches[1::2], metadata
-            )
-        )
+        rows.append(bound(hidden[done : done + chunk], cos, sin, metadata))
         done += chunk
     return torch.cat(rows)
 
@@ -342,13 +347,11 @@ def test_a_layer_in_one_call_equals_its_operations_one_by_one(
     keys, values = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     cos, sin = tables(torch.arange(28))
     expected_keys, expected_values = keys.clone(), values.clone()
-    expected = Kernels.decoder_layers(
-        KERNELS, hidden, [layer], cos, sin, [expected_keys], [expected_values], metadata
-    )
+    composed = ComposedLayers(KERNELS, [layer], [expected_keys], [expected_values])
+    expected = composed(hidden, cos, sin, metadata)
     before = hidden.clone()
-    actual = KERNELS.decoder_layer(hidden, KERNELS.prepare_layer(layer), cos, sin, keys, values, metadata)
+    actual = KERNELS.bind_layers([layer], [keys], [values])(hidden, cos, sin, metadata)
     assert torch.equal(actual, expected)
-    assert torch.equal(actual, KERNELS.decoder_layer(hidden, layer, cos, sin, keys, values, metadata))
     assert torch.equal(keys, expected_keys)
     assert torch.equal(values, expected_values)
     assert torch.equal(hidden, before)
@@ -357,7 +360,7 @@ def test_a_layer_in_one_call_equals_its_operations_one_by_one(
 @pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layers_give_the_same_bits_in_chunks_of_any_size(exact: bool, dtype: torch.dtype) -> None:
-    layers = [KERNELS.prepare_layer(layer_of(KERNELS, dtype, exact=exact)) for _ in range(3)]
+    layers = [layer_of(KERNELS, dtype, exact=exact) for _ in range(3)]
     hidden = torch.randn(150, HIDDEN, generator=torch.Generator().manual_seed(2))
     whole = run_chunks(KERNELS, layers, hidden, [150], dtype)
     for chunks in ([1] * 150, [7] * 21 + [3], [100, 50], [149, 1]):
@@ -368,13 +371,13 @@ def test_layers_give_the_same_bits_in_chunks_of_any_size(exact: bool, dtype: tor
 
 
 def test_layers_in_one_call_equal_layers_one_by_one() -> None:
-    layers = [KERNELS.prepare_layer(layer_of(KERNELS, torch.bfloat16)) for _ in range(2)]
+    layers = [layer_of(KERNELS, torch.bfloat16) for _ in range(2)]
     metadata = metadata_of([5, 1], [5, 9], 16)
     hidden = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(2))
     cos, sin = tables(torch.tensor([0, 1, 2, 3, 4, 8]))
     blocks = int(metadata.block_tables.max()) + 1
     caches = [torch.zeros(blocks, KV_HEADS, 16, SIZE, dtype=torch.bfloat16) for _ in range(4)]
-    together = KERNELS.decoder_layers(hidden, layers, cos, sin, caches[::2], caches[1::2], metadata)
+    together = KERNELS.bind_layers(layers, caches[::2], caches[1::2])(hidden, cos, sin, metadata)
     for layer, keys, values in zip(layers, caches[::2], caches[1::2], strict=True):
-        hidden = KERNELS.decoder_layer(hidden, layer, cos, sin, keys, values, metadata)
+        hidden = KERNELS.bind_layers([layer], [keys], [values])(hidden, cos, sin, metadata)
     assert torch.equal(together, hidden)

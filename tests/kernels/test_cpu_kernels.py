@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from logitkernels import DenseWeight
+from logitkernels import AttentionOptions, DenseWeight
 from logitkernels.cpu import CpuKernels
 from logitkernels.cpu.build import BuildError
 from logitkernels.cpu.linear import CpuLinear
@@ -111,8 +111,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
             torch.ones(1, 1, 16, 32),
             torch.ones(1, 1, 16, 32),
             None,  # type: ignore[arg-type]
-            scale=1.0,
-            sliding_window=0,
+            AttentionOptions(1.0, sliding_window=0),
         )
 
 

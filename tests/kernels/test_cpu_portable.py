@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from logitkernels import AttentionMetadata, BlockWeight, DenseWeight
+from logitkernels import AttentionMetadata, AttentionOptions, BlockWeight, DenseWeight
 from logitkernels.cpu import CpuKernels, GgufType
 from logitkernels.cpu.build import BuildError
 from logitkernels.cpu.linear import STORED_BYTES
@@ -79,10 +79,9 @@ def test_attention_has_the_bits_of_the_native_one(
     )
     query = random(tokens, 6, size, seed=1) * 3
     keys, values = (random(13, 2, 16, size, seed=seed, dtype=dtype) for seed in (2, 3))
-    sinks = random(6, seed=4)
+    attention = AttentionOptions(0.2, sinks=random(6, seed=4), **options)
     native, portable = (
-        kernels.paged_attention(query, keys, values, metadata, scale=0.2, sinks=sinks, **options)
-        for kernels in (NATIVE, PORTABLE)
+        kernels.paged_attention(query, keys, values, metadata, attention) for kernels in (NATIVE, PORTABLE)
     )
     assert native.isfinite().all()
     assert torch.equal(portable, native)

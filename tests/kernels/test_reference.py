@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitkernels import AttentionMetadata, ReferenceKernels
+from logitkernels import AttentionMetadata, AttentionOptions, ReferenceKernels
 
 KERNELS = ReferenceKernels()
 
@@ -85,7 +85,7 @@ def test_attention_follows_its_formula(
     query = torch.randn(sum(q for q, _ in lengths), num_heads, 8, dtype=torch.float64)
     sink = torch.randn(num_heads, dtype=torch.float64) if sinks else None
     output = KERNELS.paged_attention(
-        query, key_cache, value_cache, metadata, scale=0.3, sliding_window=window, softcap=softcap, sinks=sink
+        query, key_cache, value_cache, metadata, AttentionOptions(0.3, window, softcap, sink)
     )
     row = 0
     for sequence, (count, total) in enumerate(lengths):
@@ -109,12 +109,14 @@ def test_what_another_sequence_left_in_a_block_is_not_seen() -> None:
     lengths = [(1, 6), (3, 9), (70, 70)]
     metadata, key_cache, value_cache, _, _ = paged(lengths, kv_heads=2, dim=8, block_size=4)
     query = torch.randn(74, 4, 8, dtype=torch.float64)
-    expected = KERNELS.paged_attention(query, key_cache, value_cache, metadata, scale=0.3)
+    expected = KERNELS.paged_attention(query, key_cache, value_cache, metadata, AttentionOptions(0.3))
     for sequence, (_, total) in enumerate(lengths):
         last = metadata.block_tables[sequence, (total - 1) // 4]
         for cache in (key_cache, value_cache):
             cache[last, :, (total - 1) % 4 + 1 :] = torch.nan
-    assert torch.equal(KERNELS.paged_attention(query, key_cache, value_cache, metadata, scale=0.3), expected)
+    assert torch.equal(
+        KERNELS.paged_attention(query, key_cache, value_cache, metadata, AttentionOptions(0.3)), expected
+    )
 
 
 def test_store_then_read_back_through_the_block_table() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitkernels import AttentionMetadata, ReferenceKernels
+from logitkernels import AttentionMetadata, AttentionOptions, ReferenceKernels
 from logitkernels.triton.paged_decode import paged_decode
 from logitkernels.triton.paged_prefill import paged_prefill
 from numpy.typing import NDArray
@@ -110,9 +110,8 @@ class Batch:
                 self.value_cache,
                 self.metadata,
                 out,
-                scale=scale,
+                AttentionOptions(scale, **options),
                 uniform=uniform,
-                **options,
             )
         return out.cpu()
 
@@ -130,7 +129,7 @@ class Batch:
             },
         )
         return REFERENCE.paged_attention(
-            self.query.double().cpu(), clean[0], clean[1], metadata, scale=scale, **options
+            self.query.double().cpu(), clean[0], clean[1], metadata, AttentionOptions(scale, **options)
         )
 
     def assert_close(self, scale: float = 0.1, *, uniform: bool = False, **options: Any) -> None:
@@ -213,7 +212,7 @@ def test_each_launch_writes_its_own_rows_only() -> None:
     arguments = (batch.query, batch.key_cache, batch.value_cache, batch.metadata)
     for function, rows in ((paged_decode, [0, 6]), (paged_prefill, [1, 2, 3, 4, 5])):
         out = torch.full((7, 2, 32), 9.0, device=DEVICE)
-        function(*arguments, out, scale=0.1)
+        function(*arguments, out, AttentionOptions(0.1))
         assert [row for row in range(7) if not (out[row] == 9.0).all()] == rows
 
 
@@ -323,4 +322,4 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
         (batch.query, batch.key_cache.transpose(2, 3).contiguous().transpose(2, 3), "contiguous"),
     ):
         with pytest.raises(ValueError, match=message):
-            paged_decode(query, keys, batch.value_cache, batch.metadata, out, scale=0.1)
+            paged_decode(query, keys, batch.value_cache, batch.metadata, out, AttentionOptions(0.1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from logitkernels import AttentionMetadata, Kernels
+from logitkernels import AttentionMetadata, AttentionOptions, Kernels
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
@@ -61,16 +61,9 @@ def attention_forward(
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     key_cache, value_cache = kv_cache.keys[layer], kv_cache.values[layer]
     kernels.store_kv(keys, values, key_cache, value_cache, attention_metadata.slot_mapping)
-    attended = kernels.paged_attention(
-        queries,
-        key_cache,
-        value_cache,
-        attention_metadata,
-        scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    options = AttentionOptions(scale, sliding_window, softcap, s_aux)
+    attended = kernels.paged_attention(queries, key_cache, value_cache, attention_metadata, options)
     return attended[None], None
 
 

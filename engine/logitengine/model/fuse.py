@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from logitkernels import BlockWeight, DecoderLayerWeights, Kernels, Linear, Weight
+from logitkernels import AttentionOptions, BlockWeight, DecoderLayerWeights, Kernels, Linear, Weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -200,10 +200,9 @@ def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape]) -> Ne
         return TransformersNetwork(model, kernels)
     layers: list[DecoderLayerWeights] = []
     for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True)):
-        packed = _pack_layer(layer, packer, f"model.layers.{index}", shape)
-        if not kernels.runs_fused(packed):
+        layers.append(_pack_layer(layer, packer, f"model.layers.{index}", shape))
+        if not kernels.runs_fused(layers[-1]):
             return TransformersNetwork(model, kernels)
-        layers.append(kernels.prepare_layer(packed))
     setattr(model, model.base_model_prefix, None)  # its weights were packed: nothing else may keep them
     return FusedNetwork(decoder, layers, _fuse_head(model, packer), packer.linears, kernels)
 
@@ -247,10 +246,8 @@ def _pack_layer(layer: Any, packer: Packer, name: str, shape: LayerShape) -> Dec
         num_kv_heads=config.num_key_value_heads,
         head_dim=attention.head_dim,
         eps=_eps(layer.input_layernorm),
-        scale=attention.scaling,
-        sliding_window=shape.sliding_window,
+        attention=AttentionOptions(attention.scaling, shape.sliding_window, shape.softcap),
         activation=activation,
-        softcap=shape.softcap,
         attention_output_norm=_norm_weight(layer.post_attention_layernorm) if has_output_norms else None,
         mlp_output_norm=_norm_weight(layer.post_feedforward_layernorm) if has_output_norms else None,
     )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from logitkernels.attention import AttentionMetadata
+from logitkernels.cpu.library import BatchStruct, CacheStruct
 
 
 def num_threads() -> int:
@@ -27,3 +32,66 @@ def as_integers(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}; it must be {dtype}")
     return tensor.contiguous()
+
+
+class BatchArguments:
+    """The metadata as the library reads it, with the tensors that it points to."""
+
+    __slots__ = ("_tensors", "struct")
+
+    def __init__(self, metadata: AttentionMetadata) -> None:
+        starts = as_integers(metadata.query_start, torch.int32, "query_start")
+        lengths = as_integers(metadata.seq_lens, torch.int32, "seq_lens")
+        tables = as_integers(metadata.block_tables, torch.int32, "block_tables")
+        slots = as_integers(metadata.slot_mapping, torch.int64, "slot_mapping")
+        self._tensors = (starts, lengths, tables, slots)
+        self.struct = BatchStruct(
+            len(lengths),
+            starts.data_ptr(),
+            lengths.data_ptr(),
+            tables.data_ptr(),
+            tables.shape[1],
+            slots.data_ptr(),
+        )
+
+
+def window_of(sliding_window: int | None) -> int:
+    if sliding_window is None:
+        return 0  # how the library says that there is none
+    if sliding_window < 1:
+        raise ValueError(f"sliding_window is {sliding_window}; it must be at least 1")
+    return sliding_window
+
+
+def check_rotary(cos: Tensor, sin: Tensor, tokens: int, size: int) -> int:
+    rotary = cos.shape[-1]
+    if cos.shape != (tokens, rotary) or sin.shape != cos.shape or rotary % 2 or rotary > size:
+        msg = (
+            f"cos {list(cos.shape)} and sin {list(sin.shape)} do not fit {tokens} tokens of head size {size}"
+        )
+        raise ValueError(msg)
+    return rotary
+
+
+def cache_struct(cache: Tensor, *, may_be_transposed: bool = False) -> CacheStruct:
+    if cache.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"the cache is {cache.dtype}; the native kernels read float32 and bfloat16")
+    block_stride, head_stride, token_stride, element_stride = cache.stride()
+    block_size = cache.shape[2]
+    is_transposed = may_be_transposed and token_stride == 1 and block_size % 16 == 0
+    if element_stride != 1 and not is_transposed:
+        raise ValueError(
+            "the last dimension of a cache must be contiguous; of keys, the third instead if it is a multiple of 16"
+        )
+    return CacheStruct(
+        cache.data_ptr(),
+        cache.dtype == torch.bfloat16,
+        block_stride,
+        head_stride,
+        token_stride,
+        element_stride,
+        block_size,
+    )
+
+
+key_cache_struct = partial(cache_struct, may_be_transposed=True)

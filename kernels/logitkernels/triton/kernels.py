@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from logitkernels.interface import AttentionMetadata, Kernels
+from logitkernels.attention import AttentionMetadata, AttentionOptions
+from logitkernels.interface import Kernels
 from logitkernels.reference import ReferenceKernels
 from logitkernels.sampling import (
     MASK_BITS,
@@ -139,28 +140,13 @@ class TritonKernels(Kernels):
         key_cache: Tensor,
         value_cache: Tensor,
         metadata: AttentionMetadata,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        options: AttentionOptions,
     ) -> Tensor:
         query = query.contiguous()
         out = query.new_empty(query.shape[0], query.shape[1], value_cache.shape[-1])
         # Each takes the sequences that are its own and leaves the others.
         for attend in (paged_decode, paged_prefill) if metadata.max_query_len > 1 else (paged_decode,):
-            attend(
-                query,
-                key_cache,
-                value_cache,
-                metadata,
-                out,
-                scale=scale,
-                sliding_window=sliding_window,
-                softcap=softcap,
-                sinks=sinks,
-                uniform=self.batch_invariant,
-            )
+            attend(query, key_cache, value_cache, metadata, out, options, uniform=self.batch_invariant)
         return out
 
     # Logits.

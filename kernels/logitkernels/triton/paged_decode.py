@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from logitkernels.interface import AttentionMetadata
+from logitkernels.attention import AttentionMetadata, AttentionOptions
 from logitkernels.triton.attention_tile import (
     AttentionShape,
     attend_tile,
@@ -32,11 +32,8 @@ def paged_decode(
     value_cache: Tensor,
     metadata: AttentionMetadata,
     out: Tensor,
+    options: AttentionOptions,
     *,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
     uniform: bool = False,
 ) -> None:
     """``Kernels.paged_attention`` for the sequences with one query; other rows of ``out`` are left as they are.
@@ -50,7 +47,7 @@ def paged_decode(
     out [T, Hq, Dv]. Raises ValueError for tensors that do not fit together.
     """
     shape = AttentionShape.of(query, key_cache, value_cache)
-    tile = decode_tile(shape, uniform=uniform, softcap=softcap is not None)
+    tile = decode_tile(shape, uniform=uniform, softcap=options.softcap is not None)
     sequences, heads = len(metadata.seq_lens), query.shape[1]
     splits = max(1, -(-metadata.max_seq_len // shape.split))
     partial = stats = None
@@ -58,7 +55,7 @@ def paged_decode(
         partial = query.new_empty(sequences, heads, splits, shape.value_size, dtype=torch.float32)
         stats = query.new_empty(2, sequences, heads, splits, dtype=torch.float32)
     batch = (metadata.query_start, metadata.seq_lens)
-    factor, cap = score_factors(scale, softcap)
+    factor, cap = score_factors(options.scale, options.softcap)
     launch(
         _decode_kernel,
         (sequences, tile.head_tiles(shape), splits),
@@ -70,12 +67,12 @@ def paged_decode(
         value_cache,
         *batch,
         metadata.block_tables,
-        sinks,
+        options.sinks,
         query.stride(0),
         metadata.block_tables.stride(0),
         factor,
         cap,
-        sliding_window,
+        options.sliding_window,
         **tile.constants(shape),
     )
     if splits > 1:
@@ -86,9 +83,9 @@ def paged_decode(
             partial,
             stats,
             *batch,
-            sinks,
+            options.sinks,
             splits,
-            sliding_window,
+            options.sliding_window,
             DV=shape.value_size,
             BLOCK_DV=shape.padded_value_size,
             SPLIT=shape.split,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from logitkernels.interface import AttentionMetadata
+from logitkernels.attention import AttentionMetadata, AttentionOptions
 from logitkernels.triton.attention_tile import (
     AttentionShape,
     attend_tile,
@@ -28,11 +28,8 @@ def paged_prefill(
     value_cache: Tensor,
     metadata: AttentionMetadata,
     out: Tensor,
+    options: AttentionOptions,
     *,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
     uniform: bool = False,
 ) -> None:
     """``Kernels.paged_attention`` for the sequences with more than one query; other rows of ``out`` are left as they are.
@@ -45,9 +42,9 @@ def paged_prefill(
     out [T, Hq, Dv]. Raises ValueError for tensors that do not fit together.
     """
     shape = AttentionShape.of(query, key_cache, value_cache)
-    tile = prefill_tile(shape, uniform=uniform, softcap=softcap is not None)
+    tile = prefill_tile(shape, uniform=uniform, softcap=options.softcap is not None)
     sequences = len(metadata.seq_lens)
-    factor, cap = score_factors(scale, softcap)
+    factor, cap = score_factors(options.scale, options.softcap)
     launch(
         _prefill_kernel,
         (query.shape[0] // tile.tokens(shape) + sequences, tile.head_tiles(shape)),
@@ -58,13 +55,13 @@ def paged_prefill(
         metadata.query_start,
         metadata.seq_lens,
         metadata.block_tables,
-        sinks,
+        options.sinks,
         sequences,
         query.stride(0),
         metadata.block_tables.stride(0),
         factor,
         cap,
-        sliding_window,
+        options.sliding_window,
         **tile.constants(shape),
     )
 
