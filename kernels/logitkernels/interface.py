@@ -149,13 +149,17 @@ class Kernels(ABC):
         return torch.logsumexp(logits, dim=-1)
 
     def top_k_logits(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest of each row of ``logits`` [R, V], ties broken by lower id: ids int64 and values, both [R, k]."""
+        """The k largest of each row of ``logits`` [R, V], ties broken by lower id: ids int64 and values, both [R, k].
+
+        A NaN comes before every number, as torch.topk has it.
+        """
         # A stable descending sort is the definition; topk first narrows the row to a candidate set that contains every
         # tie of the k-th value.
         threshold = torch.topk(logits, k, dim=-1).values[:, -1:]
+        is_candidate = (logits >= threshold) | logits.isnan()
         ids = torch.empty(logits.shape[0], k, dtype=torch.int64, device=logits.device)
         for row in range(logits.shape[0]):
-            candidates = torch.nonzero(logits[row] >= threshold[row]).squeeze(-1)
+            candidates = torch.nonzero(is_candidate[row]).squeeze(-1)
             order = torch.sort(logits[row, candidates], descending=True, stable=True).indices[:k]
             ids[row] = candidates[order]
         return ids, logits.gather(-1, ids)

@@ -22,8 +22,11 @@ from logitengine.link.messages import (
 )
 from logitengine.model.checkpoint import CheckpointError
 from logitengine.model.loader import LoadedModel, load
+from logitengine.model.value_heads import load_value_head
+from logitkernels import ReferenceKernels
 from numpy.typing import NDArray
 from safetensors.torch import save_file
+from second_device import DEVICE, PlacedTensor, SecondDevice
 from support import Collected, make_engine, run, to_numpy
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -196,6 +199,17 @@ def test_a_sequence_classifier_serves_its_scores_and_nothing_else(classifier: Pa
     for impossible in (request(max_tokens=1), request(logits=LogitsSpec(positions="prompt"))):
         with pytest.raises(RequestRefusedError, match="no language-model head"):
             make_engine(loaded).add(impossible)
+
+
+def test_a_head_lies_where_the_model_does(value_head: Path) -> None:
+    states = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+    expected = load_value_head("helpful", value_head, 64, ReferenceKernels(), torch.device("cpu"))
+    with SecondDevice():
+        head = load_value_head("helpful", value_head, 64, ReferenceKernels(), DEVICE)
+        placed = head.apply(states.to(DEVICE))
+    assert isinstance(placed, PlacedTensor)
+    assert torch.equal(placed.held, expected.apply(states))
+    assert head.num_outputs == 1
 
 
 def test_an_unknown_head_is_refused(tiny_model: LoadedModel) -> None:

@@ -12,8 +12,9 @@ from gguf.quants import dequantize, quantize
 from logitengine.config import EngineConfig
 from logitengine.model.checkpoint import Checkpoint, CheckpointError
 from logitengine.model.loader import load
-from logitengine.model.weight_sources import load_stored_blocks
+from logitengine.model.weight_sources import Int8Weights, load_stored_blocks
 from logitkernels import BlockWeight
+from second_device import DEVICE, SecondDevice
 from support import EVERY_ROW, english_tokens, greedy, make_engine, reference_logits, run
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -91,6 +92,17 @@ def test_int8_rows_are_those_of_the_rounded_weights(tiny_llama: Path) -> None:
     rows = run(make_engine(loaded), [greedy("a", prompt, 0, EVERY_ROW)])["a", 0].prompt_rows
     assert np.abs(rows - reference_logits(rounded, prompt)).max() <= 5e-4
     assert np.abs(rows - unrounded).max() > 1e-2, "they were rounded"
+
+
+def test_int8_blocks_are_made_on_the_host_wherever_the_model_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(64, 3)})
+    expected = Int8Weights(model).get("layer.weight")
+    with SecondDevice():
+        placed = model["layer"].weight.detach().to(DEVICE)
+        monkeypatch.setattr(model, "get_parameter", {"layer.weight": placed}.__getitem__)
+        weight = Int8Weights(model).get("layer.weight")
+    assert torch.equal(weight.raw, expected.raw)
+    assert (weight.name, weight.format, weight.shape) == ("layer.weight", "Q8_0", (3, 64))
 
 
 def test_int8_is_refused_where_it_cannot_be_had(tiny_llama: Path, tmp_path: Path) -> None:

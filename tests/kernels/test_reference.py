@@ -146,3 +146,12 @@ def test_the_largest_logits_come_in_order_with_ties_by_lower_id() -> None:
     ids, values = KERNELS.top_k_logits(logits, 3)
     assert ids.tolist() == [[1, 2, 4], [0, 1, 2]]
     assert values.tolist() == [[5.0, 5.0, 5.0], [0.0, 0.0, 0.0]]
+
+
+def test_a_nan_is_larger_than_every_logit() -> None:
+    nan, inf = torch.nan, torch.inf
+    logits = torch.tensor([[1.0, nan, inf, 2.0], [nan, 3.0, nan, nan], [nan] * 4, [1.0, 4.0, 4.0, 2.0]])
+    ids, values = KERNELS.top_k_logits(logits, 2)
+    assert ids.tolist() == [[1, 2], [0, 2], [0, 1], [1, 2]]
+    assert values.isnan().tolist() == [[True, False], [True, True], [True, True], [False, False]]
+    assert torch.equal(ids, torch.sort(logits, descending=True, stable=True).indices[:, :2])

@@ -19,7 +19,7 @@ from logitkernels import BlockWeight, DenseWeight, Weight
 from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 FILE_NAME = "blocks.safetensors"
@@ -47,7 +47,7 @@ class WeightSource(Protocol):
 class ModelWeights:
     """A model's own parameters."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     def get(self, name: str) -> DenseWeight:
@@ -69,7 +69,7 @@ class StoredWeights:
 class Int8Weights:
     """The weights of any model in blocks of Q8_0: 32 int8 along K under one float16 scale. Made when they are asked for."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     def get(self, name: str) -> BlockWeight:
