@@ -1,0 +1,165 @@
+"""Which models become fused networks, and what their linear layers remember."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from logitengine.model.attention import ATTENTION_NAME, register_attention
+from logitengine.model.fuse import FusedNetwork, Packer, fuse
+from logitengine.model.network import Network, TransformersNetwork
+from logitengine.model.weight_sources import Int8Weights, ModelWeights, StoredWeights, WeightSource
+from logitengine.run.runner import probe_layers
+from logitkernels import BlockWeight, DenseWeight, Kernels, Linear, ReferenceKernels
+from logitkernels.backend import load_kernels
+from logitkernels.cpu.build import BuildError
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+KERNELS = ReferenceKernels()
+SIZES: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+def model_of(model_type: str, **options: Any) -> PreTrainedModel:
+    register_attention()
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**{**SIZES, **options})
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def network_of(
+    model: PreTrainedModel, kernels: Kernels = KERNELS, source: WeightSource | None = None
+) -> Network:
+    own = ModelWeights(model)
+    return fuse(model, Packer(kernels, own, source or own, exact=True), probe_layers(model, kernels))
+
+
+def linear_names(model: PreTrainedModel) -> list[str]:
+    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a linear layer multiplies by, read through its products with the unit vectors."""
+
+    linear: Linear
+
+    def weight(self, name: str) -> torch.Tensor:
+        outputs = self.linear(torch.eye(self.linear.in_features))
+        bias = self.linear(torch.zeros(1, self.linear.in_features))
+        return (outputs - bias).T[self.linear.parts[name]]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "tie_word_embeddings": True}),
+        ("mistral", {"sliding_window": 8}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("gemma", {}),
+        ("gemma2", {}),
+        ("gemma3_text", {}),
+    ],
+)
+def test_known_architectures_are_fused_and_their_layers_know_their_weights(
+    model_type: str, options: dict[str, Any]
+) -> None:
+    model = model_of(model_type, **options)
+    expected = {name: model.get_parameter(name).clone() for name in linear_names(model)}
+    network = network_of(model)
+    assert isinstance(network, FusedNetwork)
+    assert network.linears.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(Probe(network.linears[name]).weight(name), weight, rtol=1e-4, atol=1e-5)
+    stacked = [f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv"]
+    assert network.linears[stacked[0]].names == tuple(stacked)
+    assert len({id(network.linears[name]) for name in stacked}) == 1
+    assert model.base_model is None, "nothing else keeps what was packed"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("phi3", {}),
+        ("olmo2", {}),
+        ("llama", {"hidden_act": "relu"}),
+    ],
+)
+def test_what_is_not_known_runs_as_transformers_has_it(model_type: str, options: dict[str, Any]) -> None:
+    model = model_of(model_type, **options)
+    network = network_of(model)
+    assert isinstance(network, TransformersNetwork)
+    assert not network.is_fused
+    assert list(model.get_submodule("model").parameters()), "it keeps its weights"
+
+
+def test_biases_of_some_layers_of_a_stack_are_refused() -> None:
+    model = model_of("qwen2")
+    model.get_submodule("model.layers.0.self_attn.v_proj").bias = None
+    with pytest.raises(ValueError, match="some have a bias and some have none"):
+        network_of(model)
+
+
+def native() -> Kernels:
+    try:
+        return load_kernels("cpu", "cpu")
+    except BuildError as error:  # pragma: no cover
+        pytest.skip(f"no native kernels here: {error}")
+
+
+def test_layers_that_the_backend_does_not_fuse_run_as_transformers_has_them() -> None:
+    assert isinstance(network_of(model_of("gemma2"), native()), TransformersNetwork)
+
+
+def test_layers_are_packed_in_blocks_where_all_of_their_weights_are_in_blocks_of_one_format() -> None:
+    model = model_of("llama")
+    int8 = Int8Weights(model)
+    q, k, v, gate, up = (
+        f"model.layers.0.{part}_proj.weight"
+        for part in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")
+    )
+    blocks = {name: int8.get(name) for name in (q, k, gate, up)}  # v is dense
+    expected = {name: model.get_parameter(name).clone() for name in (q, k, v, gate, up)}
+    network = network_of(model, native(), StoredWeights(blocks, ModelWeights(model)))
+    assert isinstance(network, FusedNetwork)
+    for name in (q, k, v):
+        weight = Probe(network.linears[name]).weight(name)
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
+    for name in (gate, up):
+        weight = Probe(network.linears[name]).weight(name)
+        rounded = dequantize(blocks[name].raw.numpy(), GGMLQuantizationType.Q8_0)
+        torch.testing.assert_close(weight, torch.from_numpy(rounded), rtol=0, atol=1e-6)
+        assert not torch.allclose(weight, expected[name], rtol=0, atol=1e-6)
+
+
+def test_a_source_gives_its_weights_by_name() -> None:
+    model = model_of("llama", tie_word_embeddings=True)
+    own = ModelWeights(model)
+    for name in ("lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
+        weight = own.get(name)
+        assert isinstance(weight, DenseWeight)
+        assert (weight.name, weight.shape) == (name, tuple(model.get_parameter(name).shape))
+        assert torch.equal(weight.tensor, model.get_parameter(name))
+    with pytest.raises(AttributeError):
+        own.get("model.layers.9.mlp.down_proj.weight")
+    block = BlockWeight("lm_head.weight", torch.zeros(160, 68, dtype=torch.uint8), "Q8_0", (160, 64))
+    stored = StoredWeights({block.name: block}, own)
+    assert stored.get(block.name) is block
+    assert isinstance(stored.get("model.layers.1.mlp.down_proj.weight"), DenseWeight)
