@@ -11,9 +11,9 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from logitengine.model.attention import ATTENTION_NAME, register_attention
 from logitengine.model.fuse import FusedNetwork, Packer, fuse
+from logitengine.model.layer_shapes import probe_layers
 from logitengine.model.network import Network, TransformersNetwork
 from logitengine.model.weight_sources import Int8Weights, ModelWeights, StoredWeights, WeightSource
-from logitengine.run.runner import probe_layers
 from logitkernels import BlockWeight, DenseWeight, Kernels, Linear, ReferenceKernels
 from logitkernels.backend import load_kernels
 from logitkernels.cpu.build import BuildError
