@@ -10,9 +10,8 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
-from logitengine.config import EngineConfig
 from logitengine.errors import EngineError
-from logitengine.link.client import EngineClient
+from logitengine.link.engine_protocol import EngineProtocol
 from logitengine.link.messages import GenerationRequest, ModelInfo, StepOutput
 from logitserve.state import ServerState
 
@@ -20,12 +19,11 @@ Step = StepOutput | EngineError | Awaitable[Any]
 Script = Callable[[GenerationRequest], list[Step]]
 
 
-class ScriptedEngine(EngineClient):
+class ScriptedEngine(EngineProtocol):
     """Yields the outputs that ``script`` makes of a request, raises its errors and awaits its awaitables."""
 
     def __init__(self, info: ModelInfo, script: Script) -> None:
-        super().__init__(EngineConfig.model_validate({}))
-        self.info = info
+        self._info: ModelInfo | None = info
         self.script = script
         self.reason: str | None = None
         self.requests: list[GenerationRequest] = []
@@ -37,6 +35,14 @@ class ScriptedEngine(EngineClient):
         """Wait until this many requests run."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.num_open >= count)
+
+    @property
+    def info(self) -> ModelInfo | None:
+        return self._info
+
+    @info.setter
+    def info(self, info: ModelInfo) -> None:
+        self._info = info
 
     async def start(self) -> None:
         """There is no process."""

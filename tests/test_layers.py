@@ -1,4 +1,4 @@
-"""Imports run one way: server -> engine -> kernels, and the client knows none of them."""
+"""Imports run one way: server -> engine -> kernels, inside the packages too, and the client knows none of them."""
 
 import ast
 import subprocess
@@ -16,6 +16,12 @@ FORBIDDEN = {
     "clients/python/logitclient": {"logitserve", "logitengine", "logitkernels", "fastapi"},
 }
 
+ROOMS = {
+    "link": {"schedule", "model", "run", "engine", "process"},
+    "schedule": {"model", "run", "engine", "process"},
+}
+"""Rooms of the engine that are free of torch, and the engine's modules that they must not know."""
+
 UNSAFE = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 
 
@@ -29,6 +35,17 @@ def imported_packages(source: str) -> set[str]:
     return packages
 
 
+def imported_modules(source: str) -> set[str]:
+    """Dotted names, those of ``from a import b`` as ``a`` and ``a.b``."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return modules
+
+
 def our_sources() -> list[Path]:
     return [path for folder in FORBIDDEN for path in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -38,6 +55,27 @@ def test_a_layer_imports_only_what_lies_below_it(folder: str) -> None:
     for path in sorted((ROOT / folder).rglob("*.py")):
         climbing = imported_packages(path.read_text()) & FORBIDDEN[folder]
         assert not climbing, f"{path.relative_to(ROOT)} imports {climbing}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_without_torch_knows_no_room_with_it(room: str) -> None:
+    forbidden = {f"logitengine.{name}" for name in ROOMS[room]}
+    for path in sorted((ROOT / "engine/logitengine" / room).glob("*.py")):
+        source = path.read_text()
+        assert not imported_packages(source) & {"torch", "transformers", "logitkernels"}, path
+        assert not {
+            module for module in imported_modules(source) if ".".join(module.split(".")[:2]) in forbidden
+        }, path
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_importing_a_room_without_torch_loads_none(room: str) -> None:
+    names = [
+        f"logitengine.{room}.{path.stem}" for path in (ROOT / "engine/logitengine" / room).glob("[!_]*.py")
+    ]
+    assert names
+    code = f"import sys, {', '.join(names)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_nothing_is_unpickled_and_no_remote_code_runs() -> None:

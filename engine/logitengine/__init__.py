@@ -12,6 +12,7 @@ from logitengine.errors import (
     RequestRefusedError,
 )
 from logitengine.link.client import EngineClient
+from logitengine.link.engine_protocol import EngineProtocol
 from logitengine.link.messages import GenerationRequest, LogitsSpec, ModelInfo, SamplingParams, StepOutput
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "EngineError",
     "EngineNotReadyError",
     "EngineOverloadedError",
+    "EngineProtocol",
     "GenerationRequest",
     "LogitsSpec",
     "ModelInfo",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from logitengine.config import EngineConfig
 from logitengine.link.client import EngineClient
+from logitengine.link.engine_protocol import EngineProtocol
 from uvloop import new_event_loop
 
 from logitserve.config import ServerConfig
@@ -23,18 +24,18 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
         return runner.run(_serve(EngineClient(engine_config), config))
 
 
-async def _serve(engine_client: EngineClient, config: ServerConfig) -> int:
+async def _serve(engine: EngineProtocol, config: ServerConfig) -> int:
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())  # until uvicorn takes them
-    await engine_client.start()
+    await engine.start()
     try:
         # Half a second of imports, with nobody to wait for the event loop yet.
         from logitserve.http.serving import run_app
 
-        return await run_app(engine_client, config, stopped)
+        return await run_app(engine, config, stopped)
     finally:
-        await engine_client.close()
+        await engine.close()
 
 
 def display_name(model: str) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 from logitengine.errors import EngineError
-from logitengine.link.client import EngineClient
+from logitengine.link.engine_protocol import EngineProtocol
 from logitengine.link.messages import ModelInfo
 
 from logitserve.config import ServerConfig
@@ -52,7 +52,7 @@ class Model:
 class ServerState:
     """One per app, on ``app.state.server``."""
 
-    def __init__(self, engine: EngineClient, config: ServerConfig) -> None:
+    def __init__(self, engine: EngineProtocol, config: ServerConfig) -> None:
         self.engine = engine
         self.config = config
         self.text_worker = TextWorker(config.tokenize_timeout)

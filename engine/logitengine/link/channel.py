@@ -252,8 +252,12 @@ class AsyncChannel(asyncio.BufferedProtocol, Generic[M]):
     ) -> AsyncChannel[M]:
         """A channel over a connected socket, which is the channel's from then on."""
         channel = cls(receives, on_message)
-        await asyncio.get_running_loop().connect_accepted_socket(lambda: channel, sock)
+        await channel.open(sock)
         return channel
+
+    async def open(self, sock: socket.socket) -> None:
+        """Begin to talk over a connected socket, which is the channel's from then on."""
+        await asyncio.get_running_loop().connect_accepted_socket(lambda: self, sock)
 
     def send(self, message: object) -> None:
         """Nothing is sent once the other side has closed or died."""

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from logitengine.link.client import EngineClient
+from logitengine.link.engine_protocol import EngineProtocol
 from logitengine.link.messages import Array, GenerationRequest, LogitsRows, Logprobs, PromptOutput, StepOutput
 
 from logitserve.errors import ApiError
@@ -114,7 +114,7 @@ class Choice:
 class Generation:
     """All choices of a job as one stream of deltas. Closing it aborts what still runs in the engine."""
 
-    def __init__(self, engine: EngineClient, job: Job, table: TokenTable) -> None:
+    def __init__(self, engine: EngineProtocol, job: Job, table: TokenTable) -> None:
         self._engine = engine
         self._job = job
         self._table = table

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
-from logitengine.link.client import EngineClient
+from logitengine.link.engine_protocol import EngineProtocol
 
 from logitserve import __version__
 from logitserve.config import ServerConfig
@@ -18,23 +18,23 @@ from logitserve.routes import chat, completions, embeddings, health, logits, mod
 from logitserve.state import ServerState
 
 
-def create_app(engine_client: EngineClient, config: ServerConfig) -> FastAPI:
-    """An app that serves ``engine_client``'s model. Its lifespan starts the client, if nobody has, and closes it.
+def create_app(engine: EngineProtocol, config: ServerConfig) -> FastAPI:
+    """An app that serves ``engine``'s model. Its lifespan starts the client, if nobody has, and closes it.
 
     The app answers from the start; until the model is loaded everything but the probes gets 503.
     """
-    state = ServerState(engine_client, config)
+    state = ServerState(engine, config)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        await engine_client.start()
+        await engine.start()
         loading = asyncio.create_task(state.load(), name="load-model")
         try:
             yield
         finally:
             loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
-            await engine_client.close()
+            await engine.close()
             state.close()
 
     app = FastAPI(

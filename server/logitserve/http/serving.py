@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from logitengine.link.client import EngineClient
+from logitengine.link.engine_protocol import EngineProtocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from logitserve.config import ServerConfig
@@ -144,9 +144,9 @@ def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
     )
 
 
-async def run_app(engine_client: EngineClient, config: ServerConfig, stopped: asyncio.Event) -> int:
+async def run_app(engine: EngineProtocol, config: ServerConfig, stopped: asyncio.Event) -> int:
     """Serve until a signal, or not at all if ``stopped`` is set. Returns the exit code: 0, or 1 when the model could not be loaded."""
-    app = create_app(engine_client, config)
+    app = create_app(engine, config)
     state: ServerState = app.state.server
     server = DrainingServer(uvicorn_config(app, config), state, config.drain_timeout, stopped)
     state.on_load_error = server.stop

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from itertools import islice
 
-from logitengine.link.client import EngineClient
+from logitengine.link.engine_protocol import EngineProtocol
 from logitengine.link.messages import GenerationRequest, StepOutput
 
 HELD_BYTES = 64 << 20
@@ -15,7 +15,7 @@ HELD_BYTES = 64 << 20
 
 
 async def outputs_of(
-    engine: EngineClient, requests: Sequence[GenerationRequest], largest_nbytes: int
+    engine: EngineProtocol, requests: Sequence[GenerationRequest], largest_nbytes: int
 ) -> AsyncGenerator[tuple[int, StepOutput], None]:
     """Every request's outputs as they come, each with its request's number. Raises EngineError.
 

@@ -1,0 +1,260 @@
+"""The engine process's life: spawned, watched, restarted when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from logitengine.config import EngineConfig
+from logitengine.errors import EngineDeadError
+from logitengine.link.channel import AsyncChannel, TransportError
+from logitengine.link.messages import (
+    EngineStats,
+    Failed,
+    FromEngine,
+    Located,
+    ModelInfo,
+    Ready,
+    Refused,
+    Shutdown,
+    StepOutputs,
+)
+from logitengine.link.streams import Streams
+
+logger = logging.getLogger(__name__)
+
+ENGINE_COMMAND = (sys.executable, "-m", "logitengine.process")
+"""Takes ``--socket`` and ``--config``."""
+
+STUCK_SECONDS = 30.0
+"""An engine that says nothing for this long is not ready. It says something every second when it waits."""
+
+RESTART_SECONDS = (0.1, 1.0, 5.0, 30.0)
+"""Pauses before the restarts that follow deaths without a served request in between."""
+
+EXIT_SECONDS = 5.0
+"""How long a process may take to exit by itself once its socket is closed."""
+
+OPENMP_SPINS = "1000"
+
+
+def engine_environment() -> dict[str, str]:
+    """Ours, with OpenMP told to sleep soon between parallel regions unless the user has told it anything.
+
+    By default its threads spin for milliseconds on cores that the server process needs: with both cores of a small
+    machine shared, a step then takes three times as long.
+    """
+    environment = dict(os.environ)
+    if not environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+        environment["GOMP_SPINCOUNT"] = OPENMP_SPINS
+    return environment
+
+
+class Supervisor:
+    """Keeps an engine process alive and connects ``streams`` to it.
+
+    Args:
+        streams: told when a process is ready or gone, and given what it says about requests.
+        command: the process to run.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        streams: Streams,
+        *,
+        command: Sequence[str] = ENGINE_COMMAND,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._streams = streams
+        self._command = command
+        self._clock = clock
+        self.info: ModelInfo | None = None
+        self.stats = EngineStats()
+        self._channel: AsyncChannel[FromEngine] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._spawned = asyncio.Event()
+        self._located = asyncio.Event()
+        self._tokenizer_path: str | None = None
+        self._loaded = asyncio.Event()
+        self._load_error: str | None = None
+        self._unavailable: str | None = "not started"
+        self._last_heard = clock()
+
+    async def start(self) -> None:
+        """Spawn the engine; the model loads in the background. What was started already stays as it is."""
+        if self._task is not None:
+            return
+        self._turn_away("loading the model")
+        self._spawned.clear()
+        self._task = asyncio.create_task(self._supervise(), name="engine-supervisor")
+        self._task.add_done_callback(self._on_task_done)
+        spawning = asyncio.create_task(self._spawned.wait())
+        await asyncio.wait({spawning, self._task}, return_when=asyncio.FIRST_COMPLETED)
+        spawning.cancel()
+
+    async def wait_located(self) -> str:
+        """As `EngineProtocol.wait_located`."""
+        await self._located.wait()
+        if self._tokenizer_path is None:
+            raise EngineDeadError(self._load_error or "the engine could not be started")
+        return self._tokenizer_path
+
+    async def wait_ready(self) -> ModelInfo:
+        """As `EngineProtocol.wait_ready`."""
+        await self._loaded.wait()
+        if self.info is None or self._load_error is not None:
+            raise EngineDeadError(self._load_error or "the engine could not be started")
+        return self.info
+
+    async def close(self) -> None:
+        """Stop the engine process."""
+        self._unavailable = "shut down"
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id while there is one."""
+        return self._process.pid if self._process is not None else None
+
+    def not_ready_reason(self) -> str | None:
+        """None when requests can be served, else why not: loading, dead and restarting, or stuck."""
+        silence = self._clock() - self._last_heard
+        if self._unavailable is None and silence > STUCK_SECONDS:
+            return f"the engine has been silent for {silence:.0f} s"
+        return self._unavailable
+
+    # One life after the other.
+
+    async def _supervise(self) -> None:
+        deaths = 0
+        while True:
+            generated_before = self.stats.num_generated_tokens
+            try:
+                await self._run_process()
+            finally:
+                self._loaded.clear()
+                self._turn_away("the engine died and is being restarted" if self.info else "the engine died")
+            if self.info is None:
+                # It never loaded. Trying again would fail again, so whoever waits for it is told.
+                self._give_up(self._load_error or "the engine died while it was loading")
+                return
+            deaths = 0 if self.stats.num_generated_tokens != generated_before else deaths + 1
+            self.stats = EngineStats()
+            pause = RESTART_SECONDS[min(deaths, len(RESTART_SECONDS) - 1)]
+            logger.error("the engine process died; starting another in %.1f s", pause)
+            await asyncio.sleep(pause)
+
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        """A fault of the supervisor's own must not look like an engine that is loading for ever."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("supervising the engine failed", exc_info=error)
+            self._give_up(f"supervising the engine failed: {error}")
+
+    def _give_up(self, reason: str) -> None:
+        self._load_error = reason
+        self._turn_away(reason)
+        self._located.set()
+        self._loaded.set()
+
+    def _turn_away(self, reason: str) -> None:
+        """Requests cannot be served, for this reason."""
+        self._unavailable = reason
+        self._streams.disconnect(reason)
+
+    async def _run_process(self) -> None:
+        """One life of the engine: spawn, connect, pass messages until its socket closes, reap."""
+        directory = Path(tempfile.mkdtemp(prefix="logitserve-"))  # mode 0700: nobody else can connect
+        path = directory / "engine.sock"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(str(path))
+            listener.listen(1)
+            listener.setblocking(False)
+            arguments = ["--socket", str(path), "--config", self._config.model_dump_json()]
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command, *arguments, env=engine_environment()
+            )
+            self._spawned.set()
+            connection = await self._accept(listener, self._process)
+            if connection is not None:
+                await self._converse(connection)
+        finally:
+            listener.close()
+            shutil.rmtree(directory, ignore_errors=True)
+            await self._reap()
+
+    async def _accept(
+        self, listener: socket.socket, process: asyncio.subprocess.Process
+    ) -> socket.socket | None:
+        accepting = asyncio.create_task(asyncio.get_running_loop().sock_accept(listener))
+        dying = asyncio.create_task(process.wait())
+        try:
+            await asyncio.wait({accepting, dying}, return_when=asyncio.FIRST_COMPLETED)
+            return accepting.result()[0] if accepting.done() else None
+        finally:
+            accepting.cancel()
+            dying.cancel()
+
+    async def _converse(self, connection: socket.socket) -> None:
+        """Pass messages until one side closes."""
+        channel = self._channel = AsyncChannel[FromEngine](FromEngine, self._handle)
+        await channel.open(connection)
+        try:
+            await channel.wait_closed()
+        except TransportError:
+            logger.exception("the engine sent what is no message")
+
+    async def _reap(self) -> None:
+        """Let the process exit by itself (its socket is closed), then make sure of it."""
+        process, channel, self._process, self._channel = self._process, self._channel, None, None
+        if channel is not None:
+            channel.send(Shutdown())
+            channel.close()
+        if process is None:
+            return
+        try:
+            await asyncio.wait_for(process.wait(), EXIT_SECONDS)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+    def _handle(self, message: FromEngine) -> None:
+        self._last_heard = self._clock()
+        match message:
+            case StepOutputs(_, stats):
+                self.stats = stats
+                self._streams.receive(message)
+            case Refused():
+                self._streams.receive(message)
+            case Located(tokenizer_path):
+                self._tokenizer_path = tokenizer_path
+                self._located.set()
+            case Ready(info):
+                self._on_ready(info)
+            case Failed(reason):
+                self._load_error = reason
+                logger.error("the engine failed: %s", reason)
+
+    def _on_ready(self, info: ModelInfo) -> None:
+        channel = self._channel
+        if channel is None:
+            return  # it is being reaped
+        self.info, self._unavailable, self._load_error = info, None, None
+        self._streams.connect(channel)
+        self._loaded.set()
+        logger.info("engine ready: %s, %s, %s kernels", info.architecture, info.dtype, info.kernels)
