@@ -29,29 +29,68 @@ ACKNOWLEDGED_SHARE = 1 / 8
 
 
 class _Stream:
-    """The outputs of one request on their way from the socket to the one who asked."""
+    """The outputs of one request on their way from the socket to the one who asked.
 
-    def __init__(self, n: int, channel: AsyncChannel[FromEngine]) -> None:
-        self.channel = channel
-        self.open_choices = set(range(n))
-        self.aborted_choices: set[int] = set()
-        self.queue: asyncio.Queue[StepOutput | EngineError | None] = asyncio.Queue()
+    Every output that comes is consumed once: when its reader is done with it, or at once where it has none. The engine
+    counts what is not consumed against the request's window.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, channel: AsyncChannel[FromEngine], acknowledged_bytes: float
+    ) -> None:
+        self._request_id = request.request_id
+        self._channel = channel
+        self._acknowledged_bytes = acknowledged_bytes
+        self._open_choices = set(range(request.n))
+        self._aborted_choices: set[int] = set()
+        self._consumed = 0
+        self._queue: asyncio.Queue[StepOutput | EngineError | None] = asyncio.Queue()
+        channel.send(Generate(request))
 
     def put(self, output: StepOutput) -> None:
-        if output.index not in self.open_choices:
+        """Take what the engine sent; a choice that was aborted has no reader."""
+        if output.index not in self._open_choices:
+            self.consume(output)
             return
-        self.queue.put_nowait(output)
+        self._queue.put_nowait(output)
         if output.finish_reason is not None:
-            self.close_choice(output.index)
+            self._close_choice(output.index)
 
-    def close_choice(self, index: int) -> None:
-        self.open_choices.discard(index)
-        if not self.open_choices:
-            self.queue.put_nowait(None)
+    async def next(self) -> StepOutput | None:
+        """The next output to read and then `consume`; None after the last. Raises EngineError."""
+        while (output := await self._queue.get()) is not None:
+            if isinstance(output, EngineError):
+                raise output
+            if output.index not in self._aborted_choices:
+                return output
+            self.consume(output)
+        return None
+
+    def consume(self, output: StepOutput) -> None:
+        self._consumed += output.nbytes
+        if self._consumed >= self._acknowledged_bytes:
+            self._channel.send(Consumed(self._request_id, self._consumed))
+            self._consumed = 0
+
+    def abort(self, index: int) -> None:
+        if index in self._open_choices:
+            self._channel.send(Abort(self._request_id, index))
+            self._aborted_choices.add(index)
+            self._close_choice(index)
+
+    def close(self) -> None:
+        """Abort what still runs: nobody reads any more."""
+        if self._open_choices:
+            self._channel.send(Abort(self._request_id))
 
     def fail(self, error: EngineError) -> None:
-        self.open_choices.clear()
-        self.queue.put_nowait(error)
+        self._open_choices.clear()
+        self._queue.put_nowait(error)
+
+    def _close_choice(self, index: int) -> None:
+        self._open_choices.discard(index)
+        if not self._open_choices:
+            self._queue.put_nowait(None)
 
 
 class Streams:
@@ -102,28 +141,18 @@ class Streams:
             raise EngineNotReadyError(self._reason)
         if request.request_id in self._streams:
             raise RequestRefusedError(f"request id {request.request_id!r} is in use")
-        stream = self._streams[request.request_id] = _Stream(request.n, channel)
-        channel.send(Generate(request))
-        consumed = 0
+        stream = _Stream(request, channel, self._acknowledged_bytes)
+        self._streams[request.request_id] = stream
         try:
-            while (output := await stream.queue.get()) is not None:
-                if isinstance(output, EngineError):
-                    raise output
-                if output.index not in stream.aborted_choices:
-                    yield output
-                consumed += output.nbytes
-                if consumed >= self._acknowledged_bytes:
-                    channel.send(Consumed(request.request_id, consumed))
-                    consumed = 0
+            while (output := await stream.next()) is not None:
+                yield output
+                stream.consume(output)
         finally:
             del self._streams[request.request_id]
-            if stream.open_choices:
-                channel.send(Abort(request.request_id))
+            stream.close()
 
     def abort_choice(self, request_id: str, index: int) -> None:
         """As `EngineProtocol.abort_choice`."""
         stream = self._streams.get(request_id)
-        if stream is not None and index in stream.open_choices:
-            stream.channel.send(Abort(request_id, index))
-            stream.aborted_choices.add(index)
-            stream.close_choice(index)
+        if stream is not None:
+            stream.abort(index)
