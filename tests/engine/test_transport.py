@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import threading
+from typing import Any
 
 import msgspec
 import pytest
@@ -178,6 +180,43 @@ def test_nobody_who_reads_holds_the_sender_up_or_changes_the_order() -> None:
     sender.flush(timeout=10)
     sender.close()
     assert receiver.receive() is None
+    receiver.close()
+
+
+class HesitantSocket(socket.socket):
+    """Its first ``sendmsg`` returns only when told to, after it has sent what fits."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(fileno=sock.detach())
+        self.sent = threading.Event()
+        self.may_return = threading.Event()
+
+    def sendmsg(self, *arguments: Any) -> int:
+        count = super().sendmsg(*arguments)
+        if not self.sent.is_set():
+            self.sent.set()
+            self.may_return.wait()
+        return count
+
+
+def test_a_message_of_one_thread_is_not_cut_by_another_threads() -> None:
+    left, right = socket.socketpair()
+    sock = HesitantSocket(left)
+    sender: BlockingChannel[object] = BlockingChannel(sock, ToEngine)
+    receiver: BlockingChannel[FromEngine] = BlockingChannel(right, FromEngine)
+    sent = [StepOutputs([output(0, nbytes)], EngineStats()) for nbytes in (1 << 20, 8)]
+    threads = [threading.Thread(target=sender.send, args=(message,)) for message in sent]
+    threads[0].start()
+    sock.sent.wait()
+    threads[1].start()
+    threads[1].join(0.2)  # it may be done by then, if nothing keeps it from sending
+    sock.may_return.set()
+    received = [receiver.receive() for _ in sent]
+    assert [payloads(message) for message in received] == [payloads(message) for message in sent]
+    for thread in threads:
+        thread.join()
+    sender.flush(timeout=10)
+    sender.close()
     receiver.close()
 
 

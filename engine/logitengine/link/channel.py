@@ -172,9 +172,10 @@ class MessageReader(Generic[M]):
 
 
 class BlockingChannel(Generic[M]):
-    """The engine's end, for one thread that receives and one that sends.
+    """The engine's end, for one thread that receives and any that send.
 
-    Receiving waits, sending never does: what the socket does not take at once is sent by a third thread, in order.
+    Receiving waits, sending never does: what the socket does not take at once is sent by a thread of the channel's own, in
+    order.
     """
 
     def __init__(self, sock: socket.socket, receives: Any) -> None:
@@ -182,21 +183,22 @@ class BlockingChannel(Generic[M]):
         self._reader: MessageReader[M] = MessageReader(receives)
         self._received: deque[M] = deque()
         self._rests: queue.SimpleQueue[list[memoryview] | None] = queue.SimpleQueue()
-        # Each counter is written by one thread.
-        self._num_left_to_thread = 0
-        self._num_sent_by_thread = 0
+        self._sending = threading.Lock()  # held for one system call that does not wait
+        self._num_left_to_thread = 0  # written under the lock
+        self._num_sent_by_thread = 0  # written by the channel's thread
         self._sender = threading.Thread(target=self._send_rests, name="send", daemon=True)
         self._sender.start()
 
     def send(self, message: object) -> None:
         """Raises OSError when the other side is gone."""
         rest = [view for buffer in encode(message) if (view := memoryview(buffer).cast("B")).nbytes]
-        if self._num_sent_by_thread == self._num_left_to_thread:
-            with contextlib.suppress(BlockingIOError):
-                rest = self._send_some(rest, socket.MSG_DONTWAIT)
-        if rest:
-            self._num_left_to_thread += 1
-            self._rests.put(rest)
+        with self._sending:
+            if self._num_sent_by_thread == self._num_left_to_thread:
+                with contextlib.suppress(BlockingIOError):
+                    rest = self._send_some(rest, socket.MSG_DONTWAIT)
+            if rest:
+                self._num_left_to_thread += 1
+                self._rests.put(rest)
 
     def _send_some(self, buffers: list[memoryview], flags: int = 0) -> list[memoryview]:
         """One system call; the buffers that are left."""
