@@ -106,6 +106,14 @@ class Engine:
         return self._under_way is not None
 
     @property
+    def begun_request_ids(self) -> set[str]:
+        """Requests of which something was computed or is under way. The others have only waited."""
+        begun = {sequence for sequence in self._scheduler if sequence.admitted_once}
+        if self._under_way is not None:
+            begun |= {chunk.sequence for chunk in self._under_way.batch.chunks}
+        return {sequence.request.request_id for sequence in begun}
+
+    @property
     def num_blocks_reached(self) -> int:
         """The cache's blocks from this one on were never used."""
         return self._blocks.num_reached
