@@ -1,8 +1,9 @@
-"""The engine process: one thread steps the engine and sends, one receives."""
+"""The engine process: one thread steps the engine and sends, one receives, and one says every second that it is alive."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import queue
@@ -11,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from logitengine.config import EngineConfig
@@ -22,6 +24,7 @@ from logitengine.link.messages import (
     Failed,
     FromEngine,
     Generate,
+    Heartbeat,
     Located,
     Ready,
     Refused,
@@ -37,7 +40,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
-"""How often an engine with nothing to compute says that it is alive."""
+
+IDLE_SECONDS = 1.0
+"""How often an engine with nothing to compute tells its stats."""
 
 
 def main() -> int:
@@ -54,11 +59,50 @@ def main() -> int:
     return EngineLoop(channel).run(EngineConfig.model_validate_json(arguments.config))
 
 
+class Heart:
+    """Tells how long the step under way has run, from a thread of its own: the one that steps may be stuck in it."""
+
+    def __init__(self, channel: BlockingChannel[ToEngine]) -> None:
+        self._channel = channel
+        self._step_started: float | None = None
+        self._longest_step_seconds = 0.0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Nothing is sent after this."""
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """A step is under way."""
+        started = self._step_started = time.monotonic()
+        yield
+        self._step_started = None
+        self._longest_step_seconds = max(self._longest_step_seconds, time.monotonic() - started)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(HEARTBEAT_SECONDS):
+            started = self._step_started
+            seconds = None if started is None else time.monotonic() - started
+            try:
+                self._channel.send(Heartbeat(seconds, self._longest_step_seconds))
+            except OSError:
+                return  # the server is gone, as who receives is told
+
+
 class EngineLoop:
     """Moves messages between the channel and the engine."""
 
     def __init__(self, channel: BlockingChannel[ToEngine]) -> None:
         self._channel = channel
+        self._heart = Heart(channel)
+        self._engine: Engine | None = None
         self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
 
     def run(self, config: EngineConfig) -> int:
@@ -69,8 +113,10 @@ class EngineLoop:
             status = 0
         except Exception as error:
             logger.exception("the engine cannot go on")
-            self._send(Failed(f"{type(error).__name__}: {error}"))
+            begun = [] if self._engine is None else sorted(self._engine.begun_request_ids)
+            self._send(Failed(f"{type(error).__name__}: {error}", begun))
             status = 1
+        self._heart.stop()
         gc.unfreeze()  # or extension modules find their objects still there at exit, and say so
         self._channel.flush(timeout=5)
         return status
@@ -89,27 +135,29 @@ class EngineLoop:
 
         loaded = load(config, checkpoint=checkpoint)
         loaded.kernels.pin_threads()
-        engine = Engine(config, loaded)
+        engine = self._engine = Engine(config, loaded)
         pages = PageTaker(loaded.runner.kv_cache.blocks)
         gc.freeze()
         gc.enable()
         self._send(Ready(engine.info))
+        self._heart.start()
         computed = False
         while self._take_messages(engine, pages, wait=not computed):
             steps_before = engine.num_steps
-            outputs = engine.step()
+            with self._heart.step():
+                outputs = engine.step()
             computed = engine.num_steps > steps_before or engine.is_computing
             if outputs or not computed:
                 self._send(StepOutputs(outputs, engine.stats))
 
     def _take_messages(self, engine: Engine, pages: PageTaker, *, wait: bool) -> bool:
         """Handle every message that has come; with ``wait``, give the first a moment. False: the server is done."""
-        until = time.monotonic() + HEARTBEAT_SECONDS
+        until = time.monotonic() + IDLE_SECONDS
         while wait and self._inbox.empty() and pages.take(engine.num_blocks_reached):
             wait = time.monotonic() < until
         try:
             while True:
-                message = self._inbox.get(block=wait, timeout=HEARTBEAT_SECONDS)
+                message = self._inbox.get(block=wait, timeout=IDLE_SECONDS)
                 if message is None or isinstance(message, Shutdown):
                     return False
                 self._handle(engine, message)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
+import faulty_process
+import psutil
 import pytest
 from logitengine import (
     EngineClient,
@@ -22,6 +25,7 @@ from logitengine import (
     SamplingParams,
     StepOutput,
 )
+from logitengine.link.supervisor import ENGINE_COMMAND
 from support import Collected, greedy
 
 pytestmark = pytest.mark.anyio
@@ -35,11 +39,17 @@ def anyio_backend() -> str:
 
 
 @asynccontextmanager
-async def running_client(model: Path | str, **options: object) -> AsyncIterator[EngineClient]:
+async def running_client(
+    model: Path | str,
+    *,
+    command: Sequence[str] = ENGINE_COMMAND,
+    clock: Callable[[], float] = time.monotonic,
+    **options: object,
+) -> AsyncIterator[EngineClient]:
     config = EngineConfig.model_validate(
         {"model": str(model), "dtype": "float32", "kv_cache_bytes": 1 << 24, "num_threads": 1, **options}
     )
-    client = EngineClient(config)
+    client = EngineClient(config, command=command, clock=clock)
     await client.start()
     try:
         async with asyncio.timeout(DEADLINE):
@@ -193,3 +203,57 @@ async def test_closing_the_client_ends_the_process(tiny_llama: Path) -> None:
         assert pid is not None
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+async def ready(client: EngineClient) -> None:
+    async with asyncio.timeout(DEADLINE):
+        while client.not_ready_reason() is not None:  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.01)
+
+
+async def test_a_process_answers_while_it_computes_and_not_while_it_is_stopped(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGITSERVE_FAULTS", str(tmp_path))
+    now = 1000.0
+    async with running_client(tiny_llama, command=faulty_process.COMMAND, clock=lambda: now) as client:
+        (tmp_path / "hold").touch()
+        asked = asyncio.create_task(collect(client, greedy("long", [1, 2, 3], 5)))
+        while not (tmp_path / "held").exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        for _ in range(2):
+            now += 11
+            assert "does not answer" in (client.not_ready_reason() or "")
+            await ready(client)
+        assert not asked.done()
+        assert client.pid is not None
+        process = psutil.Process(client.pid)
+        process.suspend()
+        while process.status() != psutil.STATUS_STOPPED:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        now += 11
+        assert "does not answer" in (client.not_ready_reason() or "")
+        (tmp_path / "hold").unlink()
+        process.resume()
+        await ready(client)
+        assert len((await asked).token_ids) == 5
+
+
+async def test_a_step_that_raises_fails_what_ran_and_what_waited_is_served_by_the_next_process(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGITSERVE_FAULTS", str(tmp_path))
+    async with running_client(tiny_llama, command=faulty_process.COMMAND, max_num_seqs=1) as client:
+        running = client.generate(endless("running"))
+        await anext(running)
+        waiting = asyncio.create_task(collect(client, greedy("waiting", [1, 2, 3], 5)))
+        await until(lambda stats: stats.num_waiting == 1, client)
+        (tmp_path / "fault").touch()
+        with pytest.raises(EngineDeadError):
+            async for _ in running:
+                pass
+        with pytest.raises(EngineNotReadyError, match="restarted"):
+            await anext(client.generate(endless("early")))
+        async with asyncio.timeout(DEADLINE):
+            assert len((await waiting).token_ids) == 5
+        assert client.not_ready_reason() is None

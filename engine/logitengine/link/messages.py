@@ -330,10 +330,21 @@ class Refused(Struct, frozen=True, tag=True, array_like=True):
 
 
 class Failed(Struct, frozen=True, tag=True, array_like=True):
-    """The engine cannot go on (or never started); it exits after this."""
+    """The engine cannot go on (or never started); it exits after this.
+
+    ``begun_request_ids`` are the requests of which something had been computed. The others can be asked of another process.
+    """
 
     message: str
+    begun_request_ids: list[str] = []
+
+
+class Heartbeat(Struct, frozen=True, tag=True, array_like=True):
+    """Sent every second, also while a step runs: how long it has run so far (None: there is none), and the longest one."""
+
+    step_seconds: float | None
+    longest_step_seconds: float
 
 
 ToEngine = Generate | Abort | Consumed | Shutdown
-FromEngine = Located | Ready | StepOutputs | Refused | Failed
+FromEngine = Located | Ready | StepOutputs | Refused | Failed | Heartbeat

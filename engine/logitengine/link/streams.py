@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 
 from logitengine.errors import (
     EngineDeadError,
@@ -27,6 +27,9 @@ from logitengine.link.messages import (
 ACKNOWLEDGED_SHARE = 1 / 8
 """Of a request's window, how much is read before the engine is told: each telling wakes a thread beside its kernels."""
 
+MOST_PROCESSES = 2
+"""How many are asked for a request in turn. One that ends its process before it has begun must not do so for ever."""
+
 
 class _Stream:
     """The outputs of one request on their way from the socket to the one who asked.
@@ -35,20 +38,37 @@ class _Stream:
     counts what is not consumed against the request's window.
     """
 
-    def __init__(
-        self, request: GenerationRequest, channel: AsyncChannel[FromEngine], acknowledged_bytes: float
-    ) -> None:
-        self._request_id = request.request_id
-        self._channel = channel
+    def __init__(self, request: GenerationRequest, acknowledged_bytes: float) -> None:
+        self._request = request
         self._acknowledged_bytes = acknowledged_bytes
+        self._channel: AsyncChannel[FromEngine] | None = None
+        self._num_sent = 0
+        self._has_output = False
         self._open_choices = set(range(request.n))
         self._aborted_choices: set[int] = set()
         self._consumed = 0
         self._queue: asyncio.Queue[StepOutput | EngineError | None] = asyncio.Queue()
-        channel.send(Generate(request))
+
+    def send(self, channel: AsyncChannel[FromEngine]) -> None:
+        """Ask the process behind ``channel`` for the outputs, unless it was asked or the request is over."""
+        if self._channel is not None or not self._open_choices:
+            return
+        self._channel = channel
+        self._num_sent += 1
+        channel.send(Generate(self._request))
+        for index in self._aborted_choices:
+            channel.send(Abort(self._request.request_id, index))
+
+    def outlive(self, begun: Collection[str]) -> bool:
+        """Let go of a process that ended, to be sent to the next. False: that one cannot go on with the request."""
+        self._channel = None
+        return (
+            not self._has_output and self._request.request_id not in begun and self._num_sent < MOST_PROCESSES
+        )
 
     def put(self, output: StepOutput) -> None:
         """Take what the engine sent; a choice that was aborted has no reader."""
+        self._has_output = True
         if output.index not in self._open_choices:
             self.consume(output)
             return
@@ -69,23 +89,27 @@ class _Stream:
     def consume(self, output: StepOutput) -> None:
         self._consumed += output.nbytes
         if self._consumed >= self._acknowledged_bytes:
-            self._channel.send(Consumed(self._request_id, self._consumed))
+            self._tell(Consumed(self._request.request_id, self._consumed))
             self._consumed = 0
 
     def abort(self, index: int) -> None:
         if index in self._open_choices:
-            self._channel.send(Abort(self._request_id, index))
+            self._tell(Abort(self._request.request_id, index))
             self._aborted_choices.add(index)
             self._close_choice(index)
 
     def close(self) -> None:
         """Abort what still runs: nobody reads any more."""
         if self._open_choices:
-            self._channel.send(Abort(self._request_id))
+            self._tell(Abort(self._request.request_id))
 
     def fail(self, error: EngineError) -> None:
         self._open_choices.clear()
         self._queue.put_nowait(error)
+
+    def _tell(self, message: Abort | Consumed) -> None:
+        if self._channel is not None:
+            self._channel.send(message)
 
     def _close_choice(self, index: int) -> None:
         self._open_choices.discard(index)
@@ -109,14 +133,20 @@ class Streams:
     # What becomes of the process.
 
     def connect(self, channel: AsyncChannel[FromEngine]) -> None:
-        """Send requests over ``channel`` from here on: its process is ready."""
+        """Send requests over ``channel`` from here on, first those that outlived another: its process is ready."""
         self._channel = channel
+        for stream in self._streams.values():
+            stream.send(channel)
 
-    def disconnect(self, reason: str) -> None:
-        """Fail every request and turn new ones away with ``reason``: no process takes them."""
+    def disconnect(self, reason: str, begun: Collection[str] | None = None) -> None:
+        """Turn new requests away with ``reason``, and fail those under way: no process takes them.
+
+        Where it is known which of them the process had ``begun``, the others wait for the next one.
+        """
         self._channel, self._reason = None, reason
         for stream in self._streams.values():
-            stream.fail(EngineDeadError("the engine died while it was working on this request"))
+            if begun is None or not stream.outlive(begun):
+                stream.fail(EngineDeadError("the engine died while it was working on this request"))
 
     def receive(self, message: StepOutputs | Refused) -> None:
         """Hand on what the connected process said."""
@@ -136,13 +166,12 @@ class Streams:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
         """As `EngineProtocol.generate`."""
-        channel = self._channel
-        if channel is None:
+        if self._channel is None:
             raise EngineNotReadyError(self._reason)
         if request.request_id in self._streams:
             raise RequestRefusedError(f"request id {request.request_id!r} is in use")
-        stream = _Stream(request, channel, self._acknowledged_bytes)
-        self._streams[request.request_id] = stream
+        stream = self._streams[request.request_id] = _Stream(request, self._acknowledged_bytes)
+        stream.send(self._channel)
         try:
             while (output := await stream.next()) is not None:
                 yield output

@@ -10,7 +10,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from logitengine.config import EngineConfig
@@ -20,6 +20,7 @@ from logitengine.link.messages import (
     EngineStats,
     Failed,
     FromEngine,
+    Heartbeat,
     Located,
     ModelInfo,
     Ready,
@@ -34,8 +35,12 @@ logger = logging.getLogger(__name__)
 ENGINE_COMMAND = (sys.executable, "-m", "logitengine.process")
 """Takes ``--socket`` and ``--config``."""
 
+SILENT_SECONDS = 10.0
+"""A process that says nothing for this long does not answer. It says something every second, also while it computes."""
+
 STUCK_SECONDS = 30.0
-"""An engine that says nothing for this long is not ready. It says something every second when it waits."""
+STUCK_FACTOR = 10
+"""A step is stuck when it takes longer than this many seconds and this many times the longest one before it."""
 
 RESTART_SECONDS = (0.1, 1.0, 5.0, 30.0)
 """Pauses before the restarts that follow deaths without a served request in between."""
@@ -84,6 +89,7 @@ class Supervisor:
         self._channel: AsyncChannel[FromEngine] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
+        self._closing = False
         self._spawned = asyncio.Event()
         self._located = asyncio.Event()
         self._tokenizer_path: str | None = None
@@ -91,11 +97,16 @@ class Supervisor:
         self._load_error: str | None = None
         self._unavailable: str | None = "not started"
         self._last_heard = clock()
+        self._heartbeat = Heartbeat(None, 0.0)
+        # Of the process that runs, or ran last.
+        self._has_served = False
+        self._has_failed = False
 
     async def start(self) -> None:
         """Spawn the engine; the model loads in the background. What was started already stays as it is."""
         if self._task is not None:
             return
+        self._closing = False
         self._turn_away("loading the model")
         self._spawned.clear()
         self._task = asyncio.create_task(self._supervise(), name="engine-supervisor")
@@ -120,7 +131,8 @@ class Supervisor:
 
     async def close(self) -> None:
         """Stop the engine process."""
-        self._unavailable = "shut down"
+        self._closing = True
+        self._turn_away("shut down")
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -132,28 +144,29 @@ class Supervisor:
         return self._process.pid if self._process is not None else None
 
     def not_ready_reason(self) -> str | None:
-        """None when requests can be served, else why not: loading, dead and restarting, or stuck."""
+        """None when requests can be served, else why not: loading, dead and restarting, silent, or stuck."""
+        if self._unavailable is not None:
+            return self._unavailable
         silence = self._clock() - self._last_heard
-        if self._unavailable is None and silence > STUCK_SECONDS:
-            return f"the engine has been silent for {silence:.0f} s"
-        return self._unavailable
+        if silence > SILENT_SECONDS:
+            return f"the engine process does not answer; it has been silent for {silence:.0f} s"
+        step, longest = self._heartbeat.step_seconds, self._heartbeat.longest_step_seconds
+        if step is not None and step > max(STUCK_SECONDS, STUCK_FACTOR * longest):
+            return f"the engine is stuck: a step has run for {step:.0f} s, the longest before it took {longest:.1f} s"
+        return None
 
     # One life after the other.
 
     async def _supervise(self) -> None:
         deaths = 0
         while True:
-            generated_before = self.stats.num_generated_tokens
-            try:
-                await self._run_process()
-            finally:
-                self._loaded.clear()
-                self._turn_away("the engine died and is being restarted" if self.info else "the engine died")
+            self._has_served = self._has_failed = False
+            await self._run_process()
             if self.info is None:
                 # It never loaded. Trying again would fail again, so whoever waits for it is told.
                 self._give_up(self._load_error or "the engine died while it was loading")
                 return
-            deaths = 0 if self.stats.num_generated_tokens != generated_before else deaths + 1
+            deaths = 0 if self._has_served else deaths + 1
             self.stats = EngineStats()
             pause = RESTART_SECONDS[min(deaths, len(RESTART_SECONDS) - 1)]
             logger.error("the engine process died; starting another in %.1f s", pause)
@@ -171,10 +184,11 @@ class Supervisor:
         self._located.set()
         self._loaded.set()
 
-    def _turn_away(self, reason: str) -> None:
-        """Requests cannot be served, for this reason."""
+    def _turn_away(self, reason: str, begun: Collection[str] | None = None) -> None:
+        """Requests cannot be served, for this reason; ``begun`` as of `Streams.disconnect`."""
         self._unavailable = reason
-        self._streams.disconnect(reason)
+        self._loaded.clear()
+        self._streams.disconnect(reason, begun)
 
     async def _run_process(self) -> None:
         """One life of the engine: spawn, connect, pass messages until its socket closes, reap."""
@@ -194,6 +208,9 @@ class Supervisor:
             if connection is not None:
                 await self._converse(connection)
         finally:
+            # Before it is reaped, which takes seconds where a process does not exit by itself.
+            if not self._has_failed and not self._closing:
+                self._turn_away("the engine died and is being restarted" if self.info else "the engine died")
             listener.close()
             shutil.rmtree(directory, ignore_errors=True)
             await self._reap()
@@ -220,7 +237,7 @@ class Supervisor:
             logger.exception("the engine sent what is no message")
 
     async def _reap(self) -> None:
-        """Let the process exit by itself (its socket is closed), then make sure of it."""
+        """Let the process exit by itself (its socket is closed), then make sure of it, also when cancelled meanwhile."""
         process, channel, self._process, self._channel = self._process, self._channel, None, None
         if channel is not None:
             channel.send(Shutdown())
@@ -230,14 +247,18 @@ class Supervisor:
         try:
             await asyncio.wait_for(process.wait(), EXIT_SECONDS)
         except TimeoutError:
-            process.kill()
-            await process.wait()
+            logger.warning("the engine process did not exit within %.0f s and is killed", EXIT_SECONDS)
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
 
     def _handle(self, message: FromEngine) -> None:
         self._last_heard = self._clock()
         match message:
-            case StepOutputs(_, stats):
+            case StepOutputs(outputs, stats):
                 self.stats = stats
+                self._has_served = self._has_served or bool(outputs)
                 self._streams.receive(message)
             case Refused():
                 self._streams.receive(message)
@@ -246,15 +267,29 @@ class Supervisor:
                 self._located.set()
             case Ready(info):
                 self._on_ready(info)
-            case Failed(reason):
-                self._load_error = reason
-                logger.error("the engine failed: %s", reason)
+            case Heartbeat():
+                self._heartbeat = message
+            case Failed(reason, begun):
+                self._on_failed(reason, begun)
+
+    def _on_failed(self, reason: str, begun: list[str]) -> None:
+        logger.error("the engine failed: %s", reason)
+        was_ready = self._unavailable is None
+        self._has_failed = True
+        if self.info is None:
+            self._load_error = reason
+        self._turn_away(
+            "the engine failed and is being restarted" if self.info else reason, begun if was_ready else None
+        )
+        if self._channel is not None:
+            self._channel.close()  # or a process that hangs at its exit would hold up the next one
 
     def _on_ready(self, info: ModelInfo) -> None:
         channel = self._channel
         if channel is None:
             return  # it is being reaped
-        self.info, self._unavailable, self._load_error = info, None, None
+        self.info, self._unavailable = info, None
+        self._heartbeat = Heartbeat(None, 0.0)
         self._streams.connect(channel)
         self._loaded.set()
         logger.info("engine ready: %s, %s, %s kernels", info.architecture, info.dtype, info.kernels)

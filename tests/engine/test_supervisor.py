@@ -1,0 +1,192 @@
+"""The life of an engine process, with one that does as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import pytest
+import scripted_process
+from logitengine import EngineClient, EngineConfig, EngineDeadError, EngineNotReadyError
+from logitengine.errors import EngineError
+from support import Collected, greedy
+
+pytestmark = pytest.mark.anyio
+
+DEADLINE = 60.0
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Clock:
+    """Seconds pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@asynccontextmanager
+async def running(model: Path, clock: Clock | None = None) -> AsyncIterator[EngineClient]:
+    client = EngineClient(
+        EngineConfig(model=str(model)), command=scripted_process.COMMAND, clock=clock or Clock()
+    )
+    await client.start()
+    try:
+        async with asyncio.timeout(DEADLINE):
+            await client.wait_ready()
+            yield client
+    finally:
+        await client.close()
+
+
+async def ask(client: EngineClient, name: str) -> Collected:
+    collected = Collected()
+    async with aclosing(client.generate(greedy(name, [1], 5))) as outputs:
+        async for output in outputs:
+            collected.add(output)
+    return collected
+
+
+async def error_of(client: EngineClient, name: str) -> EngineError:
+    with pytest.raises(EngineError) as caught:
+        await ask(client, name)
+    return caught.value
+
+
+async def test_a_process_that_says_nothing_for_ten_seconds_does_not_answer(tmp_path: Path) -> None:
+    clock = Clock()
+    async with running(tmp_path, clock) as client:
+        clock.now += 9
+        assert client.not_ready_reason() is None
+        clock.now += 2
+        assert "does not answer" in (client.not_ready_reason() or "")
+        await ask(client, "answer 1")
+        assert client.not_ready_reason() is None
+
+
+@pytest.mark.parametrize(
+    ("step", "longest", "stuck"),
+    [
+        ("None", "500", False),
+        ("29", "0.01", False),
+        ("31", "0.01", True),
+        ("100", "20", False),
+        ("201", "20", True),
+    ],
+)
+async def test_a_step_is_stuck_when_it_takes_ten_times_the_longest_and_half_a_minute(
+    tmp_path: Path, step: str, longest: str, *, stuck: bool
+) -> None:
+    """A long prefill sends no output and is not stuck."""
+    async with running(tmp_path) as client:
+        await ask(client, f"beat {step} {longest}")
+        assert ("stuck" in (client.not_ready_reason() or "")) == stuck
+        await ask(client, "beat None 20")
+        assert client.not_ready_reason() is None
+
+
+async def test_newcomers_are_turned_away_while_a_dead_process_is_reaped(tmp_path: Path) -> None:
+    """It has closed its socket and takes its time to exit."""
+    async with running(tmp_path) as client:
+        pid = client.pid
+        assert pid is not None
+        asked = asyncio.create_task(error_of(client, "hang up"))
+        number = 0
+        pending: set[asyncio.Task[EngineError]] = set()
+        turned_away: list[EngineError] = []
+        while not turned_away:
+            number += 1
+            pending.add(asyncio.create_task(error_of(client, f"wait {number}")))
+            done, pending = await asyncio.wait(pending, timeout=0.01)
+            turned_away = [error for task in done if isinstance(error := task.result(), EngineNotReadyError)]
+        os.kill(pid, 0)  # it is there still
+        assert "restarted" in str(turned_away[0])
+        assert "restarted" in (client.not_ready_reason() or "")
+        assert isinstance(await asked, EngineDeadError)
+        for task in pending:
+            assert isinstance(await task, EngineDeadError)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+async def test_a_failing_step_fails_what_it_had_begun_and_the_rest_is_queued_again(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        told = client.generate(greedy("begin", [1], 5))
+        await anext(told)
+        untold = asyncio.create_task(error_of(client, "untold"))
+        waiting = [asyncio.create_task(ask(client, f"later {number}")) for number in range(3)]
+        failed = await error_of(client, "fail untold")
+        assert isinstance(failed, EngineDeadError)
+        assert isinstance(await untold, EngineDeadError)
+        with pytest.raises(EngineDeadError):
+            await anext(told)
+        assert isinstance(await error_of(client, "answer early"), EngineNotReadyError)
+        assert "restarted" in (client.not_ready_reason() or "")
+        for answer in waiting:
+            assert (await answer).token_ids == [7]
+        assert client.not_ready_reason() is None
+        assert (await ask(client, "answer late")).token_ids == [7]
+
+
+async def test_a_silent_death_fails_every_request(tmp_path: Path) -> None:
+    """Nobody says which of them had begun."""
+    async with running(tmp_path) as client:
+        asked = [asyncio.create_task(error_of(client, name)) for name in ("later 1", "later 2", "exit")]
+        for error in asked:
+            assert isinstance(await error, EngineDeadError)
+
+
+async def test_a_request_is_queued_again_once(tmp_path: Path) -> None:
+    """One that ends every process before it has begun must not do so for ever."""
+    async with running(tmp_path) as client:
+        survivor = asyncio.create_task(error_of(client, "survivor"))
+        await ask(client, "answer 1")
+        await error_of(client, "fail 1")
+        await client.wait_ready()
+        assert not survivor.done()
+        await error_of(client, "fail 1")
+        assert isinstance(await survivor, EngineDeadError)
+
+
+@pytest.mark.parametrize("ending", ["close", "broken"])
+async def test_what_was_to_be_queued_again_fails_when_no_process_comes(tmp_path: Path, ending: str) -> None:
+    async with running(tmp_path) as client:
+        waiting = asyncio.create_task(error_of(client, "later"))
+        await ask(client, "answer 1")
+        (tmp_path / "broken").touch()
+        await error_of(client, "fail 1")
+        if ending == "close":
+            await client.close()
+        assert isinstance(await waiting, EngineDeadError)
+
+
+async def test_the_model_is_described_by_the_process_that_serves(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        for _ in range(2):
+            info = await client.wait_ready()
+            assert client.info == info
+            assert info.num_blocks == client.pid
+            await error_of(client, "exit")
+
+
+async def test_a_process_that_scored_a_prompt_has_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So the next one is started soon."""
+    async with running(tmp_path) as client:
+        for _ in range(2):
+            await client.wait_ready()
+            await ask(client, "score")
+            await error_of(client, "exit")
+        await client.wait_ready()
+    pauses = [record.args for record in caplog.records if "starting another" in record.msg]
+    assert pauses == [(0.1,), (0.1,)]

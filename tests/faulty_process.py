@@ -1,0 +1,37 @@
+"""The real engine process, whose steps do what files in the directory LOGITSERVE_FAULTS say.
+
+hold     a step does not end while this is there; ``held`` appears in the meantime
+fault    the next step that has begun a request raises, once
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from logitengine.engine import Engine
+from logitengine.link.messages import StepOutput
+from logitengine.process import main
+
+COMMAND = (sys.executable, __file__)
+
+step = Engine.step
+
+
+def faulty_step(engine: Engine) -> list[StepOutput]:
+    faults = Path(os.environ["LOGITSERVE_FAULTS"])
+    while (faults / "hold").exists():
+        (faults / "held").touch()
+        time.sleep(0.01)
+    outputs = step(engine)
+    if (faults / "fault").exists() and engine.begun_request_ids:
+        (faults / "fault").unlink()
+        raise RuntimeError("a fault for a test")
+    return outputs
+
+
+if __name__ == "__main__":
+    setattr(Engine, "step", faulty_step)  # noqa: B010 - mypy forbids the plain assignment
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""An engine process without an engine: ready at once, it does what the names of its requests say. Free of torch.
+
+    answer …            one token, and the choice is over
+    score …             the same without a token
+    begin …             one token, and nothing more
+    later …             nothing in the first process of a directory, as answer in the others
+    beat STEP LONGEST   a heartbeat with these seconds (STEP may be None), then as answer
+    fail ID …           a step fails; it had begun these requests and this one
+    hang up             the socket is closed; the process stays
+    exit                the process ends
+
+Any other name asks for nothing. With a file ``broken`` in the directory that its configuration calls the model, it ends before it is ready.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from logitengine.link.channel import BlockingChannel
+from logitengine.link.messages import (
+    EngineStats,
+    Failed,
+    FinishReason,
+    Generate,
+    Heartbeat,
+    Located,
+    ModelInfo,
+    Ready,
+    StepOutput,
+    StepOutputs,
+    ToEngine,
+)
+
+COMMAND = (sys.executable, __file__)
+
+
+def model_info() -> ModelInfo:
+    """``num_blocks`` is the process's id, so that each life has its own."""
+    return ModelInfo(
+        model_path="/models/scripted",
+        tokenizer_path="/models/scripted",
+        architecture="LlamaForCausalLM",
+        vocab_size=100,
+        hidden_size=8,
+        max_model_len=64,
+        eos_token_ids=[2],
+        dtype="float32",
+        device="cpu",
+        kernels="reference",
+        batch_invariant=False,
+        block_size=16,
+        num_blocks=os.getpid(),
+        can_generate=True,
+        heads={},
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--socket", required=True)
+    parser.add_argument("--config", required=True)
+    arguments = parser.parse_args()
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.connect(arguments.socket)
+    directory = Path(json.loads(arguments.config)["model"])
+    if (directory / "broken").exists():
+        return 1
+    is_first = not (directory / "lived").exists()
+    (directory / "lived").touch()
+    channel: BlockingChannel[ToEngine] = BlockingChannel(connection, ToEngine)
+    channel.send(Located("/models/scripted"))
+    channel.send(Ready(model_info()))
+    while (message := channel.receive()) is not None:
+        if not isinstance(message, Generate):
+            continue
+        name = message.request.request_id
+        if name.startswith("later") and is_first:
+            continue
+        if not act(name, channel, connection):
+            break
+    channel.flush(timeout=5)
+    return 0
+
+
+def act(request_id: str, channel: BlockingChannel[ToEngine], connection: socket.socket) -> bool:
+    """Do what the request is called. False: there is no more to do."""
+
+    def say(token_ids: list[int], finish_reason: FinishReason | None) -> None:
+        output = StepOutput(request_id=request_id, index=0, token_ids=token_ids, finish_reason=finish_reason)
+        channel.send(StepOutputs([output], EngineStats(num_generated_tokens=len(token_ids))))
+
+    match request_id.split():
+        case ["answer" | "later", *_]:
+            say([7], "length")
+        case ["score", *_]:
+            say([], "length")
+        case ["begin", *_]:
+            say([7], None)
+        case ["beat", step, longest]:
+            channel.send(Heartbeat(None if step == "None" else float(step), float(longest)))
+            say([7], "length")
+        case ["fail", *begun]:
+            channel.send(Failed("a fault for a test", [*begun, request_id]))
+            return False
+        case ["hang", "up"]:
+            connection.shutdown(socket.SHUT_RDWR)
+            signal.pause()
+        case ["exit"]:
+            return False
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
