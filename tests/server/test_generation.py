@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 from logitengine.link.messages import GenerationRequest, StepOutput
 from logitserve.answers.generation import Generation
@@ -46,3 +47,27 @@ async def test_unseeded_prompts_of_a_batch_draw_their_own_seeds(open_app: OpenAp
         )
     assert len({request.sampling.seed for request in unseeded.requests}) == 2
     assert {request.sampling.seed for request in seeded.requests} == {2**64 - 1}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_whose_bans_leave_no_token_is_at_fault_itself(
+    open_app: OpenApp, *, stream: bool
+) -> None:
+    def script(request: GenerationRequest) -> list[Step]:
+        name = request.request_id
+        return [
+            StepOutput(request_id=name, index=0, token_ids=[33]),
+            StepOutput(request_id=name, index=0, finish_reason="error", error="nothing_allowed"),
+        ]
+
+    async with open_app(script) as app:
+        answer = await app.post("/v1/completions", {"prompt": "Hi", "max_tokens": 3, "stream": stream})
+    if stream:
+        assert answer.status_code == 200
+        *_, last = [line for line in answer.text.split("\n\n") if line]
+        error = msgspec.json.decode(last.removeprefix("data: "))["error"]
+    else:
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+    assert error["code"] == "nothing_allowed"
+    assert error["type"] == "invalid_request_error"

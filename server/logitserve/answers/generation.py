@@ -7,9 +7,17 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from logitengine.link.engine_protocol import EngineProtocol
-from logitengine.link.messages import Array, GenerationRequest, LogitsRows, Logprobs, PromptOutput, StepOutput
+from logitengine.link.messages import (
+    Array,
+    DrawError,
+    GenerationRequest,
+    LogitsRows,
+    Logprobs,
+    PromptOutput,
+    StepOutput,
+)
 
-from logitserve.errors import ApiError
+from logitserve.errors import ApiError, BadRequestError
 from logitserve.jobs.job import Job
 from logitserve.jobs.streams import outputs_of
 from logitserve.text.detokenizer import Detokenizer
@@ -77,7 +85,7 @@ class Choice:
     def advance(self, output: StepOutput) -> Delta:
         """Take in a step's tokens. Sets ``finish_reason`` when the choice is over, by a stop string perhaps."""
         if output.finish_reason == "error":
-            raise ApiError(500, "The model's logits were not finite.", code="model_error")
+            raise _not_drawn(output.error)
         text, offsets = "", []
         for token_id in output.token_ids:
             offsets.append(self._num_characters)
@@ -109,6 +117,13 @@ class Choice:
         piece = "" if is_stop else self._detokenizer.push(token_id)
         self._num_characters += len(piece)
         return piece if self._num_tokens < self._min_tokens else self._stops.push(piece)
+
+
+def _not_drawn(error: DrawError | None) -> ApiError:
+    """Whose fault it is that there is no token."""
+    if error == "nothing_allowed":
+        return BadRequestError("The request's bans and masks leave no token to draw.", code="nothing_allowed")
+    return ApiError(500, "The model's logits were not finite.", code="model_error")
 
 
 class Generation:
