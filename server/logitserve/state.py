@@ -28,9 +28,17 @@ T = TypeVar("T")
 class Model:
     """The model that is served, once it is loaded."""
 
-    info: ModelInfo
+    engine: EngineProtocol
     texts: Texts
     names: list[str]
+
+    @property
+    def info(self) -> ModelInfo:
+        """As the engine has it at the moment: another one may have been started since."""
+        info = self.engine.info
+        if info is None:
+            raise not_ready("loading the model")
+        return info
 
     @property
     def longest_prompt(self) -> int:
@@ -66,17 +74,20 @@ class ServerState:
         self.idle.set()
 
     async def load(self) -> None:
-        """Read the model's tokenizer while the engine loads the rest. What fails is logged and shown by /ready."""
+        """Read the model's tokenizer while the engine loads the rest. Whatever fails is logged and shown by /ready."""
         try:
             directory = Path(await self.engine.wait_located())
             info, texts = await asyncio.gather(self.engine.wait_ready(), asyncio.to_thread(Texts, directory))
-        except (EngineError, OSError, ValueError, LookupError) as error:
-            self.load_error = f"the model could not be loaded: {error}"
-            logger.error("%s", self.load_error)  # noqa: TRY400 - the message says it all
+        except Exception as error:
+            foreseen = isinstance(error, EngineError)
+            reason = str(error) if foreseen else f"{type(error).__name__}: {error}"
+            self.load_error = f"the model could not be loaded: {reason}"
+            # The engine has logged where its own errors come from.
+            logger.error("%s", self.load_error, exc_info=None if foreseen else error)  # noqa: TRY400
             if self.on_load_error is not None:
                 self.on_load_error()
             return
-        self._model = Model(info, texts, self.config.served_model_name or [Path(info.model_path).name])
+        self._model = Model(self.engine, texts, self.config.served_model_name or [Path(info.model_path).name])
         logger.info("ready", extra={"models": self._model.names, "max_model_len": info.max_model_len})
 
     def not_ready_reason(self) -> str | None:

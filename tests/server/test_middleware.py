@@ -69,7 +69,7 @@ async def test_a_draining_server_ends_what_runs_and_takes_no_more(open_app: Open
 
 async def test_readiness_gives_the_engines_reason(open_app: OpenApp) -> None:
     async with open_app() as app:
-        app.engine.reason = "the engine has work but has been silent for 31 s"
+        app.engine.reason = "the engine process does not answer; it has been silent for 11 s"
         answer = await app.client.get("/ready")
     assert answer.status_code == 503
     assert "silent" in answer.json()["error"]["message"]

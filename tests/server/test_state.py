@@ -1,0 +1,62 @@
+"""What the routes share: the model as it is served at the moment, and what becomes of one that cannot be loaded."""
+
+from __future__ import annotations
+
+import logging
+
+import msgspec
+import pytest
+from logitengine.errors import EngineDeadError
+from logitengine.link.messages import ModelInfo
+from logitserve.config import ServerConfig
+from logitserve.state import ServerState
+from scripted_engine import OpenApp, ScriptedEngine
+
+pytestmark = pytest.mark.anyio
+
+
+class Unloadable(ScriptedEngine):
+    """Its model cannot be loaded, for a reason of any kind."""
+
+    def __init__(self, info: ModelInfo, error: Exception) -> None:
+        super().__init__(info, lambda _: [])
+        self.error = error
+
+    async def wait_ready(self) -> ModelInfo:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        EngineDeadError("no such model"),
+        TypeError("no such model"),
+        Exception("no such model"),
+        KeyError("no such model"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_whatever_fails_while_loading_is_told_and_ends_the_server(
+    model_info: ModelInfo, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = ServerState(Unloadable(model_info, error), ServerConfig())
+    ended: list[bool] = []
+    state.on_load_error = lambda: ended.append(True)
+    await state.load()
+    assert ended == [True]
+    assert "no such model" in (state.load_error or "")
+    assert state.not_ready_reason() == state.load_error
+    assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
+
+
+async def test_the_model_is_the_one_that_the_engine_serves_after_a_restart(
+    open_app: OpenApp, model_info: ModelInfo
+) -> None:
+    async with open_app() as app:
+        before = (await app.client.get("/v1/models")).json()["data"][0]
+        app.engine.info = msgspec.structs.replace(model_info, max_model_len=8)
+        after = (await app.client.get("/v1/models")).json()["data"][0]
+        refused = await app.post("/v1/completions", {"prompt": [5] * 8, "max_tokens": 1})
+    assert (before["max_model_len"], after["max_model_len"]) == (64, 8)
+    assert refused.status_code == 400
+    assert "context is 8 tokens" in refused.json()["error"]["message"]
