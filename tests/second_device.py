@@ -32,7 +32,7 @@ class PlacedTensor(torch.Tensor):
         return placed
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         args, kwargs = on_host(func, (args, kwargs or {}))

@@ -14,7 +14,9 @@ import torch
 from gpus.shapes import ModelShape, Sizes
 from gpus.timing import Call, Ceilings, Timer
 from logitkernels import AttentionMetadata, AttentionOptions, ReferenceKernels
-from logitkernels.sampling import PreparedSampling, RowSampling, philox_uniform, process_logits
+from logitkernels.philox import philox_uniform
+from logitkernels.reference_sampling import process_logits
+from logitkernels.sampling import PreparedSampling, RowSampling
 from logitkernels.triton import TritonKernels
 from logitkernels.triton.activations import gelu_and_mul, silu_and_mul
 from logitkernels.triton.matmul import matmul

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from logitkernels.attention import AttentionMetadata, AttentionOptions
 from logitkernels.decoder import BoundLayers, ComposedLayers, DecoderLayerWeights
-from logitkernels.sampling import HostSampling, PreparedSampling, RowSampling, SamplingSize
+from logitkernels.reference_sampling import HostSampling
+from logitkernels.sampling import PreparedSampling, RowSampling, SamplingSize
 from logitkernels.weights import Linear, Weight
 
 

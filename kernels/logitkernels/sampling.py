@@ -1,19 +1,17 @@
-"""From raw logits to tokens: the reference, in torch.
+"""From raw logits to tokens: how each row is drawn, and what backends make of a batch of rows.
 
-Every row is treated by itself: its bits depend on its own logits, parameters, seed and position, and on nothing else
-in the batch.
+`logitkernels.reference_sampling` defines what is computed. Every row is treated by itself: its bits depend on its own
+logits, parameters, seed and position, and on nothing else in the batch.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,14 +25,6 @@ NOTHING_ALLOWED = -2
 MASK_BITS = 32
 """Tokens that one int32 word of a mask speaks for."""
 
-NUM_CANDIDATES = 1024
-"""Entries of a row that top-p and min-p look at before they sort all of it."""
-
-_PHILOX_ROUNDS = 10
-_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_LOW_32 = 0xFFFFFFFF
-
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
@@ -47,7 +37,7 @@ class RowSampling:
         seen: int64 ids of the prompt and of the generated tokens, each once in any order (repetition penalty), or None.
         generated, counts: int64 ids of the generated tokens, each once in any order, and how often (presence, frequency),
             or None.
-        seed, stream, position: the counter of the draw; see `philox_uniform`.
+        seed, stream, position: the counter of the draw; see `logitkernels.philox.philox_uniform`.
         pending: where the sequence's newest token lies among the tokens drawn in the step before, when the host does not
             know it yet; it counts as seen and generated once more than the fields above say. Only told where a penalty
             needs it.
@@ -154,44 +144,6 @@ class PreparedSampling(ABC):
         """
 
 
-class HostSampling(PreparedSampling):
-    """Rows that are read on the host, drawn by the reference."""
-
-    def __init__(
-        self,
-        rows: Sequence[RowSampling],
-        vocab_size: int,
-        allowed: NDArray[np.int32] | None,
-        size: SamplingSize | None,
-    ) -> None:
-        check_masks(allowed, len(rows), vocab_size)
-        if size is not None:
-            size.check_fits(rows, allowed)
-            missing = size.num_rows - len(rows)
-            rows = [*rows, *[GREEDY_ROW] * missing]
-            allowed = None if allowed is None else pad_masks(allowed, size.num_rows)
-        self.arrays = {}
-        self._rows = rows
-        self._vocab_size = vocab_size
-        self._allowed = allowed
-
-    def draw(
-        self,
-        logits: Tensor,
-        tensors: Mapping[str, Tensor],  # noqa: ARG002 - the rows are on the host
-        last_tokens: Tensor | None = None,
-    ) -> Sampled:
-        self._check(logits)
-        return sample_rows(logits, self._rows, last_tokens, self._allowed)
-
-    def _check(self, logits: Tensor) -> None:
-        """Raises ValueError for logits of another shape than what was prepared."""
-        if logits.shape != (len(self._rows), self._vocab_size):
-            raise ValueError(
-                f"logits are {list(logits.shape)}; {len(self._rows)} rows of {self._vocab_size} were prepared"
-            )
-
-
 def check_masks(allowed: NDArray[np.int32] | None, num_rows: int, vocab_size: int) -> None:
     """Raises ValueError for masks that are not int32 [num_rows, ceil(vocab_size / 32)]."""
     expected = (num_rows, -(-vocab_size // MASK_BITS))
@@ -210,101 +162,6 @@ def pad_masks(allowed: NDArray[np.int32], num_rows: int) -> NDArray[np.int32]:
     return padded
 
 
-def sample_rows(
-    logits: Tensor,
-    rows: Sequence[RowSampling],
-    last_tokens: Tensor | None = None,
-    allowed: NDArray[np.int32] | None = None,
-) -> Sampled:
-    """Draw for each row of ``logits`` (float32 [R, V], left as they are): what every backend is compared with.
-
-    ``allowed`` int32 [R, ceil(V / 32)] are the rows' masks; see `Kernels.prepare_sampling`.
-    """
-    largest, argmax = logits.max(dim=-1)
-    peaks: list[float] = largest.tolist()
-    token_ids: list[int] = argmax.tolist()
-    processed = torch.empty_like(logits) if any(row.shows_processed for row in rows) else None
-    for index, (row, peak) in enumerate(zip(rows, peaks, strict=True)):
-        mask = None if allowed is None else allowed[index]
-        if not peak > -math.inf:
-            token_ids[index] = NOT_FINITE
-        elif not row.is_plain_argmax or row.shows_processed or mask is not None:
-            edited = edit_logits(logits[index], with_pending(row, last_tokens), mask)
-            token_ids[index], scores = _sample_row(edited, row, peak)
-            if processed is not None and scores is not None:
-                processed[index] = scores
-    return Sampled(torch.tensor(token_ids, dtype=torch.int32, device=logits.device), processed)
-
-
-def _sample_row(edited: Tensor, row: RowSampling, peak: float) -> tuple[int, Tensor | None]:
-    """The token and the processed scores of a row of edited logits [V]. ``peak`` is the largest raw one, above -inf."""
-    largest = float(edited.max())
-    if largest == -math.inf:
-        is_finite = peak < math.inf or row.temperature == 0
-        return NOTHING_ALLOWED if is_finite else NOT_FINITE, None
-    if math.isnan(largest):
-        return NOT_FINITE, None
-    scores = _filtered(edited, row)
-    return (draw(scores, row), scores) if scores.max().isfinite() else (NOT_FINITE, None)
-
-
-def with_pending(row: RowSampling, last_tokens: Tensor | None) -> RowSampling:
-    """The row with the token that was drawn in the step before among its seen and generated ones."""
-    if row.pending is None:
-        return row
-    if last_tokens is None:
-        raise ValueError("a row's newest token is pending, but no tokens of the step before are given")
-    token = int(last_tokens[row.pending])
-    if token < 0:  # nothing could be drawn for that row, and it ended
-        return replace(row, pending=None)
-    nothing = np.empty(0, dtype=np.int64)
-    seen, generated, counts = (
-        nothing if ids is None else ids for ids in (row.seen, row.generated, row.counts)
-    )
-    if not (seen == token).any():
-        seen = np.append(seen, token)
-    is_token = generated == token
-    if is_token.any():
-        counts = counts + is_token
-    else:
-        generated, counts = np.append(generated, token), np.append(counts, 1)
-    return replace(row, seen=seen, generated=generated, counts=counts, pending=None)
-
-
-def process_logits(logits: Tensor, row: RowSampling, allowed: NDArray[np.int32] | None = None) -> Tensor:
-    """The scores that the row's token is drawn from: float32 [V] -> a new float32 [V], -inf where filtered.
-
-    Order: bias, repetition penalty (Keskar et al. 2019, "CTRL"), presence and frequency penalties (as OpenAI defines
-    them), bans and the mask ``allowed`` int32 [ceil(V / 32)], temperature, top-k, top-p (Holtzman et al. 2020), min-p
-    (Nguyen et al. 2024). Ties at a filter's edge go to the lower id. At temperature 0 the result is a point mass: 0 for
-    the largest score, -inf elsewhere (everywhere if nothing is left to choose from).
-    """
-    return _filtered(edit_logits(logits, row, allowed), row)
-
-
-def edit_logits(logits: Tensor, row: RowSampling, allowed: NDArray[np.int32] | None = None) -> Tensor:
-    """Bias, penalties, bans and the mask: float32 [V] -> a new float32 [V]."""
-    scores, device = logits.clone(), logits.device
-    if row.bias:
-        ids = torch.tensor(list(row.bias), device=device)
-        scores[ids] += torch.tensor(list(row.bias.values()), dtype=scores.dtype, device=device)
-    if row.seen is not None:
-        seen = torch.from_numpy(row.seen).to(device)
-        picked = scores[seen]
-        penalty = row.repetition_penalty
-        scores[seen] = torch.where(picked > 0, picked / penalty, picked * penalty)
-    if row.generated is not None and row.counts is not None:
-        counts = torch.from_numpy(row.counts).to(device, scores.dtype)
-        generated = torch.from_numpy(row.generated).to(device)
-        scores[generated] -= row.presence_penalty + row.frequency_penalty * counts
-    if row.banned:
-        scores[torch.tensor(row.banned, device=device)] = -torch.inf
-    if allowed is not None:
-        is_allowed = torch.from_numpy(unpack_mask(allowed, len(scores))).to(device)
-        scores.masked_fill_(~is_allowed, -torch.inf)
-    return scores
-
-
 def unpack_mask(allowed: NDArray[np.int32], vocab_size: int) -> NDArray[np.bool_]:
     """Masks int32 [..., ceil(V / 32)] as bool [..., V]."""
     bits = np.unpackbits(
@@ -314,93 +171,3 @@ def unpack_mask(allowed: NDArray[np.int32], vocab_size: int) -> NDArray[np.bool_
         bitorder="little",
     )
     return bits.view(np.bool_)
-
-
-def _filtered(edited: Tensor, row: RowSampling) -> Tensor:
-    """Temperature and filters of edited logits [V], which may be overwritten."""
-    if row.temperature == 0:
-        best = torch.argmax(edited)
-        point = torch.full_like(edited, -torch.inf)
-        if edited[best] > -torch.inf:
-            point[best] = 0.0
-        return point
-    edited /= row.temperature
-    return _filter(edited, row)
-
-
-def _filter(scores: Tensor, row: RowSampling) -> Tensor:
-    if not (row.top_k or row.top_p < 1 or row.min_p > 0):
-        return scores
-    vocab = scores.shape[0]
-    size = min(row.top_k or NUM_CANDIDATES, vocab)
-    while True:
-        kept = _nucleus(scores, row, size)
-        if kept is not None:
-            break
-        size = min(size * 8, vocab)
-    filtered = torch.full_like(scores, -torch.inf)
-    filtered[kept] = scores[kept]
-    return filtered
-
-
-def _nucleus(scores: Tensor, row: RowSampling, size: int) -> Tensor | None:
-    """Ids kept by top-k, top-p and min-p if the ``size`` largest scores decide it, else None."""
-    ids = _largest(scores, size)
-    top = scores[ids]
-    decided = size == scores.shape[0] or bool(row.top_k)
-    # top-k renormalises over what it kept; otherwise masses are of the whole row.
-    log_mass = torch.log_softmax(top if row.top_k else scores, dim=-1)
-    mass = (log_mass if row.top_k else log_mass[ids]).double().exp()
-    keep = torch.ones_like(mass, dtype=torch.bool)
-    if row.top_p < 1:
-        before = mass.cumsum(-1) - mass
-        keep &= before < row.top_p
-        keep[0] = True
-        decided = decided or not bool(keep[-1])
-    if row.min_p > 0:
-        keep &= mass >= row.min_p * mass[0]
-        decided = decided or not bool(keep[-1])
-    return ids[keep] if decided else None
-
-
-def _largest(scores: Tensor, size: int) -> Tensor:
-    """Ids of the ``size`` largest scores, in descending order, ties by lower id."""
-    threshold = torch.topk(scores, size).values[-1]
-    candidates = torch.nonzero(scores >= threshold).squeeze(-1)
-    return candidates[torch.sort(scores[candidates], descending=True, stable=True).indices[:size]]
-
-
-def draw(processed: Tensor, row: RowSampling) -> int:
-    """The token that the row's counter picks from its processed scores [V]: the inverse of the cumulative
-    distribution, in order of id, at one uniform number."""
-    if row.temperature == 0:
-        return int(torch.argmax(processed))
-    mass = torch.softmax(processed, dim=-1).double().cumsum(-1)
-    target = philox_uniform(row.seed, row.stream, row.position) * float(mass[-1])
-    found = torch.searchsorted(
-        mass, torch.tensor(target, dtype=torch.float64, device=mass.device), right=True
-    )
-    index = int(found)
-    return min(index, processed.shape[0] - 1)
-
-
-def philox_uniform(seed: int, stream: int, position: int) -> float:
-    """A number in [0, 1) from the counter (position, stream) under the key ``seed`` (64 bits).
-
-    Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011). A draw needs no state, so it
-    cannot depend on what else was drawn.
-    """
-    words = philox4x32((position & 0xFFFFFFFF, position >> 32, stream, 0), (seed & 0xFFFFFFFF, seed >> 32))
-    return float((words[0] << 32 | words[1]) >> 11) / 2.0**53
-
-
-def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Ten rounds of Philox4x32 on a counter of four 32-bit words."""
-    c0, c1, c2, c3 = counter
-    key_0, key_1 = key
-    for _ in range(_PHILOX_ROUNDS):
-        product_0, product_1 = _PHILOX_MULTIPLIERS[0] * c0, _PHILOX_MULTIPLIERS[1] * c2
-        c0, c1 = (product_1 >> 32) ^ c1 ^ key_0, product_1 & _LOW_32
-        c2, c3 = (product_0 >> 32) ^ c3 ^ key_1, product_0 & _LOW_32
-        key_0, key_1 = (key_0 + _PHILOX_KEY_STEPS[0]) & _LOW_32, (key_1 + _PHILOX_KEY_STEPS[1]) & _LOW_32
-    return c0, c1, c2, c3

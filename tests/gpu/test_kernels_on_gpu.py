@@ -13,14 +13,9 @@ import numpy as np
 import pytest
 import torch
 from logitkernels import AttentionMetadata, AttentionOptions, DenseWeight, Kernels, ReferenceKernels
-from logitkernels.sampling import (
-    NOT_FINITE,
-    NOTHING_ALLOWED,
-    RowSampling,
-    philox_uniform,
-    process_logits,
-    sample_rows,
-)
+from logitkernels.philox import philox_uniform
+from logitkernels.reference_sampling import process_logits, sample_rows
+from logitkernels.sampling import NOT_FINITE, NOTHING_ALLOWED, RowSampling
 from logitkernels.triton import TritonKernels
 from numpy.typing import NDArray
 from sampling_cases import draw_rows

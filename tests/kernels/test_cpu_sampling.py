@@ -1,4 +1,4 @@
-"""Sampling by the native CPU kernels against the reference, `logitkernels.sampling.sample_rows`, in float64.
+"""Sampling by the native CPU kernels against the reference, `logitkernels.reference_sampling.sample_rows`, in float64.
 
 Scores are multiples of 1/8, exact in either type, so that tokens and scores are the same to the bit unless a mass comes
 within float32's rounding of a filter's edge.
@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitkernels.cpu import CpuKernels
 from logitkernels.cpu.build import BuildError
-from logitkernels.sampling import NOT_FINITE, NOTHING_ALLOWED, RowSampling, sample_rows
+from logitkernels.reference_sampling import sample_rows
+from logitkernels.sampling import NOT_FINITE, NOTHING_ALLOWED, RowSampling
 from sampling_cases import GREEDY, PLAIN, draw_rows, eighths, sampling_rows
 from torch import Tensor
 

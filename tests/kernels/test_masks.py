@@ -16,14 +16,8 @@ from hypothesis import strategies as st
 from logitkernels import Kernels
 from logitkernels.backend import load_kernels
 from logitkernels.cpu.build import BuildError
-from logitkernels.sampling import (
-    GREEDY_ROW,
-    NOT_FINITE,
-    NOTHING_ALLOWED,
-    RowSampling,
-    SamplingSize,
-    philox_uniform,
-)
+from logitkernels.philox import philox_uniform
+from logitkernels.sampling import GREEDY_ROW, NOT_FINITE, NOTHING_ALLOWED, RowSampling, SamplingSize
 from numpy.typing import NDArray
 from sampling_cases import GREEDY, PLAIN, draw_rows, eighths, sampling_rows
 from torch import Tensor

@@ -9,16 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitkernels.sampling import (
-    NOT_FINITE,
-    NOTHING_ALLOWED,
-    RowSampling,
-    draw,
-    philox4x32,
-    philox_uniform,
-    process_logits,
-    sample_rows,
-)
+from logitkernels.philox import philox4x32, philox_uniform
+from logitkernels.reference_sampling import draw, process_logits, sample_rows
+from logitkernels.sampling import NOT_FINITE, NOTHING_ALLOWED, RowSampling
 from numpy.typing import NDArray
 
 PLAIN = RowSampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, stream=0, position=0)

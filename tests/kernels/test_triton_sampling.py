@@ -1,4 +1,4 @@
-"""Sampling by the Triton kernels against the reference, `logitkernels.sampling.sample_rows`.
+"""Sampling by the Triton kernels against the reference, `logitkernels.reference_sampling.sample_rows`.
 
 Scores are multiples of 1/8 where filters are on, so that no mass comes within rounding of a filter's edge.
 """
@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitkernels.sampling import NOT_FINITE, NOTHING_ALLOWED, RowSampling, philox_uniform, sample_rows
+from logitkernels.philox import philox_uniform
+from logitkernels.reference_sampling import sample_rows
+from logitkernels.sampling import NOT_FINITE, NOTHING_ALLOWED, RowSampling
 from logitkernels.triton.sample import sample
 from logitkernels.triton.sampling_rows import (
     BANNED,

@@ -72,9 +72,13 @@ class CpuLayers:
 def _with_float32_norms(layer: DecoderLayerWeights) -> DecoderLayerWeights:
     if (layer.q_norm is None) != (layer.k_norm is None):
         raise ValueError("a layer has both q_norm and k_norm or neither")
-    norms = {name: getattr(layer, name) for name in ("input_norm", "post_attention_norm", "q_norm", "k_norm")}
-    wide = {name: as_float32(norm.detach(), name) for name, norm in norms.items() if norm is not None}
-    return replace(layer, **wide)
+    return replace(
+        layer,
+        input_norm=as_float32(layer.input_norm.detach(), "input_norm"),
+        post_attention_norm=as_float32(layer.post_attention_norm.detach(), "post_attention_norm"),
+        q_norm=None if layer.q_norm is None else as_float32(layer.q_norm.detach(), "q_norm"),
+        k_norm=None if layer.k_norm is None else as_float32(layer.k_norm.detach(), "k_norm"),
+    )
 
 
 def _struct_of(layer: DecoderLayerWeights) -> DecoderLayerStruct:

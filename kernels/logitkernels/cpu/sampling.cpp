@@ -1,5 +1,5 @@
 // From rows of logits to tokens: the mask, temperature, top-k, top-p, min-p and the draw. What is computed is defined by
-// logitkernels/sampling.py; bias, penalties and bans are in the edited logits already.
+// logitkernels/reference_sampling.py; bias, penalties and bans are in the edited logits already.
 //
 // A row is worked on by one thread: one pass to find its largest logit, another that copies it if it has a mask, and where
 // the temperature is above 0 about six more over 4 bytes a logit that stay in its second-level cache. Nothing is sorted but what top-k keeps and the one bucket

@@ -11,15 +11,9 @@ from torch import Tensor
 
 from logitkernels.cpu.arguments import as_float32, threads_for
 from logitkernels.cpu.library import Library, SamplingRowStruct
-from logitkernels.sampling import (
-    HostSampling,
-    RowSampling,
-    Sampled,
-    SamplingSize,
-    edit_logits,
-    philox_uniform,
-    with_pending,
-)
+from logitkernels.philox import philox_uniform
+from logitkernels.reference_sampling import HostSampling, edit_logits, with_pending
+from logitkernels.sampling import RowSampling, Sampled, SamplingSize
 
 
 class CpuSampling(HostSampling):

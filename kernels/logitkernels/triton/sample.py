@@ -229,7 +229,7 @@ def _first_past(masses: tl.tensor, target: tl.tensor, SIZE: tl.constexpr) -> tl.
 
 @triton.jit
 def _uniform(seed: tl.tensor, stream: tl.tensor, position: tl.tensor) -> tl.tensor:
-    """`logitkernels.sampling.philox_uniform`: float64 in [0, 1)."""
+    """`logitkernels.philox.philox_uniform`: float64 in [0, 1)."""
     high, low, _, _ = tl.philox_impl(
         position.to(tl.uint32),
         (position >> 32).to(tl.uint32),
@@ -388,7 +388,7 @@ def sample(
 ) -> Tensor:
     """One draw for each row of ``logits`` (float32 [R, V], left as they are): int32 [R], below 0 where nothing is drawn.
 
-    Follows `logitkernels.sampling.sample_rows`. ``tensors`` are R rows; ``last_tokens`` int32 are those that
+    Follows `logitkernels.reference_sampling.sample_rows`. ``tensors`` are R rows; ``last_tokens`` int32 are those that
     ``tensors.pending`` refers to, below 0 for a row that had none; ``allowed`` int32 [R, ceil(V / 32)] are their masks.
     ``scores`` float32 [R, V] is scratch: on return it holds the processed scores of the rows that show them and have a
     token, the others are unspecified.
