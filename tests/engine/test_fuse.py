@@ -39,7 +39,8 @@ def model_of(model_type: str, **options: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     config = CONFIG_MAPPING[model_type](**{**SIZES, **options})
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
-    return model.eval().requires_grad_(requires_grad=False)
+    model.eval().requires_grad_(requires_grad=False)
+    return model
 
 
 def network_of(
@@ -112,7 +113,7 @@ def test_what_is_not_known_runs_as_transformers_has_it(model_type: str, options:
 
 def test_biases_of_some_layers_of_a_stack_are_refused() -> None:
     model = model_of("qwen2")
-    model.get_submodule("model.layers.0.self_attn.v_proj").bias = None
+    model.get_submodule("model.layers.0.self_attn.v_proj").register_parameter("bias", None)
     with pytest.raises(ValueError, match="some have a bias and some have none"):
         network_of(model)
 

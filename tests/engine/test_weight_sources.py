@@ -95,14 +95,14 @@ def test_int8_rows_are_those_of_the_rounded_weights(tiny_llama: Path) -> None:
 
 
 def test_int8_blocks_are_made_on_the_host_wherever_the_model_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.ModuleDict({"layer": torch.nn.Linear(64, 3)})
-    expected = Int8Weights(model).get("layer.weight")
+    model = torch.nn.Linear(64, 3)
+    expected = Int8Weights(model).get("weight")
     with SecondDevice():
-        placed = model["layer"].weight.detach().to(DEVICE)
-        monkeypatch.setattr(model, "get_parameter", {"layer.weight": placed}.__getitem__)
-        weight = Int8Weights(model).get("layer.weight")
+        placed = {"weight": model.weight.detach().to(DEVICE)}
+        monkeypatch.setattr(model, "get_parameter", placed.__getitem__)
+        weight = Int8Weights(model).get("weight")
     assert torch.equal(weight.raw, expected.raw)
-    assert (weight.name, weight.format, weight.shape) == ("layer.weight", "Q8_0", (3, 64))
+    assert (weight.name, weight.format, weight.shape) == ("weight", "Q8_0", (3, 64))
 
 
 def test_int8_is_refused_where_it_cannot_be_had(tiny_llama: Path, tmp_path: Path) -> None:

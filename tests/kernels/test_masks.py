@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -234,7 +235,8 @@ def test_rows_that_are_read_on_the_host_upload_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_what_does_not_fit_is_refused(name: str) -> None:
     kernels, mask = kernels_of(name), np.zeros((1, 3), dtype=np.int32)
-    for allowed in (mask[:, :2], mask[:0], mask.astype(np.int64)):
+    misfits: list[NDArray[Any]] = [mask[:, :2], mask[:0], mask.astype(np.int64)]
+    for allowed in misfits:
         with pytest.raises(ValueError, match="it must be int32"):
             kernels.prepare_sampling([PLAIN], 77, allowed=allowed)
     with pytest.raises(ValueError, match="2 rows do not fit into a size of 1"):
