@@ -108,10 +108,11 @@ class Engine:
     @property
     def begun_request_ids(self) -> set[str]:
         """Requests of which something was computed or is under way. The others have only waited."""
-        begun = {sequence for sequence in self._scheduler if sequence.admitted_once}
-        if self._under_way is not None:
-            begun |= {chunk.sequence for chunk in self._under_way.batch.chunks}
-        return {sequence.request.request_id for sequence in begun}
+        return {
+            request_id
+            for request_id, request in self._requests.items()
+            if any(sequence.has_begun for sequence in request.sequences)
+        }
 
     @property
     def num_blocks_reached(self) -> int:

@@ -99,6 +99,11 @@ class Sequence:
         return self.state is SequenceState.FINISHED
 
     @property
+    def has_begun(self) -> bool:
+        """It was admitted once; what it was told or computed since cannot be done by another engine."""
+        return self.num_cached is not None
+
+    @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
