@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 NOT_FINITE = -1
-"""Stands for the token of a row without a distribution: its logits hold a NaN, nothing above -inf, or an inf at a
-temperature above 0. Also where bias, penalties or a low temperature make such a row of it."""
+"""Stands for the token of a row without a distribution: its logits hold a NaN, nothing above -inf, or, at a temperature
+above 0, an inf that no ban or mask takes from what is left. Also where bias, penalties or a low temperature make such a
+row of it."""
 
 NOTHING_ALLOWED = -2
 """Stands for the token of a row whose logits are fine, but whose bans, bias and mask leave nothing above -inf."""

@@ -77,7 +77,7 @@ def expected_draw(
     raw: NDArray[np.float64], row: RowSampling, is_allowed: NDArray[np.bool_], last_tokens: list[int]
 ) -> Expected:
     """The definition, one step after the other."""
-    if np.isnan(raw).any() or raw.max() == -INF or (row.temperature > 0 and raw.max() == INF):
+    if np.isnan(raw).any() or raw.max() == -INF:
         return Expected(NOT_FINITE, None)
     scores = raw.copy()
     seen = set() if row.seen is None else set(row.seen.tolist())
@@ -164,6 +164,8 @@ def test_a_row_without_a_draw_says_why(name: str, row: RowSampling) -> None:
     is_allowed[5, 1:] = False  # and the rest is banned
     logits[6, 40] = INF
     is_allowed[6] = False
+    logits[7, 40] = INF
+    is_allowed[7, 40] = False  # the others are a distribution
     rows = [row] * 5 + [replace(row, banned=(0,))] + [row] * 2
     tokens, _ = draw(name, logits, rows, pack(is_allowed, 0))
     bad, empty = NOT_FINITE, NOTHING_ALLOWED
