@@ -278,7 +278,7 @@ class AsyncChannel(asyncio.BufferedProtocol, Generic[M]):
     # What the event loop calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # Of a stream socket. uvloop's is no subclass of asyncio's.
+        # A stream socket's transport, though uvloop's is no subclass of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature

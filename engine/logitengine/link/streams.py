@@ -25,7 +25,7 @@ from logitengine.link.messages import (
 )
 
 ACKNOWLEDGED_SHARE = 1 / 8
-"""Of a request's window, how much is read before the engine is told: each telling wakes a thread beside its kernels."""
+"""Share of a request's window that is read before the engine is told: a message wakes a thread beside its kernels."""
 
 MOST_PROCESSES = 2
 """How many are asked for a request in turn. One that ends its process before it has begun must not do so for ever."""

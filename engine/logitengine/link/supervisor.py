@@ -98,7 +98,7 @@ class Supervisor:
         self._unavailable: str | None = "not started"
         self._last_heard = clock()
         self._heartbeat = Heartbeat(None, 0.0)
-        # Of the process that runs, or ran last.
+        # What the process that runs, or ran last, has done.
         self._has_served = False
         self._has_failed = False
 

@@ -23,10 +23,10 @@ from logitengine.run.devices import Device
 from logitengine.run.staging import Layout
 
 SMALLEST_TABLE = 64
-"""Blocks; larger tables are four times as long each."""
+"""Blocks of the smallest bucket's tables; each larger one has tables four times as long."""
 
 FEWEST_EDITS = 64
-"""Of a batch; larger buckets have room for four times as many each."""
+"""Edits of a batch that the smallest bucket has room for; each larger one has room for four times as many."""
 
 MOST_LATE = 48
 """Steps that are recorded while requests wait. What has not been recorded when so many are is launched as it is."""

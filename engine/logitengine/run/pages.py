@@ -17,7 +17,7 @@ MADV_POPULATE_WRITE = 23
 PIECE_BYTES = 2 << 20
 
 KEPT_READY = 1 / 8
-"""Of all blocks, beyond those in use."""
+"""Share of all blocks that is kept ready beyond those in use."""
 
 
 class PageTaker:

@@ -88,7 +88,7 @@ class BlockManager:
         for position in range(len(sequence.block_hashes), filled):
             content_hash = self._hash(sequence, position)
             sequence.block_hashes.append(content_hash)
-            # Of two sequences that computed the same block in the same step, the first one's is kept for sharing.
+            # Where two sequences computed the same block in one step, the first one's is kept for sharing.
             block_id = sequence.block_table[position]
             if self._by_hash.setdefault(content_hash, block_id) == block_id:
                 block = self._blocks[block_id]

@@ -148,7 +148,7 @@ class Worker {
     // or chunks of rows score and weigh in turns, the next block is fetched during the whole of this one.
     bool fetches_by_halves() const { return reads_values_in_place(); }
 
-    // Of the keys, or the values, of a block.
+    // Bytes of the keys, or of the values, of a block.
     static int64_t half_bytes(int64_t size) { return kBlockKeys * size * int64_t(sizeof(Element)); }
 
     // Finds or copies the keys and values of a block that the tile sees.

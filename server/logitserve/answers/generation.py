@@ -48,7 +48,7 @@ class Delta:
 
     @property
     def nbytes(self) -> int:
-        """Of the arrays carried."""
+        """Bytes of the arrays that it carries."""
         blocks = (self.logits, self.hidden_states, self.prompt)
         return sum(block.nbytes for block in blocks if block is not None)
 
