@@ -87,11 +87,14 @@ def test_a_prompts_rows_are_the_same_whenever_they_are_read(loaded: LoadedModel)
     expected = run(make_engine(loaded), [asked])
     lone = run(make_engine(loaded), [other])["other", 0]
     engine = make_engine(loaded, logits_window_bytes=WINDOW, max_num_batched_tokens=64)
+    clock = Clock()
+    engine._scheduler._clock = clock
     outputs: list[StepOutput] = []
     engine.add(asked)
     while step := engine.step():
         outputs += step
     assert engine._runner.rows.held.num_held > 0
+    clock.seconds += 1.0
     assert run_beside(engine, other).prompt_rows.tobytes() == lone.prompt_rows.tobytes()
     assert engine.stats.num_preemptions == 1, "the held states of the one who does not read were needed"
     engine.consumed("slow", sum(output.nbytes for output in outputs))
@@ -112,6 +115,13 @@ def test_a_prompts_rows_are_the_same_whenever_they_are_read(loaded: LoadedModel)
     order = [output.prompt is not None for output in outputs]
     assert order == sorted(order, reverse=True), "no token comes before the prompt's last row"
     assert not engine._runner.rows.held.num_held
+
+
+class Clock:
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
 
 
 def run_beside(engine: Engine, request: GenerationRequest) -> Collected:

@@ -5,13 +5,17 @@ Pure logic over sequences and the block manager; it knows nothing of models or t
 
 from __future__ import annotations
 
+import time
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from logitengine.config import EngineConfig
 from logitengine.schedule.block_manager import BlockManager
 from logitengine.schedule.sequence import Sequence, SequenceState
+
+LAGGING_SECONDS = 1.0
+"""A parked reader keeps its held states for this long whoever needs their room: computing them again takes as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +86,23 @@ class Scheduler:
     many hidden states held for rows that are owed. The prompt rows of a step take at most ``logits_window_bytes``, those
     of one sequence a quarter of that; a single row may always be given.
 
+    Args:
+        clock: seconds, monotonic.
+
     Attributes:
         waiting, running, parked: the sequences in each state, by arrival.
         dropped: sequences whose held hidden states are of no more use; whoever holds them clears this list.
     """
 
-    def __init__(self, config: EngineConfig, block_manager: BlockManager) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        block_manager: BlockManager,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._config = config
         self._blocks = block_manager
+        self._clock = clock
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.parked: list[Sequence] = []
@@ -122,6 +135,7 @@ class Scheduler:
     def park(self, sequence: Sequence) -> None:
         """The sequence's reader lags: it takes part in no step until it is resumed."""
         if sequence.state in (SequenceState.WAITING, SequenceState.RUNNING):
+            sequence.idle_since = self._clock()
             self._move(sequence, SequenceState.PARKED)
 
     def resume(self, sequence: Sequence) -> None:
@@ -200,17 +214,19 @@ class Scheduler:
     def _fit_rows(self, sequence: Sequence, stop: int, draft: _Draft) -> tuple[int, range]:
         """Where a chunk that would end at ``stop`` ends for its rows' sake, and the rows that it gives.
 
-        A row that is not given in the step of its token needs room among the held ones. A token is drawn in the step
-        that gives the prompt's last row, so until then the prompt's last token is left out.
+        A row that is not given in the step of its token needs room among the held ones: without room for all of them nothing
+        is computed, since a prompt that is cut into small pieces takes longer in all. A token is drawn in the step that
+        gives the prompt's last row, so until then the prompt's last token is left out.
         """
         start, given = sequence.num_computed, sequence.num_rows_given
-        most_rows = self._most_rows(sequence, draft)
-        stop = min(stop, given + most_rows + self._room_to_hold(sequence, stop - given - most_rows, draft))
+        last = given + self._most_rows(sequence, draft)
         draws = stop == sequence.num_prompt_tokens and sequence.sampling.max_tokens > 0
-        if draws and given + most_rows < stop:
+        if draws and last < stop:
             stop -= 1
+        if stop > start and not self._can_hold(sequence, stop - last, draft):
+            stop = start
         stop = max(start, stop)
-        return stop, range(given, max(given, min(given + most_rows, stop)))
+        return stop, range(given, max(given, min(last, stop)))
 
     def _most_rows(self, sequence: Sequence, draft: _Draft) -> int:
         nbytes = sequence.row_nbytes
@@ -221,23 +237,29 @@ class Scheduler:
         in_all = max(draft.row_bytes_left // nbytes, int(is_first))
         return min(draft.rows_left, in_all, max(1, window // 4 // nbytes))
 
-    def _room_to_hold(self, sequence: Sequence, wanted: int, draft: _Draft) -> int:
-        """How many of ``wanted`` hidden states may be held for the sequence; for it, lagging ones lose theirs."""
+    def _can_hold(self, sequence: Sequence, count: int, draft: _Draft) -> bool:
+        """Whether there is room for ``count`` held states of the sequence; for it, readers that lag for long lose theirs."""
+        if count <= 0:
+            return True
 
         def held() -> int:
-            others = (other for other in self if other is not sequence)
+            chunks = draft.chunks
             return sum(
-                draft.chunks[other].num_held if other in draft.chunks else other.num_held for other in others
+                chunks[other].num_held if other in chunks else other.num_held
+                for other in self
+                if other is not sequence
             )
 
-        room = self._config.max_num_batched_tokens - held()
-        while room < wanted:
-            holder = next((other for other in reversed(self._idle_with_blocks()) if other.num_held), None)
-            if holder is None:
-                break
-            self._preempt(holder, draft)
-            room = self._config.max_num_batched_tokens - held()
-        return max(0, room)
+        while held() + count > self._config.max_num_batched_tokens:
+            holders = [other for other in self._idle_with_blocks() if other.num_held and self._lags(other)]
+            if not holders:
+                return False
+            self._preempt(holders[-1], draft)
+        return True
+
+    def _lags(self, sequence: Sequence) -> bool:
+        """The sequence has not run for so long that its reader does more than catch up."""
+        return self._clock() - sequence.idle_since >= LAGGING_SECONDS
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a place, where there is room for all of it."""

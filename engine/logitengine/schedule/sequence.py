@@ -38,6 +38,7 @@ class Sequence:
         block_table: physical KV blocks, in order.
         num_computed: tokens whose keys and values are in the cache, or will be before a step that is scheduled now.
         num_cached: prompt tokens that the prefix cache gave at the first admission; None before it.
+        idle_since: when it was last parked, by the scheduler's clock.
         num_rows_given: prompt positions up to which no row is owed: given, or never asked for.
         seen, generated: the tokens of the whole sequence and of the answer, counted, where a penalty needs them.
     """
@@ -58,6 +59,7 @@ class Sequence:
     draw_row: int | None = None
     num_computed: int = 0
     num_cached: int | None = None
+    idle_since: float = 0.0
     num_rows_given: int = field(init=False)
     seen: TokenCounts | None = field(init=False, default=None)
     generated: TokenCounts | None = field(init=False, default=None)
