@@ -41,6 +41,11 @@ class Connection:
             in_kernel = 0
         return self._transport.get_write_buffer_size() + int(in_kernel)
 
+    def limit_unsent(self, nbytes: int | None) -> None:
+        """Sending waits while this process holds more than ``nbytes`` that the kernel has not taken; None: as usual."""
+        if self._transport is not None:
+            self._transport.set_write_buffer_limits(high=nbytes)
+
     def abort(self) -> None:
         """Close at once, without waiting for what is unsent: the client's next read fails."""
         if self._transport is not None:

@@ -75,16 +75,12 @@ class DrainingServer(uvicorn.Server):
 
 
 class OpenConnection(HttpToolsProtocol):
-    """uvicorn's httptools protocol, whose requests bring their Connection with them.
-
-    Sending waits as soon as the kernel takes no more: what a response leaves in the process at its end nobody would watch.
-    """
+    """uvicorn's httptools protocol, whose requests bring their Connection with them."""
 
     _connection: Connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)
         self._connection = Connection(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -93,6 +89,7 @@ class OpenConnection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._connection.limit_unsent(None)
         extensions: dict[str, Any] = {EXTENSION: self._connection}
         self.scope["extensions"] = extensions
 
