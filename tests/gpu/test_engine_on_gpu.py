@@ -161,7 +161,7 @@ def test_decode_steps_are_replayed_and_give_what_eager_steps_give(
 
     def counted(
         batch: Batch, rows: list[RowSampling], allowed: NDArray[np.int32] | None
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor] | None:
         replayed.append(len(rows))
         return replay(batch, rows, allowed)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import msgspec
@@ -22,9 +21,7 @@ FLAGS = {"max_logprobs": LARGEST_ID, "max_prompt_logprobs": LARGEST_ID}
 
 def with_vocabulary(app: App, size: int) -> None:
     """Let the app believe that the model has this many tokens, fewer than the tokenizer."""
-    model = app.state.model()
-    info = msgspec.structs.replace(model.info, vocab_size=size)
-    app.state._model = dataclasses.replace(model, info=info)
+    app.engine.info = msgspec.structs.replace(app.state.model().info, vocab_size=size)
 
 
 async def refused(app: App, path: str, body: dict[str, Any], param: str, says: str) -> None:
