@@ -101,6 +101,18 @@ def test_a_parked_sequence_holds_up_nobody_and_goes_on_where_it_was() -> None:
     assert scheduler.num_preemptions == 0
 
 
+def test_a_resumed_sequence_decodes_before_a_long_prompt_goes_on() -> None:
+    scheduler, _ = make_scheduler(max_num_batched_tokens=16, max_num_seqs=4)
+    short, long = make_sequence(0, 4, 8), make_sequence(1, 100, 1)
+    scheduler.add(short)
+    apply(scheduler, scheduler.schedule())
+    scheduler.park(short)
+    scheduler.add(long)
+    apply(scheduler, scheduler.schedule())
+    scheduler.resume(short)
+    assert lengths(scheduler.schedule()) == [(0, 1, 0), (1, 15, 0)]
+
+
 def test_parked_sequences_give_up_their_places_to_newcomers() -> None:
     scheduler, _ = make_scheduler(max_num_seqs=2)
     slow = [make_sequence(arrival, 8, 8) for arrival in range(2)]
