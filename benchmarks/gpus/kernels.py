@@ -87,7 +87,7 @@ def _calls(run: Callable[[Any], object], inputs: Sequence[Any]) -> list[Call]:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Of all entries together; infinite if an entry was not written, or was where it should not have been (NaN)."""
+    """Error of all entries together; infinite if an entry was not written, or was where it should not have been (NaN)."""
     if not torch.equal(actual.isnan(), expected.isnan()):
         return float("inf")
     actual, expected = actual.double().nan_to_num(), expected.double().nan_to_num()

@@ -42,7 +42,7 @@ PLAIN = "logitserve"
 INVARIANT = "logitserve, batch invariant"
 PREFILL = "prefill"
 PAGE_SIZE = 256
-"""Of the peer's cache; its default."""
+"""Tokens of a block of the peer's cache; its default."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ class Timer:
         return min(MAX_SETS, 1 + CACHE_BYTES // nbytes) if self._is_cuda else 2
 
     def median(self, calls: Sequence[Call]) -> float:
-        """Of one call, the calls taking turns. All have been run once before anything is timed."""
+        """Seconds of one call, the calls taking turns. All have been run once before anything is timed."""
         for call in calls:
             call()
         estimate = self._once(calls) / len(calls)

@@ -10,7 +10,7 @@ from pydantic_settings import NoDecode
 ENV_PREFIX = "LOGITSERVE_"
 
 LARGEST_ID = 2**31 - 1
-"""Of a token, and the largest count of them that is taken for a number."""
+"""The largest token id, and the largest count of tokens that is taken for a number."""
 
 
 def split_commas(value: Any) -> Any:

@@ -25,7 +25,7 @@ GREEDY = {"prompt": [5, 6, 7], "temperature": 0, "ignore_eos": True}
 LONG = {**GREEDY, "max_tokens": 480}
 RECEIVE_BUFFER = 4 << 10
 SEGMENT = 1 << 10
-"""Of a slow network: loopback's own segments are so large that a client takes nothing, and then 64 KiB."""
+"""Bytes of a slow network's segment: loopback's own segments are so large that a client takes nothing, and then 64 KiB."""
 
 
 def asked(server: LiveServer, path: str, body: dict[str, Any], request_id: str = "x") -> socket.socket:

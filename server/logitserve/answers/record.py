@@ -65,7 +65,7 @@ class Record:
 
     @property
     def logprobs(self) -> Logprobs:
-        """Of the generated tokens."""
+        """Log-probabilities of the generated tokens."""
         return joined(self._logprobs)
 
     @property
@@ -75,7 +75,7 @@ class Record:
 
     @property
     def prompt_logprobs(self) -> Logprobs:
-        """Of the prompt tokens ``prompt_offset + 1`` and on."""
+        """Log-probabilities of the prompt tokens ``prompt_offset + 1`` and on."""
         return joined(self._prompt_logprobs)
 
     def prompt_entries(self) -> list[dict[str, Any] | None] | None:

@@ -78,8 +78,8 @@ class _Watch:
     async def send(self, message: Message) -> None:
         for part in _parts(message):
             if self._connection is not None and not part.get("more_body", True):
-                # What a response left in this process at its end nobody would watch. Only at the end: it costs every
-                # token of a stream a wait, and 16 streams a twentieth of their speed.
+                # What a response left in this process at its end nobody would watch. Only at the end, since every token
+                # of a stream would wait for it.
                 self._connection.limit_unsent(0)
             self._is_sending = True
             try:

@@ -60,9 +60,8 @@ class _Interleaving:
         try:
             while self._calls or self._unstarted:
                 if not self._room:
-                    await asyncio.sleep(
-                        RETRY_SECONDS
-                    )  # nothing of the job is left that could end and make room
+                    # Nothing of the job is left that could end and make room.
+                    await asyncio.sleep(RETRY_SECONDS)
                     self._room = 1
                 self._start()
                 done, _ = await asyncio.wait(self._calls, return_when=asyncio.FIRST_COMPLETED)
