@@ -4,7 +4,8 @@
 
 Every round measures each kind of request once, one after the other; the table shows medians of the rounds and, in
 brackets, the speed relative to the requests without logits of the same round. Bytes per token are of the HTTP body.
-The last line reads prompts whole, every row as float16 over Arrow, and counts rows.
+The last two lines read prompts whole and count their tokens: without rows, and with every row as float16 over Arrow; the
+second is relative to the first.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "full float16, base64 SSE": {"return_logits": FULL_FLOAT16},
 }
 ARROW = "full float16, Arrow"
+PROMPTS = "prompts alone (tokens/s)"
 PROMPT_ROWS = "prompt rows, full float16, Arrow (rows/s)"
+BASELINES = {PROMPTS: PROMPTS, PROMPT_ROWS: PROMPTS}
+"""What a kind's speed is relative to, where that is not "none"."""
 
 
 def main() -> None:
@@ -60,8 +64,8 @@ def measure_rounds(
     for number in range(arguments.rounds + 1):
         figures = {}
         for streams in arguments.streams:
-            for kind in (*KINDS, ARROW, PROMPT_ROWS):
-                tokens = arguments.prompt_tokens if kind == PROMPT_ROWS else arguments.new_tokens
+            for kind in (*KINDS, ARROW, PROMPTS, PROMPT_ROWS):
+                tokens = arguments.prompt_tokens if kind in BASELINES else arguments.new_tokens
                 seconds, answers = asyncio.run(
                     run(url, kind, prompts(streams, arguments.prompt_tokens), arguments.new_tokens)
                 )
@@ -82,7 +86,9 @@ async def run(url: str, kind: str, prompts: list[list[int]], new_tokens: int) ->
 
 
 async def one(url: str, kind: str, prompt: list[int], new_tokens: int) -> Answer:
-    body = greedy(prompt, new_tokens)
+    body = greedy(prompt, 1 if kind == PROMPTS else new_tokens)
+    if kind == PROMPTS:
+        return await post(f"{url}/v1/completions", body)
     if kind in KINDS:
         extra = {"stream": True, "stream_options": {"include_usage": True}, **KINDS[kind]}
         answer = await post(f"{url}/v1/completions", {**body, **extra})
@@ -103,17 +109,17 @@ def report(rounds: list[dict[tuple[str, int], tuple[float, float]]], arguments: 
     print("| asked for | " + " | ".join(columns) + " |")
     print("|---" * (2 * len(columns) + 1) + "|")
     table: dict[str, dict[int, dict[str, float]]] = {}
-    for kind in (*KINDS, ARROW, PROMPT_ROWS):
+    for kind in (*KINDS, ARROW, PROMPTS, PROMPT_ROWS):
         cells = []
+        baseline = BASELINES.get(kind, "none")
         for streams in arguments.streams:
             rate = statistics.median(figures[kind, streams][0] for figures in rounds)
             ratio = statistics.median(
-                figures[kind, streams][0] / figures["none", streams][0] for figures in rounds
+                figures[kind, streams][0] / figures[baseline, streams][0] for figures in rounds
             )
             nbytes = rounds[0][kind, streams][1]
             table.setdefault(kind, {})[streams] = {"rate": rate, "ratio": ratio, "bytes": nbytes}
-            shown = f"{rate:.1f}" if kind == PROMPT_ROWS else f"{rate:.1f} ({ratio:.2f})"
-            cells.append(f"{shown} | {nbytes / 1000:.2f}")
+            cells.append(f"{rate:.1f} ({ratio:.2f}) | {nbytes / 1000:.2f}")
         print(f"| {kind} | " + " | ".join(cells) + " |")
     if arguments.json:
         document = {"machine": machine(), "options": vars(arguments), "table": table}
