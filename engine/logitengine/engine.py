@@ -33,10 +33,15 @@ class _Step:
 
 @dataclass(slots=True)
 class _Request:
-    """A request's choices that are not over, and the bytes that were reported and its reader has not taken yet."""
+    """A request's choices that are not over, and its window: the bytes that its reader has not taken and may leave."""
 
     sequences: list[Sequence]
+    window_bytes: int
     unread_bytes: int = 0
+
+    @property
+    def is_window_full(self) -> bool:
+        return self.unread_bytes >= self.window_bytes
 
 
 class Engine:
@@ -77,7 +82,8 @@ class Engine:
             )
             self._num_arrivals += 1
             self._scheduler.add(sequences[-1])
-        self._requests[request.request_id] = _Request(sequences)
+        window = self.config.logits_window_bytes
+        self._requests[request.request_id] = _Request(sequences, min(window, request.window_bytes or window))
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Forget a request or one of its choices, and free its blocks. Unknown ones are ignored."""
@@ -92,7 +98,7 @@ class Engine:
         if request is None:
             return
         request.unread_bytes -= nbytes
-        if request.unread_bytes < self.config.logits_window_bytes:
+        if not request.is_window_full:
             for sequence in request.sequences:
                 self._scheduler.resume(sequence)
 
@@ -218,7 +224,7 @@ class Engine:
         if output.finish_reason is not None:
             self._remove(sequence)
         request.unread_bytes += output.nbytes
-        if request.unread_bytes >= self.config.logits_window_bytes:
+        if request.is_window_full:
             for other in request.sequences:
                 self._scheduler.park(other)
 

@@ -40,13 +40,22 @@ class ServerConfig(BaseModel):
     max_header_bytes: int = Field(32 << 10, ge=1024, description="largest request head")
     max_n: int = Field(32, ge=1, description="largest n")
     max_batch_prompts: int = Field(256, ge=1, description="most prompts or inputs in one request")
+    max_messages: int = Field(
+        4096, ge=1, description="most messages of a conversation, and most parts of a message"
+    )
     max_logprobs: int = Field(20, ge=0, description="largest top_logprobs of a chat request")
+    max_completion_logprobs: int = Field(5, ge=0, description="largest logprobs of a completions request")
     max_prompt_logprobs: int = Field(20, ge=0, description="largest prompt_logprobs")
     max_stop: int = Field(16, ge=1, description="most stop strings, and most stop token ids")
     max_stop_length: int = Field(256, ge=1, description="longest stop string, in characters")
     max_logit_bias: int = Field(1024, ge=1, description="most entries of logit_bias")
+    max_held_bytes: int = Field(
+        1 << 30,
+        ge=1 << 20,
+        description="most bytes of rows and written answers held in all, half of them for streams",
+    )
     max_answer_bytes: int = Field(
-        2 << 30, ge=1, description="most bytes of logits and hidden states that one request may ask for"
+        1 << 30, ge=1, description="most bytes that one answer may hold that is sent whole and not streamed"
     )
     write_timeout: float = Field(
         60.0, gt=0, description="seconds after which a client that takes nothing of its answer is dropped"

@@ -17,6 +17,7 @@ from logitengine.link.messages import ModelInfo
 
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError, not_ready
+from logitserve.held_bytes import HeldBytes
 from logitserve.text.texts import Texts, TextWorker
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class ServerState:
         self.engine = engine
         self.config = config
         self.text_worker = TextWorker(config.tokenize_timeout)
+        self.held_bytes = HeldBytes(config.max_held_bytes)
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._model: Model | None = None
         self.load_error: str | None = None

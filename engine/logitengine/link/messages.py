@@ -132,13 +132,17 @@ class OutputSpec(Struct, frozen=True, kw_only=True):
 
 
 class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One request: a prompt and ``n`` independent continuations of it; its last six fields are OutputSpec's."""
+    """One request: a prompt and ``n`` independent continuations of it; its last six fields are OutputSpec's.
+
+    ``window_bytes`` bounds its unread outputs where that is less than the engine's own window.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     n: int = 1
     cache_salt: str | None = None
+    window_bytes: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logits: LogitsSpec | None = None

@@ -38,9 +38,9 @@ class _Stream:
     counts what is not consumed against the request's window.
     """
 
-    def __init__(self, request: GenerationRequest, acknowledged_bytes: float) -> None:
+    def __init__(self, request: GenerationRequest, window_bytes: int) -> None:
         self._request = request
-        self._acknowledged_bytes = acknowledged_bytes
+        self._acknowledged_bytes = min(window_bytes, request.window_bytes or window_bytes) * ACKNOWLEDGED_SHARE
         self._channel: AsyncChannel[FromEngine] | None = None
         self._num_sent = 0
         self._has_output = False
@@ -125,7 +125,7 @@ class Streams:
     """
 
     def __init__(self, window_bytes: int) -> None:
-        self._acknowledged_bytes = window_bytes * ACKNOWLEDGED_SHARE
+        self._window_bytes = window_bytes
         self._streams: dict[str, _Stream] = {}
         self._channel: AsyncChannel[FromEngine] | None = None
         self._reason = "not started"
@@ -170,7 +170,7 @@ class Streams:
             raise EngineNotReadyError(self._reason)
         if request.request_id in self._streams:
             raise RequestRefusedError(f"request id {request.request_id!r} is in use")
-        stream = self._streams[request.request_id] = _Stream(request, self._acknowledged_bytes)
+        stream = self._streams[request.request_id] = _Stream(request, self._window_bytes)
         stream.send(self._channel)
         try:
             while (output := await stream.next()) is not None:

@@ -84,7 +84,7 @@ class Scheduler:
 
     A step computes at most ``max_num_batched_tokens`` tokens, gives at most as many prompt rows, and leaves at most as
     many hidden states held for rows that are owed. The prompt rows of a step take at most ``logits_window_bytes``, those
-    of one sequence a quarter of that; a single row may always be given.
+    of one sequence a quarter of its window; a single row may always be given.
 
     Args:
         clock: seconds, monotonic.
@@ -235,7 +235,7 @@ class Scheduler:
         window = self._config.logits_window_bytes
         is_first = draft.row_bytes_left == window
         in_all = max(draft.row_bytes_left // nbytes, int(is_first))
-        return min(draft.rows_left, in_all, max(1, window // 4 // nbytes))
+        return min(draft.rows_left, in_all, max(1, min(window, sequence.window_bytes or window) // 4 // nbytes))
 
     def _can_hold(self, sequence: Sequence, count: int, draft: _Draft) -> bool:
         """Whether there is room for ``count`` held states of the sequence; for it, readers that lag for long lose theirs."""

@@ -32,6 +32,7 @@ class Sequence:
         arrival: order of arrival; older sequences are served first and preempted last.
         leader: the first choice of the same request; the others wait for its prefill, then share its blocks.
         row_nbytes: bytes that the reader gets for each prompt row; 0 where nothing travels.
+        window_bytes: the request's own bound on unread outputs; None: the engine's.
         token_ids: the prompt, then what was generated; the newest ``num_unknown`` of them are placeholders for tokens that
             steps under way have drawn.
         draw_row: the newest token's row in the latest draw while the host does not know it, else None.
@@ -51,6 +52,7 @@ class Sequence:
     outputs: OutputSpec
     leader: Sequence | None = None
     row_nbytes: int = 0
+    window_bytes: int | None = None
     state: SequenceState = SequenceState.WAITING
     token_ids: list[int] = field(init=False)
     block_table: list[int] = field(default_factory=list)
@@ -94,6 +96,7 @@ class Sequence:
             outputs=request.outputs,
             leader=leader,
             row_nbytes=row_nbytes,
+            window_bytes=request.window_bytes,
         )
 
     @property

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
-from logitengine.link.messages import Array, LogitsRows, Logprobs
+from logitengine.link.messages import Array, LogitsRows, LogitsSpec, Logprobs
 
-from logitserve.answers.generation import Delta
+from logitserve.errors import ApiError
 from logitserve.jobs.job import Job
-from logitserve.protocol.logits import LogitsBody
-from logitserve.state import Model
+from logitserve.jobs.run import Counts
+from logitserve.text.choice import Delta
+
+MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 
 TYPES: dict[str, Any] = {
     "float32": pa.float32(),
@@ -26,17 +28,21 @@ SENT_BYTES = 256 << 10
 
 
 class ArrowAnswer:
-    """Renders deltas as record batches; the engine's arrays are not copied."""
+    """An Answer of record batches; the engine's arrays are not copied."""
 
-    def __init__(self, job: Job, body: LogitsBody, model: Model) -> None:
+    nbytes = 0
+
+    def __init__(self, job: Job, logits: LogitsSpec) -> None:
+        self.id: str | None = None
+        self.media_type = MEDIA_TYPE
         self._job = job
-        self._has_top = body.top_k is not None
+        self._has_top = logits.top_k is not None
         self._num_generated = [0] * len(job.requests)
-        self._schema = _schema(body, job.model_name, model)
+        self._schema = _schema(job, logits)
         self._pieces = _Pieces()
         self._writer = pa.ipc.new_stream(self._pieces, self._schema)
 
-    def batches(self, delta: Delta) -> Iterator[bytes | memoryview]:
+    def add(self, delta: Delta) -> Iterator[bytes | memoryview]:
         """The batches of a delta's prompt rows and of its generated rows; before the first one, the schema."""
         prompt, index = delta.prompt, delta.index
         if prompt is not None and prompt.logits is not None:
@@ -51,10 +57,13 @@ class ArrowAnswer:
             )
         self._num_generated[index] += len(delta.token_ids)
 
-    def end(self) -> Iterator[bytes | memoryview]:
+    def end(self, counts: Counts) -> Iterator[bytes | memoryview]:  # noqa: ARG002 - Arrow has no place for them
         """The end-of-stream marker."""
         self._writer.close()
         return self._pieces.take()
+
+    def fail(self, error: ApiError) -> None:
+        """Nothing: a stream of batches cannot tell of an error, so it is cut off."""
 
     def _batch(
         self,
@@ -67,12 +76,12 @@ class ArrowAnswer:
     ) -> Iterator[bytes | memoryview]:
         """Rows that score the tokens at ``position`` and on; fewer tokens than rows leave the last ones null."""
         rows = logits.values.shape[0]
-        scores = [] if logprobs is None else logprobs.token_logprobs
+        known = [] if logprobs is None else logprobs.token_logprobs
         columns = [
             pa.array(np.full(rows, index, np.int32)),
             pa.array(np.arange(position, position + rows, dtype=np.int32)),
             _padded(token_ids, rows, pa.int32()),
-            _padded(scores, rows, pa.float32()),
+            _padded(known, rows, pa.float32()),
         ]
         if self._has_top and logits.token_ids is not None:
             columns.append(_fixed_lists(logits.token_ids))
@@ -96,11 +105,13 @@ class _Pieces:
         return len(piece)
 
     def flush(self) -> None:
-        """Nothing lies in between."""
+        """Do nothing: what is written is kept as it is."""
 
     def take(self) -> Iterator[bytes | memoryview]:
-        """What was written, in pieces of SENT_BYTES at most: joined where one holds all, as that costs less than sending
-        several, else small ones joined and views of the long ones.
+        """What was written, in pieces of SENT_BYTES at most.
+
+        All of it is joined where it fits one piece, which costs less than sending several. Else short pieces are joined,
+        and long ones are views.
         """
         pieces, self._pieces = self._pieces, []
         if sum(map(len, pieces)) <= SENT_BYTES:
@@ -119,13 +130,13 @@ class _Pieces:
         yield b"".join(small)
 
 
-def _schema(body: LogitsBody, model_name: str, model: Model) -> pa.Schema:
-    info = model.info
+def _schema(job: Job, logits: LogitsSpec) -> pa.Schema:
+    info = job.model.info
     metadata = {
-        "model": model_name,
-        "stage": body.stage,
-        "dtype": body.dtype,
-        "positions": body.positions,
+        "model": job.model_name,
+        "stage": logits.stage,
+        "dtype": logits.dtype,
+        "positions": logits.positions,
         "batch_invariant": orjson.dumps(info.batch_invariant),
     }
     fields = [
@@ -134,16 +145,17 @@ def _schema(body: LogitsBody, model_name: str, model: Model) -> pa.Schema:
         pa.field("token_id", pa.int32()),
         pa.field("logprob", pa.float32()),
     ]
-    if body.top_k is not None:
-        fields.append(_list_field("top_ids", "int32", body.top_k))
-        fields.append(_list_field("top_logits", body.dtype, body.top_k))
-    elif body.token_ids is not None:
-        fields.append(_list_field("logits", body.dtype, len(body.token_ids)))
-        metadata["token_ids"] = orjson.dumps(body.token_ids)
+    if logits.top_k is not None:
+        fields.append(_list_field("top_ids", "int32", logits.top_k))
+        fields.append(_list_field("top_logits", logits.dtype, logits.top_k))
+    elif logits.token_ids is not None:
+        fields.append(_list_field("logits", logits.dtype, len(logits.token_ids)))
+        metadata["token_ids"] = orjson.dumps(logits.token_ids)
     else:
-        fields.append(_list_field("logits", body.dtype, info.vocab_size))
-    if body.hidden_states:
-        fields.append(_list_field("hidden_states", body.dtype, info.hidden_size))
+        fields.append(_list_field("logits", logits.dtype, info.vocab_size))
+    hidden_states = job.requests[0].hidden_states
+    if hidden_states is not None:
+        fields.append(_list_field("hidden_states", hidden_states.dtype, info.hidden_size))
     return pa.schema(fields, metadata)
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from logitserve.answers.answer import Answer
+from logitengine.link.messages import PromptOutput
+
+from logitserve.answers.choices import ChoicesAnswer
 from logitserve.answers.logprobs import CompletionLogprobs
 from logitserve.answers.record import Record
 from logitserve.jobs.job import Job
-from logitserve.jobs.prompts import PreparedPrompt
-from logitserve.protocol.completions import CompletionBody
-from logitserve.state import Model
+from logitserve.jobs.prompts import TokenizedPrompt
 from logitserve.text.detokenizer import Detokenizer
 from logitserve.text.token_table import TokenTable
 
@@ -26,75 +26,97 @@ class Echo:
     text: str
 
 
-class CompletionAnswer(Answer):
-    """A completions answer. With ``echo`` a choice begins with its prompt, scored where logprobs are asked for.
+class CompletionRecord(Record):
+    """A choice whose text begins with its prompt where that is echoed.
 
-    A stream echoes a scored prompt in the chunks in which its scores arrive.
+    Args:
+        echo: the prompt's text; None where it is not echoed.
+        top: how many likely tokens are shown beside each token; None for no logprobs.
+    """
+
+    def __init__(self, job: Job, index: int, echo: Echo | None, top: int | None) -> None:
+        table = job.model.texts.table
+        first_offset = 0 if echo is None else len(echo.text)
+        logprobs = None if top is None else CompletionLogprobs(table, top, first_offset)
+        super().__init__(job, index, logprobs)
+        self.echo = echo
+        self.echo_logprobs = None if top is None or echo is None else CompletionLogprobs(table, top)
+        self.echoed_text = ""
+        """Text of the prompt tokens whose log-probabilities were added."""
+        self._own_logprobs = logprobs
+
+    def add_prompt(self, prompt: PromptOutput) -> None:
+        super().add_prompt(prompt)
+        echo, logprobs = self.echo, self.echo_logprobs
+        if echo is None or logprobs is None:
+            return
+        start = prompt.offset + 1
+        stop = start + (len(prompt.logprobs.ranks) if prompt.logprobs is not None else 0)
+        if prompt.offset == 0:
+            logprobs.add_first(self.prompt.token_ids[0], echo.offsets[0])
+        if prompt.logprobs is not None:
+            logprobs.add(self.prompt.token_ids[start:stop], echo.offsets[start:stop], prompt.logprobs)
+        self.echoed_text += "".join(echo.pieces[0 if prompt.offset == 0 else start : stop])
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + (0 if self.echo_logprobs is None else self.echo_logprobs.nbytes)
+
+    def logprobs_after(self, prompt: CompletionLogprobs | None) -> dict[str, Any] | None:
+        """``logprobs`` of the choice, those of its echoed prompt first."""
+        if prompt is None or self._own_logprobs is None:
+            return self.logprobs()
+        both = CompletionLogprobs(self._job.model.texts.table, 0)
+        both.extend_from(prompt)
+        both.extend_from(self._own_logprobs)
+        return both.finish()
+
+
+class CompletionAnswer(ChoicesAnswer[CompletionRecord]):
+    """A completions answer. With ``echo`` a choice begins with its prompt, with log-probabilities where they are asked for.
+
+    A stream echoes such a prompt in the chunks in which its log-probabilities arrive.
     """
 
     id_prefix: ClassVar[str] = "cmpl"
     whole_object: ClassVar[str] = "text_completion"
     chunk_object: ClassVar[str] = "text_completion"
 
-    def __init__(self, job: Job, model: Model, body: CompletionBody) -> None:
-        super().__init__(job, model)
-        self._logprobs = body.logprobs
-        self._echoes = [echo(model.texts.table, prompt) for prompt in job.prompts] if body.echo else None
+    def __init__(self, job: Job) -> None:
+        self._top = job.requests[0].logprobs
+        table = job.model.texts.table
+        self._echoes = [echo(table, prompt) for prompt in job.prompts] if job.answer.echo else None
+        super().__init__(job)
 
-    def chunk_choice(self, record: Record, *, is_first: bool) -> dict[str, Any]:
-        text, logprobs = record.text, self._scores()
-        shown = self._echo_of(record)
-        if shown is not None and logprobs is not None and record.prompt_offset is not None:
-            text = self._add_prompt(logprobs, record, shown) + text
-        elif shown is not None and self._logprobs is None and is_first:
-            text = shown.text + text
-        return self._choice(record, text, logprobs, shown)
+    def record(self, index: int) -> CompletionRecord:
+        prompt = None if self._echoes is None else self._echoes[index // self.job.n]
+        return CompletionRecord(self.job, index, prompt, self._top)
 
-    def whole_choice(self, record: Record) -> dict[str, Any]:
-        text, logprobs = record.text, self._scores()
-        shown = self._echo_of(record)
-        if shown is not None:
-            text = shown.text + text
-            if logprobs is not None:
-                # Every choice repeats the prompt; the engine scores it once, for the prompt's first choice.
-                first = self._records[record.index - record.index % self.job.body.n]
-                self._add_prompt(logprobs, first, shown)
-        return self._choice(record, text, logprobs, shown)
+    def chunk_choice(self, record: CompletionRecord, *, is_first: bool) -> dict[str, Any]:
+        text = record.echoed_text + record.text
+        if record.echo is not None and record.echo_logprobs is None and is_first:
+            text = record.echo.text + text
+        return _choice(record, text, record.logprobs_after(record.echo_logprobs))
 
-    def _choice(
-        self, record: Record, text: str, logprobs: CompletionLogprobs | None, shown: Echo | None
-    ) -> dict[str, Any]:
-        if logprobs is not None and self._logprobs is not None:
-            base = 0 if shown is None else len(shown.text)
-            offsets = [base + offset for offset in record.text_offsets]
-            logprobs.add(record.token_ids, offsets, record.logprobs, self._logprobs)
-        choice = {
-            "index": record.index,
-            "text": text,
-            "logprobs": None if logprobs is None else logprobs.finish(),
-            "finish_reason": record.finish_reason,
-            **record.extras(),
-        }
-        entries = record.prompt_entries()
-        return choice if entries is None else {**choice, "prompt_logprobs": entries}
-
-    def _scores(self) -> CompletionLogprobs | None:
-        return None if self._logprobs is None else CompletionLogprobs(self.model.texts.table)
-
-    def _echo_of(self, record: Record) -> Echo | None:
-        return None if self._echoes is None else self._echoes[record.index // self.job.body.n]
-
-    def _add_prompt(self, logprobs: CompletionLogprobs, record: Record, shown: Echo) -> str:
-        """Append the prompt tokens that ``record`` has scores for, the first token of all included; give their text."""
-        ids, scores, offset = record.prompt.token_ids, record.prompt_logprobs, record.prompt_offset or 0
-        start, stop = offset + 1, offset + 1 + len(scores.ranks)
-        if offset == 0:
-            logprobs.add_unscored(ids[0], shown.offsets[0])
-        logprobs.add(ids[start:stop], shown.offsets[start:stop], scores, self._logprobs or 0)
-        return "".join(shown.pieces[0 if offset == 0 else start : stop])
+    def whole_choice(self, record: CompletionRecord) -> dict[str, Any]:
+        text = record.text if record.echo is None else record.echo.text + record.text
+        # Every choice repeats the prompt; the engine gives its log-probabilities once, to the prompt's first choice.
+        first = self._records[record.index - record.index % self.job.n]
+        return _choice(record, text, record.logprobs_after(first.echo_logprobs))
 
 
-def echo(table: TokenTable, prompt: PreparedPrompt) -> Echo:
+def _choice(record: CompletionRecord, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "index": record.index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": record.finish_reason,
+        **record.extras(),
+        **record.prompt_logprobs(),
+    }
+
+
+def echo(table: TokenTable, prompt: TokenizedPrompt) -> Echo:
     """The prompt's text as its tokens spell it, special tokens included but for one that the tokenizer put first."""
     pieces = token_pieces(table, prompt.token_ids)
     if (

@@ -1,78 +1,169 @@
-"""Log-probabilities in the shapes of chat, of completions, and of vLLM's prompt_logprobs."""
+"""Log-probabilities in the shapes of chat, of completions, and of vLLM's prompt_logprobs, written as they come."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from logitengine.link.messages import Logprobs
 
+from logitserve.answers.json_pieces import JsonArray, JsonPieces
 from logitserve.text.token_table import TokenTable
 
 LOWEST = -9999.0
-"""What stands for minus infinity, which JSON lacks; the number that OpenAI uses."""
+"""Number that stands for minus infinity, which JSON lacks; OpenAI's choice."""
 
 
 def finite(logprob: float) -> float:
     return max(LOWEST, logprob)
 
 
-def chat_content(table: TokenTable, token_ids: Sequence[int], logprobs: Logprobs) -> list[dict[str, Any]]:
-    """``logprobs.content`` of a chat choice: for each token ``{token, logprob, bytes, top_logprobs}``."""
+class LogprobsWriter(Protocol):
+    """Writes the ``logprobs`` of one choice."""
 
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        return {"token": table.text(token_id), "logprob": finite(logprob), "bytes": list(table[token_id])}
+    @property
+    def nbytes(self) -> int:
+        """Bytes written so far."""
 
-    return [
-        {
-            **entry(token_id, logprobs.token_logprobs[row]),
-            "top_logprobs": [
-                entry(top_id, logprob)
-                for top_id, logprob in zip(logprobs.top_ids[row], logprobs.top_logprobs[row], strict=True)
-            ],
-        }
-        for row, token_id in enumerate(token_ids)
-    ]
+    def add(self, token_ids: Sequence[int], text_offsets: Sequence[int], logprobs: Logprobs) -> None:
+        """Append tokens, where their text begins in the choice's, and their log-probabilities."""
+
+    def finish(self) -> dict[str, Any]:
+        """The member's value, for `json_pieces.dumps`."""
 
 
-class CompletionLogprobs:
-    """``logprobs`` of a completions choice: four lists with an entry for each token."""
+class ChatLogprobs:
+    """``logprobs`` of a chat choice: ``content`` has ``{token, logprob, bytes, top_logprobs}`` for each token."""
 
     def __init__(self, table: TokenTable) -> None:
         self._table = table
-        self._tokens: list[str] = []
-        self._token_logprobs: list[float | None] = []
-        self._top_logprobs: list[dict[str, float] | None] = []
-        self._text_offsets: list[int] = []
+        self._content = JsonArray()
 
-    def add(
-        self, token_ids: Sequence[int], text_offsets: Sequence[int], logprobs: Logprobs, top: int
-    ) -> None:
-        """Append tokens with their scores and the ``top`` most likely, the token itself always among them."""
-        for row, token_id in enumerate(token_ids):
-            name = token_name(self._table, token_id)
-            logprob = finite(logprobs.token_logprobs[row])
-            likely = zip(logprobs.top_ids[row][:top], logprobs.top_logprobs[row][:top], strict=True)
-            self._tokens.append(name)
-            self._token_logprobs.append(logprob)
-            tops = {token_name(self._table, top_id): finite(score) for top_id, score in likely}
-            self._top_logprobs.append({**tops, name: logprob} if top else None)
-        self._text_offsets += text_offsets
+    @property
+    def nbytes(self) -> int:
+        return self._content.nbytes
 
-    def add_unscored(self, token_id: int, text_offset: int) -> None:
-        """Append the first token of a prompt: nothing comes before it that could score it."""
-        self._tokens.append(token_name(self._table, token_id))
-        self._token_logprobs.append(None)
-        self._top_logprobs.append(None)
-        self._text_offsets.append(text_offset)
+    def add(self, token_ids: Sequence[int], text_offsets: Sequence[int], logprobs: Logprobs) -> None:  # noqa: ARG002
+        self._content.extend(
+            [
+                {
+                    **self._entry(token_id, logprobs.token_logprobs[row]),
+                    "top_logprobs": [
+                        self._entry(top_id, logprob)
+                        for top_id, logprob in zip(
+                            logprobs.top_ids[row], logprobs.top_logprobs[row], strict=True
+                        )
+                    ],
+                }
+                for row, token_id in enumerate(token_ids)
+            ]
+        )
 
     def finish(self) -> dict[str, Any]:
+        return {"content": self._content.finish(), "refusal": None}
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         return {
-            "tokens": self._tokens,
-            "token_logprobs": self._token_logprobs,
-            "top_logprobs": self._top_logprobs,
-            "text_offset": self._text_offsets,
+            "token": self._table.text(token_id),
+            "logprob": finite(logprob),
+            "bytes": list(self._table[token_id]),
         }
+
+
+class CompletionLogprobs:
+    """``logprobs`` of a completions choice: four lists with an entry for each token.
+
+    Args:
+        top: how many of the likeliest tokens are named beside each; the token itself always is, unless it is 0.
+        first_offset: where the text of the tokens begins in the choice's.
+    """
+
+    def __init__(self, table: TokenTable, top: int, first_offset: int = 0) -> None:
+        self._table = table
+        self._top = top
+        self._first_offset = first_offset
+        self._lists = {
+            name: JsonArray() for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entries.nbytes for entries in self._lists.values())
+
+    def add(self, token_ids: Sequence[int], text_offsets: Sequence[int], logprobs: Logprobs) -> None:
+        names = [token_name(self._table, token_id) for token_id in token_ids]
+        own = [finite(logprob) for logprob in logprobs.token_logprobs[: len(names)]]
+        tops = [self._tops(name, own[row], logprobs, row) for row, name in enumerate(names)]
+        offsets = [self._first_offset + offset for offset in text_offsets]
+        self._extend(names, own, tops, offsets)
+
+    def add_first(self, token_id: int, text_offset: int) -> None:
+        """Append the first token of a prompt, which has no log-probability: no token comes before it."""
+        self._extend([token_name(self._table, token_id)], [None], [None], [text_offset])
+
+    def extend_from(self, other: CompletionLogprobs) -> None:
+        """Append the entries of another writer."""
+        for name, entries in self._lists.items():
+            entries.extend_from(other._lists[name])
+
+    def finish(self) -> dict[str, JsonPieces]:
+        return {name: entries.finish() for name, entries in self._lists.items()}
+
+    def _tops(self, name: str, own: float, logprobs: Logprobs, row: int) -> dict[str, float] | None:
+        if not self._top:
+            return None
+        likely = zip(logprobs.top_ids[row][: self._top], logprobs.top_logprobs[row], strict=False)
+        tops = {token_name(self._table, top_id): finite(logprob) for top_id, logprob in likely}
+        return {**tops, name: own}
+
+    def _extend(
+        self,
+        names: Sequence[str],
+        own: Sequence[float | None],
+        tops: Sequence[dict[str, float] | None],
+        offsets: Sequence[int],
+    ) -> None:
+        for entries, values in zip(self._lists.values(), (names, own, tops, offsets), strict=True):
+            entries.extend(values)
+
+
+class PromptLogprobs:
+    """vLLM's prompt_logprobs: for each token id -> ``{logprob, rank, decoded_token}``, ranks from 1.
+
+    The ``top`` likeliest tokens and the token itself; null for a prompt's first token.
+    """
+
+    def __init__(self, table: TokenTable, top: int) -> None:
+        self._table = table
+        self._top = top
+        self._entries = JsonArray()
+
+    @property
+    def nbytes(self) -> int:
+        return self._entries.nbytes
+
+    def add_first(self) -> None:
+        self._entries.extend([None])
+
+    def add(self, token_ids: Sequence[int], logprobs: Logprobs) -> None:
+        self._entries.extend(
+            [self._likely(token_id, logprobs, row) for row, token_id in enumerate(token_ids)]
+        )
+
+    def finish(self) -> JsonPieces:
+        return self._entries.finish()
+
+    def _likely(self, token_id: int, logprobs: Logprobs, row: int) -> dict[str, Any]:
+        likely = zip(logprobs.top_ids[row][: self._top], logprobs.top_logprobs[row], strict=False)
+        entries = {
+            str(top_id): self._entry(top_id, logprob, rank)
+            for rank, (top_id, logprob) in enumerate(likely, 1)
+        }
+        entries[str(token_id)] = self._entry(token_id, logprobs.token_logprobs[row], logprobs.ranks[row] + 1)
+        return entries
+
+    def _entry(self, token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        return {"logprob": finite(logprob), "rank": rank, "decoded_token": self._table.text(token_id)}
 
 
 def token_name(table: TokenTable, token_id: int) -> str:
@@ -82,33 +173,3 @@ def token_name(table: TokenTable, token_id: int) -> str:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def prompt_entries(
-    table: TokenTable, token_ids: Sequence[int], logprobs: Logprobs, top: int
-) -> list[dict[str, Any] | None]:
-    """vLLM's prompt_logprobs for these prompt tokens: token id -> ``{logprob, rank, decoded_token}``, ranks from 1.
-
-    The ``top`` most likely tokens, and the token itself.
-    """
-
-    def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
-        return {"logprob": finite(logprob), "rank": rank, "decoded_token": table.text(token_id)}
-
-    entries: list[dict[str, Any] | None] = []
-    for row, token_id in enumerate(token_ids):
-        likely = zip(logprobs.top_ids[row][:top], logprobs.top_logprobs[row][:top], strict=True)
-        scores = {str(top_id): entry(top_id, score, rank) for rank, (top_id, score) in enumerate(likely, 1)}
-        scores[str(token_id)] = entry(token_id, logprobs.token_logprobs[row], logprobs.ranks[row] + 1)
-        entries.append(scores)
-    return entries
-
-
-def joined(parts: Sequence[Logprobs]) -> Logprobs:
-    """Consecutive stretches of one sequence as one."""
-    return Logprobs(
-        token_logprobs=[value for part in parts for value in part.token_logprobs],
-        ranks=[value for part in parts for value in part.ranks],
-        top_ids=[value for part in parts for value in part.top_ids],
-        top_logprobs=[value for part in parts for value in part.top_logprobs],
-    )

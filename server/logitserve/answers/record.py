@@ -1,99 +1,96 @@
-"""What one choice was told: by a single delta for a chunk, by all of them for a whole answer."""
+"""What an answer knows of one choice: of a single delta for a chunk, of all of them for a whole answer."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from logitengine.link.messages import LogitsRows, Logprobs, PromptOutput
+from logitengine.link.messages import LogitsRows, PromptOutput
 
-from logitserve.answers.generation import Delta
-from logitserve.answers.logits_wire import RowBlocks
-from logitserve.answers.logprobs import joined, prompt_entries
+from logitserve.answers.logprobs import LogprobsWriter, PromptLogprobs
+from logitserve.answers.row_blocks import RowBlocks
 from logitserve.jobs.job import Job
-from logitserve.protocol.rows import RowOptions
-from logitserve.state import Model
+from logitserve.text.choice import Delta
 
 
 class Record:
-    """Collects deltas of one choice; arrays are encoded as they come."""
+    """Collects deltas of one choice; rows and log-probabilities are written as they come.
 
-    def __init__(self, job: Job, model: Model, index: int) -> None:
+    Args:
+        logprobs: writer of the generated tokens' log-probabilities; None where the answer has none.
+    """
+
+    def __init__(self, job: Job, index: int, logprobs: LogprobsWriter | None = None) -> None:
         self._job = job
-        self._model = model
+        self._request = job.requests[index // job.n]
         self.index = index
-        self.prompt = job.prompts[index // job.body.n]
-        self.is_first_of_prompt = index % job.body.n == 0
+        self.prompt = job.prompts[index // job.n]
+        self.is_first_of_prompt = index % job.n == 0
         self._text: list[str] = []
         self.token_ids: list[int] = []
-        self.text_offsets: list[int] = []
-        self._logprobs: list[Logprobs] = []
-        self._prompt_logprobs: list[Logprobs] = []
-        self._prompt_offset: int | None = None
-        self._logits = _blocks(job.body.return_logits)
-        self._hidden_states = _blocks(job.body.return_hidden_states)
+        self._logprobs = logprobs
+        top = job.answer.prompt_logprobs
+        self._prompt_logprobs = None if top is None else PromptLogprobs(job.model.texts.table, top)
+        self._has_prompt = False
+        self._logits = RowBlocks(job.answer.logits_encoding)
+        self._hidden_states = RowBlocks(job.answer.hidden_states_encoding)
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
 
     def add(self, delta: Delta) -> None:
         self._text.append(delta.text)
         self.token_ids += delta.token_ids
-        self.text_offsets += delta.text_offsets
-        if delta.logprobs is not None:
-            self._logprobs.append(delta.logprobs)
+        if delta.logprobs is not None and self._logprobs is not None:
+            self._logprobs.add(delta.token_ids, delta.text_offsets, delta.logprobs)
         if delta.logits is not None:
             self._logits.add_generated(delta.logits)
         if delta.hidden_states is not None:
             self._hidden_states.add_generated(LogitsRows(values=delta.hidden_states))
         if delta.prompt is not None:
-            self._add_prompt(delta.prompt)
+            self.add_prompt(delta.prompt)
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
 
-    def _add_prompt(self, prompt: PromptOutput) -> None:
-        if self._prompt_offset is None:
-            self._prompt_offset = prompt.offset
+    def add_prompt(self, prompt: PromptOutput) -> None:
+        """Take in rows of the choice's prompt."""
+        self._has_prompt = True
         if prompt.logits is not None:
             self._logits.add_prompt(prompt.logits, prompt.offset)
         if prompt.hidden_states is not None:
             self._hidden_states.add_prompt(LogitsRows(values=prompt.hidden_states), prompt.offset)
+        if self._prompt_logprobs is None:
+            return
+        if prompt.offset == 0:
+            self._prompt_logprobs.add_first()
         if prompt.logprobs is not None:
-            self._prompt_logprobs.append(prompt.logprobs)
+            following = self.prompt.token_ids[prompt.offset + 1 :][: len(prompt.logprobs.ranks)]
+            self._prompt_logprobs.add(following, prompt.logprobs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows and log-probabilities that it holds."""
+        writers = (self._logprobs, self._prompt_logprobs, self._logits, self._hidden_states)
+        return sum(writer.nbytes for writer in writers if writer is not None)
 
     @property
     def text(self) -> str:
         return "".join(self._text)
 
-    @property
-    def logprobs(self) -> Logprobs:
-        """Log-probabilities of the generated tokens."""
-        return joined(self._logprobs)
+    def logprobs(self) -> dict[str, Any] | None:
+        """``logprobs`` of the choice."""
+        return None if self._logprobs is None else self._logprobs.finish()
 
-    @property
-    def prompt_offset(self) -> int | None:
-        """Position of the first prompt row collected, if any was."""
-        return self._prompt_offset
-
-    @property
-    def prompt_logprobs(self) -> Logprobs:
-        """Log-probabilities of the prompt tokens ``prompt_offset + 1`` and on."""
-        return joined(self._prompt_logprobs)
-
-    def prompt_entries(self) -> list[dict[str, Any] | None] | None:
-        """vLLM's prompt_logprobs, None for the first token; None where there are none to tell."""
-        offset = self._prompt_offset
-        if self._job.body.prompt_logprobs is None or offset is None:
-            return None
-        scores = self.prompt_logprobs
-        scored = self.prompt.token_ids[offset + 1 : offset + 1 + len(scores.ranks)]
-        first: list[dict[str, Any] | None] = [None] if offset == 0 else []
-        return first + prompt_entries(self._model.texts.table, scored, scores, self._job.body.prompt_logprobs)
+    def prompt_logprobs(self) -> dict[str, Any]:
+        """The member ``prompt_logprobs``, if there is one."""
+        if self._prompt_logprobs is None or not self._has_prompt:
+            return {}
+        return {"prompt_logprobs": self._prompt_logprobs.finish()}
 
     def rows(self) -> dict[str, Any]:
-        """``logits`` and ``hidden_states``, those that there are."""
+        """The members ``logits`` and ``hidden_states``, if there are any."""
         rows: dict[str, Any] = {}
-        logits = self._job.body.return_logits
+        logits = self._request.logits
         if logits is not None and not self._logits.is_empty:
-            caveat = {} if self._model.info.batch_invariant else {"batch_invariant": False}
+            caveat = {} if self._job.model.info.batch_invariant else {"batch_invariant": False}
             rows["logits"] = {"stage": logits.stage, **caveat, **self._logits.finish()}
         if not self._hidden_states.is_empty:
             rows["hidden_states"] = self._hidden_states.finish()
@@ -101,14 +98,10 @@ class Record:
 
     def extras(self) -> dict[str, Any]:
         """``token_ids``, ``logits``, ``hidden_states`` and ``stop_reason``, beyond what OpenAI defines."""
-        body = self._job.body
+        job = self._job
         extras: dict[str, Any] = {"stop_reason": self.stop_reason}
-        if body.return_token_ids or body.returns_rows:
+        if job.answer.return_token_ids or job.returns_rows:
             extras["token_ids"] = self.token_ids
-        if body.return_token_ids and self.is_first_of_prompt:
+        if job.answer.return_token_ids and self.is_first_of_prompt:
             extras["prompt_token_ids"] = self.prompt.token_ids
         return {**extras, **self.rows()}
-
-
-def _blocks(wanted: RowOptions | None) -> RowBlocks:
-    return RowBlocks("base64" if wanted is None else wanted.wire_encoding)

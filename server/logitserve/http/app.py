@@ -14,7 +14,17 @@ from logitserve.config import ServerConfig
 from logitserve.errors import install_error_handlers
 from logitserve.http.middleware import BodyLimit, DrainGate, KeyGate, RequestLog
 from logitserve.http.write_timeout import WriteTimeout
-from logitserve.routes import chat, completions, embeddings, health, logits, models, scores, tokens
+from logitserve.routes import (
+    chat,
+    completions,
+    embeddings,
+    health,
+    logits,
+    models,
+    perplexity,
+    rewards,
+    tokens,
+)
 from logitserve.state import ServerState
 
 
@@ -48,7 +58,7 @@ def create_app(engine: EngineProtocol, config: ServerConfig) -> FastAPI:
         redoc_url=None,
     )
     app.state.server = state
-    for noun in (chat, completions, logits, scores, embeddings, models, tokens, health):
+    for noun in (chat, completions, logits, perplexity, rewards, embeddings, models, tokens, health):
         app.include_router(noun.router)
     install_error_handlers(app)
     # The last one added is the outermost.

@@ -15,7 +15,7 @@ class Body(Protocol):
     """A pydantic model with a check across its fields."""
 
     @classmethod
-    def model_validate(cls, obj: Any, /) -> Self: ...
+    def model_validate(cls, obj: Any, /, *, context: Any) -> Self: ...
 
     @classmethod
     def model_json_schema(cls) -> dict[str, Any]: ...
@@ -37,8 +37,9 @@ class JsonBody(Generic[B]):
             document = orjson.loads(await request.body())
         except orjson.JSONDecodeError as error:
             raise BadRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+        config = request.app.state.server.config
         try:
-            body = self._model.model_validate(document)
+            body = self._model.model_validate(document, context=config)
         except ValidationError as error:
             raise from_validation(error) from None
         body.check()

@@ -12,9 +12,9 @@ from typing import Any, Self
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from logitserve.answers.generation import Counts
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError, from_exception, not_ready
+from logitserve.jobs.run import Counts
 from logitserve.state import ServerState
 
 access_logger = logging.getLogger("logitserve.access")

@@ -4,77 +4,78 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
 
-from logitserve.jobs.bounds import check_ids, check_length, too_large
-from logitserve.protocol.chat import Message
-from logitserve.protocol.inputs import InputBody, InputOrMessagesBody, Prompt
+from logitserve.errors import BadRequestError
 from logitserve.state import Model, ServerState
 
 
-@dataclass(frozen=True)
-class PreparedPrompt:
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Texts and lists of token ids that came in the field ``param``, a prompt each."""
+
+    param: str
+    prompts: Sequence[str | list[int]]
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages that the model's chat template makes one prompt of."""
+
+    param: ClassVar[str] = "messages"
+
+    messages: list[dict[str, Any]]
+    add_generation_prompt: bool
+    add_special_tokens: bool = False
+
+
+PromptSource = Texts | Conversation
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedPrompt:
     """A prompt's tokens, and its text where it came as text."""
 
     token_ids: list[int]
     text: str | None
 
 
-async def from_texts(
-    prompts: Sequence[Prompt], param: str, state: ServerState, *, add_special_tokens: bool
-) -> list[PreparedPrompt]:
-    """Each text or list of token ids as a prompt. Raises ApiError, naming ``param``."""
+async def tokenize(source: PromptSource, state: ServerState) -> list[TokenizedPrompt]:
+    """The prompts of ``source``, whatever ids the tokenizer gives. Raises ApiError, naming the source's field."""
     model = state.model()
-    if len(prompts) > state.config.max_batch_prompts:
-        raise too_large(param, len(prompts), state.config.max_batch_prompts, "prompts")
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            check_length(len(prompt), model, param)
-        else:
-            check_ids(prompt, model, param)
-
-    def tokenize() -> list[PreparedPrompt]:
-        return [_prepare(prompt, model, add_special_tokens=add_special_tokens) for prompt in prompts]
-
-    return _checked(await state.text_worker.run(tokenize, param=param), model, param)
+    if isinstance(source, Texts):
+        texts = [prompt for prompt in source.prompts if isinstance(prompt, str)]
+        _check_length(max(map(len, texts), default=0), model, source.param)
+        work = partial(_from_texts, source, model)
+    else:
+        _check_length(sum(len(message["content"]) for message in source.messages), model, source.param)
+        work = partial(_from_messages, source, model)
+    return await state.text_worker.run(work, param=source.param)
 
 
-def _checked(prompts: list[PreparedPrompt], model: Model, param: str) -> list[PreparedPrompt]:
-    """The prompts, whose tokens the model all has: a tokenizer may know more, from other models of its family."""
-    for prompt in prompts:
-        check_ids(prompt.token_ids, model, param)
-    return prompts
+def _from_texts(source: Texts, model: Model) -> list[TokenizedPrompt]:
+    encode = model.texts.encode
+    return [
+        TokenizedPrompt(encode(prompt, add_special_tokens=source.add_special_tokens), prompt)
+        if isinstance(prompt, str)
+        else TokenizedPrompt(prompt, None)
+        for prompt in source.prompts
+    ]
 
 
-def _prepare(prompt: Prompt, model: Model, *, add_special_tokens: bool) -> PreparedPrompt:
-    if isinstance(prompt, str):
-        return PreparedPrompt(model.texts.encode(prompt, add_special_tokens=add_special_tokens), prompt)
-    return PreparedPrompt(prompt, None)
+def _from_messages(source: Conversation, model: Model) -> list[TokenizedPrompt]:
+    text = model.texts.render(source.messages, add_generation_prompt=source.add_generation_prompt)
+    _check_length(len(text), model, source.param)
+    return [TokenizedPrompt(model.texts.encode(text, add_special_tokens=source.add_special_tokens), text)]
 
 
-async def from_messages(
-    messages: Sequence[Message], state: ServerState, *, add_generation_prompt: bool
-) -> PreparedPrompt:
-    """A conversation under the model's chat template. Raises ApiError."""
-    model = state.model()
-    fields = [message.for_template() for message in messages]
-    check_length(sum(len(message["content"]) for message in fields), model, "messages")
-
-    def tokenize() -> PreparedPrompt:
-        text = model.texts.render(fields, add_generation_prompt=add_generation_prompt)
-        check_length(len(text), model, "messages")
-        return PreparedPrompt(model.texts.encode(text, add_special_tokens=False), text)
-
-    (prompt,) = _checked([await state.text_worker.run(tokenize, param="messages")], model, "messages")
-    return prompt
-
-
-async def from_input(body: InputBody | InputOrMessagesBody, state: ServerState) -> list[PreparedPrompt]:
-    """What the body gives to read: its inputs, or its messages as the only one. Raises ApiError."""
-    if isinstance(body, InputOrMessagesBody) and body.messages is not None:
-        return [await from_messages(body.messages, state, add_generation_prompt=body.add_generation_prompt)]
-    return await from_texts(body.input or [], "input", state, add_special_tokens=body.add_special_tokens)
-
-
-def input_param(body: InputBody | InputOrMessagesBody) -> str:
-    """The field that the prompts came from."""
-    return "input" if body.input is not None else "messages"
+def _check_length(num_characters: int, model: Model, param: str) -> None:
+    """Refuse text that no tokens of the model can make short enough. Raises BadRequestError."""
+    if num_characters > model.longest_prompt:
+        raise BadRequestError(
+            f"'{param}' has {num_characters} characters; nothing over {model.longest_prompt} can fit the context.",
+            param=param,
+            code="context_length_exceeded",
+        )

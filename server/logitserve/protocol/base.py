@@ -43,10 +43,22 @@ CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
 """Prefixes are shared only by requests that bear the same: nobody else can tell from the timing what was asked."""
 
 
+MOST_MEMBERS = 100
+"""Members of one object, known or not: every unknown one is an error that validation keeps until its end."""
+
+
 class StrictModel(BaseModel):
     """No coercion: ``true`` is no integer, ``"1"`` no number, and NaN and infinity are no values."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bound_members(cls, members: Any) -> Any:
+        if isinstance(members, dict) and len(members) > MOST_MEMBERS:
+            msg = f"has {len(members)} members; no object has more than {MOST_MEMBERS}"
+            raise ValueError(msg)
+        return members
 
 
 class RequestBody(StrictModel):
@@ -57,7 +69,7 @@ class RequestBody(StrictModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_says_nothing(cls, body: Any) -> Any:
+    def _drop_neutral_fields(cls, body: Any) -> Any:
         if not isinstance(body, dict):
             return body
         known = cls.model_fields.keys() | cls.ignored | cls.refused

@@ -10,6 +10,7 @@ from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import IGNORED_FIELDS, NEUTRAL_VALUES, StrictModel
 from logitserve.protocol.generation import GenerationBody
+from logitserve.protocol.limits import at_most, at_most_items
 
 COMPLETIONS_ONLY = frozenset({"suffix", "best_of"})
 
@@ -29,7 +30,12 @@ class Message(StrictModel):
     """One message. Text parts are joined by newlines before the chat template sees them."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[TextPart], BeforeValidator(_as_parts)]
+    content: Annotated[
+        list[TextPart],
+        Field(fail_fast=True),
+        at_most_items("max_messages", "parts"),
+        BeforeValidator(_as_parts),
+    ]
     name: str | None = None
     tool_call_id: str | None = None
 
@@ -50,16 +56,19 @@ class Message(StrictModel):
         return fields
 
 
+Messages = Annotated[list[Message], Field(fail_fast=True), at_most_items("max_messages", "messages")]
+
+
 class ChatBody(GenerationBody):
     """The body of a chat request."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(IGNORED_FIELDS)
     refused: ClassVar[frozenset[str]] = frozenset(NEUTRAL_VALUES) - COMPLETIONS_ONLY
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=0, le=LARGEST_ID)
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0)
+    top_logprobs: Annotated[int | None, at_most("max_logprobs")] = Field(None, ge=0)
     add_generation_prompt: bool = True
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -10,9 +10,7 @@ from logitserve.errors import BadRequestError
 from logitserve.protocol.base import IGNORED_FIELDS, NEUTRAL_VALUES
 from logitserve.protocol.generation import GenerationBody
 from logitserve.protocol.inputs import Prompts
-
-MOST_COMPLETION_LOGPROBS = 5
-"""OpenAI's bound."""
+from logitserve.protocol.limits import at_most
 
 
 class CompletionBody(GenerationBody):
@@ -23,7 +21,7 @@ class CompletionBody(GenerationBody):
 
     prompt: Prompts
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MOST_COMPLETION_LOGPROBS)
+    logprobs: Annotated[int | None, at_most("max_completion_logprobs")] = Field(None, ge=0)
     add_special_tokens: bool = True
 
     def check(self) -> None:

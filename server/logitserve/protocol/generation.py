@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import CacheSalt, RequestBody, StrictModel
+from logitserve.protocol.limits import at_most, at_most_items, config_of, too_large
 from logitserve.protocol.rows import ReturnHiddenStates, ReturnLogits, TokenId, all_or_nothing
 
 SMALLEST_SEED = -(2**63)
@@ -19,8 +20,25 @@ def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _bounded_length(stop: list[str], info: ValidationInfo) -> list[str]:
+    longest, limit = max(map(len, stop), default=0), config_of(info).max_stop_length
+    if longest > limit:
+        raise too_large("stop", longest, limit, "characters long")
+    return stop
+
+
+StopStrings = Annotated[
+    list[str],
+    Field(fail_fast=True),
+    AfterValidator(_bounded_length),
+    at_most_items("max_stop", "strings"),
+    BeforeValidator(_one_or_many),
+]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
 class StreamOptions(StrictModel):
-    """How a stream is told; ``include_obfuscation`` is accepted and pads nothing."""
+    """Options of a stream; ``include_obfuscation`` is accepted and pads nothing."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
@@ -37,33 +55,35 @@ class SamplingBody(RequestBody):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
-    stop: Annotated[list[str], BeforeValidator(_one_or_many)] = Field([])
+    stop: StopStrings = Field([])
     seed: int | None = Field(None, ge=SMALLEST_SEED, le=LARGEST_SEED)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] = Field({})
+    logit_bias: Annotated[dict[str, Bias], at_most_items("max_logit_bias", "entries")] = Field({})
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     min_tokens: int = Field(0, ge=0, le=LARGEST_ID)
-    stop_token_ids: list[TokenId] = Field([])
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True), at_most_items("max_stop", "ids")] = Field(
+        []
+    )
     ignore_eos: bool = False
     cache_salt: CacheSalt | None = None
 
     def check(self) -> None:
-        """What no single field shows. Raises BadRequestError with the field to change."""
+        """Check what no single field shows. Raises BadRequestError with the field to change."""
         if any(not text for text in self.stop):
             raise BadRequestError("'stop' holds an empty string.", param="stop")
 
 
 class GenerationBody(SamplingBody):
-    """What chat and completions add: choices, streaming, and what to report beside the text."""
+    """Fields that chat and completions add: choices, streaming, and what to report beside the text."""
 
-    n: int = Field(1, ge=1)
+    n: Annotated[int, at_most("max_n")] = Field(1, ge=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
     top_k: int = Field(0, ge=-1, le=LARGEST_ID)
     skip_special_tokens: bool = True
     return_token_ids: bool = False
-    prompt_logprobs: int | None = Field(None, ge=0)
+    prompt_logprobs: Annotated[int | None, at_most("max_prompt_logprobs")] = Field(None, ge=0)
     return_logits: Annotated[ReturnLogits | None, BeforeValidator(all_or_nothing)] = None
     return_hidden_states: Annotated[ReturnHiddenStates | None, BeforeValidator(all_or_nothing)] = None
 
@@ -71,20 +91,9 @@ class GenerationBody(SamplingBody):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    @property
-    def returns_rows(self) -> bool:
-        """Whether rows come back, and with them the ids of the tokens that they belong to."""
-        return self.return_logits is not None or self.return_hidden_states is not None
-
-    @property
-    def wants_prompt(self) -> bool:
-        """Whether anything is asked about the prompt's own positions."""
-        rows = (self.return_logits, self.return_hidden_states)
-        return self.prompt_logprobs is not None or any(wanted and wanted.wants_prompt for wanted in rows)
-
     def check(self) -> None:
         super().check()
         if self.stream_options is not None and not self.stream:
             raise BadRequestError("'stream_options' needs 'stream' to be true.", param="stream_options")
         if self.return_logits is not None:
-            self.return_logits.check_logits()
+            self.return_logits.check_columns("return_logits.")

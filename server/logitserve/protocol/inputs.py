@@ -1,30 +1,39 @@
-"""``input``, or ``messages`` in its place: what the endpoints read that score a prompt instead of continuing it."""
+"""``input``, or ``messages`` in its place: the fields of endpoints that read a prompt and do not continue it."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, PlainValidator
+from pydantic import Field, PlainValidator, ValidationInfo
 
 from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import IGNORED_FIELDS, CacheSalt, RequestBody
-from logitserve.protocol.chat import Message
+from logitserve.protocol.chat import Messages
+from logitserve.protocol.limits import config_of, too_large
+from logitserve.protocol.rows import MOST_TOKEN_IDS
 
 Prompt = str | list[int]
 
 
 def is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item <= LARGEST_ID for item in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= MOST_TOKEN_IDS
+        and all(type(item) is int and 0 <= item <= LARGEST_ID for item in value)
+    )
 
 
-def _as_prompts(value: Any) -> list[Prompt]:
+def _as_prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
     """A string, token ids, or a list of either, as a list of prompts."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
         if isinstance(value[0], int) and is_token_ids(value):
             return [value]
+        limit = config_of(info).max_batch_prompts
+        if len(value) > limit and isinstance(value[0], str | list):
+            raise too_large(str(info.field_name), len(value), limit, "prompts")
         if all(isinstance(item, str) for item in value):
             return list(value)
         if all(isinstance(item, list) and is_token_ids(item) for item in value):
@@ -47,7 +56,7 @@ class InputBody(RequestBody):
     cache_salt: CacheSalt | None = None
 
     def check(self) -> None:
-        """What no single field shows. Raises BadRequestError with the field to change."""
+        """Check what no single field shows. Raises BadRequestError with the field to change."""
 
 
 class InputOrMessagesBody(RequestBody):
@@ -57,12 +66,12 @@ class InputOrMessagesBody(RequestBody):
 
     model: str | None = None
     input: Prompts | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Messages | None = Field(None, min_length=1)
     add_special_tokens: bool = True
     add_generation_prompt: bool = False
     cache_salt: CacheSalt | None = None
 
     def check(self) -> None:
-        """Raises BadRequestError unless exactly one of ``input`` and ``messages`` is given."""
+        """Raise BadRequestError unless exactly one of ``input`` and ``messages`` is given."""
         if (self.input is None) == (self.messages is None):
             raise BadRequestError("Exactly one of 'input' and 'messages' is needed.", param="input")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import StrictModel
+from logitserve.protocol.limits import at_most_of
+
+MOST_TOKEN_IDS = 1 << 20
+"""Ids in one list: more than any vocabulary or context has. The model's own bounds are checked later."""
 
 TokenId = Annotated[int, Field(ge=0, le=LARGEST_ID)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True), at_most_of(MOST_TOKEN_IDS, "ids")]
 Encoding = Literal["base64", "list"]
 
 
@@ -21,60 +26,38 @@ def all_or_nothing(value: Any) -> Any:
     return None if value is False else value
 
 
-class RowOptions(StrictModel):
-    """What logits and hidden states have in common."""
+class RowFields(StrictModel):
+    """Members that logits and hidden states have in common."""
 
     positions: Literal["generated", "prompt", "all"] = "generated"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     encoding: Encoding | None = None
 
-    @property
-    def wire_encoding(self) -> Encoding:
-        return self.encoding or "base64"
 
-    @property
-    def wants_prompt(self) -> bool:
-        return self.positions != "generated"
-
-    @property
-    def wants_generated(self) -> bool:
-        return self.positions != "prompt"
-
-
-class ReturnHiddenStates(RowOptions):
+class ReturnHiddenStates(RowFields):
     """Which hidden states to return: the last layer's, after the final norm."""
 
 
-class ReturnLogits(RowOptions):
+class ReturnLogits(RowFields):
     """Which logits to return. ``top_k`` and ``token_ids`` exclude each other."""
-
-    path: ClassVar[str] = "return_logits"
-    """Where in a request these options stand, for errors."""
 
     stage: Literal["raw", "processed"] = "raw"
     top_k: int | None = Field(None, ge=1)
-    token_ids: list[TokenId] | None = Field(None, min_length=1)
+    token_ids: TokenIds | None = Field(None, min_length=1)
 
     @property
-    def wire_encoding(self) -> Encoding:
-        """``encoding``, by default base64 for the whole vocabulary and list for chosen columns."""
-        if self.encoding is not None:
-            return self.encoding
+    def default_encoding(self) -> Encoding:
+        """base64 for the whole vocabulary and list for chosen columns."""
         return "base64" if self.top_k is None and self.token_ids is None else "list"
 
-    @classmethod
-    def field(cls, name: str) -> str:
-        return f"{cls.path}.{name}" if cls.path else name
-
-    def check_logits(self) -> None:
-        """Raises BadRequestError for members that contradict each other."""
+    def check_columns(self, prefix: str) -> None:
+        """Raise BadRequestError for members that contradict each other; ``prefix`` is where they stand in the body."""
         if self.top_k is not None and self.token_ids is not None:
             raise BadRequestError(
-                f"'{self.field('top_k')}' and '{self.field('token_ids')}' exclude each other.",
-                param=self.field("top_k"),
+                f"'{prefix}top_k' and '{prefix}token_ids' exclude each other.", param=f"{prefix}top_k"
             )
-        if self.stage == "processed" and self.wants_prompt:
+        if self.stage == "processed" and self.positions != "generated":
             raise BadRequestError(
-                f"'{self.field('stage')}' \"processed\" exists for generated rows only: the prompt was not sampled.",
-                param=self.field("stage"),
+                f"'{prefix}stage' \"processed\" exists for generated rows only: the prompt was not sampled.",
+                param=f"{prefix}stage",
             )

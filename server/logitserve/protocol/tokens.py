@@ -6,8 +6,8 @@ from pydantic import Field
 
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import RequestBody
-from logitserve.protocol.chat import Message
-from logitserve.protocol.rows import TokenId
+from logitserve.protocol.chat import Messages
+from logitserve.protocol.rows import TokenIds
 
 
 class TokenizeBody(RequestBody):
@@ -15,13 +15,13 @@ class TokenizeBody(RequestBody):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Messages | None = Field(None, min_length=1)
     add_special_tokens: bool | None = None
     add_generation_prompt: bool = True
     return_token_strs: bool = False
 
     def check(self) -> None:
-        """Raises BadRequestError unless exactly one of ``prompt`` and ``messages`` is given."""
+        """Raise BadRequestError unless exactly one of ``prompt`` and ``messages`` is given."""
         if (self.prompt is None) == (self.messages is None):
             raise BadRequestError("Exactly one of 'prompt' and 'messages' is needed.", param="prompt")
 
@@ -30,7 +30,7 @@ class DetokenizeBody(RequestBody):
     """Token ids to turn into text, special tokens included."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: TokenIds
 
     def check(self) -> None:
-        """Nothing beyond the single fields."""
+        """Check nothing: single fields are all there is."""

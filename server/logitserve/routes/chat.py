@@ -7,10 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from logitserve.answers.answering import respond
 from logitserve.answers.chat import ChatAnswer
+from logitserve.answers.response import respond
 from logitserve.http.body import JsonBody, documented
-from logitserve.jobs.job import prepare_chat
+from logitserve.jobs.job import make_job
+from logitserve.jobs.options import chat_options
 from logitserve.protocol.chat import ChatBody
 from logitserve.state import StateDep
 
@@ -22,5 +23,5 @@ async def create_chat_completion(
     body: Annotated[ChatBody, Depends(JsonBody(ChatBody))], state: StateDep, request: Request
 ) -> Response:
     """Continue a conversation."""
-    job = await prepare_chat(body, state)
-    return await respond(job, ChatAnswer(job, state.model()), state, request)
+    job = await make_job(chat_options(body), state)
+    return await respond(job, ChatAnswer(job), state, request)

@@ -7,10 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
-from logitserve.answers.answering import respond
 from logitserve.answers.completion import CompletionAnswer
+from logitserve.answers.response import respond
 from logitserve.http.body import JsonBody, documented
-from logitserve.jobs.job import prepare_completion
+from logitserve.jobs.job import make_job
+from logitserve.jobs.options import completion_options
 from logitserve.protocol.completions import CompletionBody
 from logitserve.state import StateDep
 
@@ -22,5 +23,5 @@ async def create_completion(
     body: Annotated[CompletionBody, Depends(JsonBody(CompletionBody))], state: StateDep, request: Request
 ) -> Response:
     """Continue one or more prompts as they are, without a chat template."""
-    job = await prepare_completion(body, state)
-    return await respond(job, CompletionAnswer(job, state.model(), body), state, request)
+    job = await make_job(completion_options(body), state)
+    return await respond(job, CompletionAnswer(job), state, request)

@@ -9,14 +9,22 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
-from logitengine.link.messages import HeadSpec
+from logitengine.link.messages import OutputSpec
 
-from logitserve.answers.scores import EmbeddingScore, PooledScore, PoolingScore, ValuesScore, choose_head
+from logitserve.answers.readouts import (
+    EmbeddingReadout,
+    HeadValues,
+    PooledStates,
+    PoolingReadout,
+    ReadoutsAnswer,
+    choose_head,
+)
+from logitserve.answers.response import respond
 from logitserve.http.body import JsonBody, documented
-from logitserve.http.middleware import LogFields
-from logitserve.jobs.bounds import too_large
-from logitserve.jobs.scoring import Asked, respond_scored
-from logitserve.protocol.scores import EmbeddingsBody, PoolingBody
+from logitserve.jobs.job import make_job
+from logitserve.jobs.options import head_outputs, reading_options
+from logitserve.protocol.limits import too_large
+from logitserve.protocol.readouts import EmbeddingsBody, PoolingBody
 from logitserve.state import StateDep
 
 router = APIRouter(tags=["embeddings"])
@@ -30,8 +38,9 @@ async def create_embeddings(
     hidden_size = state.model().info.hidden_size
     if body.dimensions is not None and body.dimensions > hidden_size:
         raise too_large("dimensions", body.dimensions, hidden_size)
-    new_score = partial(EmbeddingScore, body.dimensions, body.encoding_format, normalize=body.normalize)
-    return await respond_scored(body, Asked(pooling=body.pooling), new_score, {}, state, request)
+    job = await make_job(reading_options(body, OutputSpec(pooling=body.pooling)), state)
+    new_readout = partial(EmbeddingReadout, body.dimensions, body.encoding_format, normalize=body.normalize)
+    return await respond(job, ReadoutsAnswer(job, new_readout), state, request)
 
 
 @router.post("/pooling", openapi_extra=documented(PoolingBody))
@@ -40,13 +49,13 @@ async def create_pooling(
 ) -> Response:
     """A head's last values for each input, or the last token's hidden states where there is no head."""
     model = state.model()
+    source: type[HeadValues | PooledStates]
     if body.head is None and not model.info.heads:
-        asked = Asked(pooling="last")
-        new_score = partial(PoolingScore, PooledScore, body.encoding_format)
+        outputs, source = OutputSpec(pooling="last"), PooledStates
     else:
-        asked = Asked(head=HeadSpec(name=choose_head(body.head, model)))
-        new_score = partial(PoolingScore, ValuesScore, body.encoding_format)
+        outputs, source = head_outputs(choose_head(body.head, model)), HeadValues
+    job = await make_job(reading_options(body, outputs), state)
     answer_id = f"pool-{uuid.uuid4().hex}"
-    LogFields.of(request.scope).answer_id = answer_id
     extras = {"id": answer_id, "created": int(time.time())}
-    return await respond_scored(body, asked, new_score, extras, state, request)
+    new_readout = partial(PoolingReadout, source, body.encoding_format)
+    return await respond(job, ReadoutsAnswer(job, new_readout, extras, answer_id), state, request)

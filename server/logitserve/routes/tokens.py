@@ -7,9 +7,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 
 from logitserve.http.body import JsonBody, documented
-from logitserve.jobs.bounds import check_ids, check_length, too_large
+from logitserve.jobs.limits import check_ids
+from logitserve.jobs.options import tokenize_prompts
+from logitserve.jobs.prompts import tokenize as tokenize_source
+from logitserve.protocol.limits import too_large
 from logitserve.protocol.tokens import DetokenizeBody, TokenizeBody
-from logitserve.state import Model, ModelDep, StateDep
+from logitserve.state import ModelDep, StateDep
 
 router = APIRouter(tags=["tokens"])
 
@@ -20,12 +23,8 @@ async def tokenize(
 ) -> dict[str, Any]:
     """The tokens of a prompt, or of messages under the chat template."""
     model.check_name(body.model)
-    param = "prompt" if body.prompt is not None else "messages"
-
-    def work() -> list[int]:
-        return _tokens(body, model, param)
-
-    ids = await state.text_worker.run(work, param=param)
+    (prompt,) = await tokenize_source(tokenize_prompts(body), state)
+    ids = prompt.token_ids
     return {
         "count": len(ids),
         "max_model_len": model.info.max_model_len,
@@ -44,13 +43,3 @@ async def detokenize(
         raise too_large("tokens", len(body.tokens), model.info.max_model_len, "ids")
     check_ids(body.tokens, model, "tokens")
     return {"prompt": await state.text_worker.run(lambda: model.texts.decode(body.tokens), param="tokens")}
-
-
-def _tokens(body: TokenizeBody, model: Model, param: str) -> list[int]:
-    if body.prompt is not None:
-        check_length(len(body.prompt), model, param)
-        return model.texts.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-    messages = [message.for_template() for message in body.messages or []]
-    check_length(sum(len(message["content"]) for message in messages), model, param)
-    text = model.texts.render(messages, add_generation_prompt=body.add_generation_prompt)
-    return model.texts.encode(text, add_special_tokens=body.add_special_tokens is True)

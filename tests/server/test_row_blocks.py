@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from logitengine.link.messages import Array, LogitsRows
-from logitserve.answers.logits_wire import BlockWriter
+from logitserve.answers.json_pieces import dumps
+from logitserve.answers.row_blocks import BlockWriter
 from logitserve.protocol.rows import Encoding
 
 # All of them survive bfloat16.
@@ -32,7 +33,7 @@ def written(parts: list[LogitsRows], encoding: Encoding) -> dict[str, Any]:
     writer = BlockWriter(encoding)
     for part in parts:
         writer.add(part)
-    block: dict[str, Any] = orjson.loads(orjson.dumps(writer.finish()))
+    block: dict[str, Any] = orjson.loads(b"".join(dumps(writer.finish())))
     return block
 
 

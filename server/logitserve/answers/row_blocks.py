@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import orjson
 import pybase64
 from logitengine.link.messages import Array, LogitsRows
 from numpy.typing import NDArray
 
+from logitserve.answers.json_pieces import JsonArray, JsonPieces
 from logitserve.protocol.rows import Encoding
 
 
@@ -39,8 +39,13 @@ class BlockWriter:
             self._has_columns = True
             self._token_ids.add(rows.token_ids)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows as they are written."""
+        return self._values.nbytes + self._token_ids.nbytes
+
     def finish(self) -> dict[str, Any]:
-        """The block. Its large members are orjson fragments."""
+        """The block, for `json_pieces.dumps`."""
         block: dict[str, Any] = {
             "shape": [self._num_rows, self._width],
             "dtype": self._dtype,
@@ -67,6 +72,11 @@ class RowBlocks:
     def is_empty(self) -> bool:
         return self._generated is None and self._prompt is None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows as they are written."""
+        return sum(block.nbytes for block in (self._generated, self._prompt) if block is not None)
+
     def add_generated(self, rows: LogitsRows) -> None:
         if self._generated is None:
             self._generated = BlockWriter(self._encoding)
@@ -92,33 +102,38 @@ class _Base64Column:
     """Base64 of several arrays end to end: what does not fill three bytes waits for the next."""
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
+        self._pieces: list[bytes] = []
         self._rest = b""
+        self.nbytes = 0
 
     def add(self, array: Array) -> None:
         data = memoryview(array.data).cast("B")
         if self._rest:
             data = memoryview(self._rest + bytes(data))
         whole = len(data) - len(data) % 3
-        self._parts.append(pybase64.b64encode(data[:whole]))
+        self._pieces.append(pybase64.b64encode(data[:whole]))
+        self.nbytes += len(self._pieces[-1])
         self._rest = bytes(data[whole:])
 
-    def finish(self) -> orjson.Fragment:
-        return orjson.Fragment(b"".join([b'"', *self._parts, pybase64.b64encode(self._rest), b'"']))
+    def finish(self) -> JsonPieces:
+        return JsonPieces([b'"', *self._pieces, pybase64.b64encode(self._rest), b'"'])
 
 
 class _ListColumn:
     """Nested lists, one row at a time."""
 
     def __init__(self) -> None:
-        self._rows: list[bytes] = []
+        self._rows = JsonArray()
+
+    @property
+    def nbytes(self) -> int:
+        return self._rows.nbytes
 
     def add(self, array: Array) -> None:
-        for row in to_numpy(array):
-            self._rows.append(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY))
+        self._rows.extend(to_numpy(array))
 
-    def finish(self) -> orjson.Fragment:
-        return orjson.Fragment(b"[" + b",".join(self._rows) + b"]")
+    def finish(self) -> JsonPieces:
+        return self._rows.finish()
 
 
 def _column(encoding: Encoding) -> _Base64Column | _ListColumn:

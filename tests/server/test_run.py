@@ -7,10 +7,12 @@ import asyncio
 import msgspec
 import pytest
 from logitengine.link.messages import GenerationRequest, StepOutput
-from logitserve.answers.generation import Generation
-from logitserve.jobs.job import prepare_completion
+from logitserve.answers.answer import usage
+from logitserve.jobs.job import Job, make_job
+from logitserve.jobs.options import completion_options
+from logitserve.jobs.run import RunningJob
 from logitserve.protocol.completions import CompletionBody
-from scripted_engine import OpenApp, Step
+from scripted_engine import App, OpenApp, Step
 
 pytestmark = pytest.mark.anyio
 
@@ -21,30 +23,31 @@ def script(request: GenerationRequest) -> list[Step]:
     return [first, asyncio.get_running_loop().create_future()]
 
 
+async def job_of(app: App, **body: object) -> Job:
+    validated = CompletionBody.model_validate(body, context=app.state.config)
+    return await make_job(completion_options(validated), app.state)
+
+
 @pytest.mark.parametrize("prompts", [1, 3])
 async def test_closing_the_deltas_closes_every_request(open_app: OpenApp, prompts: int) -> None:
     """Also one whose next output nobody waits for."""
     async with open_app(script) as app:
-        body = CompletionBody.model_validate({"prompt": ["Hi"] * prompts})
-        job = await prepare_completion(body, app.state)
-        generation = Generation(app.engine, job, app.state.model().texts.table)
-        deltas = generation.deltas()
+        running = RunningJob(await job_of(app, prompt=["Hi"] * prompts), app.engine, app.state.held_bytes)
+        deltas = running.deltas()
         seen = {(await anext(deltas)).index for _ in range(prompts)}
         assert seen == set(range(prompts))
         assert app.engine.num_open == prompts
         await deltas.aclose()
         assert app.engine.num_open == 0
-        usage = generation.counts.usage()
-        assert usage["prompt_tokens_details"] == {"cached_tokens": prompts}
-        assert usage["completion_tokens"] == prompts
+        told = usage(running.counts)
+        assert told["prompt_tokens_details"] == {"cached_tokens": prompts}
+        assert told["completion_tokens"] == prompts
 
 
 async def test_unseeded_prompts_of_a_batch_draw_their_own_seeds(open_app: OpenApp) -> None:
     async with open_app(script) as app:
-        unseeded = await prepare_completion(CompletionBody.model_validate({"prompt": ["Hi"] * 2}), app.state)
-        seeded = await prepare_completion(
-            CompletionBody.model_validate({"prompt": ["Hi"] * 2, "seed": -1}), app.state
-        )
+        unseeded = await job_of(app, prompt=["Hi"] * 2)
+        seeded = await job_of(app, prompt=["Hi"] * 2, seed=-1)
     assert len({request.sampling.seed for request in unseeded.requests}) == 2
     assert {request.sampling.seed for request in seeded.requests} == {2**64 - 1}
 

@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logitengine.errors import EngineDeadError, EngineError, EngineOverloadedError
 from logitengine.link.messages import GenerationRequest, ModelInfo, SamplingParams, StepOutput
-from logitserve.jobs.streams import outputs_of
+from logitserve.held_bytes import HeldBytes
+from logitserve.jobs.limits import RowBytes
+from logitserve.jobs.outputs import outputs_of
 from scripted_engine import ScriptedEngine, Step
 
 pytestmark = pytest.mark.anyio
@@ -67,7 +69,7 @@ def requests(count: int, n: int) -> list[GenerationRequest]:
 async def answered(engine: ScriptedEngine, wanted: list[GenerationRequest]) -> Counter[int]:
     """How often each request's end was told."""
     ends: Counter[int] = Counter()
-    async for number, output in outputs_of(engine, wanted, largest_nbytes=0):
+    async for number, output in outputs_of(engine, wanted, RowBytes(0, 0), HeldBytes(1 << 20)):
         assert output.request_id == wanted[number].request_id
         ends[number] += output.finish_reason is not None
     return ends
@@ -107,7 +109,7 @@ async def test_a_job_that_has_begun_waits_while_somebody_else_fills_the_queue(mo
 
     told: list[int] = []
     engine = ScriptedEngine(model_info, script)
-    async for number, output in outputs_of(engine, wanted, largest_nbytes=0):
+    async for number, output in outputs_of(engine, wanted, RowBytes(0, 0), HeldBytes(1 << 20)):
         if output.finish_reason is not None:
             told.append(number)
     assert sorted(told) == list(range(6))

@@ -1,21 +1,75 @@
-"""What a prompt is reduced to: its likelihood, the values of a head, a pooled vector."""
+"""Answers of prompts that are read and not continued: a likelihood, a head's values or a pooled vector for each."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pybase64
 from logitengine.link.messages import PromptOutput
 from numpy.typing import NDArray
 
-from logitserve.answers.logits_wire import to_numpy
+from logitserve.answers.json_pieces import dumps
+from logitserve.answers.row_blocks import to_numpy
 from logitserve.errors import ApiError, BadRequestError
+from logitserve.jobs.job import Job
+from logitserve.jobs.run import Counts
 from logitserve.state import Model
+from logitserve.text.choice import Delta
 
 
-class PerplexityScore:
+class Readout(Protocol):
+    """What is kept of one prompt's rows, which are reduced as they come."""
+
+    def add(self, prompt: PromptOutput) -> None:
+        """Take in rows of the prompt."""
+
+    def entry(self) -> dict[str, Any]:
+        """The prompt's object in the answer, once all of its rows were added."""
+
+
+class ReadoutsAnswer:
+    """An Answer with one object for each prompt.
+
+    Args:
+        new_readout: makes a prompt's.
+        extras: members of the answer beside its ``data``.
+    """
+
+    nbytes = 0
+
+    def __init__(
+        self,
+        job: Job,
+        new_readout: Callable[[], Readout],
+        extras: dict[str, Any] | None = None,
+        answer_id: str | None = None,
+    ) -> None:
+        self.id = answer_id
+        self.media_type = "application/json"
+        self._job = job
+        self._readouts = [new_readout() for _ in job.requests]
+        self._extras = extras or {}
+
+    def add(self, delta: Delta) -> Sequence[bytes]:
+        if delta.prompt is not None:
+            self._readouts[delta.index].add(delta.prompt)
+        return ()
+
+    def end(self, counts: Counts) -> Sequence[bytes]:
+        data = [{**readout.entry(), "index": index} for index, readout in enumerate(self._readouts)]
+        usage = {"prompt_tokens": counts.prompt, "total_tokens": counts.prompt}
+        return dumps(
+            {"object": "list", "model": self._job.model_name, **self._extras, "data": data, "usage": usage}
+        )
+
+    def fail(self, error: ApiError) -> None:
+        """Nothing: a whole body fails before it begins."""
+
+
+class PerplexityReadout:
     """The negative log-likelihood of every token but the first, in natural logarithms."""
 
     def __init__(self) -> None:
@@ -39,7 +93,7 @@ class PerplexityScore:
         }
 
 
-class ValuesScore:
+class HeadValues:
     """A head's numbers at the positions asked for: [positions, outputs]."""
 
     def __init__(self) -> None:
@@ -60,7 +114,7 @@ class ValuesScore:
         return np.concatenate(self._values)
 
 
-class RewardScore(ValuesScore):
+class RewardReadout(HeadValues):
     """The last value as the reward; a head with one output gives scalars."""
 
     def __init__(self, *, return_values: bool) -> None:
@@ -78,7 +132,7 @@ def _scalars(values: NDArray[Any]) -> Any:
     return np.ascontiguousarray(kept) if kept.ndim else kept[()]
 
 
-class PooledScore:
+class PooledStates:
     """A prompt's pooled hidden states: [H]."""
 
     def __init__(self) -> None:
@@ -93,7 +147,7 @@ class PooledScore:
         return self._pooled
 
 
-class EmbeddingScore(PooledScore):
+class EmbeddingReadout(PooledStates):
     """The pooled vector, cut to ``dimensions`` and then brought to length 1 where that is asked for."""
 
     def __init__(
@@ -111,11 +165,11 @@ class EmbeddingScore(PooledScore):
         return {"object": "embedding", "embedding": encoded(vector, self._encoding_format)}
 
 
-class PoolingScore:
+class PoolingReadout:
     """A head's last values, or without a head the last token's hidden states, in the shape of /pooling."""
 
     def __init__(
-        self, source: type[ValuesScore | PooledScore], encoding_format: Literal["float", "base64"]
+        self, source: type[HeadValues | PooledStates], encoding_format: Literal["float", "base64"]
     ) -> None:
         self._source = source()
         self._encoding_format = encoding_format
@@ -124,7 +178,7 @@ class PoolingScore:
         self._source.add(prompt)
 
     def entry(self) -> dict[str, Any]:
-        numbers = self._source.last if isinstance(self._source, ValuesScore) else self._source.vector
+        numbers = self._source.last if isinstance(self._source, HeadValues) else self._source.vector
         return {"object": "pooling", "data": encoded(numbers, self._encoding_format)}
 
 

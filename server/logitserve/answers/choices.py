@@ -1,0 +1,122 @@
+"""What chat and completions answers share: choices in an envelope, as events of a stream or as one document."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+from logitserve.answers.answer import usage
+from logitserve.answers.json_pieces import dumps
+from logitserve.answers.record import Record
+from logitserve.errors import ApiError
+from logitserve.jobs.job import Job
+from logitserve.jobs.run import Counts
+from logitserve.text.choice import Delta
+
+DONE = b"data: [DONE]\n\n"
+
+R = TypeVar("R", bound=Record)
+
+
+class ChoicesAnswer(ABC, Generic[R]):
+    """An Answer with choices. A subclass gives a choice its shape."""
+
+    id_prefix: ClassVar[str]
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.id: str | None = f"{self.id_prefix}-{uuid.uuid4().hex}"
+        self.media_type = "text/event-stream" if job.answer.stream else "application/json"
+        self._created = int(time.time())
+        self._begun: set[int] = set()
+        self._records: list[R] = []
+        if not job.answer.stream:
+            self._records = [self.record(index) for index in range(job.num_choices)]
+
+    @abstractmethod
+    def record(self, index: int) -> R:
+        """What will be known of a choice."""
+
+    @abstractmethod
+    def chunk_choice(self, record: R, *, is_first: bool) -> dict[str, Any]:
+        """A chunk's choice; ``is_first`` for the first chunk of that choice."""
+
+    @abstractmethod
+    def whole_choice(self, record: R) -> dict[str, Any]:
+        """A whole answer's choice."""
+
+    def opening_choice(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002 - for subclasses
+        """The choice of a chunk that goes before the first of choice ``index``, where the shape has one."""
+        return None
+
+    def envelope_extras(self, record: R) -> dict[str, Any]:  # noqa: ARG002 - for subclasses
+        """Members beside ``choices`` that a choice's record brings."""
+        return {}
+
+    # As an Answer.
+
+    @property
+    def nbytes(self) -> int:
+        return sum(record.nbytes for record in self._records)
+
+    def add(self, delta: Delta) -> Sequence[bytes]:
+        if not self.job.answer.stream:
+            self._records[delta.index].add(delta)
+            return ()
+        return self._events(delta) if self._says_something(delta) else ()
+
+    def end(self, counts: Counts) -> Sequence[bytes]:
+        if self.job.answer.stream:
+            with_usage = {**self._envelope(self.chunk_object, []), "usage": usage(counts)}
+            return [event(with_usage), DONE] if self.job.answer.include_usage else [DONE]
+        document = self._envelope(self.whole_object, [self.whole_choice(record) for record in self._records])
+        document["usage"] = usage(counts)
+        for record in self._records:
+            document.update(self.envelope_extras(record))
+        return dumps(document)
+
+    def fail(self, error: ApiError) -> Sequence[bytes]:
+        """One event with the error, and no [DONE]."""
+        return [event(error.body())]
+
+    # Chunks.
+
+    def _says_something(self, delta: Delta) -> bool:
+        """Whether the delta has text, or something that was asked for beside the text."""
+        job = self.job
+        with_tokens = job.answer.return_token_ids or job.returns_rows or delta.logprobs is not None
+        return bool(delta.parts or delta.finish_reason or delta.prompt or (with_tokens and delta.token_ids))
+
+    def _events(self, delta: Delta) -> list[bytes]:
+        """The delta as a chunk, after the choice's opening chunk if it is the first."""
+        is_first = delta.index not in self._begun
+        self._begun.add(delta.index)
+        opening = self.opening_choice(delta.index) if is_first else None
+        record = self.record(delta.index)
+        record.add(delta)
+        chunk = self._chunk(self.chunk_choice(record, is_first=is_first))
+        chunk.update(self.envelope_extras(record))
+        return [event(chunk)] if opening is None else [event(self._chunk(opening)), event(chunk)]
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        envelope = self._envelope(self.chunk_object, [choice])
+        return {**envelope, "usage": None} if self.job.answer.include_usage else envelope
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self.job.model_name,
+            "choices": choices,
+        }
+
+
+def event(document: dict[str, Any]) -> bytes:
+    """One server-sent event of JSON, which holds no line break."""
+    return b"".join([b"data: ", *dumps(document), b"\n\n"])

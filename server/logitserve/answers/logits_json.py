@@ -1,0 +1,48 @@
+"""``/v1/logits`` as JSON: the rows of each input in one body."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from logitserve.answers.answer import usage
+from logitserve.answers.json_pieces import dumps
+from logitserve.answers.record import Record
+from logitserve.errors import ApiError
+from logitserve.jobs.job import Job
+from logitserve.jobs.run import Counts
+from logitserve.text.choice import Delta
+
+
+class LogitsAnswer:
+    """An Answer with one object for each input."""
+
+    def __init__(self, job: Job) -> None:
+        self.id: str | None = None
+        self.media_type = "application/json"
+        self._job = job
+        self._records = [Record(job, index) for index in range(job.num_choices)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(record.nbytes for record in self._records)
+
+    def add(self, delta: Delta) -> Sequence[bytes]:
+        self._records[delta.index].add(delta)
+        return ()
+
+    def end(self, counts: Counts) -> Sequence[bytes]:
+        data = [
+            {
+                "object": "logits",
+                "index": record.index,
+                "token_ids": record.token_ids,
+                "prompt_token_ids": record.prompt.token_ids,
+                **record.rows(),
+                "finish_reason": record.finish_reason,
+            }
+            for record in self._records
+        ]
+        return dumps({"object": "list", "model": self._job.model_name, "data": data, "usage": usage(counts)})
+
+    def fail(self, error: ApiError) -> None:
+        """Nothing: a whole body fails before it begins."""

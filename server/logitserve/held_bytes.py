@@ -1,0 +1,118 @@
+"""What answers hold in this process, in all: unread outputs of streams, and whole answers that are put together."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+WINDOW_COST = 2
+"""Bytes charged for each byte of a window: outputs overshoot it by a step, and one of them may be encoded beside it."""
+
+SMALLEST_SHARE = 16
+"""A window takes at most this part of what is left, so that there is always a smaller one for somebody else."""
+
+
+class Window:
+    """Bytes of one request's outputs that may be unread. Its holder closes it when the request is over."""
+
+    def __init__(self, held: HeldBytes, nbytes: int) -> None:
+        self._held = held
+        self._cost = WINDOW_COST * nbytes
+        self.nbytes = nbytes
+
+    def close(self) -> None:
+        self._held.windows_left += self._cost
+        self._cost = 0
+
+
+class HeldBytes:
+    """The budget of one server, half of it for windows and half for whole answers.
+
+    Windows are granted or refused at once; they shrink as the budget does. Whole answers reserve bytes as they grow and
+    wait for each other, but the oldest never waits: so one of them always goes on, and all end. It may exceed the budget
+    by the most that one answer may hold.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.windows_left = limit // 2
+        self._answers_left = limit - limit // 2
+        self._answers: list[AnswerBytes] = []  # by age
+
+    def window(self, wanted: int, least: int) -> Window | None:
+        """A window of at most ``wanted`` bytes, and at least ``least`` where that is less; None if there is no room."""
+        nbytes = min(wanted, max(least, self.windows_left // (WINDOW_COST * SMALLEST_SHARE)))
+        if WINDOW_COST * nbytes > self.windows_left:
+            return None
+        self.windows_left -= WINDOW_COST * nbytes
+        return Window(self, nbytes)
+
+    @property
+    def num_answer_bytes(self) -> int:
+        """Bytes that whole answers hold."""
+        return sum(answer.nbytes for answer in self._answers)
+
+    def answer(self) -> AnswerBytes:
+        """The account of one more whole answer, to be used as a context."""
+        answer = AnswerBytes(self)
+        self._answers.append(answer)
+        return answer
+
+    def take(self, answer: AnswerBytes, nbytes: int) -> None:
+        """Charge ``nbytes``, or give them back where they are below zero, and let those go on who waited for them."""
+        answer.nbytes += nbytes
+        self._answers_left -= nbytes
+        if nbytes < 0:
+            self.grant()
+
+    def forget(self, answer: AnswerBytes) -> None:
+        self._answers.remove(answer)
+        self.take(answer, -answer.nbytes)
+        self.grant()
+
+    def grant(self) -> None:
+        """Serve reservations, the oldest answer's first; one that does not fit holds up nobody."""
+        for answer in self._answers:
+            waiting = answer.waiting
+            if waiting is not None and (answer is self._answers[0] or waiting.nbytes <= self._answers_left):
+                answer.waiting = None
+                self.take(answer, waiting.nbytes)
+                waiting.granted.set_result(None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reservation:
+    nbytes: int
+    granted: asyncio.Future[None]
+
+
+class AnswerBytes:
+    """What one whole answer holds, from its first row until it is sent."""
+
+    def __init__(self, held: HeldBytes) -> None:
+        self._held = held
+        self.nbytes = 0
+        self.waiting: _Reservation | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held.forget(self)
+
+    async def reserve(self, nbytes: int) -> None:
+        """Wait until there is room for ``nbytes`` more, or no older answer is left."""
+        reservation = _Reservation(nbytes, asyncio.get_running_loop().create_future())
+        self.waiting = reservation
+        self._held.grant()
+        try:
+            await reservation.granted
+        finally:
+            self.waiting = None
+
+    def settle(self, nbytes: int) -> None:
+        """Hold ``nbytes`` in all: what was reserved and not used goes back."""
+        self._held.take(self, nbytes - self.nbytes)
