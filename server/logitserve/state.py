@@ -17,7 +17,7 @@ from logitengine.link.messages import ModelInfo
 
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError, not_ready
-from logitserve.text.texts import Texts, TextWorker
+from logitserve.text.tokenizer import ModelTokenizer, TextWorker
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Model:
     """The model that is served, once it is loaded."""
 
     engine: EngineProtocol
-    texts: Texts
+    tokenizer: ModelTokenizer
     names: list[str]
 
     @property
@@ -43,7 +43,7 @@ class Model:
     @property
     def longest_prompt(self) -> int:
         """In characters. Anything longer cannot fit the context, whatever its tokens."""
-        return self.info.max_model_len * max(self.texts.table.longest, 1)
+        return self.info.max_model_len * max(self.tokenizer.table.longest, 1)
 
     def check_name(self, name: str | None) -> str:
         """The name to answer with. Raises ApiError 404 for a model that is not served."""
@@ -77,7 +77,9 @@ class ServerState:
         """Read the model's tokenizer while the engine loads the rest. Whatever fails is logged and shown by /ready."""
         try:
             directory = Path(await self.engine.wait_located())
-            info, texts = await asyncio.gather(self.engine.wait_ready(), asyncio.to_thread(Texts, directory))
+            info, tokenizer = await asyncio.gather(
+                self.engine.wait_ready(), asyncio.to_thread(ModelTokenizer, directory)
+            )
         except Exception as error:
             foreseen = isinstance(error, EngineError)
             reason = str(error) if foreseen else f"{type(error).__name__}: {error}"
@@ -87,7 +89,9 @@ class ServerState:
             if self.on_load_error is not None:
                 self.on_load_error()
             return
-        self._model = Model(self.engine, texts, self.config.served_model_name or [Path(info.model_path).name])
+        self._model = Model(
+            self.engine, tokenizer, self.config.served_model_name or [Path(info.model_path).name]
+        )
         logger.info("ready", extra={"models": self._model.names, "max_model_len": info.max_model_len})
 
     def not_ready_reason(self) -> str | None:

@@ -27,7 +27,7 @@ async def test_closing_the_deltas_closes_every_request(open_app: OpenApp, prompt
     async with open_app(script) as app:
         body = CompletionBody.model_validate({"prompt": ["Hi"] * prompts})
         job = await prepare_completion(body, app.state)
-        generation = Generation(app.engine, job, app.state.model().texts.table)
+        generation = Generation(app.engine, job, app.state.model().tokenizer.table)
         deltas = generation.deltas()
         seen = {(await anext(deltas)).index for _ in range(prompts)}
         assert seen == set(range(prompts))

@@ -87,7 +87,7 @@ async def respond_arrow(job: Job, answer: ArrowAnswer, state: ServerState, reque
 
 
 def _begin(job: Job, state: ServerState, request: Request) -> Generation:
-    generation = Generation(state.engine, job, state.model().texts.table)
+    generation = Generation(state.engine, job, state.model().tokenizer.table)
     LogFields.of(request.scope).counts = generation.counts
     return generation
 

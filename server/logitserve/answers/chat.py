@@ -36,6 +36,6 @@ class ChatAnswer(Answer):
     def _tail(self, record: Record) -> dict[str, Any]:
         logprobs = None
         if self.job.requests[0].logprobs is not None:
-            content = chat_content(self.model.texts.table, record.token_ids, record.logprobs)
+            content = chat_content(self.model.tokenizer.table, record.token_ids, record.logprobs)
             logprobs = {"content": content, "refusal": None}
         return {"logprobs": logprobs, "finish_reason": record.finish_reason, **record.extras()}

@@ -39,7 +39,7 @@ class CompletionAnswer(Answer):
     def __init__(self, job: Job, model: Model, body: CompletionBody) -> None:
         super().__init__(job, model)
         self._logprobs = body.logprobs
-        self._echoes = [echo(model.texts.table, prompt) for prompt in job.prompts] if body.echo else None
+        self._echoes = [echo(model.tokenizer.table, prompt) for prompt in job.prompts] if body.echo else None
 
     def chunk_choice(self, record: Record, *, is_first: bool) -> dict[str, Any]:
         text, logprobs = record.text, self._scores()
@@ -79,7 +79,7 @@ class CompletionAnswer(Answer):
         return choice if entries is None else {**choice, "prompt_logprobs": entries}
 
     def _scores(self) -> CompletionLogprobs | None:
-        return None if self._logprobs is None else CompletionLogprobs(self.model.texts.table)
+        return None if self._logprobs is None else CompletionLogprobs(self.model.tokenizer.table)
 
     def _echo_of(self, record: Record) -> Echo | None:
         return None if self._echoes is None else self._echoes[record.index // self.job.body.n]

@@ -86,7 +86,9 @@ class Record:
         scores = self.prompt_logprobs
         scored = self.prompt.token_ids[offset + 1 : offset + 1 + len(scores.ranks)]
         first: list[dict[str, Any] | None] = [None] if offset == 0 else []
-        return first + prompt_entries(self._model.texts.table, scored, scores, self._job.body.prompt_logprobs)
+        return first + prompt_entries(
+            self._model.tokenizer.table, scored, scores, self._job.body.prompt_logprobs
+        )
 
     def rows(self) -> dict[str, Any]:
         """``logits`` and ``hidden_states``, those that there are."""

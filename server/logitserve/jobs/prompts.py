@@ -47,7 +47,7 @@ def _checked(prompts: list[PreparedPrompt], model: Model, param: str) -> list[Pr
 
 def _prepare(prompt: Prompt, model: Model, *, add_special_tokens: bool) -> PreparedPrompt:
     if isinstance(prompt, str):
-        return PreparedPrompt(model.texts.encode(prompt, add_special_tokens=add_special_tokens), prompt)
+        return PreparedPrompt(model.tokenizer.encode(prompt, add_special_tokens=add_special_tokens), prompt)
     return PreparedPrompt(prompt, None)
 
 
@@ -60,9 +60,9 @@ async def from_messages(
     check_length(sum(len(message["content"]) for message in fields), model, "messages")
 
     def tokenize() -> PreparedPrompt:
-        text = model.texts.render(fields, add_generation_prompt=add_generation_prompt)
+        text = model.tokenizer.render(fields, add_generation_prompt=add_generation_prompt)
         check_length(len(text), model, "messages")
-        return PreparedPrompt(model.texts.encode(text, add_special_tokens=False), text)
+        return PreparedPrompt(model.tokenizer.encode(text, add_special_tokens=False), text)
 
     (prompt,) = _checked([await state.text_worker.run(tokenize, param="messages")], model, "messages")
     return prompt

@@ -30,7 +30,7 @@ async def tokenize(
         "count": len(ids),
         "max_model_len": model.info.max_model_len,
         "tokens": ids,
-        "token_strs": model.texts.token_strings(ids) if body.return_token_strs else None,
+        "token_strs": model.tokenizer.token_strings(ids) if body.return_token_strs else None,
     }
 
 
@@ -43,14 +43,16 @@ async def detokenize(
     if len(body.tokens) > model.info.max_model_len:
         raise too_large("tokens", len(body.tokens), model.info.max_model_len, "ids")
     check_ids(body.tokens, model, "tokens")
-    return {"prompt": await state.text_worker.run(lambda: model.texts.decode(body.tokens), param="tokens")}
+    return {
+        "prompt": await state.text_worker.run(lambda: model.tokenizer.decode(body.tokens), param="tokens")
+    }
 
 
 def _tokens(body: TokenizeBody, model: Model, param: str) -> list[int]:
     if body.prompt is not None:
         check_length(len(body.prompt), model, param)
-        return model.texts.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        return model.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     messages = [message.for_template() for message in body.messages or []]
     check_length(sum(len(message["content"]) for message in messages), model, param)
-    text = model.texts.render(messages, add_generation_prompt=body.add_generation_prompt)
-    return model.texts.encode(text, add_special_tokens=body.add_special_tokens is True)
+    text = model.tokenizer.render(messages, add_generation_prompt=body.add_generation_prompt)
+    return model.tokenizer.encode(text, add_special_tokens=body.add_special_tokens is True)

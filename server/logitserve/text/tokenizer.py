@@ -21,7 +21,7 @@ T = TypeVar("T")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-class Texts:
+class ModelTokenizer:
     """The tokenizer and chat template of the model that is served. Safe to use from several threads."""
 
     def __init__(self, directory: Path) -> None:
