@@ -17,7 +17,8 @@ from logitengine.link.messages import ModelInfo
 
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError, not_ready
-from logitserve.text.tokenizer import ModelTokenizer, TextWorker
+from logitserve.text.tokenizer import ModelTokenizer
+from logitserve.text.tokenizer_workers import TokenizerWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class ServerState:
     def __init__(self, engine: EngineProtocol, config: ServerConfig) -> None:
         self.engine = engine
         self.config = config
-        self.text_worker = TextWorker(config.tokenize_timeout)
+        self.tokenizer_workers = TokenizerWorkers(config.tokenize_timeout)
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._model: Model | None = None
         self.load_error: str | None = None
@@ -127,7 +128,7 @@ class ServerState:
             self.idle.set()
 
     def close(self) -> None:
-        self.text_worker.close()
+        self.tokenizer_workers.close()
         self._encoding_pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -35,7 +35,7 @@ async def from_texts(
     def tokenize() -> list[PreparedPrompt]:
         return [_prepare(prompt, model, add_special_tokens=add_special_tokens) for prompt in prompts]
 
-    return _checked(await state.text_worker.run(tokenize, param=param), model, param)
+    return _checked(await state.tokenizer_workers.run(tokenize, param=param), model, param)
 
 
 def _checked(prompts: list[PreparedPrompt], model: Model, param: str) -> list[PreparedPrompt]:
@@ -64,7 +64,7 @@ async def from_messages(
         check_length(len(text), model, "messages")
         return PreparedPrompt(model.tokenizer.encode(text, add_special_tokens=False), text)
 
-    (prompt,) = _checked([await state.text_worker.run(tokenize, param="messages")], model, "messages")
+    (prompt,) = _checked([await state.tokenizer_workers.run(tokenize, param="messages")], model, "messages")
     return prompt
 
 

@@ -25,7 +25,7 @@ async def tokenize(
     def work() -> list[int]:
         return _tokens(body, model, param)
 
-    ids = await state.text_worker.run(work, param=param)
+    ids = await state.tokenizer_workers.run(work, param=param)
     return {
         "count": len(ids),
         "max_model_len": model.info.max_model_len,
@@ -44,7 +44,9 @@ async def detokenize(
         raise too_large("tokens", len(body.tokens), model.info.max_model_len, "ids")
     check_ids(body.tokens, model, "tokens")
     return {
-        "prompt": await state.text_worker.run(lambda: model.tokenizer.decode(body.tokens), param="tokens")
+        "prompt": await state.tokenizer_workers.run(
+            lambda: model.tokenizer.decode(body.tokens), param="tokens"
+        )
     }
 
 
