@@ -15,7 +15,7 @@ from logitserve.answers.answer import Answer
 from logitserve.answers.arrow import ArrowAnswer
 from logitserve.answers.generation import Counts, Delta, Generation
 from logitserve.errors import from_exception
-from logitserve.http.middleware import LogFields
+from logitserve.http.request_log import LogFields
 from logitserve.http.sse import (
     DONE,
     ArrowStream,

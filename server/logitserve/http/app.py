@@ -12,7 +12,10 @@ from logitengine.link.engine_protocol import EngineProtocol
 from logitserve import __version__
 from logitserve.config import ServerConfig
 from logitserve.errors import install_error_handlers
-from logitserve.http.middleware import BodyLimit, DrainGate, KeyGate, RequestLog
+from logitserve.http.body_limit import BodyLimit
+from logitserve.http.drain_gate import DrainGate
+from logitserve.http.key_gate import KeyGate
+from logitserve.http.request_log import RequestLog
 from logitserve.http.write_timeout import WriteTimeout
 from logitserve.routes import chat, completions, embeddings, health, logits, models, scores, tokens
 from logitserve.state import ServerState

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from logitserve.answers.answering import CLIENT_CLOSED_REQUEST, INLINE_LIST_BYTES
 from logitserve.answers.generation import Counts
-from logitserve.http.middleware import LogFields
+from logitserve.http.request_log import LogFields
 from logitserve.http.sse import ClientDisconnectedError, until_disconnect
 from logitserve.jobs.bounds import check_context
 from logitserve.jobs.prompts import from_input, input_param

@@ -13,7 +13,7 @@ from logitengine.link.messages import HeadSpec
 
 from logitserve.answers.scores import EmbeddingScore, PooledScore, PoolingScore, ValuesScore, choose_head
 from logitserve.http.body import JsonBody, documented
-from logitserve.http.middleware import LogFields
+from logitserve.http.request_log import LogFields
 from logitserve.jobs.bounds import too_large
 from logitserve.jobs.scoring import Asked, respond_scored
 from logitserve.protocol.scores import EmbeddingsBody, PoolingBody
