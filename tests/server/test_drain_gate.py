@@ -7,6 +7,8 @@ import asyncio
 import pytest
 from logitengine.link.messages import GenerationRequest, StepOutput
 from scripted_engine import OpenApp, Step
+from starlette.websockets import WebSocket
+from websocket_scope import connect
 
 pytestmark = pytest.mark.anyio
 
@@ -35,6 +37,31 @@ async def test_a_draining_server_ends_what_runs_and_takes_no_more(open_app: Open
         assert not app.state.idle.is_set()
         release.set()
         assert (await running).status_code == 200
+        assert app.state.idle.is_set()
+
+
+async def test_a_draining_server_ends_an_open_websocket_and_accepts_no_more(open_app: OpenApp) -> None:
+    accepted, release = asyncio.Event(), asyncio.Event()
+
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        accepted.set()
+        await release.wait()
+        await websocket.close()
+
+    async with open_app() as app:
+        app.asgi.add_api_websocket_route("/talk", talk)
+        running = asyncio.create_task(connect(app.asgi, "/talk", {}))
+        await accepted.wait()
+        app.state.draining = True
+        assert not app.state.idle.is_set()
+        (closed,) = await connect(app.asgi, "/talk", {})
+        assert (closed["type"], closed["code"]) == ("websocket.close", 1013)
+        start, *_ = await connect(app.asgi, "/talk", {}, http_response=True)
+        assert start["status"] == 503
+        assert b"retry-after" in dict(start["headers"])
+        release.set()
+        assert [message["type"] for message in await running] == ["websocket.accept", "websocket.close"]
         assert app.state.idle.is_set()
 
 

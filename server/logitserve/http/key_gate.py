@@ -8,7 +8,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError
-from logitserve.http.scope import OPEN_PATHS, header
+from logitserve.http.refusal import refuse
+from logitserve.http.scope import header, is_probe, is_request
 
 
 class KeyGate:
@@ -19,7 +20,7 @@ class KeyGate:
         self._keys = [key.get_secret_value().encode() for key in config.api_key]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._keys or scope["path"] in OPEN_PATHS or self._admits(scope):
+        if not self._keys or not is_request(scope) or is_probe(scope) or self._admits(scope):
             await self._app(scope, receive, send)
             return
         error = ApiError(
@@ -27,7 +28,7 @@ class KeyGate:
             "A valid API key is needed: send 'Authorization: Bearer KEY'.",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await error.response()(scope, receive, send)
+        await refuse(error, scope, receive, send)
 
     def _admits(self, scope: Scope) -> bool:
         scheme, _, given = header(scope, b"authorization").partition(b" ")

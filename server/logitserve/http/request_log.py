@@ -12,13 +12,17 @@ from typing import Any, Protocol, Self
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logitserve.errors import from_exception
-from logitserve.http.scope import OPEN_PATHS, header
+from logitserve.http.refusal import INTERNAL_ERROR, refuse
+from logitserve.http.scope import header, is_probe, is_request
 from logitserve.state import ServerState
 
 access_logger = logging.getLogger("logitserve.access")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 LONGEST_LOGGED_PATH = 200
+
+SWITCHING_PROTOCOLS = 101
+FORBIDDEN = 403
 
 
 class TokenCounts(Protocol):
@@ -49,39 +53,62 @@ class LogFields:
 
 
 class RequestLog:
-    """Gives each request an id, counts it as running, turns what nobody caught into a 500, and writes one line at the end."""
+    """Gives each request an id, counts it as running and writes a line at its end. What nobody caught is a 500.
+
+    A WebSocket is one request, from its handshake until its app returns.
+    """
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
         self._state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if not is_request(scope):
             await self._app(scope, receive, send)
             return
         fields = scope["logitserve.log"] = LogFields(_request_id(scope))
-        status = 0
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", fields.request_id.encode())]
-            await send(message)
-
+        reply = _Reply(send, fields.request_id)
         started = time.perf_counter()
-        if scope["path"] not in OPEN_PATHS:
+        if not is_probe(scope):
             self._state.request_started()
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive, reply.send)
         except Exception as error:  # noqa: BLE001 - the last stop: whatever was not foreseen is a 500 with an id
-            response = from_exception(error).response()
-            if status == 0:
-                await response(scope, receive, send_with_id)
+            failure = from_exception(error)
+            if reply.status == 0:
+                await refuse(failure, scope, receive, reply.send)
+            elif reply.is_open_websocket:
+                await reply.send({"type": "websocket.close", "code": INTERNAL_ERROR})
         finally:
-            if scope["path"] not in OPEN_PATHS:
+            if not is_probe(scope):
                 self._state.request_ended()
-            _log(scope, fields, status, time.perf_counter() - started)
+            _log(scope, fields, reply.status, time.perf_counter() - started)
+
+
+class _Reply:
+    """Passes an answer on, puts the request's id into its head and remembers its status."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id.encode()
+        self.status = 0
+        """Zero until the answer begins. An accepted WebSocket has 101, a closed handshake the 403 that servers send."""
+        self.is_open_websocket = False
+
+    async def send(self, message: Message) -> None:
+        match message["type"]:
+            case "http.response.start" | "websocket.http.response.start":
+                self.status = message["status"]
+                self._add_id(message)
+            case "websocket.accept":
+                self.status, self.is_open_websocket = SWITCHING_PROTOCOLS, True
+                self._add_id(message)
+            case "websocket.close":
+                self.status, self.is_open_websocket = self.status or FORBIDDEN, False
+        await self._send(message)
+
+    def _add_id(self, message: Message) -> None:
+        message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._request_id)]
 
 
 def _request_id(scope: Scope) -> str:
@@ -93,7 +120,7 @@ def _request_id(scope: Scope) -> str:
 def _log(scope: Scope, fields: LogFields, status: int, seconds: float) -> None:
     line: dict[str, Any] = {
         "request_id": fields.request_id,
-        "method": scope["method"],
+        "method": scope.get("method", "GET"),  # a WebSocket's handshake is a GET
         "path": scope["path"][:LONGEST_LOGGED_PATH],
         "status": status,
         "duration_ms": round(seconds * 1000, 1),
@@ -104,5 +131,5 @@ def _log(scope: Scope, fields: LogFields, status: int, seconds: float) -> None:
         line["prompt_tokens"] = fields.counts.prompt
         line["completion_tokens"] = fields.counts.completion
         line["cached_tokens"] = fields.counts.cached
-    level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
+    level = logging.DEBUG if is_probe(scope) else logging.INFO
     access_logger.log(level, "request", extra=line)
