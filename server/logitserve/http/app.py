@@ -15,6 +15,7 @@ from logitserve.errors import install_error_handlers
 from logitserve.http.body_limit import BodyLimit
 from logitserve.http.drain_gate import DrainGate
 from logitserve.http.key_gate import KeyGate
+from logitserve.http.lingering_close import LingeringClose
 from logitserve.http.request_log import RequestLog
 from logitserve.http.write_timeout import WriteTimeout
 from logitserve.routes import chat, completions, embeddings, health, logits, models, scores, tokens
@@ -59,5 +60,6 @@ def create_app(engine: EngineProtocol, config: ServerConfig) -> FastAPI:
     app.add_middleware(KeyGate, config=config)
     app.add_middleware(DrainGate, state=state)
     app.add_middleware(RequestLog, state=state)
+    app.add_middleware(LingeringClose)
     app.add_middleware(WriteTimeout, config=config)
     return app

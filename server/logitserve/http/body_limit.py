@@ -40,4 +40,8 @@ class BodyLimit:
         await self._app(scope, counting_receive, send)
 
     def _error(self) -> ApiError:
-        return ApiError(413, f"The body is larger than {self._limit} bytes.")
+        return ApiError(
+            413,
+            f"The body is larger than {self._limit} bytes (--max-body-bytes).",
+            headers={"Connection": "close"},
+        )
