@@ -104,7 +104,7 @@ def _serve(command: Command, arguments: argparse.Namespace) -> int:
     server_config = command.read(ServerSettings, arguments)
     engine_config = command.read(EngineSettings, arguments)
 
-    from logitserve.launch import serve
+    from logitserve.serve_command import serve
 
     return serve(server_config, engine_config)
 

@@ -61,7 +61,9 @@ class ServerConfig(BaseModel):
         60.0, gt=0, description="seconds after which a client that takes nothing of its answer is dropped"
     )
     tokenize_timeout: float = Field(
-        10.0, gt=0, description="seconds to render and tokenize one request's prompts"
+        10.0,
+        gt=0,
+        description="seconds to render and tokenize one request's prompts, and to wait for a thread that does so",
     )
     drain_timeout: float = Field(
         30.0, ge=0, description="seconds that running requests get to end after SIGTERM"

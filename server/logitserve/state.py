@@ -1,4 +1,4 @@
-"""What the routes share: the engine, the model's texts, and whether the server takes requests."""
+"""What the routes share: the engine, the model's tokenizer, and whether the server takes requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from logitengine.link.messages import ModelInfo
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError, not_ready
 from logitserve.held_bytes import HeldBytes
-from logitserve.text.texts import Texts, TextWorker
+from logitserve.text.tokenizer import ModelTokenizer
+from logitserve.text.tokenizer_workers import TokenizerWorkers
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Model:
     """The model that is served, once it is loaded."""
 
     engine: EngineProtocol
-    texts: Texts
+    tokenizer: ModelTokenizer
     names: list[str]
 
     @property
@@ -44,7 +45,7 @@ class Model:
     @property
     def longest_prompt(self) -> int:
         """In characters. Anything longer cannot fit the context, whatever its tokens."""
-        return self.info.max_model_len * max(self.texts.table.longest, 1)
+        return self.info.max_model_len * max(self.tokenizer.table.longest, 1)
 
     def check_name(self, name: str | None) -> str:
         """The name to answer with. Raises ApiError 404 for a model that is not served."""
@@ -64,7 +65,7 @@ class ServerState:
     def __init__(self, engine: EngineProtocol, config: ServerConfig) -> None:
         self.engine = engine
         self.config = config
-        self.text_worker = TextWorker(config.tokenize_timeout)
+        self.tokenizer_workers = TokenizerWorkers(config.tokenize_timeout)
         self.held_bytes = HeldBytes(config.max_held_bytes)
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._model: Model | None = None
@@ -79,7 +80,9 @@ class ServerState:
         """Read the model's tokenizer while the engine loads the rest. Whatever fails is logged and shown by /ready."""
         try:
             directory = Path(await self.engine.wait_located())
-            info, texts = await asyncio.gather(self.engine.wait_ready(), asyncio.to_thread(Texts, directory))
+            info, tokenizer = await asyncio.gather(
+                self.engine.wait_ready(), asyncio.to_thread(ModelTokenizer, directory)
+            )
         except Exception as error:
             foreseen = isinstance(error, EngineError)
             reason = str(error) if foreseen else f"{type(error).__name__}: {error}"
@@ -89,7 +92,9 @@ class ServerState:
             if self.on_load_error is not None:
                 self.on_load_error()
             return
-        self._model = Model(self.engine, texts, self.config.served_model_name or [Path(info.model_path).name])
+        self._model = Model(
+            self.engine, tokenizer, self.config.served_model_name or [Path(info.model_path).name]
+        )
         logger.info("ready", extra={"models": self._model.names, "max_model_len": info.max_model_len})
 
     def not_ready_reason(self) -> str | None:
@@ -125,7 +130,7 @@ class ServerState:
             self.idle.set()
 
     def close(self) -> None:
-        self.text_worker.close()
+        self.tokenizer_workers.close()
         self._encoding_pool.shutdown(wait=False, cancel_futures=True)
 
 

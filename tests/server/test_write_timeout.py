@@ -12,6 +12,8 @@ from logitengine.link.messages import Array, GenerationRequest, LogitsRows, Prom
 from logitserve.http.connection import EXTENSION
 from logitserve.http.write_timeout import CHECKS, SLICE_BYTES
 from scripted_engine import OpenApp, Script, Step
+from starlette.websockets import WebSocket
+from websocket_scope import connect
 
 pytestmark = pytest.mark.anyio
 
@@ -151,3 +153,21 @@ async def test_a_long_body_leaves_in_views_of_itself_and_ends_by_itself(open_app
     assert (end["body"], end["more_body"]) == (b"", False)
     answer = orjson.loads(b"".join(message["body"] for message in slices))
     assert answer["choices"][0]["logits"]["generated"]["shape"] == [1, SLICE_BYTES]
+
+
+async def test_a_websocket_whose_client_takes_nothing_ends(
+    open_app: OpenApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def talk(websocket: WebSocket) -> None:
+        await websocket.accept()
+        await websocket.send_text("Hi")
+
+    async def send(message: Any) -> None:
+        if message["type"] == "websocket.send":
+            await asyncio.Event().wait()
+
+    async with open_app(write_timeout=SECONDS) as app:
+        app.asgi.add_api_websocket_route("/talk", talk)
+        await connect(app.asgi, "/talk", {}, send=send)
+        assert app.state.idle.is_set()
+    assert "took nothing" in caplog.text

@@ -40,7 +40,9 @@ class _Stream:
 
     def __init__(self, request: GenerationRequest, window_bytes: int) -> None:
         self._request = request
-        self._acknowledged_bytes = min(window_bytes, request.window_bytes or window_bytes) * ACKNOWLEDGED_SHARE
+        self._acknowledged_bytes = (
+            min(window_bytes, request.window_bytes or window_bytes) * ACKNOWLEDGED_SHARE
+        )
         self._channel: AsyncChannel[FromEngine] | None = None
         self._num_sent = 0
         self._has_output = False

@@ -235,7 +235,9 @@ class Scheduler:
         window = self._config.logits_window_bytes
         is_first = draft.row_bytes_left == window
         in_all = max(draft.row_bytes_left // nbytes, int(is_first))
-        return min(draft.rows_left, in_all, max(1, min(window, sequence.window_bytes or window) // 4 // nbytes))
+        return min(
+            draft.rows_left, in_all, max(1, min(window, sequence.window_bytes or window) // 4 // nbytes)
+        )
 
     def _can_hold(self, sequence: Sequence, count: int, draft: _Draft) -> bool:
         """Whether there is room for ``count`` held states of the sequence; for it, readers that lag for long lose theirs."""

@@ -18,7 +18,9 @@ class ChatAnswer(ChoicesAnswer[Record]):
 
     def record(self, index: int) -> Record:
         with_logprobs = self.job.requests[0].logprobs is not None
-        return Record(self.job, index, ChatLogprobs(self.job.model.texts.table) if with_logprobs else None)
+        return Record(
+            self.job, index, ChatLogprobs(self.job.model.tokenizer.table) if with_logprobs else None
+        )
 
     def opening_choice(self, index: int) -> dict[str, Any]:
         """The role, in a chunk without tokens as OpenAI sends it: its npm package counts a first chunk's logprobs twice."""

@@ -35,7 +35,7 @@ class CompletionRecord(Record):
     """
 
     def __init__(self, job: Job, index: int, echo: Echo | None, top: int | None) -> None:
-        table = job.model.texts.table
+        table = job.model.tokenizer.table
         first_offset = 0 if echo is None else len(echo.text)
         logprobs = None if top is None else CompletionLogprobs(table, top, first_offset)
         super().__init__(job, index, logprobs)
@@ -66,7 +66,7 @@ class CompletionRecord(Record):
         """``logprobs`` of the choice, those of its echoed prompt first."""
         if prompt is None or self._own_logprobs is None:
             return self.logprobs()
-        both = CompletionLogprobs(self._job.model.texts.table, 0)
+        both = CompletionLogprobs(self._job.model.tokenizer.table, 0)
         both.extend_from(prompt)
         both.extend_from(self._own_logprobs)
         return both.finish()
@@ -84,7 +84,7 @@ class CompletionAnswer(ChoicesAnswer[CompletionRecord]):
 
     def __init__(self, job: Job) -> None:
         self._top = job.requests[0].logprobs
-        table = job.model.texts.table
+        table = job.model.tokenizer.table
         self._echoes = [echo(table, prompt) for prompt in job.prompts] if job.answer.echo else None
         super().__init__(job)
 

@@ -29,7 +29,7 @@ class Record:
         self.token_ids: list[int] = []
         self._logprobs = logprobs
         top = job.answer.prompt_logprobs
-        self._prompt_logprobs = None if top is None else PromptLogprobs(job.model.texts.table, top)
+        self._prompt_logprobs = None if top is None else PromptLogprobs(job.model.tokenizer.table, top)
         self._has_prompt = False
         self._logits = RowBlocks(job.answer.logits_encoding)
         self._hidden_states = RowBlocks(job.answer.hidden_states_encoding)

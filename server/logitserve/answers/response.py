@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from logitserve.answers.answer import Answer, Piece
 from logitserve.answers.json_pieces import joined
 from logitserve.errors import ApiError, from_exception
-from logitserve.http.middleware import LogFields
+from logitserve.http.request_log import LogFields
 from logitserve.jobs.job import Job
 from logitserve.jobs.limits import answer_too_large
 from logitserve.jobs.run import RunningJob

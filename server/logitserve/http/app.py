@@ -12,7 +12,11 @@ from logitengine.link.engine_protocol import EngineProtocol
 from logitserve import __version__
 from logitserve.config import ServerConfig
 from logitserve.errors import install_error_handlers
-from logitserve.http.middleware import BodyLimit, DrainGate, KeyGate, RequestLog
+from logitserve.http.body_limit import BodyLimit
+from logitserve.http.drain_gate import DrainGate
+from logitserve.http.key_gate import KeyGate
+from logitserve.http.lingering_close import LingeringClose
+from logitserve.http.request_log import RequestLog
 from logitserve.http.write_timeout import WriteTimeout
 from logitserve.routes import (
     chat,
@@ -66,5 +70,6 @@ def create_app(engine: EngineProtocol, config: ServerConfig) -> FastAPI:
     app.add_middleware(KeyGate, config=config)
     app.add_middleware(DrainGate, state=state)
     app.add_middleware(RequestLog, state=state)
+    app.add_middleware(LingeringClose)
     app.add_middleware(WriteTimeout, config=config)
     return app

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logitserve.config import ServerConfig
 from logitserve.http.connection import EXTENSION, Connection
+from logitserve.http.scope import is_request
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class WriteTimeout:
         self._seconds = config.write_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if not is_request(scope):
             await self._app(scope, receive, send)
             return
         connection: Connection | None = scope.get("extensions", {}).get(EXTENSION)

@@ -52,11 +52,11 @@ async def tokenize(source: PromptSource, state: ServerState) -> list[TokenizedPr
     else:
         _check_length(sum(len(message["content"]) for message in source.messages), model, source.param)
         work = partial(_from_messages, source, model)
-    return await state.text_worker.run(work, param=source.param)
+    return await state.tokenizer_workers.run(work, param=source.param)
 
 
 def _from_texts(source: Texts, model: Model) -> list[TokenizedPrompt]:
-    encode = model.texts.encode
+    encode = model.tokenizer.encode
     return [
         TokenizedPrompt(encode(prompt, add_special_tokens=source.add_special_tokens), prompt)
         if isinstance(prompt, str)
@@ -66,9 +66,9 @@ def _from_texts(source: Texts, model: Model) -> list[TokenizedPrompt]:
 
 
 def _from_messages(source: Conversation, model: Model) -> list[TokenizedPrompt]:
-    text = model.texts.render(source.messages, add_generation_prompt=source.add_generation_prompt)
+    text = model.tokenizer.render(source.messages, add_generation_prompt=source.add_generation_prompt)
     _check_length(len(text), model, source.param)
-    return [TokenizedPrompt(model.texts.encode(text, add_special_tokens=source.add_special_tokens), text)]
+    return [TokenizedPrompt(model.tokenizer.encode(text, add_special_tokens=source.add_special_tokens), text)]
 
 
 def _check_length(num_characters: int, model: Model, param: str) -> None:

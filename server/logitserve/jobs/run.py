@@ -68,7 +68,9 @@ class RunningJob:
 
     def _choice(self, request: GenerationRequest) -> ChoiceText:
         text = self._job.text
-        detokenizer = Detokenizer(self._job.model.texts.table, skip_special_tokens=text.skip_special_tokens)
+        detokenizer = Detokenizer(
+            self._job.model.tokenizer.table, skip_special_tokens=text.skip_special_tokens
+        )
         return ChoiceText(
             detokenizer, StopStrings(text.stop), PlainText(), min_tokens=request.sampling.min_tokens
         )

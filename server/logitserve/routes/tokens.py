@@ -29,7 +29,7 @@ async def tokenize(
         "count": len(ids),
         "max_model_len": model.info.max_model_len,
         "tokens": ids,
-        "token_strs": model.texts.token_strings(ids) if body.return_token_strs else None,
+        "token_strs": model.tokenizer.token_strings(ids) if body.return_token_strs else None,
     }
 
 
@@ -42,4 +42,8 @@ async def detokenize(
     if len(body.tokens) > model.info.max_model_len:
         raise too_large("tokens", len(body.tokens), model.info.max_model_len, "ids")
     check_ids(body.tokens, model, "tokens")
-    return {"prompt": await state.text_worker.run(lambda: model.texts.decode(body.tokens), param="tokens")}
+    return {
+        "prompt": await state.tokenizer_workers.run(
+            lambda: model.tokenizer.decode(body.tokens), param="tokens"
+        )
+    }

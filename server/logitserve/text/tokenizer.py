@@ -1,12 +1,10 @@
-"""Text to token ids and back: the model's tokenizer and chat template, off the event loop and within a time bound."""
+"""Text to token ids and back: the tokenizer and chat template of the model that is served."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 from jinja2.exceptions import TemplateError
@@ -16,12 +14,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from logitserve.errors import BadRequestError
 from logitserve.text.token_table import TokenTable
 
-T = TypeVar("T")
-
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-class Texts:
+class ModelTokenizer:
     """The tokenizer and chat template of the model that is served. Safe to use from several threads."""
 
     def __init__(self, directory: Path) -> None:
@@ -67,32 +63,6 @@ class Texts:
             ) from error
         text: str = rendered[0]
         return text
-
-
-class TextWorker:
-    """A few threads for tokenizing. A call that takes too long is refused; its thread ends by itself.
-
-    The prompt's length is bounded before, so that no thread is lost for good.
-    """
-
-    def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
-
-    async def run(self, work: Callable[[], T], *, param: str) -> T:
-        """``work()``'s result. Raises BadRequestError when the time is up."""
-        call = asyncio.get_running_loop().run_in_executor(self._pool, work)
-        try:
-            return await asyncio.wait_for(call, self._timeout)
-        except TimeoutError:
-            raise BadRequestError(
-                f"'{param}' took more than {self._timeout:g} s to tokenize.",
-                param=param,
-                code="tokenize_timeout",
-            ) from None
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ async def _serve(engine: EngineProtocol, config: ServerConfig) -> int:
     await engine.start()
     try:
         # Half a second of imports, with nobody to wait for the event loop yet.
-        from logitserve.http.serving import run_app
+        from logitserve.http.uvicorn_server import run_app
 
         return await run_app(engine, config, stopped)
     finally:

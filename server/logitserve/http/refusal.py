@@ -1,0 +1,24 @@
+"""Refusals of requests that no route has seen, for HTTP and for a WebSocket that is not accepted yet."""
+
+from __future__ import annotations
+
+from starlette.types import Receive, Scope, Send
+
+from logitserve.errors import ApiError
+
+HTTP_RESPONSE = "websocket.http.response"
+"""The ASGI extension by which a server lets a WebSocket's handshake be answered with an HTTP response."""
+
+CLOSE_CODES = {401: 1008, 503: 1013}
+"""RFC 6455: 1008 is a policy that was violated, 1011 an internal error; IANA's registry: 1013 is "try again later"."""
+
+INTERNAL_ERROR = 1011
+
+
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Send ``error``'s response. A WebSocket whose server cannot do that is closed before it is accepted."""
+    if scope["type"] == "http" or HTTP_RESPONSE in scope.get("extensions", {}):
+        await error.response()(scope, receive, send)
+        return
+    code = CLOSE_CODES.get(error.status, INTERNAL_ERROR)
+    await send({"type": "websocket.close", "code": code, "reason": error.code or ""})

@@ -1,0 +1,67 @@
+"""Request ids and log lines."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from logitengine.link.messages import GenerationRequest, StepOutput
+from scripted_engine import OpenApp, Step
+from starlette.types import Message
+from starlette.websockets import WebSocket
+from websocket_scope import connect
+
+pytestmark = pytest.mark.anyio
+
+BODY = {"prompt": "a secret prompt", "max_tokens": 3}
+
+
+def one_token(request: GenerationRequest) -> list[Step]:
+    return [StepOutput(request_id=request.request_id, index=0, token_ids=[33], finish_reason="length")]
+
+
+async def test_a_log_line_has_the_id_and_the_tokens_and_no_text(
+    open_app: OpenApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        async with open_app(one_token) as app:
+            answer = await app.post("/v1/completions", BODY, headers={"x-request-id": "my-id"})
+    (record,) = [record for record in caplog.records if getattr(record, "request_id", None) == "my-id"]
+    assert answer.headers["x-request-id"] == "my-id"
+    line = vars(record)
+    assert (line["path"], line["status"], line["completion_tokens"]) == ("/v1/completions", 200, 1)
+    assert line["answer_id"] == answer.json()["id"]
+    assert "secret" not in caplog.text
+
+
+async def test_a_websocket_has_an_id_and_a_log_line_and_is_told_of_a_fault(
+    open_app: OpenApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(websocket: WebSocket) -> None:
+        await websocket.close()
+
+    async def fail_early(_websocket: WebSocket) -> None:
+        raise ZeroDivisionError
+
+    async def fail_late(websocket: WebSocket) -> None:
+        await websocket.accept()
+        raise ZeroDivisionError
+
+    sent: dict[str, list[Message]] = {}
+    async with open_app() as app:
+        for route in (refuse, fail_early, fail_late):
+            name = route.__name__
+            app.asgi.add_api_websocket_route(f"/{name}", route)
+            with caplog.at_level(logging.INFO):
+                sent[name] = await connect(app.asgi, f"/{name}", {"x-request-id": name}, http_response=True)
+            assert app.state.idle.is_set()
+    lines = {vars(line)["request_id"]: vars(line) for line in caplog.records if hasattr(line, "request_id")}
+    assert {name: (line["method"], line["path"], line["status"]) for name, line in lines.items()} == {
+        "refuse": ("GET", "/refuse", 403),
+        "fail_early": ("GET", "/fail_early", 500),
+        "fail_late": ("GET", "/fail_late", 101),
+    }
+    assert dict(sent["fail_early"][0]["headers"])[b"x-request-id"] == b"fail_early"
+    accepted, closed = sent["fail_late"]
+    assert dict(accepted["headers"])[b"x-request-id"] == b"fail_late"
+    assert (closed["type"], closed["code"]) == ("websocket.close", 1011)
