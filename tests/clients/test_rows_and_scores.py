@@ -183,6 +183,28 @@ async def test_an_embedding_is_pooled_from_the_hidden_states(client: AsyncClient
     assert short.vector.shape == (8,)
 
 
+async def test_pooling_gives_the_heads_last_value(client: AsyncClient) -> None:
+    rewards = await client.rewards([PROMPT, PROMPT[:2]])
+    pooled = await client.pooling([PROMPT, PROMPT[:2]], head="helpful")
+    assert [found.index for found in pooled] == [0, 1]
+    assert [found.values.shape for found in pooled] == [(1,), (1,)]
+    assert [found.values[0] for found in pooled] == [np.float32(reward.reward) for reward in rewards]
+    assert pooled.usage is not None
+    assert pooled.usage.prompt_tokens == 7
+    (turn,) = await client.pooling(messages=MESSAGES)
+    (reward,) = await client.rewards(messages=MESSAGES)
+    assert turn.values[0] == np.float32(reward.reward)
+
+
+def test_pooling_without_heads_gives_the_last_hidden_states(url: str) -> None:
+    with Client(url) as client:
+        (pooled,) = client.pooling(PROMPT)
+        (embedding,) = client.embeddings(PROMPT, pooling="last", normalize=False)
+        assert np.array_equal(pooled.values, embedding.vector)
+        tokens = client.tokenize("Name a colour.")
+        assert client.detokenize(tokens.token_ids) == "Name a colour."
+
+
 async def test_refusals_of_rows_have_their_types(client: AsyncClient) -> None:
     pytest.importorskip("pyarrow")
     with pytest.raises(BadRequestError) as wide:

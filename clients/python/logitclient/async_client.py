@@ -17,12 +17,16 @@ from logitclient.operations import Operation, Request, StreamOperation
 from logitclient.options import (
     ChatOptions,
     CompletionOptions,
+    DetokenizeOptions,
     EmbeddingOptions,
     Input,
     InputOptions,
     LogitsOptions,
     Messages,
+    PoolingOptions,
     RewardOptions,
+    TokenIds,
+    TokenizeOptions,
 )
 from logitclient.results import (
     Chunk,
@@ -31,9 +35,11 @@ from logitclient.results import (
     LogitsBatch,
     Model,
     Perplexity,
+    Pooling,
     Results,
     Reward,
     SequenceLogits,
+    Tokens,
     Usage,
 )
 from logitclient.retries import RetryPolicy
@@ -117,6 +123,30 @@ class AsyncClient:
     async def embeddings(self, input: Input, **options: Unpack[EmbeddingOptions]) -> Results[Embedding]:
         """A vector for each input."""
         return await self._run(operations.embeddings(input, options))
+
+    async def pooling(
+        self,
+        input: Input | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[PoolingOptions],
+    ) -> Results[Pooling]:
+        """Return a head's last values for each input, or without heads the last token's hidden states."""
+        return await self._run(operations.pooling(input, messages, options))
+
+    async def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[TokenizeOptions],
+    ) -> Tokens:
+        """Return the tokens of a prompt, or of messages under the chat template."""
+        return await self._run(operations.tokenize(prompt, messages, options))
+
+    async def detokenize(self, tokens: TokenIds, **options: Unpack[DetokenizeOptions]) -> str:
+        """Return the text of tokens, special ones included."""
+        return await self._run(operations.detokenize(tokens, options))
 
     async def models(self) -> Results[Model]:
         """What is served, under each of its names."""
