@@ -154,6 +154,11 @@ def test_what_json_lacks_is_refused_before_it_is_sent() -> None:
         sent(operations.complete(cast("str", object()), {}))
 
 
+def test_a_body_is_as_short_as_its_text() -> None:
+    content = operations.complete("寿司", {"max_tokens": 1}).request.content
+    assert content == '{"max_tokens":1,"prompt":"寿司"}'.encode()
+
+
 def test_streaming_is_no_option() -> None:
     with pytest.raises(TypeError, match="stream_chat"):
         operations.chat(MESSAGES, cast("ChatOptions", {"stream": True}))

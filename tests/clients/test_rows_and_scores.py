@@ -120,6 +120,20 @@ async def test_generated_rows_stream_step_by_step(client: AsyncClient) -> None:
     )
 
 
+async def test_the_bytes_of_an_arrow_stream_are_a_file_of_it(client: AsyncClient) -> None:
+    pa = pytest.importorskip("pyarrow")
+    options: Any = {"top_k": 3, "dtype": "bfloat16"}
+    async with client.stream_arrow(PROMPT, **options) as stream:
+        content = b"".join([piece async for piece in stream])
+    with pa.ipc.open_stream(content) as reader:
+        table = reader.read_all()
+    parts = await batches(client, PROMPT, **options)
+    assert table.schema.metadata[b"dtype"] == b"bfloat16"
+    assert table["position"].to_pylist() == np.concatenate([part.position for part in parts]).tolist()
+    ids = np.concatenate([part.logits.token_ids for part in parts if part.logits.token_ids is not None])
+    assert table["top_ids"].to_pylist() == ids.tolist()
+
+
 def test_a_server_process_streams_arrow(url: str) -> None:
     pytest.importorskip("pyarrow")
     with Client(url) as client:

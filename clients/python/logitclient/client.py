@@ -42,8 +42,16 @@ from logitclient.results import (
     Tokens,
     Usage,
 )
-from logitclient.retries import RetryPolicy
-from logitclient.transport import DEFAULT_TIMEOUT, Endpoint, Timeout, api_error, check_injection, translated
+from logitclient.retries import RetryPolicy, with_retries
+from logitclient.transport import (
+    DEFAULT_TIMEOUT,
+    Endpoint,
+    Timeout,
+    api_error,
+    check_injection,
+    check_media_type,
+    translated,
+)
 
 T = TypeVar("T")
 
@@ -110,6 +118,16 @@ class Client:
     ) -> Stream[LogitsBatch]:
         """The rows of each input as the engine computes them. Needs pyarrow: MissingDependencyError without."""
         return self._stream(operations.stream_logits(input, messages, options))
+
+    def stream_arrow(
+        self,
+        input: Input | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[LogitsOptions],
+    ) -> Stream[bytes]:
+        """Return the rows of ``stream_logits`` as the bytes of one Arrow stream, for a file. Needs no pyarrow."""
+        return self._stream(operations.stream_arrow(input, messages, options))
 
     def perplexity(self, input: Input, **options: Unpack[InputOptions]) -> Results[Perplexity]:
         """How well the model predicts each input."""
@@ -183,24 +201,20 @@ class Client:
         return Stream(operation, self._send)
 
     def _send(self, request: Request) -> httpx.Response:
-        """A response whose body has not been read; the caller closes it. Raises APIError when retries are over."""
-        retries_done = 0
-        while True:
+        """Return a response whose body has not been read. The caller closes it. Raises APIError."""
+        return with_retries(lambda: self._send_once(request), self._retries, self._sleep)
+
+    def _send_once(self, request: Request) -> httpx.Response:
+        with translated():
+            response = self._http.send(self._endpoint.build(self._http, request), stream=True)
+        if response.is_success:
+            return response
+        try:
             with translated():
-                response = self._http.send(self._endpoint.build(self._http, request), stream=True)
-            if response.is_success:
-                return response
-            try:
-                with translated():
-                    response.read()
-            finally:
-                response.close()
-            error = api_error(response)
-            delay = self._retries.delay(retries_done, error)
-            if delay is None:
-                raise error
-            self._sleep(delay)
-            retries_done += 1
+                response.read()
+        finally:
+            response.close()
+        raise api_error(response)
 
 
 class Stream(Generic[T]):
@@ -240,6 +254,7 @@ class Stream(Generic[T]):
 
     def _read(self, response: httpx.Response) -> Iterator[T]:
         try:
+            check_media_type(response, self._request)
             with translated():
                 for data in response.iter_bytes():
                     yield from self._decoder.feed(data)

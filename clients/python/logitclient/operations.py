@@ -41,7 +41,7 @@ from logitclient.results import (
     SequenceLogits,
     Tokens,
 )
-from logitclient.streams import ChunkDecoder, StreamDecoder
+from logitclient.streams import BytesDecoder, ChunkDecoder, StreamDecoder
 
 T = TypeVar("T")
 
@@ -64,7 +64,11 @@ class Request:
         """The body as JSON. Raises TypeError or ValueError for what JSON lacks."""
         if self.body is None:
             return None
-        return json.dumps(self.body, default=_plain, allow_nan=False).encode()
+        # As short as it can be: servers bound the bytes of a body.
+        text = json.dumps(
+            self.body, default=_plain, allow_nan=False, ensure_ascii=False, separators=(",", ":")
+        )
+        return text.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,12 @@ def stream_logits(
     given: Input | None, messages: Messages | None, options: LogitsOptions
 ) -> StreamOperation[LogitsBatch]:
     return StreamOperation(_post("/v1/logits", _with_input(given, messages, options), ARROW), ArrowDecoder)
+
+
+def stream_arrow(
+    given: Input | None, messages: Messages | None, options: LogitsOptions
+) -> StreamOperation[bytes]:
+    return StreamOperation(_post("/v1/logits", _with_input(given, messages, options), ARROW), BytesDecoder)
 
 
 def perplexity(given: Input, options: InputOptions) -> Operation[Results[Perplexity]]:

@@ -28,6 +28,18 @@ class StreamDecoder(Protocol[T_co]):
         """Called when there is no more. Raises StreamError unless the stream had come to its end."""
 
 
+class BytesDecoder:
+    """Hands a stream's bytes on as they come. A body that is cut short is the connection's error."""
+
+    usage = None
+
+    def feed(self, data: bytes) -> list[bytes]:
+        return [data]
+
+    def finish(self) -> None:
+        """Accept any end."""
+
+
 class ChunkDecoder:
     """Chunks of chat or completions. ``parse`` reads one event; a chunk that says nothing is left out."""
 
