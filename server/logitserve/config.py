@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 from pydantic_settings import NoDecode
 
 ENV_PREFIX = "LOGITSERVE_"
@@ -21,6 +23,17 @@ def split_commas(value: Any) -> Any:
     return [part.strip() for item in values for part in item.split(",") if part.strip()]
 
 
+def _open_socket(fd: int) -> int:
+    try:
+        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:
+        is_socket = False
+    if not is_socket:
+        msg = "is no socket that this process was started with"
+        raise ValueError(msg)
+    return fd
+
+
 class ServerConfig(BaseModel):
     """The server's options. Every bound on what a request may ask for is here; the rest follows from the model."""
 
@@ -28,6 +41,9 @@ class ServerConfig(BaseModel):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
+    fd: Annotated[int, AfterValidator(_open_socket)] | None = Field(
+        None, description="file descriptor of a bound socket to listen on, in place of host and port"
+    )
     served_model_name: Annotated[list[str], NoDecode, BeforeValidator(split_commas)] = Field(
         [],
         description="names that requests may call the model by, comma-separated; default: the checkpoint's own",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from pathlib import Path
 
@@ -28,6 +29,8 @@ async def _serve(engine: EngineProtocol, config: ServerConfig) -> int:
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())  # until uvicorn takes them
+    if config.fd is not None:
+        os.set_inheritable(config.fd, False)  # the engine's process is not to hold the port
     await engine.start()
     try:
         # Half a second of imports, with nobody to wait for the event loop yet.

@@ -40,8 +40,9 @@ class Body(httpx.SyncByteStream, httpx.AsyncByteStream):
         self.is_closed = True
 
 
-def serving(body: Body) -> httpx.MockTransport:
-    return httpx.MockTransport(lambda _request: httpx.Response(200, stream=body))
+def serving(body: Body, media_type: str = "text/event-stream") -> httpx.MockTransport:
+    headers = {"Content-Type": media_type}
+    return httpx.MockTransport(lambda _request: httpx.Response(200, stream=body, headers=headers))
 
 
 def seen(**options: object) -> httpx.Request:
@@ -155,6 +156,22 @@ async def test_a_stream_that_fails_is_closed(body: Body, kind: type[Exception]) 
         with pytest.raises(kind):
             await anext(parts)
         assert body.is_closed
+
+
+@pytest.mark.anyio
+async def test_a_stream_of_another_type_is_none() -> None:
+    body = Body([CHUNK])
+    portal = serving(body, "text/html; charset=utf-8")
+    with Client(transport=portal) as client, client.stream_arrow("a") as stream:
+        with pytest.raises(DecodeError, match="/v1/logits with 'text/html'"):
+            list(stream)
+        assert body.is_closed
+    body.is_closed = False
+    async with AsyncClient(transport=portal) as async_client, async_client.stream_arrow("a") as async_stream:
+        with pytest.raises(DecodeError, match="/v1/logits with 'text/html'"):
+            await anext(aiter(async_stream))
+        assert body.is_closed
+    assert body.num_read == 0
 
 
 @pytest.mark.anyio

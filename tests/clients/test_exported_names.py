@@ -8,8 +8,9 @@ import logitclient
 NAMES = """
 APIError AsyncClient AsyncStream AuthenticationError BadRequestError Choice Chunk Client Completion DecodeError
 Embedding HiddenStates HiddenStatesSpec LogitClientError Logits LogitsBatch LogitsSpec MissingDependencyError Model
-NotFoundError PayloadTooLargeError Perplexity RateLimitError RequestTimeoutError Results Reward Rows SequenceLogits
-ServerError ServiceUnavailableError Stream StreamError TransportError Usage decode_logits
+NotFoundError PayloadTooLargeError Perplexity Pooling RateLimitError RequestTimeoutError Results Reward Rows
+SequenceLogits ServerError ServiceUnavailableError Stream StreamError TokenLogprob Tokens TransportError Usage
+decode_logits
 """
 
 

@@ -123,6 +123,72 @@ async def test_a_stream_brings_the_whole_answer_in_parts(client: AsyncClient) ->
         assert np.array_equal(np.concatenate(rows[choice.index]), generated(choice.logits).values)
 
 
+@pytest.mark.parametrize("top", [0, 2])
+async def test_prompt_logprobs_stream_as_the_whole_answer_has_them(client: AsyncClient, top: int) -> None:
+    whole = await client.complete(PROMPT, max_tokens=2, n=2, seed=3, prompt_logprobs=top)
+    async with client.stream_complete(PROMPT, max_tokens=2, n=2, seed=3, prompt_logprobs=top) as stream:
+        chunks = [chunk async for chunk in stream]
+    entries = [entry for chunk in chunks for entry in chunk.prompt_logprobs or ()]
+    assert whole.prompt_logprobs == tuple(entries)
+    first, *scored = entries
+    assert first is None
+    assert len(scored) == len(PROMPT) - 1
+    for entry, token in zip(scored, PROMPT[1:], strict=True):
+        assert entry is not None
+        assert len(entry) in {top, top + 1}
+        assert entry[token].rank >= 1
+        assert entry[token].logprob < 0
+    assert whole.choices[1].prompt_logprobs is None
+
+
+async def test_a_chats_prompt_logprobs_stream_too(client: AsyncClient) -> None:
+    whole = await client.chat(MESSAGES, max_tokens=2, seed=3, prompt_logprobs=1)
+    assert whole.prompt_logprobs is not None
+    assert len(whole.prompt_logprobs) == whole.usage.prompt_tokens
+    async with client.stream_chat(MESSAGES, max_tokens=2, seed=3, prompt_logprobs=1) as stream:
+        chunks = [chunk async for chunk in stream]
+    assert tuple(entry for chunk in chunks for entry in chunk.prompt_logprobs or ()) == whole.prompt_logprobs
+
+
+async def test_a_prompts_tokens_and_their_text(client: AsyncClient) -> None:
+    tokens = await client.tokenize("Name a colour.", return_token_strs=True)
+    assert len(tokens) == len(tokens.token_ids) > 0
+    assert tokens.token_ids.dtype == np.int32
+    assert tokens.token_strs is not None
+    assert len(tokens.token_strs) == len(tokens)
+    assert tokens.max_model_len == 512
+    assert await client.detokenize(tokens.token_ids) == "Name a colour."
+    turn = await client.tokenize(messages=MESSAGES)
+    assert turn.token_strs is None
+    assert "Name a colour." in await client.detokenize(turn.token_ids.tolist())
+    answer = await client.chat(MESSAGES, max_tokens=1)
+    assert len(turn) == answer.usage.prompt_tokens
+
+
+async def test_a_cache_salt_keeps_prefixes_apart(client: AsyncClient) -> None:
+    prompt = list(range(100, 164))
+
+    async def cached(salt: str) -> int:
+        answer = await client.complete(prompt, max_tokens=1, cache_salt=salt)
+        return answer.usage.cached_tokens
+
+    assert await cached("one") == 0
+    assert await cached("one") > 0
+    assert await cached("two") == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["complete", "chat", "logits", "perplexity", "rewards", "embeddings", "pooling"]
+)
+async def test_a_cache_salt_reaches_every_endpoint_that_reads_a_prompt(
+    client: AsyncClient, name: str
+) -> None:
+    given: Any = MESSAGES if name == "chat" else PROMPT
+    with pytest.raises(BadRequestError) as refused:
+        await getattr(client, name)(given, cache_salt="")
+    assert refused.value.param == "cache_salt"
+
+
 async def test_several_prompts_are_several_choices(client: AsyncClient) -> None:
     answer = await client.complete(["1 2 3", "a b c"], max_tokens=2, temperature=0, return_token_ids=True)
     alone = [

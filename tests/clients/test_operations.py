@@ -8,7 +8,23 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from logitclient import HiddenStatesSpec, LogitsSpec, operations
-from logitclient.options import ChatOptions
+from logitclient.options import (
+    ChatOptions,
+    CompletionOptions,
+    DetokenizeOptions,
+    EmbeddingOptions,
+    InputOptions,
+    LogitsOptions,
+    PoolingOptions,
+    RewardOptions,
+    TokenizeOptions,
+)
+from logitserve.protocol.base import RequestBody
+from logitserve.protocol.chat import ChatBody
+from logitserve.protocol.completions import CompletionBody
+from logitserve.protocol.logits import LogitsBody
+from logitserve.protocol.scores import EmbeddingsBody, PerplexityBody, PoolingBody, RewardsBody
+from logitserve.protocol.tokens import DetokenizeBody, TokenizeBody
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -86,6 +102,46 @@ def test_messages_may_stand_for_input() -> None:
             operations.rewards(given, messages, {})
 
 
+def test_pooling_and_tokens_are_asked_for() -> None:
+    pooling = operations.pooling(None, MESSAGES, {"head": "h", "cache_salt": "s"})
+    assert pooling.request.path == "/pooling"
+    assert sent(pooling) == {
+        "messages": MESSAGES,
+        "head": "h",
+        "cache_salt": "s",
+        "encoding_format": "base64",
+    }
+    tokenize = operations.tokenize("a", None, {"return_token_strs": True})
+    assert tokenize.request.path == "/tokenize"
+    assert sent(tokenize) == {"prompt": "a", "return_token_strs": True}
+    assert sent(operations.tokenize(None, MESSAGES, {})) == {"messages": MESSAGES}
+    with pytest.raises(TypeError, match="exactly one of prompt and messages"):
+        operations.tokenize(None, None, {})
+    detokenize = operations.detokenize(np.array([3, 4]), {"model": "m"})
+    assert detokenize.request.path == "/detokenize"
+    assert sent(detokenize) == {"tokens": [3, 4], "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("options", "body", "set_by_the_method"),
+    [
+        (ChatOptions, ChatBody, {"messages", "stream", "stream_options"}),
+        (CompletionOptions, CompletionBody, {"prompt", "stream", "stream_options"}),
+        (LogitsOptions, LogitsBody, {"input", "messages", "encoding"}),
+        (InputOptions, PerplexityBody, {"input"}),
+        (RewardOptions, RewardsBody, {"input", "messages"}),
+        (EmbeddingOptions, EmbeddingsBody, {"input", "encoding_format"}),
+        (PoolingOptions, PoolingBody, {"input", "messages", "encoding_format"}),
+        (TokenizeOptions, TokenizeBody, {"prompt", "messages"}),
+        (DetokenizeOptions, DetokenizeBody, {"tokens"}),
+    ],
+)
+def test_every_option_of_the_server_is_the_clients(
+    options: type, body: type[RequestBody], set_by_the_method: set[str]
+) -> None:
+    assert set(options.__annotations__) == body.model_fields.keys() - set_by_the_method
+
+
 def test_the_models_are_got() -> None:
     request = operations.models().request
     assert (request.method, request.path, request.content) == ("GET", "/v1/models", None)
@@ -96,6 +152,11 @@ def test_what_json_lacks_is_refused_before_it_is_sent() -> None:
         sent(operations.chat(MESSAGES, {"temperature": float("nan")}))
     with pytest.raises(TypeError, match="object"):
         sent(operations.complete(cast("str", object()), {}))
+
+
+def test_a_body_is_as_short_as_its_text() -> None:
+    content = operations.complete("寿司", {"max_tokens": 1}).request.content
+    assert content == '{"max_tokens":1,"prompt":"寿司"}'.encode()
 
 
 def test_streaming_is_no_option() -> None:

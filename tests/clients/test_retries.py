@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -17,7 +19,7 @@ from logitclient import (
     StreamError,
     TransportError,
 )
-from logitclient.retries import RetryPolicy, parse_retry_after
+from logitclient.retries import RetryPolicy, parse_retry_after, with_retries, with_retries_async
 
 ANSWER = {"object": "list", "data": []}
 
@@ -61,6 +63,10 @@ class Script:
             sleep=self.async_sleep,
             random=self.random,
         )
+
+
+def events(content: bytes) -> httpx.Response:
+    return httpx.Response(200, content=content, headers={"Content-Type": "text/event-stream"})
 
 
 def success() -> httpx.Response:
@@ -123,16 +129,14 @@ def test_a_wait_that_is_too_long_is_left_to_the_caller() -> None:
 
 
 def test_a_stream_is_retried_before_its_first_byte() -> None:
-    script = Script(refusal(429), httpx.Response(200, content=b"data: [DONE]\n\n"))
+    script = Script(refusal(429), events(b"data: [DONE]\n\n"))
     with script.client() as client, client.stream_chat([]) as stream:
         assert list(stream) == []
     assert script.num_requests == 2
 
 
 def test_a_stream_is_never_retried_after_its_first_byte() -> None:
-    script = Script(
-        httpx.Response(200, content=b'data: {"error": {"message": "x", "code": "engine_dead"}}\n\n')
-    )
+    script = Script(events(b'data: {"error": {"message": "x", "code": "engine_dead"}}\n\n'))
     with script.client() as client, client.stream_chat([]) as stream, pytest.raises(StreamError):
         list(stream)
     assert script.num_requests == 1
@@ -144,6 +148,46 @@ def test_backoff_doubles_up_to_its_bound_and_is_jittered() -> None:
     assert [highest.delay(done, error) for done in range(7)] == [0.5, 1, 2, 4, 8, 8, 8]
     lowest = RetryPolicy(max_retries=9, random=lambda: 0.0)
     assert lowest.delay(3, error) == 0.0
+    endless = RetryPolicy(max_retries=math.inf, random=lambda: 1.0)
+    assert endless.delay(1 << 20, error) == 8.0
+
+
+def test_transport_errors_are_retried_where_the_call_may_be_done_twice() -> None:
+    error = TransportError("reset")
+    policy = RetryPolicy(max_retries=2, random=lambda: 1.0)
+    assert policy.delay(0, error) is None
+    bold = replace(policy, on_transport_errors=True)
+    assert bold.delay(0, error) == 0.5
+    assert bold.delay(2, error) is None
+    assert bold.delay(0, StreamError("broken")) is None
+    assert bold.delay(0, APIError(500, "broken")) is None
+
+
+@pytest.mark.anyio
+async def test_no_try_begins_after_the_bound_on_seconds() -> None:
+    waits: list[float] = []
+    policy = RetryPolicy(max_retries=math.inf, random=lambda: 1.0, max_seconds=10.0)
+
+    def clock() -> float:
+        return 1000.0 + sum(waits)
+
+    def call() -> None:
+        raise RateLimitError(429, "later")
+
+    with pytest.raises(RateLimitError):
+        with_retries(call, policy, waits.append, clock)
+    assert waits == [0.5, 1.0, 2.0, 4.0]
+    waits.clear()
+
+    async def async_call() -> None:
+        call()
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    with pytest.raises(RateLimitError):
+        await with_retries_async(async_call, policy, sleep, clock)
+    assert waits == [0.5, 1.0, 2.0, 4.0]
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,20 @@ async def test_generated_rows_stream_step_by_step(client: AsyncClient) -> None:
     )
 
 
+async def test_the_bytes_of_an_arrow_stream_are_a_file_of_it(client: AsyncClient) -> None:
+    pa = pytest.importorskip("pyarrow")
+    options: Any = {"top_k": 3, "dtype": "bfloat16"}
+    async with client.stream_arrow(PROMPT, **options) as stream:
+        content = b"".join([piece async for piece in stream])
+    with pa.ipc.open_stream(content) as reader:
+        table = reader.read_all()
+    parts = await batches(client, PROMPT, **options)
+    assert table.schema.metadata[b"dtype"] == b"bfloat16"
+    assert table["position"].to_pylist() == np.concatenate([part.position for part in parts]).tolist()
+    ids = np.concatenate([part.logits.token_ids for part in parts if part.logits.token_ids is not None])
+    assert table["top_ids"].to_pylist() == ids.tolist()
+
+
 def test_a_server_process_streams_arrow(url: str) -> None:
     pytest.importorskip("pyarrow")
     with Client(url) as client:
@@ -181,6 +195,28 @@ async def test_an_embedding_is_pooled_from_the_hidden_states(client: AsyncClient
     assert np.allclose(mean.vector, states.mean(0) / np.linalg.norm(states.mean(0)), atol=1e-5)
     (short,) = await client.embeddings(PROMPT, dimensions=8)
     assert short.vector.shape == (8,)
+
+
+async def test_pooling_gives_the_heads_last_value(client: AsyncClient) -> None:
+    rewards = await client.rewards([PROMPT, PROMPT[:2]])
+    pooled = await client.pooling([PROMPT, PROMPT[:2]], head="helpful")
+    assert [found.index for found in pooled] == [0, 1]
+    assert [found.values.shape for found in pooled] == [(1,), (1,)]
+    assert [found.values[0] for found in pooled] == [np.float32(reward.reward) for reward in rewards]
+    assert pooled.usage is not None
+    assert pooled.usage.prompt_tokens == 7
+    (turn,) = await client.pooling(messages=MESSAGES)
+    (reward,) = await client.rewards(messages=MESSAGES)
+    assert turn.values[0] == np.float32(reward.reward)
+
+
+def test_pooling_without_heads_gives_the_last_hidden_states(url: str) -> None:
+    with Client(url) as client:
+        (pooled,) = client.pooling(PROMPT)
+        (embedding,) = client.embeddings(PROMPT, pooling="last", normalize=False)
+        assert np.array_equal(pooled.values, embedding.vector)
+        tokens = client.tokenize("Name a colour.")
+        assert client.detokenize(tokens.token_ids) == "Name a colour."
 
 
 async def test_refusals_of_rows_have_their_types(client: AsyncClient) -> None:

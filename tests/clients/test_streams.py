@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitclient import DecodeError, StreamError, operations
+from logitclient import DecodeError, StreamError, TokenLogprob, operations
 from logitclient.results import Chunk
 
 ROW = np.array([[1.0, 2.0]], np.float32)
@@ -90,6 +90,30 @@ def test_prompt_rows_come_before_the_first_token() -> None:
     assert part.logits is not None
     assert part.logits.prompt is not None
     assert part.logits.prompt.offset == 7
+
+
+ENTRY = {"5": {"logprob": -0.5, "rank": 1, "decoded_token": "a"}}
+
+
+@pytest.mark.parametrize("where", ["chat", "completions"])
+def test_a_chunk_with_prompt_logprobs_alone_is_kept(where: str) -> None:
+    choice: dict[str, Any] = {"index": 0, "finish_reason": None, "logprobs": None}
+    entries = [None, ENTRY]
+    if where == "chat":
+        decoder = operations.stream_chat([], {}).decoder()
+        body: Any = {"choices": [{**choice, "delta": {}}], "prompt_logprobs": entries}
+    else:
+        decoder = operations.stream_complete("", {}).decoder()
+        body = {"choices": [{**choice, "text": "", "prompt_logprobs": entries}]}
+    (part,) = decoder.feed(event(body))
+    assert part.prompt_logprobs == (None, {5: TokenLogprob(-0.5, 1, "a")})
+
+
+def test_a_chunk_with_the_logprobs_of_half_a_character_is_kept() -> None:
+    logprobs = {"content": [{"token": "bytes:\\xe2", "logprob": -1.0, "bytes": [226], "top_logprobs": []}]}
+    choice = {"index": 0, "delta": {}, "logprobs": logprobs, "finish_reason": None}
+    (part,) = operations.stream_chat([], {}).decoder().feed(event({"choices": [choice]}))
+    assert part.raw["logprobs"] == logprobs
 
 
 def test_an_error_in_the_stream_is_raised_with_its_members() -> None:

@@ -47,12 +47,12 @@ def test_flags_win_over_variables_and_variables_over_defaults(
 
 
 def test_lists_are_comma_separated_or_repeated(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOGITSERVE_API_KEY", "one,two")
+    monkeypatch.setenv("LOGITSERVE_API_KEY", "key-1,key-2")
     cli.main(["serve", "--served-model-name", "a", "--served-model-name", "b,c"])
     ((server, _),) = started
     assert server.served_model_name == ["a", "b", "c"]
-    assert [key.get_secret_value() for key in server.api_key] == ["one", "two"]
-    assert "one" not in repr(server)
+    assert [key.get_secret_value() for key in server.api_key] == ["key-1", "key-2"]
+    assert "key-" not in repr(server)
 
 
 def test_value_heads_are_repeated_flags_or_json(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from logitclient.operations import ARROW
 from logitengine.config import EngineConfig
 from logitserve import cli
 from logitserve.extract import run
@@ -19,7 +20,7 @@ from logitserve.extract.config import ExtractConfig
 from logitserve.extract.errors import ExtractError, RefusedPromptError, UsageError
 from logitserve.extract.parts import PartsFolder
 from logitserve.extract.prompts import Prompt, PromptFile
-from logitserve.extract.source import ARROW, LogitsSource
+from logitserve.extract.source import LogitsSource
 from logitserve.extract.tables import ParquetSink, read_groups
 
 PROMPT = Prompt(3, "3", {"input": [5, 6]})

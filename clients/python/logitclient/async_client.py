@@ -17,12 +17,16 @@ from logitclient.operations import Operation, Request, StreamOperation
 from logitclient.options import (
     ChatOptions,
     CompletionOptions,
+    DetokenizeOptions,
     EmbeddingOptions,
     Input,
     InputOptions,
     LogitsOptions,
     Messages,
+    PoolingOptions,
     RewardOptions,
+    TokenIds,
+    TokenizeOptions,
 )
 from logitclient.results import (
     Chunk,
@@ -31,13 +35,23 @@ from logitclient.results import (
     LogitsBatch,
     Model,
     Perplexity,
+    Pooling,
     Results,
     Reward,
     SequenceLogits,
+    Tokens,
     Usage,
 )
-from logitclient.retries import RetryPolicy
-from logitclient.transport import DEFAULT_TIMEOUT, Endpoint, Timeout, api_error, check_injection, translated
+from logitclient.retries import RetryPolicy, with_retries_async
+from logitclient.transport import (
+    DEFAULT_TIMEOUT,
+    Endpoint,
+    Timeout,
+    api_error,
+    check_injection,
+    check_media_type,
+    translated,
+)
 
 T = TypeVar("T")
 
@@ -100,6 +114,16 @@ class AsyncClient:
         """The rows of each input as the engine computes them. Needs pyarrow: MissingDependencyError without."""
         return self._stream(operations.stream_logits(input, messages, options))
 
+    def stream_arrow(
+        self,
+        input: Input | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[LogitsOptions],
+    ) -> AsyncStream[bytes]:
+        """Return the rows of ``stream_logits`` as the bytes of one Arrow stream, for a file. Needs no pyarrow."""
+        return self._stream(operations.stream_arrow(input, messages, options))
+
     async def perplexity(self, input: Input, **options: Unpack[InputOptions]) -> Results[Perplexity]:
         """How well the model predicts each input."""
         return await self._run(operations.perplexity(input, options))
@@ -117,6 +141,30 @@ class AsyncClient:
     async def embeddings(self, input: Input, **options: Unpack[EmbeddingOptions]) -> Results[Embedding]:
         """A vector for each input."""
         return await self._run(operations.embeddings(input, options))
+
+    async def pooling(
+        self,
+        input: Input | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[PoolingOptions],
+    ) -> Results[Pooling]:
+        """Return a head's last values for each input, or without heads the last token's hidden states."""
+        return await self._run(operations.pooling(input, messages, options))
+
+    async def tokenize(
+        self,
+        prompt: str | None = None,
+        *,
+        messages: Messages | None = None,
+        **options: Unpack[TokenizeOptions],
+    ) -> Tokens:
+        """Return the tokens of a prompt, or of messages under the chat template."""
+        return await self._run(operations.tokenize(prompt, messages, options))
+
+    async def detokenize(self, tokens: TokenIds, **options: Unpack[DetokenizeOptions]) -> str:
+        """Return the text of tokens, special ones included."""
+        return await self._run(operations.detokenize(tokens, options))
 
     async def models(self) -> Results[Model]:
         """What is served, under each of its names."""
@@ -148,24 +196,20 @@ class AsyncClient:
         return AsyncStream(operation, self._send)
 
     async def _send(self, request: Request) -> httpx.Response:
-        """A response whose body has not been read; the caller closes it. Raises APIError when retries are over."""
-        retries_done = 0
-        while True:
+        """Return a response whose body has not been read. The caller closes it. Raises APIError."""
+        return await with_retries_async(lambda: self._send_once(request), self._retries, self._sleep)
+
+    async def _send_once(self, request: Request) -> httpx.Response:
+        with translated():
+            response = await self._http.send(self._endpoint.build(self._http, request), stream=True)
+        if response.is_success:
+            return response
+        try:
             with translated():
-                response = await self._http.send(self._endpoint.build(self._http, request), stream=True)
-            if response.is_success:
-                return response
-            try:
-                with translated():
-                    await response.aread()
-            finally:
-                await response.aclose()
-            error = api_error(response)
-            delay = self._retries.delay(retries_done, error)
-            if delay is None:
-                raise error
-            await self._sleep(delay)
-            retries_done += 1
+                await response.aread()
+        finally:
+            await response.aclose()
+        raise api_error(response)
 
 
 class AsyncStream(Generic[T]):
@@ -209,6 +253,7 @@ class AsyncStream(Generic[T]):
 
     async def _read(self, response: httpx.Response) -> AsyncGenerator[T, None]:
         try:
+            check_media_type(response, self._request)
             with translated():
                 async for data in response.aiter_bytes():
                     for part in self._decoder.feed(data):

@@ -20,9 +20,13 @@ from logitclient.results import (
     Logits,
     Model,
     Perplexity,
+    Pooling,
+    PromptLogprobs,
     Results,
     Reward,
     SequenceLogits,
+    TokenLogprob,
+    Tokens,
     Usage,
 )
 from logitclient.rows import decode_block, from_base64
@@ -103,6 +107,7 @@ def _choice(kind: type[C], choice: dict[str, Any], text: str | None) -> C:
         token_ids=None if token_ids is None else _token_ids(token_ids),
         logits=_logits(choice.pop("logits", None)),
         hidden_states=_hidden_states(choice.pop("hidden_states", None)),
+        prompt_logprobs=_prompt_logprobs(choice.get("prompt_logprobs")),
         raw=choice,
     )
     rows = found.logits and found.logits.generated
@@ -116,7 +121,21 @@ def _completion(body: dict[str, Any], text_of: Callable[[dict[str, Any]], str | 
     return Completion(body["id"], body["model"], choices, _usage(body.get("usage")) or Usage(0, 0), body)
 
 
+def _prompt_logprobs(entries: Any) -> PromptLogprobs | None:
+    return None if entries is None else tuple(map(_token_logprobs, entries))
+
+
+def _token_logprobs(entry: Any) -> dict[int, TokenLogprob] | None:
+    if entry is None:
+        return None
+    return {
+        int(token_id): TokenLogprob(said["logprob"], said["rank"], said["decoded_token"])
+        for token_id, said in entry.items()
+    }
+
+
 def chat_completion(body: dict[str, Any]) -> Completion:
+    _move_prompt_logprobs(body)
     return _completion(body, lambda choice: choice["message"]["content"])
 
 
@@ -124,12 +143,19 @@ def text_completion(body: dict[str, Any]) -> Completion:
     return _completion(body, lambda choice: choice["text"])
 
 
-def chat_chunk(choice: dict[str, Any]) -> Chunk:
-    return _choice(Chunk, choice, choice["delta"].get("content"))
+def chat_chunks(body: dict[str, Any]) -> list[Chunk]:
+    _move_prompt_logprobs(body)
+    return [_choice(Chunk, choice, choice["delta"].get("content")) for choice in body["choices"]]
 
 
-def text_chunk(choice: dict[str, Any]) -> Chunk:
-    return _choice(Chunk, choice, choice["text"])
+def text_chunks(body: dict[str, Any]) -> list[Chunk]:
+    return [_choice(Chunk, choice, choice["text"]) for choice in body["choices"]]
+
+
+def _move_prompt_logprobs(body: dict[str, Any]) -> None:
+    """Give the first choice what a chat's answer has beside its choices, where completions have it in the choice."""
+    if body["choices"] and "prompt_logprobs" in body:
+        body["choices"][0]["prompt_logprobs"] = body["prompt_logprobs"]
 
 
 def chunk_usage(body: dict[str, Any]) -> Usage | None:
@@ -184,13 +210,29 @@ def _numbers(value: Any) -> NDArray[np.float64]:
 
 
 def embeddings(body: dict[str, Any]) -> Results[Embedding]:
-    def embedding(entry: dict[str, Any]) -> Embedding:
-        data = entry.pop("embedding")
-        # Base64 says nothing of its length: four characters are three bytes, less the padding.
-        width = (len(data) * 3 // 4 - data.count("=")) // 4
-        return Embedding(entry["index"], from_base64(data, "float32", (width,)))
+    return _results(body, lambda entry: Embedding(entry["index"], _vector(entry.pop("embedding"))))
 
-    return _results(body, embedding)
+
+def poolings(body: dict[str, Any]) -> Results[Pooling]:
+    return _results(body, lambda entry: Pooling(entry["index"], _vector(entry.pop("data"))))
+
+
+def _vector(data: str) -> NDArray[np.float32]:
+    # Base64 says nothing of its length: four characters are three bytes, less the padding.
+    width = (len(data) * 3 // 4 - data.count("=")) // 4
+    return from_base64(data, "float32", (width,))
+
+
+def tokens(body: dict[str, Any]) -> Tokens:
+    strings = body.get("token_strs")
+    return Tokens(
+        _token_ids(body["tokens"]), None if strings is None else tuple(strings), body["max_model_len"]
+    )
+
+
+def prompt_text(body: dict[str, Any]) -> str:
+    text: str = body["prompt"]
+    return text
 
 
 def models(body: dict[str, Any]) -> Results[Model]:

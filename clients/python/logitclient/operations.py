@@ -15,6 +15,7 @@ from logitclient.arrow import ArrowDecoder
 from logitclient.options import (
     ChatOptions,
     CompletionOptions,
+    DetokenizeOptions,
     EmbeddingOptions,
     HiddenStatesSpec,
     Input,
@@ -22,7 +23,10 @@ from logitclient.options import (
     LogitsOptions,
     LogitsSpec,
     Messages,
+    PoolingOptions,
     RewardOptions,
+    TokenIds,
+    TokenizeOptions,
 )
 from logitclient.results import (
     Chunk,
@@ -31,11 +35,13 @@ from logitclient.results import (
     LogitsBatch,
     Model,
     Perplexity,
+    Pooling,
     Results,
     Reward,
     SequenceLogits,
+    Tokens,
 )
-from logitclient.streams import ChunkDecoder, StreamDecoder
+from logitclient.streams import BytesDecoder, ChunkDecoder, StreamDecoder
 
 T = TypeVar("T")
 
@@ -58,7 +64,11 @@ class Request:
         """The body as JSON. Raises TypeError or ValueError for what JSON lacks."""
         if self.body is None:
             return None
-        return json.dumps(self.body, default=_plain, allow_nan=False).encode()
+        # As short as it can be: servers bound the bytes of a body.
+        text = json.dumps(
+            self.body, default=_plain, allow_nan=False, ensure_ascii=False, separators=(",", ":")
+        )
+        return text.encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +114,12 @@ def _generation(options: ChatOptions | CompletionOptions, *, stream: bool) -> di
     return {**body, "stream": True, "stream_options": {"include_usage": True}} if stream else body
 
 
-def _with_input(given: Input | None, messages: Messages | None, options: Mapping[str, Any]) -> dict[str, Any]:
+def _with_input(
+    given: Input | None, messages: Messages | None, options: Mapping[str, Any], name: str = "input"
+) -> dict[str, Any]:
     if (given is None) == (messages is None):
-        raise TypeError("exactly one of input and messages is needed")
-    return {**options, **({"messages": messages} if given is None else {"input": given})}
+        raise TypeError(f"exactly one of {name} and messages is needed")
+    return {**options, **({"messages": messages} if given is None else {name: given})}
 
 
 def chat(messages: Messages, options: ChatOptions) -> Operation[Completion]:
@@ -118,7 +130,7 @@ def chat(messages: Messages, options: ChatOptions) -> Operation[Completion]:
 def stream_chat(messages: Messages, options: ChatOptions) -> StreamOperation[Chunk]:
     body = {**_generation(options, stream=True), "messages": messages}
     return StreamOperation(
-        _post("/v1/chat/completions", body, EVENTS), lambda: ChunkDecoder(decoding.chat_chunk)
+        _post("/v1/chat/completions", body, EVENTS), lambda: ChunkDecoder(decoding.chat_chunks)
     )
 
 
@@ -129,7 +141,7 @@ def complete(prompt: Input, options: CompletionOptions) -> Operation[Completion]
 
 def stream_complete(prompt: Input, options: CompletionOptions) -> StreamOperation[Chunk]:
     body = {**_generation(options, stream=True), "prompt": prompt}
-    return StreamOperation(_post("/v1/completions", body, EVENTS), lambda: ChunkDecoder(decoding.text_chunk))
+    return StreamOperation(_post("/v1/completions", body, EVENTS), lambda: ChunkDecoder(decoding.text_chunks))
 
 
 def logits(
@@ -145,6 +157,12 @@ def stream_logits(
     return StreamOperation(_post("/v1/logits", _with_input(given, messages, options), ARROW), ArrowDecoder)
 
 
+def stream_arrow(
+    given: Input | None, messages: Messages | None, options: LogitsOptions
+) -> StreamOperation[bytes]:
+    return StreamOperation(_post("/v1/logits", _with_input(given, messages, options), ARROW), BytesDecoder)
+
+
 def perplexity(given: Input, options: InputOptions) -> Operation[Results[Perplexity]]:
     return Operation(_post("/v1/perplexity", {**options, "input": given}), decoding.perplexities)
 
@@ -158,6 +176,21 @@ def rewards(
 def embeddings(given: Input, options: EmbeddingOptions) -> Operation[Results[Embedding]]:
     body = {**options, "input": given, "encoding_format": "base64"}
     return Operation(_post("/v1/embeddings", body), decoding.embeddings)
+
+
+def pooling(
+    given: Input | None, messages: Messages | None, options: PoolingOptions
+) -> Operation[Results[Pooling]]:
+    body = _with_input(given, messages, options) | {"encoding_format": "base64"}
+    return Operation(_post("/pooling", body), decoding.poolings)
+
+
+def tokenize(prompt: str | None, messages: Messages | None, options: TokenizeOptions) -> Operation[Tokens]:
+    return Operation(_post("/tokenize", _with_input(prompt, messages, options, "prompt")), decoding.tokens)
+
+
+def detokenize(tokens: TokenIds, options: DetokenizeOptions) -> Operation[str]:
+    return Operation(_post("/detokenize", {**options, "tokens": tokens}), decoding.prompt_text)
 
 
 def models() -> Operation[Results[Model]]:

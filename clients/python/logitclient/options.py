@@ -99,14 +99,20 @@ class InputOptions(TypedDict, total=False):
 
     model: str
     add_special_tokens: bool
+    cache_salt: str
 
 
-class RewardOptions(InputOptions, total=False):
-    """``head`` may be left out where the server has one; ``return_values`` gives every position's value."""
+class PoolingOptions(InputOptions, total=False):
+    """``head`` may be left out where the server has one, or none."""
 
     head: str
-    return_values: bool
     add_generation_prompt: bool
+
+
+class RewardOptions(PoolingOptions, total=False):
+    """``return_values`` gives every position's value."""
+
+    return_values: bool
 
 
 class EmbeddingOptions(InputOptions, total=False):
@@ -115,3 +121,16 @@ class EmbeddingOptions(InputOptions, total=False):
     dimensions: int
     pooling: Literal["mean", "last", "cls"]
     normalize: bool
+
+
+class TokenizeOptions(TypedDict, total=False):
+    """``add_special_tokens`` is true by default for a prompt, and false for messages, whose template has them."""
+
+    model: str
+    add_special_tokens: bool
+    add_generation_prompt: bool
+    return_token_strs: bool
+
+
+class DetokenizeOptions(TypedDict, total=False):
+    model: str

@@ -63,9 +63,28 @@ class Usage:
     cached_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability, its rank in the vocabulary from 1, and its text. -9999 stands for minus infinity."""
+
+    logprob: float
+    rank: int
+    text: str
+
+
+PromptLogprobs = tuple[dict[int, TokenLogprob] | None, ...]
+"""For each prompt token, log-probabilities by token id: its own, and those of the likeliest tokens in its place.
+
+The entry of the first token is None: no row scores it.
+"""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """One continuation. ``token_ids`` int32 [tokens] is None unless logits, hidden states or token ids were asked for."""
+    """One continuation. ``token_ids`` int32 [tokens] is None unless logits, hidden states or token ids were asked for.
+
+    ``prompt_logprobs`` are those of the prompt, where they were asked for; a prompt's first choice has them.
+    """
 
     index: int
     text: str
@@ -73,12 +92,16 @@ class Choice:
     token_ids: NDArray[np.int32] | None = None
     logits: Logits | None = None
     hidden_states: HiddenStates | None = None
+    prompt_logprobs: PromptLogprobs | None = None
     raw: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk(Choice):
-    """A part of one choice: the text, tokens and rows of one step. A prompt's rows come before its first token."""
+    """A part of one choice: the text, tokens and rows of one step.
+
+    A prompt's rows and logprobs come before its first token, over several chunks where the prompt is long.
+    """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,6 +133,10 @@ class Completion:
     @property
     def hidden_states(self) -> HiddenStates | None:
         return self.choices[0].hidden_states
+
+    @property
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        return self.choices[0].prompt_logprobs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,6 +223,26 @@ class Embedding:
 
     index: int
     vector: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pooling:
+    """``values`` float32: [outputs] of a head at the last token, or its hidden states [hidden] without a head."""
+
+    index: int
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tokens:
+    """The tokens of a prompt: ``token_ids`` int32 [tokens], and their texts where they were asked for."""
+
+    token_ids: NDArray[np.int32]
+    token_strs: tuple[str, ...] | None
+    max_model_len: int
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,43 +1,115 @@
-"""When to ask again, and after how long. Knows neither clocks nor sockets, but for dates in Retry-After."""
+"""When a failed call is tried again, after how long, and the loop that does it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import TypeVar
 
-from logitclient.errors import APIError
+from logitclient.errors import APIError, LogitClientError, TransportError
+
+T = TypeVar("T")
 
 RETRIED = frozenset({429, 503})
 """The statuses that say that nothing was begun. After any other failure the work may have been done, or is wrong."""
 
+MOST_DOUBLINGS = 60
+
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Exponential backoff with full jitter on top of what Retry-After asks for.
+    """Exponential backoff with full jitter, on top of the wait that Retry-After asks for.
 
     Where Retry-After is over ``longest_wait`` seconds the error is raised instead: the caller knows better.
-    ``random`` gives numbers in [0, 1).
+    No try begins later than ``max_seconds`` after the first failure. ``on_transport_errors`` is for calls that may
+    be done twice. ``random`` gives numbers in [0, 1).
     """
 
-    max_retries: int
+    max_retries: float
     random: Callable[[], float]
     first_backoff: float = 0.5
     longest_backoff: float = 8.0
     longest_wait: float = 60.0
+    max_seconds: float = math.inf
+    on_transport_errors: bool = False
 
-    def delay(self, retries_done: int, error: APIError) -> float | None:
-        """Seconds to wait before the next try; None to raise ``error``."""
-        wait = error.retry_after or 0.0
-        if error.status not in RETRIED or retries_done >= self.max_retries or wait > self.longest_wait:
+    def delay(self, retries_done: int, error: LogitClientError, seconds: float = 0.0) -> float | None:
+        """Return the wait in seconds before the next try, or None to raise ``error``.
+
+        ``seconds`` have passed since the first failure.
+        """
+        asked = error.retry_after or 0.0 if isinstance(error, APIError) else 0.0
+        if not self._covers(error) or retries_done >= self.max_retries or asked > self.longest_wait:
             return None
-        return wait + self.random() * min(self.longest_backoff, self.first_backoff * 2.0**retries_done)
+        backoff = min(self.longest_backoff, self.first_backoff * 2.0 ** min(retries_done, MOST_DOUBLINGS))
+        wait = asked + self.random() * backoff
+        return None if seconds + wait > self.max_seconds else wait
+
+    def _covers(self, error: LogitClientError) -> bool:
+        if isinstance(error, APIError):
+            return error.status in RETRIED
+        return self.on_transport_errors and isinstance(error, TransportError)
+
+
+class Failures:
+    """The failures of one call so far."""
+
+    def __init__(self, policy: RetryPolicy, clock: Callable[[], float]) -> None:
+        self._policy = policy
+        self._clock = clock
+        self._count = 0
+        self._first_time: float | None = None
+
+    def delay(self, error: LogitClientError) -> float:
+        """Note a failure and return the wait before the next try. Raises ``error`` where there is none."""
+        now = self._clock()
+        if self._first_time is None:
+            self._first_time = now
+        delay = self._policy.delay(self._count, error, now - self._first_time)
+        if delay is None:
+            raise error
+        self._count += 1
+        return delay
+
+
+def with_retries(
+    call: Callable[[], T],
+    policy: RetryPolicy,
+    sleep: Callable[[float], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> T:
+    """Return what ``call`` returns, tried as often as ``policy`` allows. Raises the last failure."""
+    failures = Failures(policy, clock)
+    while True:
+        try:
+            return call()
+        except LogitClientError as error:
+            delay = failures.delay(error)
+        sleep(delay)
+
+
+async def with_retries_async(
+    call: Callable[[], Awaitable[T]],
+    policy: RetryPolicy,
+    sleep: Callable[[float], Awaitable[None]],
+    clock: Callable[[], float] = time.monotonic,
+) -> T:
+    """Do the same as ``with_retries``, for asyncio and trio."""
+    failures = Failures(policy, clock)
+    while True:
+        try:
+            return await call()
+        except LogitClientError as error:
+            delay = failures.delay(error)
+        await sleep(delay)
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Seconds from a Retry-After header, which gives them or a date; None where there is none that can be read."""
+    """Return the seconds of a Retry-After header, which gives them or a date. None where neither can be read."""
     if value is None:
         return None
     try:

@@ -28,10 +28,22 @@ class StreamDecoder(Protocol[T_co]):
         """Called when there is no more. Raises StreamError unless the stream had come to its end."""
 
 
-class ChunkDecoder:
-    """Chunks of chat or completions. ``parse`` reads one choice; a chunk that says nothing is left out."""
+class BytesDecoder:
+    """Hands a stream's bytes on as they come. A body that is cut short is the connection's error."""
 
-    def __init__(self, parse: Callable[[dict[str, Any]], Chunk]) -> None:
+    usage = None
+
+    def feed(self, data: bytes) -> list[bytes]:
+        return [data]
+
+    def finish(self) -> None:
+        """Accept any end."""
+
+
+class ChunkDecoder:
+    """Chunks of chat or completions. ``parse`` reads one event; a chunk that says nothing is left out."""
+
+    def __init__(self, parse: Callable[[dict[str, Any]], list[Chunk]]) -> None:
         self._parse = parse
         self._events = SSEDecoder()
         self._done = False
@@ -55,7 +67,7 @@ class ChunkDecoder:
             if body.get("error") is not None:
                 raise _stream_error(body["error"])
             self.usage = chunk_usage(body) or self.usage
-            chunks = [self._parse(choice) for choice in body["choices"]]
+            chunks = self._parse(body)
         return [chunk for chunk in chunks if _says_something(chunk)]
 
 
@@ -65,7 +77,15 @@ def _says_something(chunk: Chunk) -> bool:
         part for held in (chunk.logits, chunk.hidden_states) if held for part in (held.generated, held.prompt)
     ]
     has_tokens = chunk.token_ids is not None and len(chunk.token_ids) > 0
-    return bool(chunk.text or chunk.finish_reason or has_tokens or any(part is not None for part in rows))
+    # A token that ends within a character has logprobs, and no text yet.
+    has_logprobs = bool(chunk.prompt_logprobs or chunk.raw.get("logprobs"))
+    return bool(
+        chunk.text
+        or chunk.finish_reason
+        or has_tokens
+        or has_logprobs
+        or any(part is not None for part in rows)
+    )
 
 
 def _stream_error(error: Any) -> StreamError:

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from logitclient.errors import APIError, RequestTimeoutError, TransportError, class_of_status
+from logitclient.errors import APIError, DecodeError, RequestTimeoutError, TransportError, class_of_status
 from logitclient.operations import Request
 from logitclient.retries import parse_retry_after
 
@@ -57,6 +57,13 @@ def translated() -> Iterator[None]:
         raise RequestTimeoutError(str(error) or type(error).__name__) from error
     except (httpx.RequestError, httpx.InvalidURL) as error:
         raise TransportError(str(error) or type(error).__name__) from error
+
+
+def check_media_type(response: httpx.Response, request: Request) -> None:
+    """Raises DecodeError where a successful response is not of the type that was asked for."""
+    media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != request.accept:
+        raise DecodeError(f"the server answered {request.path} with {media_type!r}, not {request.accept!r}")
 
 
 def api_error(response: httpx.Response) -> APIError:

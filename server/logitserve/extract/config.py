@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
 from logitserve.config import LARGEST_ID, split_commas
+
+if TYPE_CHECKING:
+    # The command line reads this module for every command, and the client takes its time to load.
+    from logitclient.options import LogitsOptions
 
 CONTENT = (
     "positions",
@@ -99,9 +103,9 @@ class ExtractConfig(BaseModel):
         """The options in CONTENT, as JSON knows them."""
         return self.model_dump(mode="json", include=set(CONTENT))
 
-    def request(self, prompt_index: int) -> dict[str, Any]:
-        """The members of a /v1/logits body that all prompts have alike, but for the seed."""
-        body: dict[str, Any] = {
+    def request(self, prompt_index: int) -> LogitsOptions:
+        """Return the options of /v1/logits, which all prompts have alike but for the seed."""
+        options: LogitsOptions = {
             "positions": self.positions,
             "stage": self.stage,
             "dtype": self.logits_dtype,
@@ -113,7 +117,7 @@ class ExtractConfig(BaseModel):
             "seed": self.seed + prompt_index,
         }
         if self.top_k is not None:
-            body["top_k"] = self.top_k
+            options["top_k"] = self.top_k
         if self.token_ids:
-            body["token_ids"] = self.token_ids
-        return body
+            options["token_ids"] = self.token_ids
+        return options

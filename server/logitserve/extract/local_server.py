@@ -67,13 +67,25 @@ class LocalServer:
 
 @contextlib.asynccontextmanager
 async def local_server(engine_config: EngineConfig, log: Path) -> AsyncIterator[LocalServer]:
-    """A ready server on a free loopback port, with a key of its own. Raises ExtractError."""
-    port, api_key = _free_port(), secrets.token_urlsafe(32)
+    """Start a server on a free loopback port, with a key of its own, and wait until it is ready. Raises ExtractError."""
+    with socket.socket() as listener:
+        # The port stays taken for as long as prompts are sent to it: should the child end, nobody else can answer.
+        listener.bind(("127.0.0.1", 0))
+        server = await _start(engine_config, listener, log)
+        try:
+            await server.wait_ready()
+            yield server
+        finally:
+            await server.stop()
+
+
+async def _start(engine_config: EngineConfig, listener: socket.socket, log: Path) -> LocalServer:
+    """Start the child, which alone listens on ``listener``."""
+    api_key = secrets.token_urlsafe(32)
     options: dict[str, object] = {
         **engine_config.model_dump(mode="json", exclude_unset=True, exclude={"model"}),
         "api_key": api_key,
-        "host": "127.0.0.1",
-        "port": port,
+        "fd": listener.fileno(),
         "drain_timeout": 0,
         "log_level": "warning",
         "max_answer_bytes": ENDLESS,
@@ -89,22 +101,11 @@ async def local_server(engine_config: EngineConfig, log: Path) -> AsyncIterator[
             stdout=output,
             stderr=asyncio.subprocess.STDOUT,
             env=_environment(options),
+            pass_fds=[listener.fileno()],
             # Ctrl-C is for the parent, which then stops the child.
             start_new_session=True,
         )
-    server = LocalServer(f"http://127.0.0.1:{port}", api_key, process, log)
-    try:
-        await server.wait_ready()
-        yield server
-    finally:
-        await server.stop()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    return LocalServer(f"http://127.0.0.1:{listener.getsockname()[1]}", api_key, process, log)
 
 
 def _environment(options: Mapping[str, object]) -> dict[str, str]:

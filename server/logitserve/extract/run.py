@@ -21,7 +21,7 @@ from logitserve.extract.parts import PartsFolder
 from logitserve.extract.progress import Progress, say
 from logitserve.extract.prompts import PromptFile
 from logitserve.extract.safetensors import check_ids, write_safetensors
-from logitserve.extract.source import LogitsSource, open_client
+from logitserve.extract.source import LogitsSource, open_connections
 from logitserve.extract.tables import schema_of, write_parquet
 from logitserve.logs import configure_logging
 
@@ -113,8 +113,8 @@ class Extraction:
             else:
                 url, given = self._config.url, self._config.api_key
                 api_key = "" if given is None else given.get_secret_value()
-            client = await stack.enter_async_context(open_client(self._config, url, api_key))
-            source = LogitsSource(client, self._config)
+            connections = await stack.enter_async_context(open_connections(self._config, url, api_key))
+            source = LogitsSource(connections, self._config)
             manifest = {**self._manifest, "model": await source.model()}
             self._folder.check(manifest)
             self._folder.begin(manifest)

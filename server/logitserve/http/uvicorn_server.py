@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 from types import FrameType
 from typing import Any
 
@@ -147,5 +148,5 @@ async def run_app(engine: EngineProtocol, config: ServerConfig, stopped: asyncio
     state: ServerState = app.state.server
     server = DrainingServer(uvicorn_config(app, config), state, config.drain_timeout, stopped)
     state.on_load_error = server.stop
-    await server.serve()
+    await server.serve(None if config.fd is None else [socket.socket(fileno=config.fd)])
     return 0 if state.load_error is None else 1
