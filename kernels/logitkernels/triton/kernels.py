@@ -67,8 +67,6 @@ class TritonKernels(Kernels):
     def __init__(self, *, batch_invariant: bool = False) -> None:
         self.batch_invariant = batch_invariant
 
-    # Linear layers.
-
     def pack(
         self,
         weights: Sequence[Weight],
@@ -77,8 +75,6 @@ class TritonKernels(Kernels):
         exact: bool = False,  # noqa: ARG002 - activations take the dtype of the weights
     ) -> TritonLinear:
         return TritonLinear(weights, bias, batch_invariant=self.batch_invariant)
-
-    # Norms, activations, rotary embedding.
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm.rms_norm(x, weight, eps, x.dtype)
@@ -97,8 +93,6 @@ class TritonKernels(Kernels):
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         # Layers use the fused kernel rope_and_store; rope alone is not worth a kernel of its own.
         return ReferenceKernels().rope(x, cos, sin)
-
-    # The paged cache.
 
     def store_kv(
         self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
@@ -148,8 +142,6 @@ class TritonKernels(Kernels):
         for attend in (paged_decode, paged_prefill) if metadata.max_query_len > 1 else (paged_decode,):
             attend(query, key_cache, value_cache, metadata, out, options, uniform=self.batch_invariant)
         return out
-
-    # Logits.
 
     def top_k_logits(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if k <= top_k_logits.MAX_K:
