@@ -1,5 +1,7 @@
-"""An engine that follows a test's script, behind the real app, for behaviour that a real engine cannot show
-on demand."""
+"""An engine that follows a test's script, behind the real app.
+
+It shows behaviour that a real engine cannot show on demand.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Imports run one way: server -> engine -> kernels. This holds inside the packages too; the client imports
-none of them."""
+"""Imports run one way: server -> engine -> kernels.
+
+This holds inside the packages too; the client imports none of them.
+"""
 
 import ast
 import subprocess

@@ -184,8 +184,7 @@ class Paged:
         return relative_error(self.out[-rows:], expected)
 
     def contiguous(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the first sequence's query, keys and values [1, heads, tokens, D], in the form of torch's
-        own attention."""
+        """Return the first sequence's query, keys and values [1, heads, tokens, D], as torch's own attention reads them."""
         table = self.metadata.block_tables[0].long()
         caches = (cache[table].transpose(0, 1).flatten(1, 2) for cache in (self.key_cache, self.value_cache))
         keys, values = (cache[None, :, : self.metadata.max_seq_len].contiguous() for cache in caches)
@@ -440,8 +439,7 @@ class Sampled:
         return self.prepared.draw(self.logits, self.tensors, self.last_tokens).token_ids
 
     def error(self) -> float:
-        """Return the distance of a row's uniform number from its token's part of the distribution, for the
-        worst row."""
+        """Return the largest distance of a row's uniform number from its token's part of the distribution."""
         pairs = zip(self.sample().tolist(), self.logits.cpu().double(), self.rows, strict=True)
         return max(_draw_error(token, logits, row) for token, logits, row in pairs)
 

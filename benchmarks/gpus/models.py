@@ -289,8 +289,10 @@ def measure_model(
 
 
 def measure_peer(peer: Peer, prompter: Prompter, sizes: Sizes, rounds: int, found: Measurements) -> None:
-    """Measure the peer in fewer rounds: they are longest, and cannot alternate with engines that fuse the
-    model in place."""
+    """Measure the peer in fewer rounds, because its rounds are the longest.
+
+    They cannot alternate with those of the engines, which fuse the model in place.
+    """
     peer.decode_rate(prompter(1, sizes.prompt), max(3, sizes.answer // 16))
     free_memory()
     for _ in range(max(1, rounds - 1)):

@@ -14,8 +14,10 @@ def _integer(value: Any) -> Any:
 
 
 class EngineConfig(BaseModel):
-    """Options of the engine. Frozen: values that depend on the model are derived when it is loaded, never
-    written back."""
+    """Options of the engine.
+
+    Frozen: values that depend on the model are derived when it is loaded, never written back.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

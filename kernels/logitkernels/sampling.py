@@ -95,8 +95,7 @@ GREEDY_ROW = RowSampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0,
 
 @dataclass(frozen=True, slots=True)
 class SamplingSize:
-    """Properties that fix the layout of prepared rows: their number, the number of edits, and whether any has
-    a mask."""
+    """Size that fixes the layout of prepared rows: the number of rows and of edits, and whether any has a mask."""
 
     num_rows: int
     num_edits: int

@@ -27,8 +27,7 @@ class DenseWeight:
 
 @dataclass(frozen=True, slots=True)
 class BlockWeight:
-    """Weight [N, K] in blocks along K: ``raw`` uint8 [N, bytes of a row], in the format that GGUF files call
-    ``format``."""
+    """Weight [N, K] in blocks along K: ``raw`` uint8 [N, bytes of a row], in GGUF's format named ``format``."""
 
     name: str
     raw: Tensor

@@ -43,8 +43,7 @@ def requests(loaded: LoadedModel) -> list[GenerationRequest]:
 
 
 def test_each_of_64_concurrent_requests_gets_what_it_would_get_alone(float32_model: LoadedModel) -> None:
-    """Token ids are equal, rows are within the tolerance of the fidelity tests, and greedy rows peak at their
-    tokens."""
+    """Token ids are equal, rows are within the fidelity tests' tolerance, and greedy rows peak at their tokens."""
     asked = requests(float32_model)
     together = run(make_engine(float32_model, max_num_batched_tokens=256), asked)
     for one in asked:

@@ -204,8 +204,10 @@ def test_processed_rows_belong_to_their_tokens(models: Models) -> None:
 
 
 def test_decode_steps_are_padded_to_a_recorded_size(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three sequences take the step that was recorded for four. The fourth row stores nothing and its draw is
-    unused."""
+    """Three sequences take the step that was recorded for four.
+
+    The fourth row stores nothing and its draw is unused.
+    """
     requests = [greedy(f"r{index}", prompt, 6, EVERY_ROW) for index, prompt in enumerate(PROMPTS[:3])]
     engine = engine_of(models.overlapping)
     spy = Spy(engine, monkeypatch)

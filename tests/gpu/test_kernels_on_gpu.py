@@ -178,8 +178,11 @@ class Attention:
         lengths: Sequence[tuple[int, int]],
         **options: Any,
     ) -> Attention:
-        """Draw a batch. ``lengths`` are (queries, tokens) per sequence; ``heads`` are query heads, key-value
-        heads, size."""
+        """Draw a batch.
+
+        ``lengths`` are (queries, tokens) of each sequence. ``heads`` are query heads, key-value heads and
+        their size.
+        """
         num_heads, kv_heads, size = heads
         width = -(-max(total for _, total in lengths) // BLOCK_SIZE)
         tables = torch.randperm(len(lengths) * width, device=DEVICE).view(len(lengths), width)
@@ -409,8 +412,10 @@ def test_rows_without_a_distribution_draw_nothing() -> None:
 
 
 def test_masks_leave_the_references_tokens_and_say_when_nothing_is_left() -> None:
-    """Covers greedy rows: one may draw nothing, one has a NaN that its mask hides, one has bits beyond the
-    vocabulary."""
+    """Covers three greedy rows.
+
+    One may draw nothing, one has a NaN that its mask hides, and one has bits beyond the vocabulary.
+    """
     logits = normal(4, VOCAB)
     allowed = np.random.default_rng(0).integers(-(2**31), 2**31, (4, -(-VOCAB // 32)), dtype=np.int32)
     allowed[1, : VOCAB // 32] = 0

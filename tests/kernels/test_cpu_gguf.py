@@ -98,8 +98,7 @@ def test_products_are_those_of_the_dequantised_weights(
 def test_rounding_to_int16_is_far_finer_than_to_bfloat16(
     gguf_type: GgufType, outlier: float, ratio: float
 ) -> None:
-    """Compares root mean square errors against unrounded activations, with and without an outlier in every
-    other block."""
+    """Compares root mean square errors against unrounded activations, also with outliers in every other block."""
     raw, weights = blocks_of(gguf_type, 64, 256)
     x = torch.randn(50, 256, generator=torch.Generator().manual_seed(1))
     x[:, ::64] *= outlier

@@ -87,8 +87,10 @@ def test_greedy_is_a_point_mass_on_the_first_of_the_largest() -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    """Chi-square over 20,000 draws of 5 tokens: above 25 (4 degrees of freedom) has probability 5e-5; the
-    seed is fixed."""
+    """Chi-square over 20,000 draws of 5 tokens, with a fixed seed.
+
+    A value above 25 (4 degrees of freedom) has probability 5e-5.
+    """
     logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf, 0.5])
     counts = np.zeros(5)
     for position in range(20_000):

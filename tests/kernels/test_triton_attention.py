@@ -255,8 +255,7 @@ def test_a_sequence_has_the_same_bits_alone_and_among_others(dtype: torch.dtype,
 
 @pytest.fixture
 def ordered_dots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the interpreter's BLAS products, whose order of summation depends on a row's place in the tile,
-    by a loop."""
+    """Replace the interpreter's BLAS products by a loop: their order of summation depends on a row's place."""
 
     def matmul(
         a: NDArray[np.float32], b: NDArray[np.float32], dtype: np.dtype[np.float32]
@@ -281,8 +280,7 @@ def ordered_dots(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_token_has_the_same_bits_wherever_its_chunk_begins(
     dtype: torch.dtype, size: int, window: int | None, split: int
 ) -> None:
-    """Covers a lone query (decode), a short chunk and a long one (prefill), across the bounds of tiles and of
-    a split."""
+    """Covers a lone query (decode), a short and a long chunk (prefill), across bounds of tiles and of a split."""
     first, total = split - 30, split + 70
     sequences = Sequences.draw([total], 3, 1, size)
     options: dict[str, Any] = {

@@ -24,8 +24,10 @@ REFERENCE = ReferenceKernels()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
-"""Tolerance relative to a row's largest value: one rounding of the result. Triton's interpreter truncates to
-bfloat16."""
+"""Tolerance relative to a row's largest value: one rounding of the result.
+
+Triton's interpreter truncates to bfloat16.
+"""
 DTYPES = list(TOLERANCE)
 EPS = 1e-5
 FAR = 2**30 + 40

@@ -201,8 +201,10 @@ def test_the_number_is_philox_of_seed_stream_and_position() -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    """Chi-square over 100 draws of 5 tokens: above 20 (3 degrees of freedom) has probability 2e-4; the seed
-    is fixed."""
+    """Chi-square over 100 draws of 5 tokens, with a fixed seed.
+
+    A value above 20 (3 degrees of freedom) has probability 2e-4.
+    """
     logits = torch.tensor([0.0, 1.0, 2.0, -INF, 0.5])
     rows = [replace(PLAIN, seed=11, position=position) for position in range(100)]
     tokens, _ = run(logits.repeat(100, 1), prepare(rows, DEVICE), tile=2)

@@ -267,8 +267,10 @@ class AsyncChannel(asyncio.BufferedProtocol, Generic[M]):
             self._transport.writelines(encode(message))
 
     async def wait_closed(self) -> None:
-        """Wait until the other side has closed or died. Raises TransportError if it sent bytes that are not a
-        message."""
+        """Wait until the other side has closed or died.
+
+        Raises TransportError if it sent bytes that are not a message.
+        """
         await asyncio.shield(self._closed)
 
     def close(self) -> None:

@@ -22,8 +22,10 @@ class EngineProtocol(Protocol):
         """Stop the engine; requests in progress end with EngineDeadError."""
 
     async def wait_located(self) -> str:
-        """Wait for the model's files and return the directory of its tokenizer. Raises EngineDeadError if
-        that fails."""
+        """Wait for the model's files and return the directory of its tokenizer.
+
+        Raises EngineDeadError if that fails.
+        """
 
     async def wait_ready(self) -> ModelInfo:
         """Wait until requests can be served, also after a restart. Raises EngineDeadError if the model cannot load."""

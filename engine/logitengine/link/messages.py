@@ -74,8 +74,10 @@ class RowsSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class LogitsSpec(RowsSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Logits that a request asks for: at most one of ``top_k`` and ``token_ids``, or neither for the whole
-    vocabulary."""
+    """Logits that a request asks for.
+
+    It has at most one of ``top_k`` and ``token_ids``; without both it asks for the whole vocabulary.
+    """
 
     stage: LogitsStage = "raw"
     top_k: int | None = None
@@ -285,8 +287,10 @@ class Generate(Struct, frozen=True, tag=True):
 
 
 class Abort(Struct, frozen=True, tag=True):
-    """Stop one choice (``index``) or the whole request (None). Unknown ids are ignored: the request may have
-    just ended."""
+    """Stop one choice (``index``) or the whole request (None).
+
+    Unknown ids are ignored: the request may have just ended.
+    """
 
     request_id: str
     index: int | None = None
@@ -338,8 +342,7 @@ class Failed(Struct, frozen=True, tag=True, array_like=True):
 
 
 class Heartbeat(Struct, frozen=True, tag=True, array_like=True):
-    """Sent every second, also during a step: its duration so far (None outside a step), and that of the
-    longest step."""
+    """Sent every second, also during a step: its duration so far (None outside one), and the longest step's."""
 
     step_seconds: float | None
     longest_step_seconds: float

@@ -25,8 +25,7 @@ from logitengine.link.messages import (
 )
 
 ACKNOWLEDGED_SHARE = 1 / 8
-"""Share of a request's window that is read before the engine is told: each message wakes a thread beside its
-kernels."""
+"""Share of a request's window that is read per message to the engine, which wakes a thread beside its kernels."""
 
 MOST_PROCESSES = 2
 """Number of processes that get a request in turn. A request that kills each process early must not do so for ever."""

@@ -171,8 +171,7 @@ class Supervisor:
             await asyncio.sleep(pause)
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
-        """Give up after a fault of the supervisor itself, which would otherwise look like an engine that
-        loads for ever."""
+        """Give up after a fault of the supervisor itself, which would else look like an engine that loads for ever."""
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("supervising the engine failed", exc_info=error)
             self._give_up(f"supervising the engine failed: {error}")

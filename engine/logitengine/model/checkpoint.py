@@ -134,8 +134,10 @@ def _tokenizer_directory(path: Path) -> Path:
 
 
 def _cached(kind: str, source: Path, convert: Callable[[Path], None]) -> Path:
-    """Return the directory that ``convert`` fills for this very file. It is made once and appears whole or
-    not at all."""
+    """Return the directory that ``convert`` fills for this very file.
+
+    It is made once and appears whole or not at all.
+    """
     stat = source.resolve().stat()
     identity = f"{CONVERSION_VERSION}|{source.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logitserve" / kind

@@ -191,8 +191,10 @@ class Packer:
 
 
 def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape]) -> Network:
-    """Return the model as a fused network if its architecture is known, else unchanged. Fusing takes its
-    decoder away."""
+    """Return the model as a fused network if its architecture is known, else unchanged.
+
+    Fusing takes its decoder away.
+    """
     kernels = packer.kernels
     decoder = getattr(model, model.base_model_prefix)
     if type(decoder) not in LLAMA_FAMILY + GEMMA_FAMILY or not all(

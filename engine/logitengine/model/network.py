@@ -88,8 +88,10 @@ class _HiddenStatesThrough(nn.Module):
         use_cache: bool | None = None,
         **unset: object,
     ) -> MoeModelOutputWithPast:
-        """Return ``inputs_embeds`` as hidden states. Heads pass many options to their decoder; none of them
-        may be set."""
+        """Return ``inputs_embeds`` as hidden states.
+
+        Heads pass many options to their decoder; none of them may be set.
+        """
         asked = [name for name, value in unset.items() if value is not None and value is not False]
         if asked:
             raise TypeError(f"the head asks its decoder for {', '.join(asked)}")

@@ -128,8 +128,7 @@ def _gguf_names(parameter: str) -> list[str]:
 
 
 def _row_orders(rows: int, num_heads: int | None) -> list[NDArray[np.int64]]:
-    """Return the file's own row order, and for queries and keys also one that undoes GGUF's interleaved
-    rotary pairs."""
+    """Return the file's own row order; for queries and keys also the one without GGUF's interleaved rotary pairs."""
     own = np.arange(rows)
     if num_heads is None:
         return [own]

@@ -16,8 +16,7 @@ CACHE_LINE_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class PagedKVCache:
-    """``keys[layer]`` and ``values[layer]`` are [num_blocks, Hkv, block_size, D]; keys may be views by
-    transposition."""
+    """Per layer, keys and values [num_blocks, Hkv, block_size, D]; keys may be views by transposition."""
 
     keys: list[Tensor]
     values: list[Tensor]

@@ -66,8 +66,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def record_steps(self) -> None:
-        """Record the likely decode steps in advance, so that no request waits for it. Others are recorded
-        when they occur."""
+        """Record the likely decode steps in advance, so that no request waits for it.
+
+        Others are recorded when they occur.
+        """
         if self._graphs is not None:
             self._graphs.record_all()
 

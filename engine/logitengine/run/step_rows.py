@@ -74,8 +74,7 @@ class StepRows:
         )
 
     def drawn_output(self, sequence: Sequence, row: int, token_id: int) -> StepOutput:
-        """Return the output of a sequence for which row ``row`` drew ``token_id``: the token, its row and its
-        prompt rows."""
+        """Return the output of a sequence whose row ``row`` drew ``token_id``: the token, its row and its prompt rows."""
         part = self.prompts.get(sequence)
         logits = logprobs = hidden_states = None
         if row in self.logits:

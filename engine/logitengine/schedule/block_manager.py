@@ -50,8 +50,10 @@ class BlockManager:
         return max(0, -(-num_tokens // self.block_size) - len(sequence.block_table))
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend the block table to hold ``num_tokens`` tokens. Returns False and changes nothing if there is
-        no room."""
+        """Extend the block table to hold ``num_tokens`` tokens.
+
+        Returns False and changes nothing if there is no room.
+        """
         needed = self.blocks_needed(sequence, num_tokens)
         if needed > self.num_free:
             return False

@@ -237,8 +237,10 @@ class Scheduler:
         return min(draft.rows_left, in_all, max(1, window // 4 // nbytes))
 
     def _can_hold(self, sequence: Sequence, count: int, draft: _Draft) -> bool:
-        """Whether there is room for ``count`` held states of the sequence, after taking those of long-parked
-        sequences."""
+        """Whether there is room for ``count`` held states of the sequence.
+
+        Sequences that were parked for long are preempted to make room.
+        """
         if count <= 0:
             return True
 

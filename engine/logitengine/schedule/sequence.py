@@ -104,8 +104,10 @@ class Sequence:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it was admitted once. What it reported or computed since then cannot be continued by
-        another engine."""
+        """Whether it was admitted once.
+
+        What it reported or computed since then cannot be continued by another engine.
+        """
         return self.num_cached is not None
 
     @property
@@ -126,8 +128,10 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens to compute before the answer is complete. The answer's last token is not among them: nothing
-        follows it."""
+        """Tokens to compute before the answer is complete.
+
+        The answer's last token is not among them: nothing follows it.
+        """
         return len(self.token_ids) - self.is_answered - self.num_computed
 
     @property

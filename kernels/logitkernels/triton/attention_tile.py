@@ -217,8 +217,7 @@ def tile_rows(
 def load_rows(
     base_ptr: tl.tensor, offsets: tl.tensor, held: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """Load the rows at ``offsets`` [rows], WIDTH elements each, -> [rows, BLOCK]; 0 beyond WIDTH and where
-    not ``held``."""
+    """Load rows of WIDTH elements at ``offsets`` [rows] -> [rows, BLOCK]; 0 beyond WIDTH and where not ``held``."""
     columns = tl.arange(0, BLOCK)
     mask = held[:, None]
     if WIDTH != BLOCK:

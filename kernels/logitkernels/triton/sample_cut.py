@@ -198,8 +198,10 @@ def _cut_of_filters(
     TILE: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ) -> tl.tensor:
-    """Return the order of the last entry that top-k, then top-p over the rest, and min-p keep; ``mass`` is
-    the row's."""
+    """Return the order of the last entry that the filters keep.
+
+    The filters are top-k, then top-p over the entries left, then min-p. ``mass`` is that of the row.
+    """
     cut = tl.full((), FLOOR, tl.int64)
     num_kept = vocab
     # Without disable_licm, values hoisted out of the searches would not fit into the registers.

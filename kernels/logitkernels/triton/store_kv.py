@@ -67,8 +67,10 @@ def _turn_heads(
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
 ) -> None:
-    """Norm (unless ``norm_ptr`` is None) and rotate the heads at ``source`` [HEADS, 1]; ``cos``, ``sin``
-    [1, HALF_BLOCK]."""
+    """Norm and rotate the heads at ``source`` [HEADS, 1]; ``cos``, ``sin`` [1, HALF_BLOCK].
+
+    Without ``norm_ptr`` there is no norm.
+    """
     HALF: tl.constexpr = ROTARY // 2
     columns = tl.arange(0, HALF_BLOCK)[None, :]
     rest_columns = ROTARY + tl.arange(0, REST_BLOCK)[None, :]
