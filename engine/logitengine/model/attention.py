@@ -83,7 +83,9 @@ def causal_mask(
     device: torch.device,
     local_size: int | None = None,
 ) -> None:
-    """Return no mask: the metadata implies causality, and the attention function also receives the sliding window.
+    """Return no mask: the metadata implies causality.
+
+    The attention function receives a sliding window (``local_size`` here) too.
 
     Raises ValueError for a padding mask and for a model that overlays its own mask (image blocks, for
     example). Such a mask would otherwise be dropped.

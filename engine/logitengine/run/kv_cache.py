@@ -16,7 +16,10 @@ CACHE_LINE_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class PagedKVCache:
-    """Per layer, keys and values [num_blocks, Hkv, block_size, D]; keys may be views by transposition."""
+    """``keys[layer]`` and ``values[layer]`` are [num_blocks, Hkv, block_size, D].
+
+    Keys may be transposed views.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
