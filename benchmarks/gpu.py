@@ -1,13 +1,15 @@
-"""The Triton kernels and whole models on one GPU: every kernel checked and timed, decode and prefill rates, and a peer.
+"""Triton kernels and whole models on one GPU: check and time every kernel, measure decode and prefill rates,
+and a peer.
 
     python benchmarks/gpu.py --json gpu.json             # about 8 minutes on an H100
     python benchmarks/gpu.py --only kernels --model qwen
     python benchmarks/gpu.py --device cpu --tiny         # tries the script out in Triton's interpreter
 
-Rates and bandwidths stand beside what the same device reached in the same run: a large copy (bytes read plus bytes written)
-and a large bfloat16 product. "fraction" is the shortest time that either allows over the measured time. All weights and
-inputs are random. A kernel that is wrong by more than rounding, and whatever raises, is reported and makes the exit status 1;
-a peer that fails is only reported. The JSON is written anew after every result.
+Rates and bandwidths are compared with what the same device reached in the same run: a large copy (bytes read
+plus bytes written) and a large bfloat16 product. "fraction" is the shortest time that either allows over the
+measured time. All weights and inputs are random. A kernel that is wrong by more than rounding, or a part that
+raises, is reported and makes the exit status 1; a peer that fails is only reported. The JSON is rewritten
+after every result.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ MODELS = ("llama", "qwen")
 def main() -> None:
     arguments = parse_arguments()
     if arguments.device == "cpu":
-        # Before anything imports Triton.
+        # Set before anything imports Triton.
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
     from transformers.utils import logging
@@ -93,7 +95,7 @@ def measure(arguments: argparse.Namespace, run: Run) -> None:
 
 
 class Run:
-    """What was found so far, on the screen and in the JSON file as soon as it is known."""
+    """Results so far, printed and written to the JSON file as soon as they are known."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._path: Path | None = arguments.json
@@ -118,7 +120,7 @@ class Run:
         self._write()
 
     def attempt(self, name: str, function: Callable[[], None]) -> None:
-        """Call the function; what it raises is reported, and the run goes on."""
+        """Call the function; an exception is reported, and the run continues."""
         try:
             function()
         except Exception as error:  # noqa: BLE001 - one part's failure must not cost the others' results

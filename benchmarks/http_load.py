@@ -1,4 +1,4 @@
-"""What the HTTP benchmarks share: a server of ours, prompts that no cache knows, and requests read as bare bytes."""
+"""Shared parts of the HTTP benchmarks: a server, prompts that no cache knows, and requests read as bare bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 READ_SIZE = 1 << 18
-"""Bytes read at once, which stay in a core's second-level cache."""
+"""Bytes read at once, few enough to stay in a core's second-level cache."""
 
 HEAD_END = b"\r\n\r\n"
 TAIL_SIZE = 4096
@@ -30,7 +30,7 @@ TAIL_SIZE = 4096
 
 @contextlib.contextmanager
 def serving(model: str, options: list[str]) -> Iterator[str]:
-    """A server of ours on a free port, ready."""
+    """Run a server on a free port until it is ready."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -69,7 +69,7 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
 
 @dataclass(frozen=True)
 class Answer:
-    """``nbytes`` of the body as it travelled, its last bytes, and the seconds to its first and to its last byte."""
+    """Size of the body on the wire, its last bytes, and the seconds to its first and to its last byte."""
 
     nbytes: int
     tail: bytes
@@ -78,15 +78,15 @@ class Answer:
 
     @property
     def completion_tokens(self) -> int:
-        """What the usage at the end of a JSON or SSE answer counts."""
+        """Number of tokens that the usage at the end of a JSON or SSE answer counts."""
         usage = self.tail[self.tail.rindex(b'"usage"') :]
         return int(usage.split(b'"completion_tokens":')[1].split(b",")[0].split(b"}")[0])
 
 
 async def post(url: str, body: dict[str, Any]) -> Answer:
-    """POST a JSON body and read the answer as fast as it comes. Anything but 200 ends the benchmark.
+    """POST a JSON body and read the answer as fast as it arrives. A status other than 200 ends the benchmark.
 
-    The reading is bare on purpose: the client shares the cores with the server.
+    The client reads bare bytes on purpose, because it shares the cores with the server.
     """
     payload = json.dumps(body).encode()
     target = urlsplit(url)
@@ -104,10 +104,10 @@ async def post(url: str, body: dict[str, Any]) -> Answer:
 
 
 class _Reading(asyncio.BufferedProtocol):
-    """Sends a request and takes its answer, every read into the same memory.
+    """Sends a request and receives its answer, every read into the same memory.
 
-    ``ended`` is the protocol itself, once the server has closed: the head of the answer and, of its body, what `Answer`
-    keeps.
+    ``ended`` resolves to the protocol itself once the server has closed. It then holds the answer's head and
+    the parts of the body that `Answer` keeps.
     """
 
     def __init__(self, request: bytes) -> None:
@@ -143,7 +143,7 @@ class _Reading(asyncio.BufferedProtocol):
 
 
 class RandomPrompts:
-    """Prompts of random token ids, never the same twice, in no run, so that no prefix cache can help."""
+    """Prompts of random token ids, never the same twice in any run, so that no prefix cache can help."""
 
     def __init__(self) -> None:
         self._chooser = random.Random()  # noqa: S311 - prompts, not secrets
@@ -153,7 +153,7 @@ class RandomPrompts:
 
 
 def greedy(prompt: list[int], new_tokens: int) -> dict[str, Any]:
-    """A request for exactly ``new_tokens`` tokens."""
+    """Return a request for exactly ``new_tokens`` tokens."""
     return {"prompt": prompt, "max_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
 
 

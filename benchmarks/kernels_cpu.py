@@ -2,8 +2,8 @@
 
     python benchmarks/kernels_cpu.py [--rounds 5] [--json kernels_cpu.json]
 
-Reported are medians of interleaved rounds in milliseconds for one step of all layers: the linear layers alone, the
-attention alone, the whole decoder in one call, and the head.
+It reports medians of interleaved rounds in milliseconds for one step of all layers: the linear layers alone,
+the attention alone, the whole decoder in one call, and the head.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 
 
 def metadata_of(query_lens: list[int], seq_lens: list[int]) -> AttentionMetadata:
-    """Sequences in blocks that lie in order."""
+    """Return metadata of sequences whose blocks are in order."""
     width = -(-max(seq_lens) // BLOCK_SIZE)
     tables = torch.arange(len(seq_lens) * width, dtype=torch.int32).view(len(seq_lens), width)
     slots = [
@@ -68,7 +68,7 @@ class Decoder:
     def _weight(self, n: int, k: int) -> Weight:
         if self.gguf_type is None:
             return DenseWeight("random", (torch.randn(n, k) * k**-0.5).bfloat16())
-        # Random integers under small scales.
+        # Random integers with small scales.
         raw = torch.randint(0, 256, (n * k // 32, STORED_BYTES[self.gguf_type]), dtype=torch.uint8)
         raw[:, 1] = 0x20
         raw[:, 3] = 0x20
@@ -107,7 +107,7 @@ class Decoder:
         return lambda: void(self.head(hidden))
 
     def caches(self, metadata: AttentionMetadata) -> list[Tensor]:
-        """Keys and values in turn, the keys transposed as the engine has them."""
+        """Return keys and values in turn, with the keys transposed as in the engine."""
         blocks = int(metadata.block_tables.max()) + 1
 
         def cache(*block: int) -> Tensor:
@@ -149,7 +149,7 @@ def void(_: object) -> None:
 
 
 def measure(cases: dict[str, Callable[[], None]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Median and least milliseconds of each case, the cases taking turns."""
+    """Return median and least milliseconds of each case; the cases alternate."""
     times: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds + 1):
         for name, run in cases.items():

@@ -1,11 +1,11 @@
-"""What asking for logits costs: tokens per second and bytes per token against the same run without.
+"""Cost of logits: tokens per second and bytes per token, against the same run without them.
 
     python benchmarks/logits.py
 
-Every round measures each kind of request once, one after the other; the table shows medians of the rounds and, in
-brackets, the speed relative to the requests without logits of the same round. Bytes per token are of the HTTP body.
-The last two lines read prompts whole and count their tokens: without rows, and with every row as float16 over Arrow; the
-second is relative to the first.
+Every round measures each kind of request once, one after the other. The table shows medians of the rounds
+and, in brackets, the speed relative to the requests without logits in the same round. Bytes per token count
+the HTTP body. The last two lines read whole prompts and count their tokens: without rows, and with every row
+as float16 over Arrow. The second of them is relative to the first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ARROW = "full float16, Arrow"
 PROMPTS = "prompts alone (tokens/s)"
 PROMPT_ROWS = "prompt rows, full float16, Arrow (rows/s)"
 BASELINES = {PROMPTS: PROMPTS, PROMPT_ROWS: PROMPTS}
-"""What a kind's speed is relative to, where that is not "none"."""
+"""Baseline of a kind's speed, if it is not "none"."""
 
 
 def main() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
 def measure_rounds(
     url: str, arguments: argparse.Namespace
 ) -> list[dict[tuple[str, int], tuple[float, float]]]:
-    """Per round: {(kind, streams): (tokens or rows per second, bytes per token or row)}."""
+    """Return per round: {(kind, streams): (tokens or rows per second, bytes per token or row)}."""
     prompts = RandomPrompts()
     rounds = []
     for number in range(arguments.rounds + 1):

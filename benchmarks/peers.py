@@ -1,4 +1,4 @@
-"""Peers that run inside the benchmark's own process: each takes prompts and gives back the seconds it took."""
+"""Peers that run inside the benchmark's own process: each takes prompts and returns the seconds it took."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 Measure = Callable[[list[list[int]], int], float]
-"""From prompts of one length and the number of tokens to generate for each, greedily, to seconds."""
+"""Takes prompts of one length and the number of tokens to generate for each, greedily; returns seconds."""
 
 
 def transformers_measure(model_name: str) -> Measure:
-    """Batched ``generate`` in bfloat16 on our conversion of the model's weights."""
+    """Measure batched ``generate`` in bfloat16 on the project's conversion of the model's weights."""
     import torch
     from logitengine.model.checkpoint import resolve_checkpoint
     from transformers import AutoModelForCausalLM
@@ -39,7 +39,10 @@ def transformers_measure(model_name: str) -> Measure:
 
 
 def openvino_measure(model_name: str) -> Measure:
-    """OpenVINO GenAI's continuous batching, which reads the GGUF file itself. Raises SystemExit if it is not installed."""
+    """Measure OpenVINO GenAI's continuous batching, which reads the GGUF file itself.
+
+    Raises SystemExit if it is not installed.
+    """
     try:
         import openvino
         import openvino_genai

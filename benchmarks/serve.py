@@ -7,10 +7,10 @@
     python benchmarks/serve.py --peer-url http://127.0.0.1:9000  # and any OpenAI-compatible server
     python benchmarks/serve.py --logits                          # and full-vocabulary float32 base64 rows on every token
 
-Every round measures each contestant once, one after the other, so that a slow minute of the machine hits all of them;
-the table shows medians of the rounds. A measurement is the wall-clock time of all streams together, prompts included;
-it counts generated tokens, and prompt tokens where only one token is generated. Prompts are random token ids, different
-in every round, so no prefix cache can help.
+Every round measures each contestant once, one after the other, so that a slow minute of the machine affects
+all of them. The table shows medians of the rounds. A measurement is the wall-clock time of all streams
+together, prompts included. It counts generated tokens, and prompt tokens if only one token is generated.
+Prompts are random token ids, different in every round, so no prefix cache can help.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ async def run_streams(url: str, prompts: list[list[int]], new_tokens: int, extra
 
 
 async def stream_one(url: str, prompt: list[int], new_tokens: int, extra: dict[str, Any]) -> int:
-    """One streamed completion; returns the completion tokens that its usage chunk counts."""
+    """Stream one completion and return the completion tokens that its usage chunk counts."""
     body = {**greedy(prompt, new_tokens), "stream": True, "stream_options": {"include_usage": True}, **extra}
     answer = await post(f"{url}/v1/completions", body)
     return answer.completion_tokens
@@ -130,7 +130,7 @@ async def stream_one(url: str, prompt: list[int], new_tokens: int, extra: dict[s
 def measure_rounds(
     contestants: dict[str, Measure], arguments: argparse.Namespace
 ) -> dict[str, dict[str, list[float]]]:
-    """Tokens per second: {contestant: {load: [one per round]}}."""
+    """Return tokens per second: {contestant: {load: [one per round]}}."""
     results: dict[str, dict[str, list[float]]] = {name: {} for name in contestants}
     prompts = RandomPrompts()
     for measure in contestants.values():

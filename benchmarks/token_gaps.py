@@ -1,10 +1,11 @@
-"""How long decoding streams wait for a token while others read whole prompts' rows.
+"""Waits of decoding streams for a token while others read whole prompts' rows.
 
     python benchmarks/token_gaps.py
 
-Some streams decode; beside them, in turns, nobody, plain prompts, and prompts whose every row is sent as float16 over
-Arrow. The table shows the median and the longest gap between two tokens of one stream, and both in units of a
-full-budget step: the median time, in the same run, of a prompt that fills one step.
+Some streams decode. Beside them run in turn: nobody, plain prompts, and prompts whose every row is sent as
+float16 over Arrow. The table shows the median and the longest gap between two tokens of one stream, and both
+in units of a full-budget step. That unit is the median time, in the same run, of a prompt that fills one
+step.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from urllib.parse import urlsplit
 from http_load import READ_SIZE, RandomPrompts, greedy, machine, post, serving
 
 BUDGET = 512
-"""Tokens of a step by default."""
+"""Default number of tokens of a step."""
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
 
 
 async def measure(url: str, arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds: full-budget steps, and the gaps between tokens beside each kind of neighbour."""
+    """Return seconds of full-budget steps, and of the gaps between tokens beside each kind of neighbour."""
     prompts = RandomPrompts()
     figures: dict[str, list[float]] = {"step": [], "nobody": [], "plain prompts": [], "prompt rows": []}
     for number in range(arguments.rounds + 1):
@@ -86,7 +87,7 @@ async def neighbour(url: str, kind: str, prompt: list[int]) -> None:
 
 
 async def token_gaps(url: str, prompt: list[int], done: asyncio.Event) -> list[float]:
-    """Seconds between the events of one stream, from the second token on, until ``done``."""
+    """Return seconds between the events of one stream, from the second token on, until ``done``."""
     body = json.dumps({**greedy(prompt, 1500), "stream": True}).encode()
     target = urlsplit(url)
     reader, writer = await asyncio.open_connection(target.hostname, target.port, limit=READ_SIZE)

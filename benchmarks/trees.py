@@ -1,13 +1,14 @@
-"""This checkout against another one over HTTP, servers in turns in one run, and the other one against itself.
+"""This checkout against another one over HTTP, with alternating servers in one run, and the other one against itself.
 
     git worktree add ../old COMMIT
     python benchmarks/trees.py ../old                # the loads of serve.py and the kinds of logits.py
     python benchmarks/trees.py ../old --only kinds   # or one of the two
 
-Three servers run side by side and only one has work at a time: this checkout's, the other one's, and the other one's
-once more. A round measures every load on each, one after the other, in an order that changes with the round. The table
-shows, for each load, medians of the rounds' ratios to the other checkout: this one's, and the control's, which would be 1
-on a quiet machine. Both checkouts run on the packages of the Python that starts this.
+Three servers run side by side and only one has work at a time: this checkout's, the other one's, and the
+other one's again. A round measures every load on each, one after the other, in an order that changes with the
+round. The table shows, for each load, medians of the rounds' ratios to the other checkout: this one's, and
+the control's. The control's ratio would be 1 on a quiet machine. Both checkouts use the packages of the
+Python that starts this script.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SOURCES = ("kernels", "engine", "server", "clients/python")
 NEW, OLD, CONTROL = "this checkout", "the other", "the other again"
 
 Measure = Callable[[str, RandomPrompts], float]
-"""Seconds that a load takes at a server's address."""
+"""Measures the seconds of a load at a server's address."""
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def server_of(folder: Path, model: str) -> Iterator[str]:
-    """A server that runs a checkout's own sources."""
+    """Run a server from a checkout's own sources."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(str(folder.resolve() / source) for source in SOURCES)
     with serving(model, []) as url:
@@ -96,7 +97,7 @@ def measure_load(load: Load) -> Measure:
 
 
 def measure_kind(kind: str, streams: int, arguments: argparse.Namespace) -> Measure:
-    # A prompt that one step holds says nothing of how a long one is cut.
+    # A prompt that fits in one step would not measure how a long one is cut.
     length = 4 * arguments.prompt_tokens if kind == logits.PROMPT_ROWS else arguments.prompt_tokens
 
     def measure(url: str, prompts: RandomPrompts) -> float:
@@ -108,7 +109,7 @@ def measure_kind(kind: str, streams: int, arguments: argparse.Namespace) -> Meas
 def measure_rounds(
     urls: dict[str, str], measures: dict[str, Measure], rounds: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds: {load: {server: [one per round]}}. A round before them warms up."""
+    """Return seconds: {load: {server: [one per round]}}. An additional first round warms up."""
     prompts = RandomPrompts()
     seconds: dict[str, dict[str, list[float]]] = {load: {name: [] for name in urls} for load in measures}
     for number in range(rounds + 1):

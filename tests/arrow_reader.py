@@ -1,4 +1,4 @@
-"""/v1/logits read as any Arrow program would: pyarrow over the socket, while the answer arrives."""
+"""A reader of /v1/logits like any Arrow program: pyarrow over the socket, while the answer arrives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 @contextlib.contextmanager
 def open_logits(url: str, **body: Any) -> Iterator[pa.RecordBatchStreamReader]:
-    """A reader over the live response; leaving the context closes the connection."""
+    """Open a reader over the live response. Leaving the context closes the connection."""
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
     try:
@@ -30,13 +30,13 @@ def open_logits(url: str, **body: Any) -> Iterator[pa.RecordBatchStreamReader]:
 
 
 def read_logits(url: str, **body: Any) -> pa.Table:
-    """The whole answer."""
+    """Return the whole answer."""
     with open_logits(url, **body) as reader:
         return reader.read_all()
 
 
 def matrix(table: pa.Table | pa.RecordBatch, name: str) -> NDArray[Any]:
-    """A fixed-size list column as [rows, columns]."""
+    """Return a fixed-size list column as [rows, columns]."""
     chunks = getattr(table[name], "chunks", [table[name]])
     width = table.schema.field(name).type.list_size
     return np.concatenate([chunk.flatten().to_numpy().reshape(-1, width) for chunk in chunks])

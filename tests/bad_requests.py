@@ -1,4 +1,4 @@
-"""Requests that must be refused, and what a refusal must say."""
+"""Requests that must be refused, and the required contents of each refusal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Bad:
 
 
 def normal_answer(client: httpx.Client) -> dict[str, Any]:
-    """What a well-behaved client is told."""
+    """Return the answer that a well-behaved client gets."""
     response = client.post(COMPLETIONS, json=NORMAL)
     assert response.status_code == 200, response.text
     choice: dict[str, Any] = response.json()["choices"][0]
@@ -41,7 +41,7 @@ def normal_answer(client: httpx.Client) -> dict[str, Any]:
 
 
 def check_refusal(client: httpx.Client, bad: Bad) -> None:
-    """Send the request; it must get OpenAI's error object, and the field at fault must be named."""
+    """Send the request and check that it gets OpenAI's error object, which names the field at fault."""
     content = bad.raw if bad.raw is not None else json.dumps(bad.body).encode()
     headers = {"content-type": "application/json"}
     if bad.method != "POST":

@@ -1,4 +1,4 @@
-"""What every test may use: the real default model, loaded once, and a tiny random one."""
+"""Fixtures for all tests: the real default model, loaded once, and a tiny random one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when Triton is imported: transformers does.
+# Without a GPU the Triton kernels run in Triton's interpreter, chosen when Triton is imported. transformers
+# imports it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -18,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 def pytest_configure() -> None:
-    # Without job control a shell starts what goes to the background with SIGINT ignored. Commands that tests start and
-    # stop with it would inherit that.
+    # Without job control a shell starts background commands with SIGINT ignored. Commands that tests start,
+    # and stop with SIGINT, would inherit that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -42,7 +43,7 @@ def smollm2_float32(smollm2: Checkpoint) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: Checkpoint) -> Path:
-    """A random two-layer Llama with SmolLM2's tokenizer, whose engine starts in a moment."""
+    """A random two-layer Llama with SmolLM2's tokenizer, small enough for a fast start."""
     directory = tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
     config = LlamaConfig(

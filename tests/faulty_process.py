@@ -1,6 +1,6 @@
-"""The real engine process, whose steps do what files in the directory LOGITSERVE_FAULTS say.
+"""The real engine process, whose steps obey files in the directory LOGITSERVE_FAULTS.
 
-hold     a step does not end while this is there; ``held`` appears in the meantime
+hold     a step does not end while this file exists; ``held`` appears in the meantime
 fault    the next step that has begun a request raises, once
 """
 

@@ -1,4 +1,4 @@
-"""A device on the host that behaves like a GPU to the engine: results are there only after a wait, steps are recorded."""
+"""A host device that behaves like a GPU to the engine: results need a wait, and steps are recorded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor
 
 
 class LoopbackDevice(CpuDevice):
-    """What is fetched reads as garbage until a mark that was made later has been waited for; a recorded function is
-    replayed by running it again."""
+    """Fetched tensors read as garbage until a later mark has been waited for; a recorded function is run again."""
 
     upload = Device.upload
 

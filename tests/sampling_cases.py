@@ -28,7 +28,7 @@ def draw_rows(
     last_tokens: Tensor | None = None,
     allowed: NDArray[np.int32] | None = None,
 ) -> Sampled:
-    """What the kernels draw for exactly these rows."""
+    """Return the kernels' draws for exactly these rows."""
     prepared = kernels.prepare_sampling(rows, logits.shape[1], allowed=allowed)
     tensors = {name: torch.from_numpy(array).to(logits.device) for name, array in prepared.arrays.items()}
     return prepared.draw(logits, tensors, last_tokens)

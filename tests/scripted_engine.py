@@ -1,4 +1,7 @@
-"""An engine that does what a test says: what a real one cannot be made to do on demand, behind the real app."""
+"""An engine that follows a test's script, behind the real app.
+
+It shows behaviour that a real engine cannot show on demand.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ Script = Callable[[GenerationRequest], list[Step]]
 
 
 class ScriptedEngine(EngineProtocol):
-    """Yields the outputs that ``script`` makes of a request, raises its errors and awaits its awaitables."""
+    """Yields the outputs that ``script`` returns for a request, raises its errors and awaits its awaitables."""
 
     def __init__(self, info: ModelInfo, script: Script) -> None:
         self._info: ModelInfo | None = info
@@ -83,7 +86,7 @@ class ScriptedEngine(EngineProtocol):
 
 
 class App:
-    """A running app, a client for it, and what lies behind."""
+    """A running app, a client for it, and the engine behind it."""
 
     def __init__(self, app: FastAPI, engine: ScriptedEngine, client: httpx.AsyncClient) -> None:
         self.asgi = app
@@ -101,7 +104,7 @@ class App:
         send: Callable[[Any], Awaitable[None]],
         **scope: Any,
     ) -> None:
-        """POST (without a body: GET) with no HTTP library in between, from a client that stays. Returns when the app does."""
+        """POST (GET without a body) without an HTTP library, from a client that stays. Returns when the app returns."""
         content = b"" if body is None else json.dumps(body).encode()
         told = [{"type": "http.request", "body": content, "more_body": False}]
 

@@ -1,15 +1,16 @@
-"""An engine process without an engine: ready at once, it does what the names of its requests say. Free of torch.
+"""An engine process without an engine: ready at once, it acts on the names of its requests. Free of torch.
 
     answer …            one token, and the choice is over
     score …             the same without a token
     begin …             one token, and nothing more
-    later …             nothing in the first process of a directory, as answer in the others
-    beat STEP LONGEST   a heartbeat with these seconds (STEP may be None), then as answer
-    fail ID …           a step fails; it had begun these requests and this one
-    hang up             the socket is closed; the process stays
+        later …             nothing in the first process of a directory, as answer in the others
+        beat STEP LONGEST   a heartbeat with these seconds (STEP may be None), then as answer
+        fail ID …           a step fails after it had begun these requests and this one
+        hang up             the socket is closed; the process stays
     exit                the process ends
 
-Any other name asks for nothing. With a file ``broken`` in the directory that its configuration calls the model, it ends before it is ready.
+Any other name does nothing. If the directory that its configuration calls the model has a file ``broken``,
+the process ends before it is ready.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ COMMAND = (sys.executable, __file__)
 
 
 def model_info() -> ModelInfo:
-    """``num_blocks`` is the process's id, so that each life has its own."""
+    """Describe the model. ``num_blocks`` is the process's id, so that each life has its own."""
     return ModelInfo(
         model_path="/models/scripted",
         tokenizer_path="/models/scripted",
@@ -89,7 +90,7 @@ def main() -> int:
 
 
 def act(request_id: str, channel: BlockingChannel[ToEngine], connection: socket.socket) -> bool:
-    """Do what the request is called. False: there is no more to do."""
+    """Act on the request's name. Returns False if the process should end."""
 
     def say(token_ids: list[int], finish_reason: FinishReason | None) -> None:
         output = StepOutput(request_id=request_id, index=0, token_ids=token_ids, finish_reason=finish_reason)

@@ -1,4 +1,4 @@
-"""A device that is not the host, without one: tensors that refuse to meet those of the host, as CUDA's do."""
+"""A simulated second device: its tensors refuse to meet those of the host, like CUDA's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
-"""What such tensors say that they lie on."""
+"""Device that such tensors report."""
 
 FACTORIES = {torch.tensor, torch.empty, torch.zeros, torch.full, torch.arange}
 
@@ -19,7 +19,7 @@ ALLOWED_TO_MEET = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default
 
 
 class PlacedTensor(torch.Tensor):
-    """Computes on a host tensor of its own; ``held`` is that."""
+    """Computes on a host tensor of its own, ``held``."""
 
     held: Tensor
 
@@ -42,7 +42,7 @@ class PlacedTensor(torch.Tensor):
 
 
 def on_host(func: Any, arguments: Any) -> Any:
-    """The arguments of a function as host tensors. Raises RuntimeError if some were and some were not."""
+    """Return the arguments of a function as host tensors. Raises RuntimeError if some were and some were not."""
     strangers = [
         leaf
         for leaf in tree_leaves(arguments)
@@ -55,7 +55,7 @@ def on_host(func: Any, arguments: Any) -> Any:
 
 
 class SecondDevice(TorchFunctionMode):
-    """While it is entered, what is made for `DEVICE` or moved there is such a tensor."""
+    """Mode in which tensors made for `DEVICE` or moved there are such tensors."""
 
     def __torch_function__(
         self,

@@ -1,4 +1,4 @@
-"""What several tests do: make requests, run an engine until it is done, read arrays."""
+"""Helpers of several tests: make requests, run an engine until it is done, read arrays."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVERY_ROW = LogitsSpec(positions="all")
 
 
 def to_numpy(array: Array) -> NDArray[Any]:
-    """The array's numbers; bfloat16 widened to float32."""
+    """Return the array's numbers; bfloat16 is widened to float32."""
     if array.dtype == "bfloat16":
         bits = np.frombuffer(array.data, dtype="<u2").astype(np.uint32) << 16
         return bits.view(np.float32).reshape(array.shape)
@@ -33,7 +33,7 @@ def to_numpy(array: Array) -> NDArray[Any]:
 
 @dataclass
 class Collected:
-    """All that one choice was told."""
+    """All outputs of one choice."""
 
     token_ids: list[int] = field(default_factory=list)
     outputs: list[StepOutput] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Collected:
 
 
 def make_engine(loaded: LoadedModel, *, num_blocks: int | None = None, **options: object) -> Engine:
-    """An engine of its own scheduler and empty cache over a model that is already loaded."""
+    """Return an engine with its own scheduler and an empty cache, over a model that is already loaded."""
     config = EngineConfig.model_validate({"block_size": loaded.info.block_size, **options})
     if num_blocks is not None:
         info = msgspec.structs.replace(
@@ -86,7 +86,7 @@ def greedy(
 
 
 def run(engine: Engine, requests: Iterable[GenerationRequest]) -> dict[tuple[str, int], Collected]:
-    """Queue everything, step to the end, and read every output at once."""
+    """Queue all requests, step until they end, and read every output at once."""
     for request in requests:
         engine.add(request)
     return finish(engine)
@@ -103,7 +103,7 @@ def finish(engine: Engine) -> dict[tuple[str, int], Collected]:
 
 @cache
 def english_tokens(tokenizer_path: str, count: int, start: int = 0) -> list[int]:
-    """``count`` tokens of real text: a module of the standard library, prose and code."""
+    """Return ``count`` tokens of real text, prose and code: a module of the standard library."""
     tokenizer = Tokenizer.from_file(f"{tokenizer_path}/tokenizer.json")
     text = Path(argparse.__file__).read_text()
     ids: list[int] = tokenizer.encode(text).ids
@@ -111,7 +111,7 @@ def english_tokens(tokenizer_path: str, count: int, start: int = 0) -> list[int]
 
 
 def reference_logits(model: torch.nn.Module, token_ids: list[int]) -> NDArray[np.float32]:
-    """transformers' own logits for a whole sequence, [T, V]. Computed once for each sequence."""
+    """Return transformers' own logits for a whole sequence, [T, V]. Computed once per sequence."""
     return _reference_logits(model, tuple(token_ids))
 
 

@@ -1,6 +1,6 @@
-"""Imports run one way: server -> engine -> kernels, inside the packages too, and the client knows none of them.
+"""Imports run one way: server -> engine -> kernels.
 
-Of the server only extract knows the client.
+This holds inside the packages too. The client imports none of them, and only the server's extract imports the client.
 """
 
 import ast
@@ -24,7 +24,7 @@ ROOMS = {
     "link": {"schedule", "model", "run", "engine", "process"},
     "schedule": {"model", "run", "engine", "process"},
 }
-"""Rooms of the engine that are free of torch, and the engine's modules that they must not know."""
+"""Rooms of the engine that are free of torch, and the engine's modules that they must not import."""
 
 UNSAFE = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 
@@ -40,7 +40,7 @@ def imported_packages(source: str) -> set[str]:
 
 
 def imported_modules(source: str) -> set[str]:
-    """Dotted names, those of ``from a import b`` as ``a`` and ``a.b``."""
+    """Return the dotted names of imports; ``from a import b`` gives ``a`` and ``a.b``."""
     modules: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Tiny random models as directories that an engine loads in a moment, without a tokenizer of their own."""
+"""Tiny random models, saved as directories that an engine loads quickly, without their own tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import (
 )
 
 NAN_TOKEN = 299
-"""The id whose embedding is NaN in models saved with ``has_nan``: what follows it has no distribution."""
+"""Id whose embedding is NaN in models saved with ``has_nan``; the rows after it have no distribution."""
 
 _COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
@@ -29,14 +29,17 @@ _COMMON: dict[str, Any] = {
 
 
 def save_llama(directory: Path, *, vocab_size: int, has_nan: bool = False, **options: Any) -> Path:
-    """Two layers of the Llama family, or what ``options`` of its config say. Returns ``directory``."""
+    """Save a model of two layers of the Llama family, unless ``options`` of its config say otherwise.
+
+    Returns ``directory``.
+    """
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
     config = LlamaConfig(**{**_COMMON, **shape, **options}, vocab_size=vocab_size)
     return _save(directory, LlamaForCausalLM, config, has_nan=has_nan)
 
 
 def save_gemma3(directory: Path, *, vocab_size: int) -> Path:
-    """Three layers of Gemma 3, two of them with a sliding window: norms everywhere, two rotary embeddings, GELU."""
+    """Save three layers of Gemma 3, two with a sliding window: norms everywhere, two rotary embeddings, GELU."""
     config = Gemma3TextConfig(
         **{**_COMMON, "initializer_range": 0.2},
         vocab_size=vocab_size,
@@ -67,6 +70,6 @@ def _save(
         embedding: Any = model.get_input_embeddings()
         embedding.weight.data[NAN_TOKEN] = torch.nan
     model.save_pretrained(directory)
-    # The engine reads token ids; it only looks for the file.
+    # The engine reads token ids and only checks that this file exists.
     (directory / "tokenizer.json").write_text("{}")
     return directory

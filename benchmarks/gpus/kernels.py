@@ -1,6 +1,7 @@
-"""Every Triton kernel by itself: its error against the reference in float64, and its time against the device's floor.
+"""Every Triton kernel alone: its error against the reference in float64, and its time against the device's floor.
 
-Bytes and operations are counted by formula: each input read once, each output written once, the causal half of attention.
+Bytes and operations are counted by formula: each input is read once, each output written once, and attention
+is causal.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from torch.nn import functional
 
 BLOCK_SIZE = 16
 ROUNDED = 1e-2
-"""Relative error allowed where something is rounded to bfloat16 on the way."""
+"""Allowed relative error where intermediate results are rounded to bfloat16."""
 SUMMED = 1e-5
-"""Where sums are float32."""
+"""Allowed relative error where sums are float32."""
 DRAWN = 1e-4
-"""How far from a token's share of the cumulative distribution the number that drew it may lie."""
+"""Allowed distance of the number that drew a token from the token's share of the cumulative distribution."""
 CHECKED_SEQUENCES = 16
-"""Sequences of a batch that are compared: float64 copies of all their keys would not fit."""
+"""Number of a batch's sequences that are compared: float64 copies of all keys would not fit."""
 
 REFERENCE = ReferenceKernels()
 KERNELS = TritonKernels()
@@ -43,9 +44,9 @@ KERNELS = TritonKernels()
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One kernel on one size. ``draw`` gives a set of random inputs; the other functions take one.
+    """One kernel at one size. ``draw`` returns a set of random inputs; the other functions take one set.
 
-    ``torch_name`` and ``torch_run`` are torch's own way to compute the same, where it has one.
+    ``torch_name`` and ``torch_run`` are torch's own computation of the same result, if it has one.
     """
 
     kernel: str
@@ -62,7 +63,7 @@ class Case:
 
 @torch.inference_mode()
 def measure(case: Case, timer: Timer, ceilings: Ceilings) -> dict[str, Any]:
-    """A row of the table: the error, and seconds if it is small enough to be worth timing."""
+    """Return a row of the table: the error, and seconds if the error is small enough to be worth timing."""
     inputs = [case.draw() for _ in range(timer.sets(case.nbytes))]
     error = case.error(inputs[0])
     seconds = timer.median(_calls(case.run, inputs))
@@ -87,7 +88,7 @@ def _calls(run: Callable[[Any], object], inputs: Sequence[Any]) -> list[Call]:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Error of all entries together; infinite if an entry was not written, or was where it should not have been (NaN)."""
+    """Return the error over all entries; infinite if the entries that are NaN (not written) differ."""
     if not torch.equal(actual.isnan(), expected.isnan()):
         return float("inf")
     actual, expected = actual.double().nan_to_num(), expected.double().nan_to_num()
@@ -113,7 +114,7 @@ class Draw:
         return torch.randn(size, dtype=dtype, device=self.device)
 
     def nothing(self, *size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """What must be overwritten."""
+        """Return a tensor of NaN, which must be overwritten."""
         return torch.full(size, torch.nan, dtype=dtype, device=self.device)
 
     def permutation(self, count: int) -> Tensor:
@@ -126,12 +127,9 @@ class Draw:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
 
-# Attention.
-
-
 @dataclass(frozen=True, slots=True)
 class Paged:
-    """The last ``query_len`` tokens of sequences of one length, whose blocks lie scattered in the cache."""
+    """Last ``query_len`` tokens of sequences of one length, whose blocks are scattered in the cache."""
 
     query: Tensor
     key_cache: Tensor
@@ -168,7 +166,7 @@ class Paged:
         )
 
     def error(self, attention: Callable[..., None]) -> float:
-        """Over the rows of a few sequences; of the others only that they were written."""
+        """Return the error over the rows of a few sequences; for the others check only that they were written."""
         self.attend(attention)
         if self.out.isnan().any():
             return float("inf")
@@ -186,7 +184,7 @@ class Paged:
         return relative_error(self.out[-rows:], expected)
 
     def contiguous(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The first sequence's query, keys and values [1, heads, tokens, D], as torch's own attention reads them."""
+        """Return the first sequence's query, keys and values [1, heads, tokens, D], as torch's own attention reads them."""
         table = self.metadata.block_tables[0].long()
         caches = (cache[table].transpose(0, 1).flatten(1, 2) for cache in (self.key_cache, self.value_cache))
         keys, values = (cache[None, :, : self.metadata.max_seq_len].contiguous() for cache in caches)
@@ -226,7 +224,7 @@ def attention_cases(shape: ModelShape, sizes: Sizes, draw: Draw) -> Iterator[Cas
 
 
 def _torch_attention(shape: ModelShape, tokens: int, size: str, draw: Draw) -> Case:
-    """What torch's own attention takes for the same over contiguous keys and values."""
+    """Time of torch's own attention for the same tokens over contiguous keys and values."""
 
     def attend(inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return functional.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
@@ -245,9 +243,6 @@ def _torch_attention(shape: ModelShape, tokens: int, size: str, draw: Draw) -> C
 
 def _attention_bytes(shape: ModelShape, query_len: int, seq_len: int) -> int:
     return 4 * shape.head_dim * (query_len * shape.heads + seq_len * shape.kv_heads)
-
-
-# The paged cache.
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,16 +332,13 @@ def store_cases(shape: ModelShape, sizes: Sizes, draw: Draw) -> Iterator[Case]:
         )
 
 
-# Norms and activations.
-
-
 def pointwise_cases(shape: ModelShape, sizes: Sizes, draw: Draw) -> Iterator[Case]:
     hidden, eps = shape.hidden, shape.eps
     for tokens in sizes.pointwise:
         size = f"{shape.name}, {tokens} tokens"
 
         def stream(tokens: int = tokens) -> tuple[Tensor, Tensor, Tensor]:
-            """The residual stream, what is added to it, and the norm's weight."""
+            """Return the residual stream, the update that is added to it, and the norm's weight."""
             wide = draw.normal(tokens, hidden, dtype=torch.float32)
             return wide, draw.normal(tokens, hidden), draw.normal(hidden, dtype=torch.float32)
 
@@ -398,11 +390,8 @@ def _add_rms_norm_error(residual: Tensor, x: Tensor, weight: Tensor, eps: float)
     return max(relative_error(mine, other) for mine, other in pairs)
 
 
-# Linear layers.
-
-
 def matmul_cases(shape: ModelShape, sizes: Sizes, draw: Draw) -> Iterator[Case]:
-    """The batch-invariant product with three of the model's weights; the head only for rows that are drawn from."""
+    """Batch-invariant product with three of the model's weights; the head multiplies only rows that are drawn from."""
     weights = {
         "gate and up": (2 * shape.intermediate, shape.hidden, sizes.tokens),
         "down": (shape.hidden, shape.intermediate, sizes.tokens),
@@ -428,12 +417,9 @@ def matmul_cases(shape: ModelShape, sizes: Sizes, draw: Draw) -> Iterator[Case]:
             )
 
 
-# Logits.
-
-
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """Rows of logits as peaked as a model's, with a seed of their own each."""
+    """Rows of logits as peaked as a model's, each with its own seed."""
 
     logits: Tensor
     rows: list[RowSampling]
@@ -453,7 +439,7 @@ class Sampled:
         return self.prepared.draw(self.logits, self.tensors, self.last_tokens).token_ids
 
     def error(self) -> float:
-        """How far a row's uniform number lies from its token's part of the cumulative distribution, the worst row."""
+        """Return the largest distance of a row's uniform number from its token's part of the distribution."""
         pairs = zip(self.sample().tolist(), self.logits.cpu().double(), self.rows, strict=True)
         return max(_draw_error(token, logits, row) for token, logits, row in pairs)
 

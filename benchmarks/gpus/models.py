@@ -1,9 +1,10 @@
 """Whole models with random weights, in process: decode and prefill rates, with and without logits, and a peer's.
 
-Decode rates are taken while every sequence decodes: from the step in which the last of them got its first token to the step
-in which the first of them ends. Every output is read at once. The floor of a decode step is what reading every weight once
-(of an embedding that is not the head too: nothing) and every sequence's keys and values takes at the rate of a copy, or the
-products' operations at the rate of a large product; that of a prefill is the products' and the causal attention's operations.
+Decode rates are measured while every sequence decodes: from the step in which the last one got its first
+token to the step in which the first one ends. Every output is read at once. The floor of a decode step is the
+longer of two times. One is reading every weight once (nothing for an embedding that is not also the head) and
+every sequence's keys and values, at the rate of a copy. The other is the products' operations at the rate of
+a large product. The floor of a prefill is the operations of the products and of causal attention.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ PLAIN = "logitserve"
 INVARIANT = "logitserve, batch invariant"
 PREFILL = "prefill"
 PAGE_SIZE = 256
-"""Tokens of a block of the peer's cache; its default."""
+"""Tokens per block of the peer's cache; the peer's default."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Work:
-    """What is measured: decoding of ``sequences`` at once, or (0) prefill; ``show`` names what is asked to be seen."""
+    """Work to measure: decoding of ``sequences`` at once, or prefill (0); ``show`` names the requested outputs."""
 
     contestant: str
     sequences: int
@@ -63,7 +64,7 @@ def shown(top_k: int) -> dict[str, LogitsSpec | None]:
 
 
 class Measurements:
-    """Tokens a second of every kind of work, one for each round."""
+    """Tokens per second of every kind of work, one figure per round."""
 
     def __init__(self, shape: ModelShape, sizes: Sizes, ceilings: Ceilings) -> None:
         self._shape = shape
@@ -78,7 +79,7 @@ class Measurements:
         )
 
     def rows(self, weight_bytes: int, linear_parameters: int) -> Iterator[dict[str, Any]]:
-        """The table: medians, what share of the floor's rate they are, and their ratio to the plain engine's."""
+        """Yield the table: medians, their share of the floor's rate, and their ratio to the plain engine's."""
         medians = {work: statistics.median(rates) for work, rates in self._rates.items()}
         for work, rate in medians.items():
             plain = medians.get(Work(PLAIN, work.sequences))
@@ -94,7 +95,7 @@ class Measurements:
             }
 
     def _floor(self, work: Work, weight_bytes: int, linear_parameters: int) -> float:
-        """Seconds a token."""
+        """Return seconds per token."""
         shape, sizes = self._shape, self._sizes
         if not work.sequences:
             head = shape.vocab * shape.hidden  # applied to one token of each prompt
@@ -112,7 +113,7 @@ def _batch(work: Work) -> str:
 
 
 def build(shape: ModelShape, device: torch.device) -> PreTrainedModel:
-    """The same random weights every time, drawn on the device."""
+    """Build the model with the same random weights every time, drawn on the device."""
     torch.manual_seed(0)
     with device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -123,7 +124,7 @@ def build(shape: ModelShape, device: torch.device) -> PreTrainedModel:
 
 
 def weights(model: PreTrainedModel, shape: ModelShape) -> tuple[int, int]:
-    """Bytes that a decode step must read, and parameters that each of its tokens is multiplied with."""
+    """Return the bytes that a decode step must read, and the parameters that multiply each of its tokens."""
     parameters = {parameter.data_ptr(): parameter for parameter in model.parameters()}
     embedding = 0 if shape.ties_embeddings else shape.vocab * shape.hidden
     nbytes = sum(parameter.nbytes for parameter in parameters.values()) - 2 * embedding
@@ -132,7 +133,7 @@ def weights(model: PreTrainedModel, shape: ModelShape) -> tuple[int, int]:
 
 
 class Prompter:
-    """Prompts of random ids, never the same twice, so that no prefix cache can help anybody."""
+    """Prompts of random ids, never the same twice, so that no prefix cache can help."""
 
     def __init__(self, vocab: int) -> None:
         self._vocab = vocab
@@ -145,7 +146,7 @@ class Prompter:
 def serve(
     model: PreTrainedModel, shape: ModelShape, sizes: Sizes, device: torch.device, *, batch_invariant: bool
 ) -> Engine:
-    """An engine over the model, which is fused in place."""
+    """Return an engine over the model, which is fused in place."""
     register_attention()
     model.set_attn_implementation(ATTENTION_NAME)
     sequences = max(sizes.invariant if batch_invariant else sizes.decode)
@@ -164,7 +165,7 @@ def serve(
 
 
 def decode_rate(engine: Engine, prompts: Prompts, answer: int, spec: LogitsSpec | None) -> float:
-    """Tokens a second of all sequences together."""
+    """Return tokens per second of all sequences together."""
     _add(engine, prompts, answer, spec)
     begun: set[str] = set()
     tokens = 0
@@ -189,7 +190,7 @@ def decode_rate(engine: Engine, prompts: Prompts, answer: int, spec: LogitsSpec 
 
 
 def prefill_rate(engine: Engine, prompts: Prompts) -> float:
-    """Prompt tokens a second, from the first step to the last prompt's first token."""
+    """Return prompt tokens per second, from the first step to the last prompt's first token."""
     _add(engine, prompts, 1, None)
     started = time.perf_counter()
     while engine.has_work:
@@ -217,7 +218,7 @@ def _add(engine: Engine, prompts: Prompts, answer: int, spec: LogitsSpec | None)
 
 
 class Peer:
-    """transformers' continuous batching over the model as it is, greedy, with the graphs that it chooses by itself."""
+    """transformers' continuous batching over its own model, greedy, with the graphs that it chooses itself."""
 
     def __init__(self, model: PreTrainedModel, sizes: Sizes) -> None:
         self._model: Any = model
@@ -242,7 +243,7 @@ class Peer:
             "max_batch_tokens": self._sizes.budget,
             "auto_switch_to_flash": False,
         }
-        # Older releases have fewer options, and do without this one.
+        # Older releases have fewer options and work without this one.
         known = {option.name for option in dataclasses.fields(ContinuousBatchingConfig)}
         results = self._model.generate_batch(
             prompts,
@@ -271,7 +272,7 @@ def measure_model(
     attempt: Callable[[str, Callable[[], None]], None],
     report: Report,
 ) -> None:
-    """Report a row for each kind of work. ``attempt(name, function)`` calls the function and keeps its failure to itself."""
+    """Report a row for each kind of work. ``attempt(name, function)`` calls the function and contains its failure."""
     found = Measurements(shape, sizes, ceilings)
     model = build(shape, device)
     read = weights(model, shape)
@@ -288,7 +289,10 @@ def measure_model(
 
 
 def measure_peer(peer: Peer, prompter: Prompter, sizes: Sizes, rounds: int, found: Measurements) -> None:
-    """Its rounds are fewer: they take longest, and cannot take turns with ours, who fuse the model in place."""
+    """Measure the peer in fewer rounds, because its rounds are the longest.
+
+    They cannot alternate with those of the engines, which fuse the model in place.
+    """
     peer.decode_rate(prompter(1, sizes.prompt), max(3, sizes.answer // 16))
     free_memory()
     for _ in range(max(1, rounds - 1)):
@@ -309,7 +313,7 @@ def measure_engines(
     found: Measurements,
     attempt: Callable[[str, Callable[[], None]], None],
 ) -> None:
-    """The engine with and without batch invariance, taking turns on equal weights. The first round warms up."""
+    """Measure the engine with and without batch invariance, alternating on equal weights. The first round warms up."""
     engines = {PLAIN: serve(model, shape, sizes, device, batch_invariant=False)}
 
     def add_invariant() -> None:

@@ -1,4 +1,4 @@
-"""The models whose shapes are measured, and how large the batches are."""
+"""Models whose shapes are measured, and the sizes of the batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The numbers of a model's published config.json that its speed depends on."""
+    """Numbers of a model's published config.json that determine its speed."""
 
     name: str
     hidden: int
@@ -27,7 +27,7 @@ class ModelShape:
     ties_embeddings: bool
 
     def config(self) -> PreTrainedConfig:
-        """The model's own architecture; nothing ends an answer."""
+        """Return the config of the model's own architecture, without an end token."""
         options: dict[str, Any] = {
             "hidden_size": self.hidden,
             "intermediate_size": self.intermediate,
@@ -47,7 +47,7 @@ class ModelShape:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """In bfloat16."""
+        """Bytes of keys and values per token in bfloat16."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
 
@@ -67,18 +67,18 @@ TINY_QWEN = ModelShape(
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is computed at once. ``tiny`` is for trying the benchmark out, in Triton's interpreter.
+    """Amounts that are computed at once. ``tiny`` is for trying the benchmark in Triton's interpreter.
 
     Attributes:
         causal: tokens of a prompt that is read whole; ``chunk`` of them at the end of ``chunk_end``.
         context, long_context: tokens in the cache of each decoding sequence, and of a lone one.
-        decode: numbers of decoding sequences; ``invariant`` those measured with batch_invariant too.
+        decode: numbers of decoding sequences; those in ``invariant`` are also measured with batch_invariant.
         tokens: rows of a matrix product.
         pointwise: tokens of norms, activations and stores.
         rows: rows of logits.
-        top_k: logits shown of a row.
-        prompt, answer: tokens of each request of a whole model; ``prefill`` prompts of ``prefill_prompt`` tokens, of
-            which ``budget`` tokens fit in a step.
+        top_k: logits returned per row.
+        prompt, answer: tokens of each request of a whole model. A step holds ``budget`` tokens of the
+            ``prefill`` prompts of ``prefill_prompt`` tokens.
     """
 
     causal: int = 4096

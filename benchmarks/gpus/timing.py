@@ -1,4 +1,4 @@
-"""How long work takes on a GPU, and what the GPU could do at best: shared by the parts of gpu.py."""
+"""Times of work on a GPU and the GPU's ceilings, shared by the parts of gpu.py."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ import triton
 Call = Callable[[], object]
 
 CACHE_BYTES = 256 << 20
-"""Inputs that are rotated add up to this, several times the L2 cache (H100: 50 MB), so that no call finds its own there."""
+"""Total bytes of rotated inputs: several times the L2 cache (H100: 50 MB), so that no call finds its inputs there."""
 
 MAX_SETS = 256
-"""Sets of inputs at most: what is smaller than CACHE_BYTES / MAX_SETS is bound by the launch, not by where it lies."""
+"""Most sets of inputs. Inputs below CACHE_BYTES / MAX_SETS are bound by the launch, not by where they lie."""
 
 SMALL_SECONDS = 1e-3
-"""Calls that are shorter are timed by replaying a graph of many, which leaves out what launching them costs the host."""
+"""Bound below which calls are timed by replaying a graph of many, which omits the host's cost of launching them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """What the device reached: bytes a second (read plus written) of a copy, operations a second of a bfloat16 product."""
+    """Rates the device reached: bytes per second (read plus written) of a copy, operations per second in bfloat16."""
 
     copy: float
     matmul: float
 
     def floor(self, nbytes: float, flops: float) -> float:
-        """The shortest time in seconds that the work can take."""
+        """Return the shortest possible time of the work in seconds."""
         return max(nbytes / self.copy, flops / self.matmul)
 
 
 class Timer:
-    """Median seconds of a call. On a CPU, where this is only tried out, by the host's clock."""
+    """Measures median seconds of a call. On a CPU, used only to try the script, it measures by the host's clock."""
 
     def __init__(self, device: torch.device, repeats: int) -> None:
         self._is_cuda = device.type == "cuda"
         self._repeats = repeats
 
     def sets(self, nbytes: int) -> int:
-        """How many sets of inputs of ``nbytes`` must take turns."""
+        """Return how many sets of inputs of ``nbytes`` must alternate."""
         return min(MAX_SETS, 1 + CACHE_BYTES // nbytes) if self._is_cuda else 2
 
     def median(self, calls: Sequence[Call]) -> float:
-        """Seconds of one call, the calls taking turns. All have been run once before anything is timed."""
+        """Return the seconds of one call, with the calls alternating. Each one runs once before timing starts."""
         for call in calls:
             call()
         estimate = self._once(calls) / len(calls)
@@ -62,7 +62,7 @@ class Timer:
         return statistics.median(self._once([call]) for _ in range(rounds) for call in calls)
 
     def _once(self, calls: Sequence[Call]) -> float:
-        """Seconds of all calls together."""
+        """Return the seconds of all calls together."""
         if not self._is_cuda:
             started = time.perf_counter()
             for call in calls:
@@ -91,7 +91,7 @@ class Timer:
 
 
 def measure_ceilings(device: torch.device, timer: Timer, *, tiny: bool) -> Ceilings:
-    """A large copy and a large product of random numbers."""
+    """Measure a large copy and a large product of random numbers."""
     ceilings = Ceilings(
         _copy_rate(device, timer, 1 << 16 if tiny else 1 << 30),
         _matmul_rate(device, timer, 64 if tiny else 8192),
@@ -120,7 +120,7 @@ def free_memory() -> None:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The device and the versions that figures depend on."""
+    """Describe the device and the versions on which figures depend."""
     found: dict[str, Any] = {
         "device": platform.processor() or platform.machine(),
         "driver": None,

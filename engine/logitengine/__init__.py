@@ -1,6 +1,6 @@
 """Continuous batching over a paged KV cache, with logits as a field of every step's output.
 
-This package can be imported without torch; `logitengine.engine` and what it builds on cannot.
+This package can be imported without torch; `logitengine.engine` and its dependencies cannot.
 """
 
 from logitengine.config import EngineConfig

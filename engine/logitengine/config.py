@@ -1,4 +1,4 @@
-"""Everything the engine can be told, written once: a field here is a command-line flag and a LOGITSERVE_ variable."""
+"""Options of the engine, each declared once: a field here is a command-line flag and a LOGITSERVE_ variable."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 def _integer(value: Any) -> Any:
-    """Flags and variables are strings, which a Literal of integers does not read."""
+    """Convert a flag's or variable's string to an integer, because a Literal of integers does not accept strings."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 class EngineConfig(BaseModel):
-    """The engine's options. Frozen: what depends on the model is derived when it is loaded, never written back."""
+    """Options of the engine.
+
+    Frozen: values that depend on the model are derived when it is loaded, never written back.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

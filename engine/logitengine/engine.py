@@ -1,4 +1,4 @@
-"""The engine: requests in, one step at a time, outputs out. One thread owns it."""
+"""The engine takes requests, computes one step at a time and returns outputs. One thread owns it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from logitengine.schedule.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step that was launched: ``rows`` may be read, and tokens learnt at ``positions``, once ``wait`` is over."""
+    """A launched step. After ``wait`` returns, ``rows`` may be read and tokens learnt at ``positions``."""
 
     plan: StepPlan
     positions: list[int]
@@ -33,7 +33,7 @@ class _Step:
 
 @dataclass(slots=True)
 class _Request:
-    """A request's choices that are not over, and its window: the bytes that its reader has not taken and may leave."""
+    """A request's unfinished choices, and the bytes that its reader has not taken yet of those that its window allows."""
 
     sequences: list[Sequence]
     window_bytes: int
@@ -47,7 +47,7 @@ class _Request:
 class Engine:
     """Continuous batching over one model.
 
-    ``add`` and ``abort`` change what is queued; ``step`` computes the next batch and returns what it produced.
+    ``add`` and ``abort`` change the queue; ``step`` computes the next batch and returns its outputs.
     """
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
@@ -67,10 +67,8 @@ class Engine:
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
 
-    # What is queued.
-
     def add(self, request: GenerationRequest) -> None:
-        """Queue a request. Raises RequestRefusedError or EngineOverloadedError, and then nothing has changed."""
+        """Queue a request. Raises RequestRefusedError or EngineOverloadedError; nothing has changed then."""
         self._check(request)
         info = self.info
         row_nbytes = prompt_row_nbytes(request.outputs, info.vocab_size, info.hidden_size, info.heads)
@@ -86,14 +84,14 @@ class Engine:
         self._requests[request.request_id] = _Request(sequences, min(window, request.window_bytes or window))
 
     def abort(self, request_id: str, index: int | None = None) -> None:
-        """Forget a request or one of its choices, and free its blocks. Unknown ones are ignored."""
+        """Forget a request or one of its choices, and free its blocks. Unknown ids are ignored."""
         request = self._requests.get(request_id)
         for sequence in list(request.sequences) if request is not None else ():
             if index in (None, sequence.index):
                 self._remove(sequence)
 
     def consumed(self, request_id: str, nbytes: int) -> None:
-        """The reader took ``nbytes`` of the request's outputs."""
+        """Record that the reader took ``nbytes`` of the request's outputs."""
         request = self._requests.get(request_id)
         if request is None:
             return
@@ -108,12 +106,12 @@ class Engine:
 
     @property
     def is_computing(self) -> bool:
-        """A step was launched and has not been reported."""
+        """Whether a step was launched and not yet reported."""
         return self._under_way is not None
 
     @property
     def begun_request_ids(self) -> set[str]:
-        """Requests of which something was computed or is under way. The others have only waited."""
+        """Ids of requests for which something was computed or is being computed. The others have only waited."""
         return {
             request_id
             for request_id, request in self._requests.items()
@@ -122,7 +120,7 @@ class Engine:
 
     @property
     def num_blocks_reached(self) -> int:
-        """The cache's blocks from this one on were never used."""
+        """Number of the first cache block that was never used; no later block was used either."""
         return self._blocks.num_reached
 
     @property
@@ -139,12 +137,10 @@ class Engine:
             num_generated_tokens=self._num_generated_tokens,
         )
 
-    # One step.
-
     def step(self) -> list[StepOutput]:
-        """Schedule, plan, execute, report. Empty when everyone's reader lags behind.
+        """Schedule, plan, execute and report one step. Returns an empty list when every reader is parked.
 
-        On a device that overlaps, what is reported is the step before the one that is launched here.
+        On a device that overlaps, the outputs are those of the step before the one launched here.
         """
         launched = self._launch()
         if self._device.overlaps:
@@ -152,7 +148,7 @@ class Engine:
         return self._report(launched) if launched is not None else []
 
     def _launch(self) -> _Step | None:
-        """Put the next step on the device. Sequences go on from tokens that only the device knows yet."""
+        """Launch the next step on the device. Sequences continue from tokens that only the device knows yet."""
         chunks = self._scheduler.schedule()
         dropped = self._scheduler.dropped
         if not chunks and not dropped:
@@ -168,7 +164,7 @@ class Engine:
         return _Step(plan, positions, rows, self._device.mark())
 
     def _report(self, step: _Step) -> list[StepOutput]:
-        """Wait for a launched step and say what it did for the sequences that are still there."""
+        """Wait for a launched step and return its outputs for the sequences that still exist."""
         step.wait()
         token_ids: list[int] = [] if step.rows.token_ids is None else step.rows.token_ids.tolist()
         drawn = {
@@ -197,7 +193,7 @@ class Engine:
     def _drawn_output(
         self, sequence: Sequence, row: int, position: int, token_id: int, rows: StepRows
     ) -> StepOutput:
-        """Learn the token that was drawn for ``position`` and report it with the rows that it came from."""
+        """Learn the token drawn for ``position`` and report it with the rows that it was drawn from."""
         if token_id < 0:
             error = "nothing_allowed" if token_id == NOTHING_ALLOWED else "not_finite"
             return replace(rows.prompt_output(sequence), finish_reason="error", error=error)
@@ -210,7 +206,7 @@ class Engine:
         return output
 
     def _prompt_output(self, chunk: Chunk, rows: StepRows) -> StepOutput | None:
-        """Report a chunk that drew nothing: its prompt rows if there are any, and the end of a prompt-only request."""
+        """Report a chunk that drew nothing: its prompt rows, if any, and the end of a prompt-only request."""
         sequence = chunk.sequence
         is_complete = sequence.sampling.max_tokens == 0 and chunk.is_prompt_done
         if not is_complete and sequence not in rows.prompts:
@@ -219,7 +215,7 @@ class Engine:
         return replace(output, finish_reason="length") if is_complete else output
 
     def _deliver(self, sequence: Sequence, output: StepOutput) -> None:
-        """Count what the reader has to take, and park its request where that is too much."""
+        """Count the bytes that the reader has to take, and park the request where they exceed its window."""
         request = self._requests[sequence.request_id]
         if output.finish_reason is not None:
             self._remove(sequence)
@@ -241,8 +237,6 @@ class Engine:
             prompt_stop = min(chunk.stop, chunk.sequence.num_prompt_tokens)
             self._num_prompt_tokens += max(0, prompt_stop - chunk.start)
         self._num_generated_tokens += sum(len(output.token_ids) for output in outputs)
-
-    # Bounds.
 
     def _check(self, request: GenerationRequest) -> None:
         prompt, sampling, spec = request.prompt_token_ids, request.sampling, request.logits

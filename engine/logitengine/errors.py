@@ -1,8 +1,8 @@
-"""The engine's errors, as its client raises them.
+"""Errors of the engine, as its client raises them.
 
 EngineError
 ├── EngineNotReadyError      still loading, draining, or restarting after a crash
-├── EngineDeadError          died while it was working on this request
+├── EngineDeadError          died while working on this request
 ├── EngineOverloadedError    the queue is full
 └── RequestRefusedError      this request cannot be served (the message says why)
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 
 class EngineError(Exception):
-    """Base of everything the engine client raises."""
+    """Base of every error that the engine client raises."""
 
 
 class EngineNotReadyError(EngineError):
@@ -19,7 +19,7 @@ class EngineNotReadyError(EngineError):
 
 
 class EngineDeadError(EngineError):
-    """The engine process died while it was working on the request."""
+    """The engine process died while working on the request."""
 
 
 class EngineOverloadedError(EngineError):

@@ -1,4 +1,4 @@
-"""The engine process: one thread steps the engine and sends, one receives, and one says every second that it is alive."""
+"""The engine process. One thread steps the engine and sends, one receives, and one sends a heartbeat every second."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_SECONDS = 1.0
 
 IDLE_SECONDS = 1.0
-"""How often an engine with nothing to compute tells its stats."""
+"""Interval at which an idle engine sends its statistics."""
 
 
 def main() -> int:
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 class Heart:
-    """Tells how long the step under way has run, from a thread of its own: the one that steps may be stuck in it."""
+    """Sends how long the current step has run. It has its own thread, because the stepping thread may be stuck."""
 
     def __init__(self, channel: BlockingChannel[ToEngine]) -> None:
         self._channel = channel
@@ -73,14 +73,14 @@ class Heart:
         self._thread.start()
 
     def stop(self) -> None:
-        """Nothing is sent after this."""
+        """Stop; nothing is sent afterwards."""
         self._stopping.set()
         if self._thread.ident is not None:
             self._thread.join()
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """A step is under way."""
+        """Mark the time in which a step runs."""
         started = self._step_started = time.monotonic()
         yield
         self._step_started = None
@@ -93,7 +93,7 @@ class Heart:
             try:
                 self._channel.send(Heartbeat(seconds, self._longest_step_seconds))
             except OSError:
-                return  # the server is gone, as who receives is told
+                return  # the receiving thread reports that the server is gone
 
 
 class EngineLoop:
@@ -117,14 +117,16 @@ class EngineLoop:
             self._send(Failed(f"{type(error).__name__}: {error}", begun))
             status = 1
         self._heart.stop()
-        gc.unfreeze()  # or extension modules find their objects still there at exit, and say so
+        gc.unfreeze()  # otherwise extension modules complain at exit that their objects still exist
         self._channel.flush(timeout=5)
         return status
 
     def _serve(self, config: EngineConfig) -> None:
-        # Nearly all that loading makes is there to stay: looking through it for garbage is a sixth of the time.
+        # Nearly all objects made while loading stay. Searching them for garbage takes a sixth of the loading
+        # time.
         gc.disable()
-        # Only here: the threads are up, so the server sees a load that takes long as loading, not as silence.
+        # Imported late: the threads already run, so the server sees a long load as loading and not as
+        # silence.
         from logitengine.model.checkpoint import resolve_checkpoint
 
         checkpoint = resolve_checkpoint(config.model)
@@ -151,7 +153,7 @@ class EngineLoop:
                 self._send(StepOutputs(outputs, engine.stats))
 
     def _take_messages(self, engine: Engine, pages: PageTaker, *, wait: bool) -> bool:
-        """Handle every message that has come; with ``wait``, give the first a moment. False: the server is done."""
+        """Handle every message that has come; with ``wait``, wait a moment for the first. False: the server is done."""
         until = time.monotonic() + IDLE_SECONDS
         while wait and self._inbox.empty() and pages.take(engine.num_blocks_reached):
             wait = time.monotonic() < until

@@ -1,4 +1,4 @@
-"""What attention over the paged KV cache is told about a batch and about a layer."""
+"""Arguments of attention over the paged KV cache: one for the batch, one for the layer."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """Where the queries of a flattened batch sit in their sequences and in the paged KV cache.
+    """Positions of a flattened batch's queries in their sequences and in the paged KV cache.
 
-    Sequence s owns the queries ``query_start[s]:query_start[s + 1]``. They are the last ones of its ``seq_lens[s]``
-    tokens, so query i of the sequence has position ``seq_lens[s] - query_len[s] + i`` and attends to every position up
-    to its own.
+    Sequence s owns the queries ``query_start[s]:query_start[s + 1]``. They belong to the last of its
+    ``seq_lens[s]`` tokens: query i has position ``seq_lens[s] - query_len[s] + i`` and attends to every
+    position up to its own.
 
-    A batch that is padded to a captured size (CUDA graphs) ends in sequences of length 0 with one query each: their slots
-    are -1, nothing is stored for them, and their attention is zero.
+    A batch padded to a captured size (CUDA graphs) ends in sequences of length 0 with one query each. Their
+    slots are -1, nothing is stored for them, and their attention is zero.
 
     Attributes:
         query_start: int32 [S + 1], cumulative query lengths.
-        seq_lens: int32 [S], tokens in the cache once this step's keys and values are stored.
-        block_tables: int32 [S, max_blocks], the physical block of every block of the sequence; entries past its length
-            are unspecified but valid indices.
+        seq_lens: int32 [S], tokens in the cache after this step's keys and values are stored.
+        block_tables: int32 [S, max_blocks], the physical block of every block of the sequence. Entries past
+            the sequence's length are unspecified but valid indices.
         slot_mapping: int64 [T], ``block * block_size + offset`` where each token's key and value are stored.
         max_query_len: the longest query of the batch.
         max_seq_len: the longest sequence of the batch.
@@ -38,11 +38,11 @@ class AttentionMetadata:
 
 @dataclass(frozen=True, slots=True)
 class AttentionOptions:
-    """How a layer attends.
+    """Options of one layer's attention.
 
     Attributes:
-        scale: what multiplies the product of a query and a key, which makes a score.
-        sliding_window: how many of the last positions are seen, the query's own included; None: all.
+        scale: factor of the product of a query and a key; the scaled product is a score.
+        sliding_window: number of last positions that a query sees, its own included; None means all.
         softcap: c, where ``c * tanh(s / c)`` replaces a score s.
         sinks: [Hq], one score per head that is added to the softmax denominator only.
     """

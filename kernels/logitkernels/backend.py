@@ -1,4 +1,4 @@
-"""The backend is chosen once, by name."""
+"""Choice of a backend by name."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ logger = logging.getLogger(__name__)
 
 
 def load_kernels(name: str, device: str, *, batch_invariant: bool = False) -> Kernels:
-    """The backend called ``name`` for a device ("cpu" or "cuda").
+    """Return the backend called ``name`` for a device ("cpu" or "cuda").
 
-    "auto" takes the fastest one that works here and says in the log when that is the reference. With
-    ``batch_invariant`` the backend must hold that a row's bits never depend on the batch or the chunking, even where
-    that costs speed.
+    "auto" takes the fastest backend that works here and logs a warning when that is the reference. With
+    ``batch_invariant`` the backend must keep a row's bits independent of the batch and the chunking, even at
+    a cost in speed.
 
-    Raises ValueError for a name that is unknown or cannot run on the device, or a property that it does not hold;
-    RuntimeError when a backend asked for by name does not build.
+    Raises ValueError for a name that is unknown or cannot run on the device, and for a backend that is not
+    batch invariant when ``batch_invariant`` is set. Raises RuntimeError when a backend requested by name does
+    not build.
     """
     kernels = _load(name, device, batch_invariant=batch_invariant)
     if batch_invariant and not kernels.batch_invariant:

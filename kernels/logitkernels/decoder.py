@@ -1,4 +1,4 @@
-"""Decoder layers of the Llama and Gemma families: their weights, and how they are composed of a backend's operations."""
+"""Decoder layers of the Llama and Gemma families: their weights, and their composition from a backend's operations."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayerWeights:
-    """The weights of one decoder layer of the Llama or Gemma family, packed by the backend that will run it.
+    """Weights of one decoder layer of the Llama or Gemma family, packed by the backend that will run it.
 
     ``qkv`` is [ (Hq + 2 Hkv) D, H ] in the order q, k, v; ``gate_up`` is [2 I, H] in the order gate, up.
-    ``q_norm`` and ``k_norm`` are [D] (per-head norms of Qwen3 and Gemma 3) or None. ``attention_output_norm`` and
-    ``mlp_output_norm`` [H] are applied to what attention and MLP give before it is added to the residual stream
-    (Gemma 2 and 3) or None. Norm weights are what multiplies the normed values (Gemma's ``1 + w`` already added).
+    ``q_norm`` and ``k_norm`` are [D] (per-head norms of Qwen3 and Gemma 3) or None. ``attention_output_norm``
+    and ``mlp_output_norm`` are [H] (Gemma 2 and 3) or None; they norm the output of attention and of the MLP
+    before it is added to the residual stream. Norm weights multiply the normed values directly (Gemma's
+    ``1 + w`` already added).
     """
 
     input_norm: Tensor
@@ -44,7 +45,7 @@ class DecoderLayerWeights:
 
     @property
     def is_llama(self) -> bool:
-        """Whether nothing of the layer goes beyond the Llama family."""
+        """Whether the layer uses no feature beyond the Llama family."""
         return (
             self.activation == "silu"
             and self.attention.softcap is None
@@ -55,13 +56,13 @@ class DecoderLayerWeights:
 
 
 BoundLayers = Callable[[Tensor, Tensor, Tensor, AttentionMetadata], Tensor]
-"""``hidden``, ``cos``, ``sin`` and the metadata of a batch to its hidden states after some layers; see ``bind_layers``."""
+"""Function of ``hidden``, ``cos``, ``sin`` and a batch's metadata that returns hidden states; see ``bind_layers``."""
 
 
 class ComposedLayers:
-    """Layers with their caches, computed by one operation after the other. A `BoundLayers`.
+    """Layers with their caches, computed one operation after the other. A `BoundLayers`.
 
-    What a layer adds to the residual stream is added by the next norm, which reads it anyway.
+    A layer's update is added to the residual stream by the next norm, which reads both anyway.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class ComposedLayers:
     def _add_and_norm(
         self, hidden: Tensor, update: Tensor | None, weight: Tensor, layer: DecoderLayerWeights
     ) -> tuple[Tensor, Tensor]:
-        # What the operations between the norms and the residual stream are given and give.
+        # The dtype of the operations between the norms and the residual stream.
         dtype = layer.qkv.input_dtype or hidden.dtype
         if update is None:
             return hidden, self._kernels.rms_norm(hidden, weight, layer.eps).to(dtype)
@@ -116,7 +117,7 @@ class ComposedLayers:
 
 
 def _heads(qkv: Tensor, layer: DecoderLayerWeights) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value heads [T, heads, D] as views of the packed rows [T, (Hq + 2 Hkv) D]."""
+    """Return query, key and value heads [T, heads, D] as views of the packed rows [T, (Hq + 2 Hkv) D]."""
     heads = qkv.view(qkv.shape[0], -1, layer.head_dim)
     query, key, value = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
     return query, key, value

@@ -1,4 +1,4 @@
-"""What every backend offers: the operations a decoder needs, as functions on tensors.
+"""Interface of every backend: the operations a decoder needs, as functions on tensors.
 
 Shapes use these letters throughout: T tokens of a flattened batch, S sequences, H hidden size, I intermediate size,
 Hq query heads, Hkv key-value heads, D head size, V vocabulary, R rows of logits, N and K the output and input features
@@ -24,40 +24,48 @@ from logitkernels.weights import Linear, Weight
 
 
 class Kernels(ABC):
-    """One backend. Without state of its own: what it prepares, the caller keeps."""
+    """One backend. It has no state of its own: the caller keeps what the backend prepares."""
 
     name: str
     batch_invariant: bool
-    """Whether a row's bits never depend on the other rows, on the chunking or on the batch."""
+    """Whether a row's bits never depend on the other rows, the chunking or the batch."""
 
     transposes_keys: bool = False
-    """Whether keys are read faster where caches of them are views [num_blocks, Hkv, block_size, D] of memory that holds
-    [num_blocks, Hkv, D, block_size], for block sizes that are multiples of 16."""
+    """Whether keys are read faster from transposed caches, for block sizes that are multiples of 16.
+
+    A transposed cache is a view [num_blocks, Hkv, block_size, D] of memory laid out as
+    [num_blocks, Hkv, D, block_size].
+    """
 
     reads_strided_caches: bool = False
-    """Whether the blocks of a cache may lie apart."""
+    """Whether the blocks of a cache may be strided."""
 
     def pin_threads(self) -> None:  # noqa: B027 - nothing to do where the kernels have no threads of their own
-        """Keep each CPU thread on a core of its own where there are as many of both. Only for a process that does nothing
-        else: the calling thread is among them, and what it starts later inherits its core.
+        """Pin each CPU thread to a core of its own where there are as many cores as threads.
+
+        Call it only in a process that does nothing else: the calling thread is pinned too, and threads that
+        it starts later inherit its core.
         """
 
     block_formats: frozenset[str] = frozenset()
-    """Formats of weights in blocks that ``pack`` takes."""
+    """Block formats of weights that ``pack`` takes."""
 
     @abstractmethod
     def pack(self, weights: Sequence[Weight], bias: Tensor | None = None, *, exact: bool = False) -> Linear:
-        """A linear layer over weights [N, K] of one K, their rows stacked in order, and ``bias`` [all N]. Done once, at load.
+        """Pack weights [N, K] of one K, their rows stacked in order, and ``bias`` [all N]. Done once, at load.
 
-        The weights are dense, or all in blocks of one of ``block_formats``. ``exact`` multiplies them by activations as they
-        are; otherwise the layer may round those to the precision of the weights.
+        The weights are dense, or all in blocks of one of ``block_formats``. With ``exact`` the layer
+        multiplies them by unrounded activations; otherwise it may round activations to the precision of the
+        weights.
 
-        Raises ValueError for weights that cannot be stacked or are in blocks that the backend does not multiply.
+        Raises ValueError for weights that cannot be stacked or are in blocks that the backend does not
+        multiply.
         """
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in float32, in the dtype of ``x``.
+        """Return ``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension, computed in float32, in the
+        dtype of ``x``.
 
         Follows Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
         """
@@ -65,23 +73,25 @@ class Kernels(ABC):
     def add_rms_norm(
         self, residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """``sum = residual + x``, both [T, H] -> ``sum`` in the dtype of ``residual``, and ``rms_norm(sum)`` in ``dtype``."""
+        """Return ``sum = residual + x`` [T, H] in the dtype of ``residual``, and ``rms_norm(sum)`` in ``dtype``."""
         total = residual + x.to(residual.dtype)
         return total, self.rms_norm(total, weight, eps).to(dtype)
 
     @abstractmethod
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """``silu(gate) * up`` of [T, 2 I] -> [T, I]; gate is the first half of each row."""
+        """Return ``silu(gate) * up`` of [T, 2 I] -> [T, I]; gate is the first half of each row."""
 
     def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """``gelu(gate) * up`` of [T, 2 I] -> [T, I] by the tanh approximation of Hendrycks and Gimpel (2016)."""
+        """Return ``gelu(gate) * up`` of [T, 2 I] -> [T, I] by the tanh approximation of Hendrycks and Gimpel (2016)."""
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.gelu(gate, approximate="tanh") * up
 
     @abstractmethod
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotary embedding of ``x`` [T, heads, D] by ``cos`` and ``sin`` float32 [T, R], R <= D, in Llama's half-split
-        order: dimension i pairs with i + R/2; the last D - R dimensions pass through. ``cos[:, i] == cos[:, i + R/2]``.
+        """Rotate ``x`` [T, heads, D] by ``cos`` and ``sin`` float32 [T, R], R <= D, in Llama's half-split order.
+
+        Dimension i pairs with i + R/2; the last D - R dimensions pass through.
+        ``cos[:, i] == cos[:, i + R/2]``.
         """
 
     @abstractmethod
@@ -105,9 +115,9 @@ class Kernels(ABC):
         k_norm: Tensor | None = None,
         eps: float = 0.0,
     ) -> Tensor:
-        """``rope`` of ``query`` [T, Hq, D], which is returned, and ``store_kv`` of the turned ``key`` and of ``value``.
+        """Return ``rope`` of ``query`` [T, Hq, D], and ``store_kv`` the rotated ``key`` and ``value``.
 
-        ``q_norm`` and ``k_norm`` [D] are weights of an ``rms_norm`` of each head before it.
+        ``q_norm`` and ``k_norm`` [D] are weights of an ``rms_norm`` of each head before the rotation.
         """
         query = query if q_norm is None else self.rms_norm(query, q_norm, eps)
         key = key if k_norm is None else self.rms_norm(key, k_norm, eps)
@@ -123,13 +133,14 @@ class Kernels(ABC):
         metadata: AttentionMetadata,
         options: AttentionOptions,
     ) -> Tensor:
-        """Causal attention of ``query`` [T, Hq, D] over the paged cache -> [T, Hq, Dv] in the dtype of ``query``.
+        """Return causal attention of ``query`` [T, Hq, D] over the paged cache -> [T, Hq, Dv] in the dtype of
+        ``query``.
 
         Query head h reads key-value head ``h // (Hq / Hkv)``. Scores and softmax are float32.
         """
 
     def runs_fused(self, layer: DecoderLayerWeights) -> bool:
-        """Whether ``bind_layers`` takes such a layer."""
+        """Whether ``bind_layers`` takes this layer."""
         return True
 
     def bind_layers(
@@ -138,24 +149,25 @@ class Kernels(ABC):
         key_caches: Sequence[Tensor],
         value_caches: Sequence[Tensor],
     ) -> BoundLayers:
-        """Pre-norm decoder layers, one after the other, each with its own caches: ``hidden`` [T, H] -> [T, H], same dtype.
+        """Bind pre-norm decoder layers, run in order, to their caches: ``hidden`` [T, H] -> [T, H], same dtype.
 
-        What a backend can work out once for all calls, it does here. Backends override this where one call is faster than
-        the operations one by one.
+        A backend does here the work that is the same for all calls. Backends override this where one call is
+        faster than separate operations.
         """
         return ComposedLayers(self, layers, key_caches, value_caches)
 
     def logsumexp(self, logits: Tensor) -> Tensor:
-        """``log(sum(exp(row)))`` of [R, V] -> [R]; subtracted from a row's logits it gives log-probabilities."""
+        """Return ``log(sum(exp(row)))`` of [R, V] -> [R]; a row's logits minus it are logprobs."""
         return torch.logsumexp(logits, dim=-1)
 
     def top_k_logits(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k largest of each row of ``logits`` [R, V], ties broken by lower id: ids int64 and values, both [R, k].
+        """Return the k largest of each row of ``logits`` [R, V], ties broken by lower id: ids int64 and
+        values, both [R, k].
 
-        A NaN comes before every number, as torch.topk has it.
+        A NaN comes before every number, as in torch.topk.
         """
-        # A stable descending sort is the definition; topk first narrows the row to a candidate set that contains every
-        # tie of the k-th value.
+        # A stable descending sort is the definition. topk first narrows the row to candidates, which include
+        # every tie of the k-th value.
         threshold = torch.topk(logits, k, dim=-1).values[:, -1:]
         is_candidate = (logits >= threshold) | logits.isnan()
         ids = torch.empty(logits.shape[0], k, dtype=torch.int64, device=logits.device)
@@ -166,11 +178,11 @@ class Kernels(ABC):
         return ids, logits.gather(-1, ids)
 
     def gather_logits(self, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits [R, V] at ``ids`` int64 [R, K] -> [R, K], and each row's ``logsumexp`` [R]."""
+        """Return the logits [R, V] at ``ids`` int64 [R, K] -> [R, K], and each row's ``logsumexp`` [R]."""
         return logits.gather(-1, ids), self.logsumexp(logits)
 
     def count_above(self, logits: Tensor, bounds: Tensor) -> Tensor:
-        """How many logits of each row [R, V] are larger than its bound [R] -> int64 [R]. NaN is not."""
+        """Count the logits of each row [R, V] above its bound [R] -> int64 [R]. A NaN is not counted."""
         return (logits > bounds[:, None]).sum(-1)
 
     records_sampling: bool = False
@@ -184,12 +196,13 @@ class Kernels(ABC):
         allowed: NDArray[np.int32] | None = None,
         size: SamplingSize | None = None,
     ) -> PreparedSampling:
-        """The draws of a batch; see `logitkernels.sampling`.
+        """Prepare the draws of a batch; see `logitkernels.sampling`.
 
-        ``allowed`` int32 [rows, ceil(V / 32)] are masks: bit ``id % 32`` of word ``id // 32`` is 0 where the token cannot be
-        drawn. Bits beyond the vocabulary are ignored. The masks are read later: they must not be written again.
+        ``allowed`` int32 [rows, ceil(V / 32)] holds masks: bit ``id % 32`` of word ``id // 32`` is 0 where
+        the token cannot be drawn. Bits beyond the vocabulary are ignored. The masks are read later and must
+        not be changed.
 
-        ``size`` fixes the layout of the arrays. Rows missing up to ``size.num_rows`` are greedy, and everything is allowed
-        for them. Raises ValueError for rows or masks that do not fit.
+        ``size`` fixes the layout of the arrays. Rows missing up to ``size.num_rows`` are greedy and allow
+        every token. Raises ValueError for rows or masks that do not fit.
         """
         return HostSampling(rows, vocab_size, allowed, size)

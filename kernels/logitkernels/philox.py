@@ -12,16 +12,16 @@ _LOW_32 = 0xFFFFFFFF
 
 
 def philox_uniform(seed: int, stream: int, position: int) -> float:
-    """A number in [0, 1) from the counter (position, stream) under the key ``seed`` (64 bits).
+    """Return a number in [0, 1) from the counter (position, stream) under the key ``seed`` (64 bits).
 
-    A draw needs no state, so it cannot depend on what else was drawn.
+    A draw needs no state, so it cannot depend on other draws.
     """
     words = philox4x32((position & 0xFFFFFFFF, position >> 32, stream, 0), (seed & 0xFFFFFFFF, seed >> 32))
     return float((words[0] << 32 | words[1]) >> 11) / 2.0**53
 
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Ten rounds of Philox4x32 on a counter of four 32-bit words."""
+    """Apply ten rounds of Philox4x32 to a counter of four 32-bit words."""
     c0, c1, c2, c3 = counter
     key_0, key_1 = key
     for _ in range(_ROUNDS):

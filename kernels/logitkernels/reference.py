@@ -1,6 +1,6 @@
-"""The operations in plain torch: what every other backend is compared with, and what runs where none other can.
+"""The operations in plain torch: the reference for every other backend, and the fallback where none of them runs.
 
-Written to be read. Each works in float32, or in float64 where it is given float64.
+Written to be read. Each operation works in float32, or in float64 for float64 input.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class ReferenceKernels(Kernels):
             if options.softcap is not None:
                 scores = options.softcap * torch.tanh(scores / options.softcap)
             key_positions = torch.arange(keys.shape[2], device=query.device)
-            # A weight of zero does not hide a NaN that somebody else left in the block.
+            # A weight of zero does not hide a NaN that another sequence left in the block.
             unseen = key_positions > tile.positions.amax(-1, keepdim=True)
             values = values.masked_fill(unseen[:, None, :, None], 0.0)
             hidden = key_positions > tile.positions[..., None]
@@ -119,10 +119,10 @@ class ReferenceKernels(Kernels):
 
 @dataclass(frozen=True, slots=True)
 class _QueryTile:
-    """Some pieces of some sequences' queries, padded to one length.
+    """Pieces of several sequences' queries, padded to one length.
 
-    rows: int64 [tiles, rows], indices into the flattened batch (a valid one where padded)
-    positions: int64 [tiles, rows], the queries' positions
+    rows: int64 [tiles, rows], indices into the flattened batch (valid also where padded)
+    positions: int64 [tiles, rows], positions of the queries
     is_query: bool [tiles, rows], False where padded
     block_tables: [tiles, blocks]
     """
@@ -134,7 +134,7 @@ class _QueryTile:
 
 
 def _query_tiles(metadata: AttentionMetadata) -> list[_QueryTile]:
-    """Cut the batch into tiles: the single queries together, and long ones in pieces of QUERY_TILE."""
+    """Cut the batch into tiles: single queries together, longer ones in pieces of QUERY_TILE."""
     query_lens = metadata.query_start.diff().long() * (metadata.seq_lens > 0)
     tiles = []
     for length in sorted({1, min(metadata.max_query_len, QUERY_TILE)}):
@@ -167,6 +167,6 @@ def _query_tiles(metadata: AttentionMetadata) -> list[_QueryTile]:
 
 
 def _gather(cache: Tensor, block_tables: Tensor, dtype: torch.dtype) -> Tensor:
-    """[num_blocks, Hkv, block_size, D] -> the sequences' own copies, [tiles, Hkv, positions, D], at least float32."""
+    """Copy [num_blocks, Hkv, block_size, D] into the sequences' order, [tiles, Hkv, positions, D], at least float32."""
     blocks = cache[block_tables.long()].to(torch.float64 if dtype == torch.float64 else torch.float32)
     return blocks.transpose(1, 2).flatten(2, 3)

@@ -1,4 +1,4 @@
-"""Sampling in torch: what every backend is compared with. It computes where the logits are."""
+"""Sampling in torch, the reference for every backend. It runs on the device of the logits."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from logitkernels.sampling import (
 )
 
 NUM_CANDIDATES = 1024
-"""Entries of a row that top-p and min-p look at before they sort all of it."""
+"""Entries of a row that top-p and min-p examine before they sort the whole row."""
 
 
 class HostSampling(PreparedSampling):
-    """Rows that are read on the host, drawn by the reference."""
+    """Rows that are read on the host and drawn by the reference."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class HostSampling(PreparedSampling):
         return sample_rows(logits, self._rows, last_tokens, self._allowed)
 
     def _check(self, logits: Tensor) -> None:
-        """Raises ValueError for logits of another shape than what was prepared."""
+        """Raise ValueError for logits whose shape differs from the prepared one."""
         if logits.shape != (len(self._rows), self._vocab_size):
             raise ValueError(
                 f"logits are {list(logits.shape)}; {len(self._rows)} rows of {self._vocab_size} were prepared"
@@ -73,7 +73,7 @@ def sample_rows(
     last_tokens: Tensor | None = None,
     allowed: NDArray[np.int32] | None = None,
 ) -> Sampled:
-    """Draw for each row of ``logits`` (float32 [R, V], left as they are): what every backend is compared with.
+    """Draw a token for each row of ``logits`` (float32 [R, V], left unchanged). The reference for every backend.
 
     ``allowed`` int32 [R, ceil(V / 32)] are the rows' masks; see `Kernels.prepare_sampling`.
     """
@@ -94,7 +94,10 @@ def sample_rows(
 
 
 def _sample_row(edited: Tensor, row: RowSampling, peak: float) -> tuple[int, Tensor | None]:
-    """The token and the processed scores of a row of edited logits [V]. ``peak`` is the largest raw one, above -inf."""
+    """Return the token and the processed logits of a row of edited logits [V].
+
+    ``peak`` is the largest raw logit, above -inf. The processed logits are None where nothing can be drawn.
+    """
     largest = float(edited.max())
     if largest == -math.inf:
         is_finite = peak < math.inf or row.temperature == 0
@@ -106,7 +109,7 @@ def _sample_row(edited: Tensor, row: RowSampling, peak: float) -> tuple[int, Ten
 
 
 def with_pending(row: RowSampling, last_tokens: Tensor | None) -> RowSampling:
-    """The row with the token that was drawn in the step before among its seen and generated ones."""
+    """Return the row with the token of the step before counted among its seen and generated ones."""
     if row.pending is None:
         return row
     if last_tokens is None:
@@ -129,18 +132,19 @@ def with_pending(row: RowSampling, last_tokens: Tensor | None) -> RowSampling:
 
 
 def process_logits(logits: Tensor, row: RowSampling, allowed: NDArray[np.int32] | None = None) -> Tensor:
-    """The scores that the row's token is drawn from: float32 [V] -> a new float32 [V], -inf where filtered.
+    """Return the processed logits that the row's token is drawn from: float32 [V] -> another float32 [V].
 
-    Order: bias, repetition penalty (Keskar et al. 2019, "CTRL"), presence and frequency penalties (as OpenAI defines
-    them), bans and the mask ``allowed`` int32 [ceil(V / 32)], temperature, top-k, top-p (Holtzman et al. 2020), min-p
-    (Nguyen et al. 2024). Ties at a filter's edge go to the lower id. At temperature 0 the result is a point mass: 0 for
-    the largest score, -inf elsewhere (everywhere if nothing is left to choose from).
+    Filtered entries are -inf. Order: bias, repetition penalty (Keskar et al. 2019, "CTRL"), presence and
+    frequency penalties (as OpenAI defines them), bans and the mask ``allowed`` int32 [ceil(V / 32)],
+    temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024). Ties at a filter's edge go
+    to the lower id. At temperature 0 the result is a point mass: 0 for the largest entry and -inf elsewhere
+    (everywhere if no entry is above -inf).
     """
     return _filtered(edit_logits(logits, row, allowed), row)
 
 
 def edit_logits(logits: Tensor, row: RowSampling, allowed: NDArray[np.int32] | None = None) -> Tensor:
-    """Bias, penalties, bans and the mask: float32 [V] -> a new float32 [V]."""
+    """Apply bias, penalties, bans and the mask: float32 [V] -> another float32 [V]."""
     scores, device = logits.clone(), logits.device
     if row.bias:
         ids = torch.tensor(list(row.bias), device=device)
@@ -163,7 +167,7 @@ def edit_logits(logits: Tensor, row: RowSampling, allowed: NDArray[np.int32] | N
 
 
 def _filtered(edited: Tensor, row: RowSampling) -> Tensor:
-    """Temperature and filters of edited logits [V], which may be overwritten."""
+    """Apply temperature and filters to edited logits [V], which may be overwritten."""
     if row.temperature == 0:
         best = torch.argmax(edited)
         point = torch.full_like(edited, -torch.inf)
@@ -190,11 +194,11 @@ def _filter(scores: Tensor, row: RowSampling) -> Tensor:
 
 
 def _nucleus(scores: Tensor, row: RowSampling, size: int) -> Tensor | None:
-    """Ids kept by top-k, top-p and min-p if the ``size`` largest scores decide it, else None."""
+    """Return the ids kept by top-k, top-p and min-p if the ``size`` largest entries decide them, else None."""
     ids = _largest(scores, size)
     top = scores[ids]
     decided = size == scores.shape[0] or bool(row.top_k)
-    # top-k renormalises over what it kept; otherwise masses are of the whole row.
+    # top-k renormalises over what it keeps; otherwise masses are relative to the whole row.
     log_mass = torch.log_softmax(top if row.top_k else scores, dim=-1)
     mass = (log_mass if row.top_k else log_mass[ids]).double().exp()
     keep = torch.ones_like(mass, dtype=torch.bool)
@@ -210,15 +214,17 @@ def _nucleus(scores: Tensor, row: RowSampling, size: int) -> Tensor | None:
 
 
 def _largest(scores: Tensor, size: int) -> Tensor:
-    """Ids of the ``size`` largest scores, in descending order, ties by lower id."""
+    """Return ids of the ``size`` largest entries, in descending order, ties by lower id."""
     threshold = torch.topk(scores, size).values[-1]
     candidates = torch.nonzero(scores >= threshold).squeeze(-1)
     return candidates[torch.sort(scores[candidates], descending=True, stable=True).indices[:size]]
 
 
 def draw(processed: Tensor, row: RowSampling) -> int:
-    """The token that the row's counter picks from its processed scores [V]: the inverse of the cumulative
-    distribution, in order of id, at one uniform number."""
+    """Return the token that the row's counter picks from its processed logits [V].
+
+    It inverts the cumulative distribution, in order of id, at one uniform number.
+    """
     if row.temperature == 0:
         return int(torch.argmax(processed))
     mass = torch.softmax(processed, dim=-1).double().cumsum(-1)

@@ -1,6 +1,6 @@
-"""Weights by name, and the linear layers that a backend makes of them.
+"""Weights by name, and the linear layers that a backend packs from them.
 
-A layer remembers which of its rows are which weight, so that a weight can be replaced where it lies.
+A layer remembers which of its rows belong to which weight, so that a weight can be replaced in place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class DenseWeight:
-    """A weight [N, K] as a tensor of floating-point numbers."""
+    """Weight [N, K] as a tensor of floating-point numbers."""
 
     name: str
     tensor: Tensor
@@ -27,7 +27,7 @@ class DenseWeight:
 
 @dataclass(frozen=True, slots=True)
 class BlockWeight:
-    """A weight [N, K] in blocks along K: ``raw`` uint8 [N, bytes of a row], in the format that GGUF files call ``format``."""
+    """Weight [N, K] in blocks along K: ``raw`` uint8 [N, bytes of a row], in GGUF's format named ``format``."""
 
     name: str
     raw: Tensor
@@ -39,12 +39,12 @@ Weight = DenseWeight | BlockWeight
 
 
 class Linear(ABC):
-    """``x @ weight.T + bias``, [T, K] -> [T, N] in the dtype of ``x``, accumulated in float32 or better.
+    """Linear layer ``x @ weight.T + bias``, [T, K] -> [T, N] in the dtype of ``x``, accumulated in float32 or better.
 
     Attributes:
-        parts: the rows of each weight, by its name, in the order in which they are stacked.
+        parts: rows of each weight, by its name, in the order in which the weights are stacked.
         in_features, out_features: K and N.
-        input_dtype: what ``x`` is converted to if it is of another type, or None where it is read as it is.
+        input_dtype: dtype that ``x`` is converted to, or None if ``x`` is read unconverted.
     """
 
     parts: dict[str, slice]
@@ -53,7 +53,7 @@ class Linear(ABC):
     input_dtype: torch.dtype | None = None
 
     def __init__(self, weights: Sequence[Weight], bias: Tensor | None) -> None:
-        """Raises ValueError for weights and a bias that do not fit each other."""
+        """Raise ValueError for weights and a bias that do not fit each other."""
         if not weights or any(len(weight.shape) != 2 or 0 in weight.shape for weight in weights):
             shapes = [list(weight.shape) for weight in weights]
             raise ValueError(f"weights are {shapes}; they must be [N, K] with both above zero")
@@ -70,7 +70,7 @@ class Linear(ABC):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of its weights, in order."""
+        """Names of the layer's weights, in order."""
         return tuple(self.parts)
 
     @abstractmethod
@@ -78,7 +78,7 @@ class Linear(ABC):
 
 
 def stack_dense(weights: Sequence[Weight]) -> Tensor | None:
-    """The rows of dense weights one after another, [N, K]; None for weights in blocks.
+    """Stack the rows of dense weights, [N, K]; None for weights in blocks.
 
     Raises ValueError for weights of both kinds.
     """
@@ -91,7 +91,7 @@ def stack_dense(weights: Sequence[Weight]) -> Tensor | None:
 
 
 def stack_blocks(weights: Sequence[Weight]) -> BlockWeight:
-    """The rows of weights in blocks one after another, under the first one's name.
+    """Stack the rows of weights in blocks, under the first weight's name.
 
     Raises ValueError for weights of several formats.
     """

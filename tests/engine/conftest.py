@@ -19,7 +19,7 @@ def bfloat16_model() -> LoadedModel:
 
 @pytest.fixture(scope="session", params=["auto", "triton"])
 def tiny_model(tiny_llama: Path, request: pytest.FixtureRequest) -> LoadedModel:
-    """On this machine's own kernels, and on those of a GPU under Triton's interpreter."""
+    """The tiny model on this machine's own kernels, and on those of a GPU under Triton's interpreter."""
     return load(
         EngineConfig(
             model=str(tiny_llama),

@@ -1,4 +1,4 @@
-"""Architectures of several families, tiny and random: the rows are transformers' eager float32 logits, or it is refused."""
+"""Tiny random models of several families: their rows are transformers' eager float32 logits, or they are refused."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_rows_are_the_models_in_every_family(
     family: str,
     kernels: Literal["auto", "triton"],
 ) -> None:
-    """Chunks of 5 and decoding go through the paged cache; the reference reads the sequence whole."""
+    """Chunks of 5 and decoding use the paged cache, while the reference reads the sequence whole."""
     save_tiny(tmp_path, family, FUSED.get(family) or AS_THEY_ARE.get(family) or {}, tiny_llama)
     config = EngineConfig(
         model=str(tmp_path), dtype="float32", kernels=kernels, kv_cache_bytes=1 << 24, num_threads=1

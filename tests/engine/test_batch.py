@@ -1,4 +1,4 @@
-"""A batch's arrays, against what the chunks say one by one."""
+"""Arrays of a batch, against those computed chunk by chunk."""
 
 from __future__ import annotations
 

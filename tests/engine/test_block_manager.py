@@ -1,4 +1,4 @@
-"""Blocks are neither lost nor shared by mistake, whatever is done with them."""
+"""No sequence of operations loses blocks or shares them by mistake."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_sharing_finds_exactly_the_common_full_blocks(first: list[int], second: 
 
 
 class BlockMachine(RuleBasedStateMachine):
-    """Random lives of sequences over few blocks; what each block holds is modelled beside it."""
+    """Random lives of sequences over few blocks, beside a model of each block's contents."""
 
     def __init__(self) -> None:
         super().__init__()

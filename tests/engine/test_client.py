@@ -191,7 +191,7 @@ async def test_a_reader_that_stops_holds_up_its_own_request_only(tiny_llama: Pat
             await anext(slow)
             neighbour = await collect(client, endless("neighbour"))
             assert len(neighbour.token_ids) == 400
-            # The neighbour's 400 tokens and its own at most four unread rows.
+            # The neighbour's 400 tokens, and at most four unread rows of the slow one.
             assert client.stats.num_generated_tokens <= 400 + 5
             rest = [output async for output in slow]
             assert len(rest) == 399

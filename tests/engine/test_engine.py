@@ -1,4 +1,4 @@
-"""What a request is told, through the engine's own door, on a tiny random model."""
+"""Outputs of requests through the engine's own interface, on a tiny random model."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_choices_are_seeded_apart_and_reproducible(tiny_model: LoadedModel) -> N
 
 
 def test_logprobs_are_the_log_softmax_of_the_raw_rows(tiny_model: LoadedModel) -> None:
-    """float64 reference, 1e-5."""
+    """Reference in float64, tolerance 1e-5."""
     full = full_rows(tiny_model, request(temperature=0.7))
     got = answer(tiny_model, request(temperature=0.7, logprobs=3))
     log_mass = torch.log_softmax(torch.from_numpy(full.copy()).double(), -1).numpy()

@@ -1,4 +1,4 @@
-"""The rows are the model's: compared with transformers' eager float32 on the same weights.
+"""Rows equal the model's: compared with transformers' eager float32 on the same weights.
 
 Tolerance of the float32 rows: 2e-3 absolute, 1e-4 mean absolute.
 """
@@ -36,7 +36,7 @@ def assert_close(rows: NDArray[Any], expected: NDArray[np.float32]) -> None:
 
 
 def assert_faithful(model: PreTrainedModel, prompt: list[int], answer: Collected) -> None:
-    """Every row equals the reference's, and the text is what the reference would have said, token by token."""
+    """Check that every row and every token equals the reference's."""
     expected = reference_logits(model, prompt + answer.token_ids)
     assert_close(answer.prompt_rows, expected[: len(prompt)])
     assert_close(answer.rows, expected[len(prompt) - 1 : -1])
@@ -111,7 +111,7 @@ def test_greedy_text_equals_transformers_generate(float32_model: LoadedModel, sm
 def test_bfloat16_is_no_further_from_float32_than_transformers_own(
     bfloat16_model: LoadedModel, smollm2_float32: PreTrainedModel
 ) -> None:
-    """No more than 1.1 times transformers' bfloat16 mean absolute error."""
+    """The error is at most 1.1 times the mean absolute error of transformers' bfloat16."""
     theirs = LlamaForCausalLM.from_pretrained(
         bfloat16_model.info.model_path, dtype=torch.bfloat16, attn_implementation="eager"
     ).eval()

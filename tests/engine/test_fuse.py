@@ -1,4 +1,4 @@
-"""Which models become fused networks, and what their linear layers remember."""
+"""Which models become fused networks, and which weights their linear layers remember."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def linear_names(model: PreTrainedModel) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a linear layer multiplies by, read through its products with the unit vectors."""
+    """Reads a linear layer's weights through its products with the unit vectors."""
 
     linear: Linear
 

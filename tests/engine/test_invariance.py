@@ -1,4 +1,4 @@
-"""A request's rows are the same bytes whoever else is served and however the work is cut: the native CPU kernels.
+"""A request's rows are the same bytes with any neighbours and any split of the work, on the native CPU kernels.
 
 Raw logits of every prompt and generated position are compared as bytes, on the real model in its default mode.
 """
@@ -44,7 +44,7 @@ def asked(loaded: LoadedModel, number: int) -> GenerationRequest:
 
 @pytest.fixture(scope="module")
 def alone(native: LoadedModel) -> dict[int, tuple[str, str]]:
-    """What each of eight requests gets by itself, in one chunk."""
+    """Digests of eight requests, each computed alone and in one chunk."""
     return {
         number: digest(
             run(make_engine(native, prefix_caching=False), [asked(native, number)])[f"r{number}", 0]
@@ -93,7 +93,7 @@ def test_rows_are_the_same_bytes_on_a_prefix_hit_and_after_preemption(
 
 
 def test_prompt_rows_are_the_bytes_of_generated_rows(native: LoadedModel) -> None:
-    """The rows that were generated come back as prompt rows when the answer is sent as part of the prompt."""
+    """Generated rows come back as prompt rows when the answer is sent as part of the prompt."""
     prompt = prompt_of(native, 3)
     answer = run(make_engine(native), [greedy("a", prompt, 12, EVERY_ROW)])["a", 0]
     again = run(make_engine(native), [greedy("b", prompt + answer.token_ids, 0, EVERY_ROW)])["b", 0]

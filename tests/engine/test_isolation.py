@@ -1,4 +1,4 @@
-"""Sixty-four requests at once, each with options of its own: each gets what it would get alone."""
+"""Each of sixty-four concurrent requests, with options of its own, gets the answer that it would get alone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def requests(loaded: LoadedModel) -> list[GenerationRequest]:
 
 
 def test_each_of_64_concurrent_requests_gets_what_it_would_get_alone(float32_model: LoadedModel) -> None:
-    """Token ids equal; rows within the tolerance of the fidelity tests; greedy rows peak at their tokens."""
+    """Token ids are equal, rows are within the fidelity tests' tolerance, and greedy rows peak at their tokens."""
     asked = requests(float32_model)
     together = run(make_engine(float32_model, max_num_batched_tokens=256), asked)
     for one in asked:

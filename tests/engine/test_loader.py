@@ -1,4 +1,4 @@
-"""What a loaded model says of itself, and what is refused before anything is served."""
+"""Description of a loaded model, and models that are refused before anything is served."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_sequence_is_no_longer_than_the_cache(llama: Path) -> None:
 
 
 def test_the_cache_is_as_large_as_its_memory_allows(llama: Path) -> None:
-    """Two layers of two heads of 32 float32: 1,024 bytes of keys and values a token."""
+    """Two layers of two heads of 32 float32 make 1,024 bytes of keys and values per token."""
     info = loaded(llama, num_blocks=None, kv_cache_bytes=1 << 20, block_size=8).info
     assert info.num_blocks == (1 << 20) // (8 * 1024)
 

@@ -1,8 +1,9 @@
-"""Steps that are launched before the ones before are read, and recorded decode steps.
+"""Steps that are launched before the previous ones are read, and recorded decode steps.
 
-On the GPU where there is one, else on a device on the host that behaves like one. Every answer is compared with that of
-an engine of the same kernels that reads each step before the next and records nothing: token ids equal, numbers within
-2e-3 (padding a batch to a recorded size changes the order of summation of a matrix product).
+Runs on a GPU if there is one, else on a host device that behaves like one. Every answer is compared with that
+of an engine with the same kernels that reads each step before the next and records nothing. Token ids are
+equal, and numbers are within 2e-3: padding a batch to a recorded size changes the order of summation of a
+matrix product.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ LIMITS = {"max_num_seqs": 8, "max_num_batched_tokens": 32}
 class Models:
     """The same weights on a device that overlaps and records, and on one that does neither.
 
-    ``known`` is what the latter answered, since an answer depends on nothing but its request.
+    ``known`` holds answers of the latter, because an answer depends on nothing but its request.
     """
 
     overlapping: LoadedModel
@@ -54,7 +55,7 @@ class Models:
     known: dict[tuple[bytes, int], Collected] = field(default_factory=dict)
 
     def expected(self, request: GenerationRequest, index: int = 0) -> Collected:
-        """The answer without overlap and recorded steps."""
+        """Return the answer without overlap and recorded steps."""
         content = msgspec.json.encode(replace(request, request_id=""))
         if (content, index) not in self.known:
             answers = run(engine_of(self.plain, prefix_caching=False), [request])
@@ -73,7 +74,7 @@ class Models:
     def check(
         self, requests: Sequence[GenerationRequest], **options: Any
     ) -> dict[tuple[str, int], Collected]:
-        """Serve all requests together with overlap; returns the answers, which are the expected ones."""
+        """Serve all requests together with overlap, check the answers, and return them."""
         answers = run(engine_of(self.overlapping, **options), requests)
         self.assert_answers(requests, answers)
         return answers
@@ -117,7 +118,7 @@ def engine_of(loaded: LoadedModel, **options: Any) -> Engine:
 
 
 def request(request_id: str, prompt: list[int], *, max_tokens: int = 6, **options: Any) -> GenerationRequest:
-    """``options`` are a request's or its sampling params'."""
+    """Make a request; ``options`` are fields of the request or of its sampling params."""
     sampling = {name: options.pop(name) for name in set(options) & set(SamplingParams.__struct_fields__)}
     return GenerationRequest(
         request_id=request_id,
@@ -128,7 +129,7 @@ def request(request_id: str, prompt: list[int], *, max_tokens: int = 6, **option
 
 
 class Spy:
-    """Counts the decode steps that an engine replays, by the size they were recorded for."""
+    """Counts the decode steps that an engine replays, by the size that they were recorded for."""
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
         graphs = engine._runner._graphs
@@ -203,7 +204,10 @@ def test_processed_rows_belong_to_their_tokens(models: Models) -> None:
 
 
 def test_decode_steps_are_padded_to_a_recorded_size(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three sequences take the step that was recorded for four; the fourth row stores nothing and draws for nobody."""
+    """Three sequences take the step that was recorded for four.
+
+    The fourth row stores nothing and its draw is unused.
+    """
     requests = [greedy(f"r{index}", prompt, 6, EVERY_ROW) for index, prompt in enumerate(PROMPTS[:3])]
     engine = engine_of(models.overlapping)
     spy = Spy(engine, monkeypatch)
@@ -254,7 +258,7 @@ def test_edits_of_different_numbers_share_a_recorded_number(
 
 
 def test_no_more_steps_are_recorded_than_a_bound(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every other number of edits asks for a step of its own; those beyond the bound are launched unrecorded."""
+    """Every other number of edits needs a step of its own; steps beyond the bound are launched unrecorded."""
     monkeypatch.setattr(graphs, "FEWEST_EDITS", 1)
     monkeypatch.setattr(graphs, "MOST_LATE", 2)
     engine = engine_of(models.overlapping)
@@ -275,7 +279,7 @@ def test_no_more_steps_are_recorded_than_a_bound(models: Models, monkeypatch: py
 
 
 def test_recorded_steps_and_others_take_turns(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long prompt arrives in chunks while others decode: mixed steps run as they are, then replays go on."""
+    """A long prompt arrives in chunks while others decode: mixed steps run unrecorded, then replays continue."""
     late = greedy("late", PROMPTS[2] * 3, 3, LogitsSpec())
     first = [greedy(f"r{index}", prompt, 8, LogitsSpec()) for index, prompt in enumerate(PROMPTS[:2])]
     engine = engine_of(models.overlapping, max_prefill_chunk=9)
@@ -297,7 +301,7 @@ def test_recorded_steps_and_others_take_turns(models: Models, monkeypatch: pytes
 
 
 def test_penalties_count_tokens_that_the_host_has_not_read(models: Models) -> None:
-    """A presence penalty that forbids repetition, the other penalties, and both kinds beside a plain request."""
+    """Covers a presence penalty that forbids repetition, the other penalties, and both kinds beside a plain request."""
     answers = models.check(
         [
             request("once", [9, 9, 9], temperature=0.0, max_tokens=10, presence_penalty=1e4),
@@ -328,7 +332,7 @@ def test_a_stop_token_ends_a_sequence_whose_next_step_is_under_way(models: Model
 
 
 def test_nothing_ends_an_answer_before_min_tokens(models: Models) -> None:
-    """Whether a token is banned is decided when its step is launched, with tokens under way counted."""
+    """A ban is decided when its step is launched, and tokens not yet read count towards it."""
     free = models.expected(greedy("a", PROMPTS[0], 6, EVERY_ROW)).token_ids
     answers = models.check(
         [
@@ -411,7 +415,7 @@ def test_a_reader_that_lags_holds_up_its_own_request_alone(models: Models) -> No
                 unread += output.nbytes
             else:
                 engine.consumed("quick", output.nbytes)
-        # One step more may be under way when the window is found to be full.
+        # One more step may be launched when the window is found to be full.
         assert unread <= window * 6 // 4
         if not outputs and not engine.is_computing:
             if not engine.has_work:
@@ -433,7 +437,7 @@ def test_choices_share_their_prompt_and_draw_apart(models: Models) -> None:
 
 
 def test_requests_for_no_tokens_end_with_their_prompt_rows(models: Models) -> None:
-    """Alone, so that no step follows theirs, and in chunks beside a request that decodes."""
+    """Covers such a request alone, so that no step follows, and in chunks beside a request that decodes."""
     prompt_only = request("rows", PROMPTS[2] * 2, max_tokens=0, logits=LogitsSpec(positions="prompt"))
     for others in ([], [greedy("other", PROMPTS[1], 8, LogitsSpec())]):
         answers = models.check([prompt_only, *others], max_prefill_chunk=7)
@@ -454,7 +458,7 @@ def test_a_prefix_hit_goes_on_from_blocks_that_overlapping_steps_filled(models: 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")  # in Triton's interpreter
 def test_a_row_of_nan_ends_its_own_request_with_an_error(models: Models) -> None:
-    """In the prompt's step, and in a decode step: the biased token is drawn, and what follows it is NaN."""
+    """Covers the prompt's step, and a decode step: the biased token is drawn, and the next row is NaN."""
     fine = greedy("fine", PROMPTS[0], 6, EVERY_ROW)
     answers = models.check(
         [
@@ -466,7 +470,7 @@ def test_a_row_of_nan_ends_its_own_request_with_an_error(models: Models) -> None
     assert (answers["at once", 0].token_ids, answers["at once", 0].finish_reason) == ([], "error")
     assert (answers["later", 0].token_ids, answers["later", 0].finish_reason) == ([NAN_TOKEN], "error")
     assert (len(answers["fine", 0].token_ids), answers["fine", 0].finish_reason) == (6, "length")
-    # Their blocks are given to others, NaN and all.
+    # Their blocks, with the NaN in them, are given to others.
     engine = engine_of(models.overlapping, num_blocks=8)
     run(engine, [greedy("broken", [4, NAN_TOKEN] * 8, 5)])
     assert_same(run(engine, [fine])["fine", 0], models.expected(fine))

@@ -16,12 +16,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="madvise(MADV_PO
 
 @pytest.fixture
 def blocks() -> torch.Tensor:
-    # Of its own: an allocator would hand out memory that was in use before.
+    # Memory of its own, because an allocator would hand out memory that was in use before.
     return torch.frombuffer(mmap.mmap(-1, NUM_BLOCKS * BLOCK), dtype=torch.uint8).view(NUM_BLOCKS, BLOCK)
 
 
 def num_resident(blocks: torch.Tensor, first: int, last: int) -> int:
-    """Pages of blocks [first, last) that have memory, of those that lie within."""
+    """Count the pages with memory among those that lie entirely within blocks [first, last)."""
     start = -(-blocks[first].data_ptr() // PAGE) * PAGE
     nbytes = (last - first - 1) * BLOCK // PAGE * PAGE
     seen = (ctypes.c_ubyte * (nbytes // PAGE))()
@@ -32,7 +32,7 @@ def num_resident(blocks: torch.Tensor, first: int, last: int) -> int:
 
 
 def take_all(taker: PageTaker, num_reached: int) -> int:
-    """How often pages were taken."""
+    """Return how often pages were taken."""
     return sum(1 for _ in iter(lambda: taker.take(num_reached), False))
 
 

@@ -1,4 +1,4 @@
-"""Readers that stop reading: nobody waits for them, and they lose nothing. On the native kernels where there are some."""
+"""Parked readers: nobody waits for them, and they lose nothing. On the native kernels if available."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def loaded(tiny_llama: Path) -> LoadedModel:
 
 
 def step_until_nobody_can_go_on(engine: Engine, collected: dict[str, Collected]) -> None:
-    """Without reading anything."""
+    """Step until no sequence can continue, without reading anything."""
     while outputs := engine.step():
         keep(outputs, collected)
 
@@ -53,7 +53,7 @@ def test_a_newcomer_is_answered_while_64_readers_do_not_read(
     step_until_nobody_can_go_on(engine, collected)
     assert engine.stats.num_parked == 64
     assert (engine.stats.num_running, engine.stats.num_waiting) == (0, 0)
-    # As many newcomers as may wait, each with a prompt that needs many of the blocks.
+    # The newcomers are as many as may wait, and each prompt needs many of the blocks.
     newcomers = [greedy(f"new{i}", [(7 * i + j) % 999 for j in range(400)], 8) for i in range(3)]
     for request in newcomers:
         engine.add(request)
@@ -72,7 +72,7 @@ def test_a_newcomer_is_answered_while_64_readers_do_not_read(
 
 
 def test_a_prompts_rows_are_the_same_whenever_they_are_read(loaded: LoadedModel) -> None:
-    """Prompt rows, pooled states and values of a reader whose held states were given to another one."""
+    """Covers prompt rows, pooled states and values of a reader whose held states were given to another."""
     asked = GenerationRequest(
         request_id="slow",
         prompt_token_ids=[(11 * i) % 999 for i in range(60)],
@@ -83,7 +83,7 @@ def test_a_prompts_rows_are_the_same_whenever_they_are_read(loaded: LoadedModel)
         pooling="mean",
     )
     other = replace(asked, request_id="other", prompt_token_ids=asked.prompt_token_ids[::-1], n=1)
-    # Before: engines over one model share the memory of its cache.
+    # Computed first, because engines over one model share the memory of its cache.
     expected = run(make_engine(loaded), [asked])
     lone = run(make_engine(loaded), [other])["other", 0]
     engine = make_engine(loaded, logits_window_bytes=WINDOW, max_num_batched_tokens=64)
@@ -125,7 +125,7 @@ class Clock:
 
 
 def run_beside(engine: Engine, request: GenerationRequest) -> Collected:
-    """The request's answer, read at once, while the others are not read."""
+    """Return the request's answer, read at once, while the others are not read."""
     engine.add(request)
     answer = Collected()
     while answer.finish_reason is None:
@@ -156,7 +156,7 @@ def test_what_is_held_for_an_aborted_request_is_freed(loaded: LoadedModel) -> No
 
 
 def test_a_choice_that_nothing_can_be_drawn_for_says_so(tmp_path: Path) -> None:
-    """Every id of a small vocabulary is a stop token, and none may be drawn before min_tokens."""
+    """Every id of a small vocabulary is a stop token, and no stop token may be drawn before min_tokens."""
     from tiny_models import save_llama
 
     small = load(

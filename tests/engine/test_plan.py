@@ -1,4 +1,4 @@
-"""A step's plan: what is asked alike stands together, rows are found where they are, and planning changes nothing."""
+"""A step's plan groups equal specs, finds rows where they are, and changes nothing."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_rows_of_the_draw_are_grouped_by_what_is_asked() -> None:
 
 
 def test_prompt_rows_are_found_among_the_held_and_in_the_batch() -> None:
-    """Positions 2 and 3 are held, 4 and 5 are computed, and of those that are computed 6 is to be held."""
+    """Positions 2 and 3 are held, 4 to 6 are computed, and 6 is to be held."""
     decoding = sequence_of(0, 3, generated=1)
     sequence = sequence_of(1, 9, logits=ALL)
     sequence.num_rows_given = 2

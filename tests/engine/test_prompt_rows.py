@@ -1,4 +1,4 @@
-"""Prompt rows are transformers' float32 logits, whatever the length, the chunks, the cache and the columns asked for.
+"""Prompt rows equal transformers' float32 logits for any length, chunks, cache and columns.
 
 Tolerance: 2e-3 absolute; over whole rows also 1e-4 mean absolute.
 """
@@ -29,7 +29,7 @@ def assert_rows(answer: Collected, spec: LogitsSpec, expected: NDArray[np.float3
     if spec.top_k is not None:
         ids = np.concatenate([columns(output.prompt) for output in answer.outputs if output.prompt])
         assert np.abs(rows - np.take_along_axis(expected, ids, -1)).max() <= MAX_ABSOLUTE
-        # No column that was left out is larger than the smallest that was returned, but for the tolerance.
+        # No omitted column is larger than the smallest returned one, within the tolerance.
         rest = expected.copy()
         np.put_along_axis(rest, ids, -np.inf, -1)
         assert (rest.max(-1) <= rows[:, -1] + MAX_ABSOLUTE).all()
@@ -72,10 +72,10 @@ def test_prompt_rows_are_the_models_logits(
 def test_prompt_rows_of_4000_tokens_are_the_models_logits(
     float32_model: LoadedModel, smollm2_float32: PreTrainedModel, chunk: int | None, spec: LogitsSpec
 ) -> None:
-    """Cold at first, then with the whole prompt in the prefix cache."""
+    """Runs cold first, and then with the whole prompt in the prefix cache."""
     prompt = english_tokens(float32_model.info.tokenizer_path, 4000, 100)
     assert len(prompt) == 4000
-    # A window wide enough that full rows of one chunk are not cut by it.
+    # The window is wide enough not to cut the full rows of one chunk.
     engine = make_engine(
         float32_model, max_prefill_chunk=chunk, max_num_batched_tokens=4096, logits_window_bytes=1 << 32
     )

@@ -1,4 +1,4 @@
-"""What is taken of rows of logits, against numpy in float64; what it weighs; and what is kept of prompts."""
+"""Outputs from rows of logits against numpy in float64, their sizes in bytes, and states kept of prompts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_columns_are_the_rows_own_numbers_rounded(dtype: str, kind: str) -> None
 
 
 def test_logprobs_are_the_log_softmax() -> None:
-    """float64 reference, 1e-5."""
+    """Reference in float64, tolerance 1e-5."""
     rows = logits_of(6, 91)
     token_ids = torch.tensor([3, 90, 0, 17, 17, 44])
     block = compute_logprobs(rows, token_ids, 3, KERNELS)
@@ -77,7 +77,7 @@ def test_a_prompt_row_weighs_what_was_said_before(
     prompt_logprobs: int | None,
     hidden_states: HiddenStatesSpec | None,
 ) -> None:
-    """One byte more or less a row would let a window overflow, or stall a reader."""
+    """A byte more or less per row would let a window overflow or stall a reader."""
     request = GenerationRequest(
         request_id="a",
         prompt_token_ids=[5, 6, 7, 8],

@@ -1,4 +1,4 @@
-"""From sampling params to a row's draw: penalties know every token, without looking at all of them at each step."""
+"""From sampling params to a row's draw: penalties count every token without reading all of them at each step."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_row_knows_what_was_seen_and_what_was_generated(prompt: list[int], ans
 
 
 class Unreadable(list[int]):
-    """Token ids that may be added to and not be looked through."""
+    """Token ids that can be appended to but not read."""
 
     def __getitem__(self, index: Any) -> Any:
         pytest.fail(f"the history was read at {index}")

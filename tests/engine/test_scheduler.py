@@ -1,4 +1,4 @@
-"""The scheduler alone, without a model: nobody starves, bounds hold, every token is computed and every row given once."""
+"""The scheduler alone: no sequence starves, bounds hold, every token is computed once and every row given once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_scheduler(
 
 
 def apply(scheduler: Scheduler, chunks: list[Chunk]) -> None:
-    """What the engine does with a schedule, minus the model: every drawn token is 7."""
+    """Do the engine's work for a schedule, without a model: every drawn token is 7."""
     drawing = [chunk for chunk in chunks if chunk.draws_token]
     for chunk in chunks:
         scheduler.complete(chunk)
@@ -57,7 +57,7 @@ def apply(scheduler: Scheduler, chunks: list[Chunk]) -> None:
 
 
 def lengths(chunks: list[Chunk]) -> list[tuple[int, int, int]]:
-    """(arrival, tokens computed, rows given) of each chunk."""
+    """Return (arrival, tokens computed, rows given) of each chunk."""
     return [(chunk.sequence.arrival, chunk.num_tokens, len(chunk.rows)) for chunk in chunks]
 
 
@@ -167,7 +167,7 @@ def test_followers_wait_for_their_leader_and_share_its_prompt() -> None:
 
 
 def test_no_choice_draws_before_the_prompts_last_row_has_gone_out() -> None:
-    """Rows of 100 bytes and a window of 65,536: 163 rows a step, of 400."""
+    """Rows of 100 bytes and a window of 65,536 bytes: 163 of the 400 rows fit into a step."""
     scheduler, _ = make_scheduler(logits_window_bytes=1 << 16, max_num_batched_tokens=512)
     request = GenerationRequest(
         request_id="a",
@@ -303,7 +303,7 @@ def test_every_sequence_ends_and_every_token_is_computed_in_order(
 
 
 def check_step(scheduler: Scheduler, chunks: list[Chunk], budget: int, max_seqs: int) -> None:
-    """The bounds of one step, and that it follows from what its sequences have."""
+    """Check the bounds of one step, and that it follows from the state of its sequences."""
     assert sum(chunk.num_tokens for chunk in chunks) <= budget
     assert sum(len(chunk.rows) for chunk in chunks) <= budget
     assert len(chunks) <= max_seqs
@@ -321,7 +321,7 @@ def check_step(scheduler: Scheduler, chunks: list[Chunk], budget: int, max_seqs:
 
 
 class LifeMachine(RuleBasedStateMachine):
-    """Readers that lag and read again, aborts and arrivals, in any order, over few blocks and places."""
+    """Parked and resumed readers, aborts and arrivals, in any order, over few blocks and places."""
 
     budget, max_seqs, num_blocks = 16, 3, 8
 

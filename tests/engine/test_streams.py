@@ -1,4 +1,4 @@
-"""The requests under way, seen from the engine's end of the socket, which these tests play."""
+"""Requests in progress, seen from the engine's end of the socket, which these tests play."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def connected(streams: Streams) -> AsyncIterator[PlayedEngine]:
 
 
 def row(request_id: str, index: int, *, last: bool = False) -> StepOutput:
-    """An output of one token with ROW_BYTES of logits."""
+    """Return an output of one token with ROW_BYTES of logits."""
     return StepOutput(
         request_id=request_id,
         index=index,
@@ -92,7 +92,7 @@ def choices(request_id: str, n: int) -> GenerationRequest:
 
 
 async def test_rows_of_an_aborted_choice_do_not_stay_in_the_window() -> None:
-    """They arrive when it is aborted already, and nobody reads them."""
+    """The rows arrive after the abort, and nobody reads them."""
     streams = Streams(WINDOW)
     async with connected(streams) as engine, aclosing(streams.generate(choices("a", 2))) as outputs:
         first = asyncio.ensure_future(anext(outputs))
@@ -126,7 +126,7 @@ async def test_rows_of_an_aborted_choice_are_counted_while_the_reader_of_another
 
 
 async def test_small_outputs_are_acknowledged_together() -> None:
-    """No message for each, and none of their bytes is forgotten."""
+    """There is no message for each, and all of their bytes are acknowledged."""
     streams = Streams(WINDOW)
     small = StepOutput(
         request_id="a",

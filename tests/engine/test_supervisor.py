@@ -1,4 +1,4 @@
-"""The life of an engine process, with one that does as it is told."""
+"""Life of an engine process, played by a scripted process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def anyio_backend() -> str:
 
 
 class Clock:
-    """Seconds pass when a test says so."""
+    """A clock that advances only when a test sets it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -95,7 +95,7 @@ async def test_a_step_is_stuck_when_it_takes_ten_times_the_longest_and_half_a_mi
 
 
 async def test_newcomers_are_turned_away_while_a_dead_process_is_reaped(tmp_path: Path) -> None:
-    """It has closed its socket and takes its time to exit."""
+    """The dead process has closed its socket and takes its time to exit."""
     async with running(tmp_path) as client:
         pid = client.pid
         assert pid is not None
@@ -108,7 +108,7 @@ async def test_newcomers_are_turned_away_while_a_dead_process_is_reaped(tmp_path
             pending.add(asyncio.create_task(error_of(client, f"wait {number}")))
             done, pending = await asyncio.wait(pending, timeout=0.01)
             turned_away = [error for task in done if isinstance(error := task.result(), EngineNotReadyError)]
-        os.kill(pid, 0)  # it is there still
+        os.kill(pid, 0)  # the process still exists
         assert "restarted" in str(turned_away[0])
         assert "restarted" in (client.not_ready_reason() or "")
         assert isinstance(await asked, EngineDeadError)
@@ -138,7 +138,7 @@ async def test_a_failing_step_fails_what_it_had_begun_and_the_rest_is_queued_aga
 
 
 async def test_a_silent_death_fails_every_request(tmp_path: Path) -> None:
-    """Nobody says which of them had begun."""
+    """Nothing tells which of the requests had begun."""
     async with running(tmp_path) as client:
         asked = [asyncio.create_task(error_of(client, name)) for name in ("later 1", "later 2", "exit")]
         for error in asked:
@@ -146,7 +146,7 @@ async def test_a_silent_death_fails_every_request(tmp_path: Path) -> None:
 
 
 async def test_a_request_is_queued_again_once(tmp_path: Path) -> None:
-    """One that ends every process before it has begun must not do so for ever."""
+    """A request that ends every process before it has begun must not do so for ever."""
     async with running(tmp_path) as client:
         survivor = asyncio.create_task(error_of(client, "survivor"))
         await ask(client, "answer 1")
@@ -181,7 +181,7 @@ async def test_the_model_is_described_by_the_process_that_serves(tmp_path: Path)
 async def test_a_process_that_scored_a_prompt_has_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """So the next one is started soon."""
+    """So the next process is started soon."""
     async with running(tmp_path) as client:
         for _ in range(2):
             await client.wait_ready()

@@ -1,4 +1,4 @@
-"""What goes into the socket comes out of it, and what is no message is refused."""
+"""Messages arrive as they were sent, and bytes that are not a message are refused."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_nobody_who_reads_holds_the_sender_up_or_changes_the_order() -> None:
 
 
 class HesitantSocket(socket.socket):
-    """Its first ``sendmsg`` returns only when told to, after it has sent what fits."""
+    """A socket whose first ``sendmsg`` sends what fits and returns only when told to."""
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(fileno=sock.detach())
@@ -209,7 +209,7 @@ def test_a_message_of_one_thread_is_not_cut_by_another_threads() -> None:
     threads[0].start()
     sock.sent.wait()
     threads[1].start()
-    threads[1].join(0.2)  # it may be done by then, if nothing keeps it from sending
+    threads[1].join(0.2)  # it may be done by then, if nothing prevents it from sending
     sock.may_return.set()
     received = [receiver.receive() for _ in sent]
     assert [payloads(message) for message in received] == [payloads(message) for message in sent]

@@ -1,6 +1,6 @@
-"""The whole engine on the Triton kernels gives what it gives on the torch reference.
+"""The whole engine gives the same answers on the Triton kernels as on the torch reference.
 
-The engine's other tests of the tiny model run on these kernels too: see the fixture tiny_model.
+The engine's other tests of the tiny model also run on these kernels: see the fixture tiny_model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def requests() -> list[GenerationRequest]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModel]:
-    """The same weights on both kernels; a vocabulary of 300, since the interpreter is slow."""
+    """The same weights on both kernels, with a vocabulary of 300 because the interpreter is slow."""
     path = save_llama(tmp_path_factory.mktemp("small"), vocab_size=300)
     return {
         kernels: load(
@@ -84,7 +84,7 @@ def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
 
 
 class MeasuringDevice(LoopbackDevice):
-    """Sizes the cache by running the largest step, as a device with its own memory does."""
+    """Sizes the cache by running the largest step, like a device with its own memory."""
 
     def kv_cache_bytes(self, fraction: float, largest_step: Callable[[], None]) -> int:  # noqa: ARG002
         largest_step()

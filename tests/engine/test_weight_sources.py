@@ -1,4 +1,4 @@
-"""Weights multiplied as the GGUF file stores them are the weights that transformers reads from it."""
+"""Weights multiplied in a GGUF file's stored form are the weights that transformers reads from it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_linear_layer_is_stored_and_dequantises_to_its_weight(
 def test_rows_are_the_models_in_either_form(
     smollm2: Checkpoint, smollm2_float32: PreTrainedModel, weights: str
 ) -> None:
-    """float32: 2e-3 absolute, 1e-4 mean."""
+    """Tolerance in float32: 2e-3 absolute, 1e-4 mean."""
     config = {"weights": weights, "dtype": "float32", "kv_cache_bytes": 1 << 26, "num_threads": 1}
     loaded = load(EngineConfig.model_validate(config))
     prompt = english_tokens(str(smollm2.tokenizer_path), 90, 40)
@@ -57,7 +57,7 @@ def test_rows_are_the_models_in_either_form(
 def test_bfloat16_over_stored_weights_halves_transformers_error(
     smollm2: Checkpoint, smollm2_float32: PreTrainedModel
 ) -> None:
-    """Mean absolute error against float32: exact weights and a float32 residual stream against bfloat16 throughout."""
+    """Compares mean absolute errors: exact weights and a float32 residual stream against bfloat16 throughout."""
     loaded = load(EngineConfig(weights="stored", kv_cache_bytes=1 << 26, num_threads=1))
     theirs = LlamaForCausalLM.from_pretrained(
         smollm2.path, dtype=torch.bfloat16, attn_implementation="eager"
@@ -73,7 +73,7 @@ def test_bfloat16_over_stored_weights_halves_transformers_error(
 
 
 def test_int8_rows_are_those_of_the_rounded_weights(tiny_llama: Path) -> None:
-    """Any checkpoint's linear layers as int8 blocks, against transformers in float32 on them. 5e-4 absolute."""
+    """Multiplies a checkpoint's linear layers as int8 blocks; reference: transformers in float32, 5e-4 absolute."""
     model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     prompt = list(range(300, 340))
     unrounded = reference_logits(model, prompt)

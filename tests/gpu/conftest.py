@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def _gpu() -> None:
-    """Every test here computes on a CUDA device, with compiled kernels."""
+    """Require a CUDA device and compiled kernels for every test here."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     if os.environ.get("TRITON_INTERPRET", "0") != "0":

@@ -28,7 +28,7 @@ from torch import Tensor
 VOCAB = 49152
 LENGTHS = (3, 16, 17, 45, 130, 200)
 MOST = 32
-"""Sequences at once."""
+"""Most sequences at once."""
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "llama": lambda directory: save_llama(directory, vocab_size=VOCAB),
@@ -64,7 +64,7 @@ class Models:
     cpu: LoadedModel
 
     def expected(self, request: GenerationRequest) -> Collected:
-        """Alone on the host."""
+        """Return the answer of the host alone."""
         return run(make_engine(self.cpu), [request])[request.request_id, 0]
 
 
@@ -195,7 +195,7 @@ def test_replays_go_on_after_steps_with_prefill(models: Models) -> None:
 def test_longer_tables_and_more_edits_than_were_recorded_at_load_are_recorded_when_they_come(
     models: Models,
 ) -> None:
-    """75 blocks, and every token of the prompt is penalised."""
+    """The prompt takes 75 blocks, and every token of it is penalised."""
     request = greedy("long", list(range(5, 1205)), 4, LogitsSpec())
     request = replace(request, sampling=replace(request.sampling, repetition_penalty=1.2))
     engine = engine_of(models.gpu)
@@ -256,9 +256,6 @@ def test_seeds_reproduce_whoever_else_is_served(models: Models) -> None:
         assert [again[name, index].token_ids for index in range(3)] == drawn
 
 
-# Bit for bit.
-
-
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def invariant(models: Models, request: pytest.FixtureRequest) -> LoadedModel:
     loaded = load_on_gpu(models.path, dtype=request.param, batch_invariant=True)
@@ -312,14 +309,11 @@ def test_prompt_rows_are_the_bytes_of_generated_rows(invariant: LoadedModel) -> 
     assert rows[: len(expected)].tobytes() == expected.tobytes()
 
 
-# Dtypes and memory.
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-2), ("bfloat16", 5e-2)])
 def test_narrow_models_answer_near_the_float32_reference(
     models: Models, dtype: str, tolerance: float
 ) -> None:
-    """Relative error of all prompt rows together."""
+    """Measures the relative error of all prompt rows together."""
     loaded = load_on_gpu(models.path, dtype=dtype)
     assert loaded.info.dtype == dtype
     request = greedy("a", prompt_of(3), 6, EVERY_ROW)
@@ -336,7 +330,7 @@ def test_the_cache_leaves_the_rest_of_the_memory_free(llama: Path) -> None:
     cache = loaded.runner.kv_cache
     nbytes = sum(one.nbytes for one in (*cache.keys, *cache.values))
     assert 0.25 * total < nbytes <= fraction * total
-    # The recorded steps come on top.
+    # The recorded steps take additional memory.
     assert total - free <= (fraction + 0.05) * total
     answer = run(engine_of(loaded), [greedy("a", prompt_of(1), 4)])["a", 0]
     assert answer.finish_reason == "length"

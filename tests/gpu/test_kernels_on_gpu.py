@@ -1,6 +1,6 @@
-"""Compiled Triton kernels on a GPU at the sizes of real models: against the reference in float64, and bit for bit.
+"""Compiled Triton kernels on a GPU at the sizes of real models, against the reference in float64 and bit for bit.
 
-Errors are relative, of all entries together.
+Errors are relative, over all entries together.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-# Operations on rows that have nothing to do with each other.
-
-
 @dataclass(frozen=True, slots=True)
 class Rowwise:
-    """``apply(kernels, rows, shared)`` gives tensors with an entry for each row; ``rows`` are tensors with one too."""
+    """Operation whose rows are independent. ``apply(kernels, rows, shared)`` returns tensors with one entry per row.
+
+    ``rows`` are tensors with one entry per row too.
+    """
 
     draw: Callable[[int, torch.dtype], tuple[Tensors, Tensors]]
     apply: Callable[[Kernels, Tensors, Tensors], Tensors]
@@ -151,16 +151,13 @@ def test_a_row_has_the_same_bits_alone_among_others_and_again(name: str, dtype: 
 
 @pytest.mark.parametrize("tokens", [1, 64, 1000])
 def test_products_of_every_weight_of_a_layer_follow_the_reference(tokens: int) -> None:
-    """Few rows are summed in parts by programs of their own, many by one program: the same bits."""
+    """A few rows are summed in parts by separate programs, many rows by one program: the bits are the same."""
     for n, k in ((1152, 896), (896, 4864), (6144, HIDDEN), (HIDDEN, INTERMEDIATE), (VOCAB, 896)):
         x, weight = normal(tokens, k, dtype=torch.bfloat16), normal(n, k, dtype=torch.bfloat16)
         linear = KERNELS.pack([DenseWeight("w", weight)])
         product = linear(x)
         assert relative_error(product, x.double() @ weight.double().T) < TOLERANCES[torch.bfloat16]
         assert torch.equal(linear(x[-1:]), product[-1:])
-
-
-# Attention.
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +178,11 @@ class Attention:
         lengths: Sequence[tuple[int, int]],
         **options: Any,
     ) -> Attention:
-        """``lengths`` are (queries, tokens) of each sequence, ``heads`` query heads, key-value heads and their size."""
+        """Draw a batch.
+
+        ``lengths`` are (queries, tokens) of each sequence. ``heads`` are query heads, key-value heads and
+        their size.
+        """
         num_heads, kv_heads, size = heads
         width = -(-max(total for _, total in lengths) // BLOCK_SIZE)
         tables = torch.randperm(len(lengths) * width, device=DEVICE).view(len(lengths), width)
@@ -214,13 +215,13 @@ class Attention:
         return REFERENCE.paged_attention(self.query.double(), keys, values, self.metadata, self.options)
 
     def alone(self, index: int) -> Attention:
-        """One of the sequences as a batch of its own."""
+        """Return one of the sequences as a batch of its own."""
         start, stop = self.metadata.query_start[index : index + 2].tolist()
         total = int(self.metadata.seq_lens[index])
         return self._cut(slice(start, stop), index, total)
 
     def chunk(self, start: int, stop: int) -> Attention:
-        """Of the only sequence, whose queries are all its tokens, those from start to stop."""
+        """Return the queries from start to stop of the only sequence, whose queries are all its tokens."""
         return self._cut(slice(start, stop), 0, stop)
 
     def _cut(self, rows: slice, index: int, total: int) -> Attention:
@@ -241,7 +242,7 @@ CASES = [
     ((14, 2, 64), torch.bfloat16),
     ((8, 4, 256), torch.bfloat16),
 ]
-"""Heads and dtypes; each is compiled anew."""
+"""Heads and dtypes; each pair is compiled separately."""
 EVERYTHING: dict[str, Any] = {"sliding_window": 600, "softcap": 30.0}
 
 
@@ -306,9 +307,6 @@ def test_a_large_decode_batch_follows_the_reference() -> None:
         assert torch.equal(alone.attend(KERNELS), out[index : index + 1])
 
 
-# Logits.
-
-
 def test_the_largest_logits_are_the_references() -> None:
     logits = normal(64, VOCAB)
     logits[0] = logits[0].round()  # many ties
@@ -322,7 +320,7 @@ def test_the_largest_logits_are_the_references() -> None:
 
 
 def test_the_largest_of_a_row_of_nan_are_found_in_the_end() -> None:
-    """A row whose draw failed is scored before anybody knows; a kernel that never ends would take the device down."""
+    """A failed draw's row is scored before the host knows. A kernel that never ended would take the device down."""
     logits = normal(3, VOCAB)
     logits[1] = torch.nan
     logits[2, 5] = torch.nan
@@ -344,7 +342,7 @@ def test_gathered_logits_come_with_their_rows_logsumexp() -> None:
 
 
 def _rows() -> list[RowSampling]:
-    """Greedy, plain, filtered by each filter, and edited ones."""
+    """Return greedy, plain and edited rows, and rows with each filter."""
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {},
@@ -414,7 +412,10 @@ def test_rows_without_a_distribution_draw_nothing() -> None:
 
 
 def test_masks_leave_the_references_tokens_and_say_when_nothing_is_left() -> None:
-    """Greedy rows, one of which may draw nothing, one with a NaN that its mask hides, one with bits beyond the vocabulary."""
+    """Covers three greedy rows.
+
+    One may draw nothing, one has a NaN that its mask hides, and one has bits beyond the vocabulary.
+    """
     logits = normal(4, VOCAB)
     allowed = np.random.default_rng(0).integers(-(2**31), 2**31, (4, -(-VOCAB // 32)), dtype=np.int32)
     allowed[1, : VOCAB // 32] = 0

@@ -1,8 +1,9 @@
 """Compiles the Triton kernels for an architecture without its GPU: python compile_kernels.py ARCH [--all].
 
-Every operation is called as the engine calls it, on tensors without storage, with launches replaced by compilations. Prints
-a JSON line for each kernel: what was called, registers, bytes of stack and local memory (spills) and of shared memory.
-Must run without TRITON_INTERPRET. ``--all`` crosses every choice with every other instead of covering each.
+Every operation is called as the engine calls it, on tensors without storage, and launches are replaced by
+compilations. Prints a JSON line for each kernel: the call, its registers, and its bytes of stack and local
+memory (spills) and of shared memory. Must run without TRITON_INTERPRET. ``--all`` combines all choices
+instead of covering each one.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ Call = tuple[str, Callable[[], object]]
 
 
 class OfflineDriver:
-    """What compiling asks of a driver."""
+    """Parts of a driver that compilation needs."""
 
     def __init__(self, arch: int) -> None:
         self._target = GPUTarget("cuda", arch, 32)
@@ -84,7 +85,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def attention_calls(*, everything: bool) -> Iterator[Call]:
-    """Both kernels for a mixed batch."""
+    """Calls of both kernels for a mixed batch."""
     options: list[dict[str, Any]] = [{}, {"sliding_window": 512, "softcap": 30.0, "sinks": True}]
     if everything:
         cases = list(product(HEADS, DTYPES, GROUPS, BLOCK_SIZES, options, (False, True)))
@@ -202,7 +203,7 @@ def all_calls(*, everything: bool) -> list[Call]:
 
 
 def compile_call(arch: int, index: int, *, everything: bool) -> list[Usage]:
-    """What each kernel that the call launches uses."""
+    """Return the resources of each kernel that the call launches."""
     name, call = all_calls(everything=everything)[index]
     driver.set_active(OfflineDriver(arch))
     compiled: list[Any] = []

@@ -46,7 +46,7 @@ def threads(count: int) -> Iterator[None]:
 def metadata_of(
     query_lens: list[int], seq_lens: list[int], block_size: int, seed: int = 0
 ) -> AttentionMetadata:
-    """Sequences whose blocks are scattered at random."""
+    """Metadata of sequences whose blocks are scattered at random."""
     width = -(-max(seq_lens) // block_size)
     order = torch.randperm(len(seq_lens) * width + 3, generator=torch.Generator().manual_seed(seed))
     tables = order[: len(seq_lens) * width].to(torch.int32).view(len(seq_lens), width)
@@ -66,7 +66,7 @@ def metadata_of(
 
 
 def transpose_memory(cache: Tensor) -> Tensor:
-    """The same cache in memory where the tokens of a block are neighbours."""
+    """Return the same cache in memory where the tokens of a block are neighbours."""
     return cache.transpose(2, 3).contiguous().transpose(2, 3)
 
 
@@ -128,7 +128,7 @@ class Sequences:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> list[Tensor]:
-        """The same in float64, one sequence at a time."""
+        """Compute the attention of `attend` in float64, one sequence at a time."""
         results = []
         for q, k, v, count in zip(self.queries, self.keys, self.values, query_lens, strict=True):
             group = q.shape[1] // k.shape[1]
@@ -230,7 +230,7 @@ def test_a_query_has_the_same_bits_whatever_surrounds_it(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads", range(1, 8))
 def test_transposed_keys_give_the_same_bits(dtype: torch.dtype, heads: int) -> None:
-    """Decoded rows read them in place, at every number of heads that a tile takes; longer chunks copy them."""
+    """Decoded rows read keys in place, at every number of heads that a tile takes; longer chunks copy them."""
     sequences = Sequences.draw([1, 17, 130, 300], heads, 1, 40)
     for counts in ([1, 1, 1, 1], [1, 9, 40, 3]):
         rows = sequences.attend(counts, dtype=dtype)
@@ -317,14 +317,14 @@ def run_chunks(
     chunks: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """One sequence through the layers, chunk by chunk."""
+    """Run one sequence through the layers, chunk by chunk."""
     caches = [torch.zeros(9, KV_HEADS, 32, SIZE, dtype=dtype) for _ in range(2 * len(layers))]
     caches[::2] = map(transpose_memory, caches[::2])
     bound = kernels.bind_layers(layers, caches[::2], caches[1::2])
     rows, done = [], 0
     for chunk in chunks:
         metadata = metadata_of([chunk], [done + chunk], 32)
-        # The same blocks for every chunk, however long the sequence is so far.
+        # Every chunk uses the same blocks, however long the sequence is so far.
         blocks = torch.tensor([[3, 1, 7, 0, 8, 5]], dtype=torch.int32)
         slots = [int(blocks[0, p // 32]) * 32 + p % 32 for p in range(done, done + chunk)]
         metadata = dataclasses.replace(metadata, block_tables=blocks, slot_mapping=torch.tensor(slots))

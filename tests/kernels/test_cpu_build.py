@@ -1,4 +1,4 @@
-"""Compiling and caching the native kernels, and what is said when that cannot be done."""
+"""Compilation and caching of the native kernels, and the errors when they fail."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Linear layers on GGUF blocks as stored, against the dequantised weights in float64.
 
-Activations are rounded to 16-bit integers with a power of two for every 32. ``PORTABLE`` is what processors without AVX-512
-run; the products have the same bits there.
+Activations are rounded to 16-bit integers with a power of two for every 32. ``PORTABLE`` is the code of
+processors without AVX-512; its products have the same bits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ except BuildError as error:  # pragma: no cover
 
 
 def blocks_of(gguf_type: GgufType, rows: int, depth: int) -> tuple[Tensor, Tensor]:
-    """Random blocks, and the weights that they stand for in float64."""
+    """Return random blocks and their weights in float64."""
     generator = np.random.default_rng(rows * 1000 + depth)
     raw = generator.integers(0, 256, (rows, depth // 32, STORED_BYTES[gguf_type]), dtype=np.uint8)
     scales = generator.normal(0, 0.05, (rows, depth // 32, 2)).astype(np.float16).view(np.uint8)
@@ -53,7 +53,7 @@ def pack(
 
 
 def as_int16_blocks(x: Tensor) -> Tensor:
-    """Each 32 activations as integers below 32,640 times the least power of two that allows it, in float64."""
+    """Round each 32 activations to integers below 32,640 times the smallest sufficient power of two, in float64."""
     blocks: Tensor = x.double().unflatten(-1, (-1, 32))
     largest = blocks.abs().amax(-1, keepdim=True)
     _, exponent = torch.frexp(largest)
@@ -63,7 +63,7 @@ def as_int16_blocks(x: Tensor) -> Tensor:
 
 
 def relative_error(output: Tensor, read: Tensor, weights: Tensor, bias: Tensor | None) -> float:
-    """The largest error of ``read @ weights.T + bias``, relative to the sum of the magnitudes that it adds up."""
+    """Return the largest error of ``read @ weights.T + bias``, relative to the sum of the added magnitudes."""
     expected = read.double() @ weights.T + (0 if bias is None else bias.double())
     magnitude = expected.abs() + read.double().abs() @ weights.T.abs()
     return ((output - expected).abs() / magnitude).max().item()
@@ -98,7 +98,7 @@ def test_products_are_those_of_the_dequantised_weights(
 def test_rounding_to_int16_is_far_finer_than_to_bfloat16(
     gguf_type: GgufType, outlier: float, ratio: float
 ) -> None:
-    """Root mean squares of errors against unrounded activations: normal ones, and with an outlier in every other block."""
+    """Compares root mean square errors against unrounded activations, also with outliers in every other block."""
     raw, weights = blocks_of(gguf_type, 64, 256)
     x = torch.randn(50, 256, generator=torch.Generator().manual_seed(1))
     x[:, ::64] *= outlier
@@ -109,7 +109,7 @@ def test_rounding_to_int16_is_far_finer_than_to_bfloat16(
 
 
 def test_the_largest_of_a_block_may_be_any_number() -> None:
-    """Around the numbers that would round to 32,640 or more with the smaller of two scales."""
+    """Covers numbers around those that would round to 32,640 or more with the smaller of two scales."""
     raw, weights = blocks_of(GgufType.Q4_1, 40, 32)
     largest = torch.arange(32630, 32780, dtype=torch.float64)[:, None] + torch.tensor(
         [-0.5, -0.25, 0.0, 0.25]
@@ -123,7 +123,7 @@ def test_the_largest_of_a_block_may_be_any_number() -> None:
 @pytest.mark.parametrize("gguf_type", GgufType)
 @pytest.mark.parametrize("magnitude", [0.0, 1e-44, 1e-37, 1e-20, 1e30, 1e34])
 def test_activations_of_any_magnitude_are_multiplied(gguf_type: GgufType, magnitude: float) -> None:
-    """1e-38 of an activation may be rounded away."""
+    """An error of 1e-38 of an activation is allowed."""
     raw, weights = blocks_of(gguf_type, 40, 64)
     x = torch.rand(3, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     x[:, 0] = 1

@@ -1,4 +1,4 @@
-"""The native CPU operations against the same formulas in float64, and their bits against themselves."""
+"""Native CPU operations against the same formulas in float64, and bit for bit against themselves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pack(weight: Tensor, bias: Tensor | None = None, *, exact: bool = False) -> 
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Error relative to the root mean square of what is expected."""
+    """Compare the error, relative to the root mean square of the expected values, with the tolerance."""
     assert actual.isfinite().all()
     error = (actual.double() - expected).abs().max() / expected.square().mean().sqrt().clamp(min=1e-30)
     assert error < tolerance, f"relative error {error:.2e}"
@@ -195,7 +195,7 @@ print(json.dumps([sorted(os.sched_getaffinity(int(thread))) for thread in os.lis
 
 
 def affinities_after_pinning(num_threads: int) -> list[list[int]]:
-    """The CPUs of each thread of a process that has multiplied on so many."""
+    """Return the CPUs of each thread of a process that has multiplied with ``num_threads`` threads."""
     command = [sys.executable, "-c", PINNING, str(num_threads)]
     affinities: list[list[int]] = json.loads(subprocess.check_output(command, timeout=60))
     return affinities
@@ -206,5 +206,5 @@ def test_as_many_pinned_threads_as_cpus_have_one_each() -> None:
     cpus = sorted(os.sched_getaffinity(0))
     alone = [one for one in affinities_after_pinning(len(cpus)) if len(one) == 1]
     assert sorted(alone) == [[cpu] for cpu in cpus]
-    # Fewer threads than CPUs: another server with as few would be pinned to the very same ones.
+    # With fewer threads than CPUs, another server with as few would be pinned to the very same ones.
     assert all(one == cpus for one in affinities_after_pinning(len(cpus) - 1))

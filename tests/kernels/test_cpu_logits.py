@@ -18,7 +18,7 @@ except BuildError as error:  # pragma: no cover
 
 
 def stable_order(row: Tensor) -> Tensor:
-    """The definition: descending, ties by lower id."""
+    """Return the defined order: descending, ties by lower id."""
     return torch.sort(row, descending=True, stable=True).indices
 
 
@@ -34,7 +34,7 @@ def test_top_k_is_the_head_of_a_stable_sort(
     rows: int, vocab: int, data: st.DataObject, levels: int, seed: int
 ) -> None:
     k = data.draw(st.integers(1, vocab))
-    # Few levels make many ties, infinities among them.
+    # A few levels make many ties, with infinities among them.
     logits = (
         torch.randint(0, levels, (rows, vocab), generator=torch.Generator().manual_seed(seed)) - levels / 2
     )

@@ -1,4 +1,4 @@
-"""What processors without AVX-512 run, built for AVX2 on any machine: it gives the bits of the native kernels."""
+"""Code of processors without AVX-512, built for AVX2 on any machine: its bits are those of the native kernels."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Sampling by the native CPU kernels against the reference, `logitkernels.reference_sampling.sample_rows`, in float64.
 
-Scores are multiples of 1/8, exact in either type, so that tokens and scores are the same to the bit unless a mass comes
-within float32's rounding of a filter's edge.
+Logits are multiples of 1/8, exact in either type. So tokens and processed logits agree to the bit unless a
+mass is within float32's rounding of a filter's edge.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def check(logits: Tensor, rows: list[RowSampling], last_tokens: Tensor | None = None) -> list[int]:
-    """Tokens and processed rows equal the reference's."""
+    """Check that tokens and processed rows equal the reference's."""
     before = logits.clone()
     expected = sample_rows(logits.double(), rows, last_tokens)
     got = draw_rows(KERNELS, logits, rows, last_tokens)
@@ -100,7 +100,7 @@ def test_a_score_that_a_low_temperature_makes_infinite_is_no_distribution() -> N
 
 
 def test_draws_follow_the_distribution() -> None:
-    """Chi-square at 1e-6 over 20,000 positions of four likely tokens among many."""
+    """Chi-square test at 1e-6 over 20,000 positions, with four likely tokens among many."""
     logits = torch.full((1, 700), -20.0)
     likely = {3: 0.1, 260: 0.2, 511: 0.3, 699: 0.4}
     for token, share in likely.items():

@@ -1,4 +1,4 @@
-"""The threads of a native kernel: how they share work and wait for one another."""
+"""Threads of a native kernel: how they share work and wait for one another."""
 
 from __future__ import annotations
 

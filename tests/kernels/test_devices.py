@@ -1,4 +1,4 @@
-"""The reference computes where its tensors are."""
+"""The reference computes on the device of its tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KERNELS = ReferenceKernels()
 
 
 def test_tensors_of_two_devices_do_not_meet() -> None:
-    """Else the tests below would show nothing."""
+    """Without this error the tests below would show nothing."""
     with SecondDevice(), pytest.raises(RuntimeError, match="tensors of the host and of the device"):
         torch.ones(3) + torch.ones(3).to(DEVICE)
 

@@ -1,6 +1,6 @@
-"""Masks in every backend's sampling, against their definition written again in numpy float64.
+"""Masks in every backend's sampling, against a second definition in numpy float64.
 
-Scores are multiples of 1/8, so that no mass comes within rounding of a filter's edge.
+Logits are multiples of 1/8, so that no mass comes within rounding of a filter's edge.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["reference", "cpu", "triton"]
 EXAMPLES = {"reference": 60, "cpu": 150, "triton": 12}
-"""The interpreter is slow."""
+"""Number of examples per backend; the interpreter is slow."""
 INF, NAN = float("inf"), float("nan")
 
 
@@ -45,7 +45,7 @@ def draw(
     allowed: NDArray[np.int32] | None = None,
     last_tokens: Tensor | None = None,
 ) -> tuple[list[int], Tensor | None]:
-    """Tokens and processed scores on the host; the raw logits must be left as they are."""
+    """Return tokens and processed logits on the host, and check that the raw logits are unchanged."""
     placed = logits.to(DEVICE) if name == "triton" else logits
     last_tokens = None if last_tokens is None else last_tokens.to(placed.device)
     before = placed.clone()
@@ -55,7 +55,7 @@ def draw(
 
 
 def pack(is_allowed: NDArray[np.bool_], seed: int) -> NDArray[np.int32]:
-    """Bits of int32 words, one by one, under noise beyond the vocabulary."""
+    """Pack bits into int32 words one by one, with noise beyond the vocabulary."""
     rows, vocab = is_allowed.shape
     words = np.random.default_rng(seed).integers(0, 1 << 32, (rows, -(-vocab // 32)), dtype=np.uint64)
     for row, token in np.ndindex(rows, vocab):
@@ -76,7 +76,7 @@ class Expected:
 def expected_draw(
     raw: NDArray[np.float64], row: RowSampling, is_allowed: NDArray[np.bool_], last_tokens: list[int]
 ) -> Expected:
-    """The definition, one step after the other."""
+    """Compute the definition, one step after the other."""
     if np.isnan(raw).any() or raw.max() == -INF:
         return Expected(NOT_FINITE, None)
     scores = raw.copy()
@@ -155,17 +155,17 @@ def test_a_row_without_a_draw_says_why(name: str, row: RowSampling) -> None:
     is_allowed[1] = False
     logits[1, 40] = NAN
     logits[2, 40] = NAN
-    is_allowed[2, 40] = False  # a mask does not heal a row
+    is_allowed[2, 40] = False  # a mask does not repair a row
     logits[3] = -INF
     is_allowed[3] = False
     logits[4] = -INF
     logits[4, 40] = 1.0
-    is_allowed[4, 40] = False  # all that is left is -inf in the raw row
-    is_allowed[5, 1:] = False  # and the rest is banned
+    is_allowed[4, 40] = False  # the rest of the raw row is -inf
+    is_allowed[5, 1:] = False  # the only other token is banned
     logits[6, 40] = INF
     is_allowed[6] = False
     logits[7, 40] = INF
-    is_allowed[7, 40] = False  # the others are a distribution
+    is_allowed[7, 40] = False  # the other logits are a distribution
     rows = [row] * 5 + [replace(row, banned=(0,))] + [row] * 2
     tokens, _ = draw(name, logits, rows, pack(is_allowed, 0))
     bad, empty = NOT_FINITE, NOTHING_ALLOWED
@@ -203,7 +203,7 @@ def test_rows_missing_up_to_the_size_are_greedy_and_unmasked(name: str, has_mask
 
 
 def test_what_was_prepared_without_rows_draws_other_rows_of_its_size() -> None:
-    """As a recorded step does."""
+    """A recorded step draws in this way."""
     kernels, size = kernels_of("triton"), SamplingSize(num_rows=3, num_edits=4, has_masks=True)
     recorded = kernels.prepare_sampling([], 77, size=size)
     is_allowed = np.random.default_rng(1).random((2, 77)) < 0.5

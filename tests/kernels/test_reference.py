@@ -1,4 +1,4 @@
-"""The reference against definitions written out in float64, one query and one head at a time."""
+"""Reference operations against definitions in float64, one query and one head at a time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def one_query(
     softcap: float | None,
     sink: float | None,
 ) -> torch.Tensor:
-    """Attention of one query [D] over the keys it may see [L, D], by the formula."""
+    """Compute attention of one query [D] over its visible keys [L, D], by the formula."""
     keys, values = (keys[-window:], values[-window:]) if window else (keys, values)
     scores = keys @ query * scale
     if softcap:
@@ -77,7 +77,7 @@ def test_attention_follows_its_formula(
     softcap: float | None,
     sinks: bool,
 ) -> None:
-    """float64 against float64: 1e-10."""
+    """Compares float64 with float64, to 1e-10."""
     torch.manual_seed(len(pieces))
     num_heads, kv_heads = heads
     lengths = [(query, query + past) for query, past in pieces]

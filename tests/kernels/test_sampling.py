@@ -1,4 +1,4 @@
-"""Sampling against its definition, written again in numpy float64."""
+"""Sampling against a second definition in numpy float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAIN = RowSampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, stre
 
 
 def expected_support(scores: NDArray[np.float64], row: RowSampling) -> set[int]:
-    """The ids that top-k, then top-p over what is left, then min-p keep. Ties go to the lower id."""
+    """Return the ids that top-k, then top-p over the rest, then min-p keep. Ties go to the lower id."""
     order = np.lexsort((np.arange(len(scores)), -scores))
     kept = order[: row.top_k] if row.top_k else order
     mass = np.exp(scores[kept] - scores[kept].max())
@@ -87,7 +87,10 @@ def test_greedy_is_a_point_mass_on_the_first_of_the_largest() -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    """Chi-square over 20,000 draws, 5 tokens: above 25 (4 degrees of freedom) has probability 5e-5, and the seed is fixed."""
+    """Chi-square over 20,000 draws of 5 tokens, with a fixed seed.
+
+    A value above 25 (4 degrees of freedom) has probability 5e-5.
+    """
     logits = torch.tensor([0.0, 1.0, 2.0, -torch.inf, 0.5])
     counts = np.zeros(5)
     for position in range(20_000):
@@ -200,5 +203,5 @@ def test_a_row_without_a_distribution_has_no_token(temperature: float, top_k: in
 def test_philox_gives_the_published_answers(
     counter: tuple[int, int, int, int], key: tuple[int, int], words: tuple[int, int, int, int]
 ) -> None:
-    """The known-answer vectors that Random123 publishes for philox4x32-10."""
+    """Checks the known-answer vectors that Random123 publishes for philox4x32-10."""
     assert philox4x32(counter, key) == words

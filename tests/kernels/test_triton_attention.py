@@ -51,7 +51,7 @@ class Sequences:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some sequences' last queries over a cache whose unused slots are NaN."""
+    """Last queries of some sequences, over a cache whose unused slots are NaN."""
 
     query: Tensor
     key_cache: Tensor
@@ -73,7 +73,7 @@ class Batch:
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(lengths) * width + 2, generator=generator)
         tables = order[: len(lengths) * width].view(len(lengths), width)
-        # Whatever lies past a sequence's end: blocks that are NaN throughout.
+        # Table entries past a sequence's end point to a block that is NaN throughout.
         for row, length in enumerate(lengths):
             tables[row, -(-length // block_size) :] = order[-1]
         caches = []
@@ -101,7 +101,7 @@ class Batch:
         return cls(torch.cat(queries).to(dtype).to(DEVICE), caches[0], caches[1], metadata)
 
     def attend(self, scale: float = 0.1, *, uniform: bool = False, **options: Any) -> Tensor:
-        """Both launches over the same tensors."""
+        """Run both launches over the same tensors."""
         out = self.query.new_full((*self.query.shape[:2], self.value_cache.shape[-1]), torch.nan)
         for function in (paged_prefill, paged_decode):
             function(
@@ -119,7 +119,7 @@ class Batch:
         return list(rows.split(self.metadata.query_start.diff().tolist()))
 
     def expected(self, scale: float = 0.1, **options: Any) -> Tensor:
-        """The reference in float64 on the same rounded inputs, which cannot read a NaN in slots that it masks."""
+        """Run the reference in float64 on the same rounded inputs, without the NaN in slots that it masks."""
         clean = [torch.nan_to_num(cache.double().cpu()) for cache in (self.key_cache, self.value_cache)]
         metadata = dataclasses.replace(
             self.metadata,
@@ -133,7 +133,7 @@ class Batch:
         )
 
     def assert_close(self, scale: float = 0.1, *, uniform: bool = False, **options: Any) -> None:
-        """Relative to the largest value of a row: 2e-6 in float32, 2e-3 in float16, 2e-2 in bfloat16."""
+        """Check the error relative to a row's largest value: 2e-6 in float32, 2e-3 in float16, 2e-2 in bfloat16."""
         actual, expected = self.attend(scale, uniform=uniform, **options), self.expected(scale, **options)
         largest = expected.abs().amax(-1, keepdim=True).clamp(min=0.1)
         assert actual.dtype == self.query.dtype
@@ -255,7 +255,7 @@ def test_a_sequence_has_the_same_bits_alone_and_among_others(dtype: torch.dtype,
 
 @pytest.fixture
 def ordered_dots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's products by BLAS sum a row in an order that depends on its place in the tile: here by one loop."""
+    """Replace the interpreter's BLAS products by a loop: their order of summation depends on a row's place."""
 
     def matmul(
         a: NDArray[np.float32], b: NDArray[np.float32], dtype: np.dtype[np.float32]
@@ -280,7 +280,7 @@ def ordered_dots(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_token_has_the_same_bits_wherever_its_chunk_begins(
     dtype: torch.dtype, size: int, window: int | None, split: int
 ) -> None:
-    """A lone query (decode), a short chunk and a long one (prefill), across the bounds of tiles and of a split."""
+    """Covers a lone query (decode), a short and a long chunk (prefill), across bounds of tiles and of a split."""
     first, total = split - 30, split + 70
     sequences = Sequences.draw([total], 3, 1, size)
     options: dict[str, Any] = {
@@ -295,7 +295,7 @@ def test_a_token_has_the_same_bits_wherever_its_chunk_begins(
 
 
 def test_blocks_past_two_to_the_31_elements_are_found() -> None:
-    """The caches are never touched but for their last blocks: 4 GiB each of address space, not of memory."""
+    """Only the last blocks of the caches are touched, so each takes 4 GiB of address space but no memory."""
     block_size, size = 16, 64
     blocks = (1 << 31) // (block_size * size) + 100
     sequences = Sequences.draw([20, 16], 2, 1, size)

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for the GPUs that we name, without spilling and within their shared memory."""
+"""Every Triton kernel compiles for the named GPUs, without spilling and within their shared memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-"""Bytes that one block may have, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
+"""Bytes that one block may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "logitkernels" / "triton"
 
@@ -35,6 +35,6 @@ def test_kernels_compile_without_spills_for(arch: int) -> None:
 
 
 def kernels_in_sources() -> set[str]:
-    """Names of the functions that are launched: by our convention they end in `_kernel`."""
+    """Return the names of the functions that are launched. By the project's convention they end in `_kernel`."""
     lines = [line for path in KERNELS.glob("*.py") for line in path.read_text().splitlines()]
     return {line[4 : line.index("(")] for line in lines if line.startswith("def ") and "_kernel(" in line}

@@ -1,4 +1,4 @@
-"""The Triton kernels for the largest logits, gathered logits and logsumexp, against sorting and float64."""
+"""Triton kernels for the largest logits, gathered logits and logsumexp, against sorting and float64."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ few = settings(max_examples=8, deadline=None)
 
 
 def by_sorting(logits: Tensor, k: int) -> Tensor:
-    """Ids in the order (NaN first, then descending, then by id), by a stable sort."""
+    """Return ids in the order (NaN first, then descending, then by id), by a stable sort."""
     return torch.sort(logits, descending=True, stable=True).indices[:, :k]
 
 
 def rows_of(rows: int, vocab: int, seed: int) -> Tensor:
-    """Rows with many ties."""
+    """Return rows with many ties."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(-9, 9, (rows, vocab), generator=generator).float() / 2
 
 
 def far_rows(vocab: int) -> Tensor:
-    """Three rows of which the last begins past 2^31 elements, though their distance is a 32-bit number.
+    """Return three rows of which the last begins past 2^31 elements, although their distance is a 32-bit number.
 
     The memory between them is never touched.
     """
@@ -88,7 +88,7 @@ def test_logits_in_another_form_are_refused(logits: Tensor) -> None:
 def test_gathered_logits_are_the_rows_own_and_logsumexp_is_that_of_float64(
     shape: tuple[int, int], num_ids: int, tile: int, seed: int
 ) -> None:
-    """1e-6, relative or absolute."""
+    """Tolerance 1e-6, relative or absolute."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(shape, generator=generator) * 10
     logits[torch.rand(shape, generator=generator) < 0.3] = -INF
@@ -100,7 +100,7 @@ def test_gathered_logits_are_the_rows_own_and_logsumexp_is_that_of_float64(
 
 
 def test_logsumexp_of_a_long_row_is_that_of_float64() -> None:
-    """1e-6 relative; a plain float32 sum over a flat row of this length is off by more."""
+    """Tolerance 1e-6 relative. A plain float32 sum over a flat row of this length is off by more."""
     logits = torch.full((2, 151_936), 3.0)
     logits[1] = torch.linspace(-20, 20, 151_936)
     _, logsumexp = gather_logits(logits.to(DEVICE), torch.zeros(2, 1, dtype=torch.int64, device=DEVICE))

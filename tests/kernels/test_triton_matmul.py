@@ -1,6 +1,6 @@
 """Triton's linear layer against float64, and its rows against themselves in other batches.
 
-On a GPU where there is one, else in Triton's interpreter.
+Runs on a GPU if there is one, else in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from logitkernels.triton.matmul import Tile, matmul, tile_for
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
-"""Of the result, relative to itself. Triton's interpreter truncates to bfloat16."""
+"""Tolerance relative to the result. Triton's interpreter truncates to bfloat16."""
 ACCUMULATION = 1e-6
-"""Relative to the sum of the magnitudes that are added in float32."""
+"""Tolerance relative to the sum of the magnitudes that are added in float32."""
 DTYPES = list(ROUNDING)
 
 
@@ -78,7 +78,7 @@ def test_parts_of_k_in_one_program_have_the_bits_of_parts_in_many(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight, bias = normal(67, 600, dtype=dtype), normal(70, 600, dtype=dtype, seed=1), normal(70, seed=2)
-    # A row of zeros times minus one: the sign of a zero must not depend on it either.
+    # A row of zeros times minus one, because the sign of a zero must not depend on the batch either.
     x[3], weight[5] = 0.0, -1.0
     tile = tile_for(70, 600, dtype)
     assert tile.split_k > 1
@@ -108,7 +108,7 @@ def test_activations_of_another_dtype_are_rounded_to_the_weights_first() -> None
 
 
 def test_rows_past_two_to_the_31_elements_are_found() -> None:
-    # 32 bits hold the distance of two rows, but not that of three.
+    # The distance of two rows fits in 32 bits, but that of three does not.
     distance = 2**30 + 48
     x, weight = normal(3, 16, dtype=torch.float16), normal(3, 16, dtype=torch.float16, seed=1)
     spread = torch.empty(2 * distance + 16, dtype=torch.float16, device=DEVICE)

@@ -1,6 +1,6 @@
 """Triton's norms, gated activations and cache writes against ReferenceKernels in float64.
 
-On a GPU where there is one, else in Triton's interpreter.
+Runs on a GPU if there is one, else in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ REFERENCE = ReferenceKernels()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
-"""Relative to the largest value of a row: one rounding of the result. Triton's interpreter truncates to bfloat16."""
+"""Tolerance relative to a row's largest value: one rounding of the result.
+
+Triton's interpreter truncates to bfloat16.
+"""
 DTYPES = list(TOLERANCE)
 EPS = 1e-5
 FAR = 2**30 + 40
-"""A distance in elements that 32 bits hold, and twice of which they do not."""
+"""Distance in elements that fits in 32 bits, while its double does not."""
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -42,7 +45,7 @@ def assert_rows_close(actual: Tensor, expected: Tensor, roundings: int = 1) -> N
 
 
 def far_rows(rows: Tensor) -> Tensor:
-    """Rows that lie FAR elements apart, three of them: memory that is reserved, and touched only where they are."""
+    """Return three rows FAR elements apart. The memory is reserved, but touched only at the rows."""
     spread = torch.empty((len(rows) - 1) * FAR + rows[0].numel(), dtype=rows.dtype, device=DEVICE)
     spread = spread.as_strided(rows.shape, (FAR, *rows.stride()[1:]))
     return spread.copy_(rows)
@@ -132,7 +135,7 @@ def test_large_gates_neither_overflow_nor_become_nan(dtype: torch.dtype, *, gelu
     gate_up = torch.stack((gate, torch.ones_like(gate)), dim=1).to(dtype).to(DEVICE)
     actual = gelu_and_mul(gate_up) if gelu else silu_and_mul(gate_up)
     expected = exact_activation(gate_up, gelu=gelu).to(dtype)
-    # What is left of a gate of -89 is below the smallest normal number, which float32 keeps to 1e-38.
+    # The remainder of a gate of -89 is below the smallest normal number, which float32 keeps to 1e-38.
     torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=1e-37)
 
 
@@ -211,7 +214,7 @@ def test_rope_and_store_norms_turns_and_stores_packed_heads(
 
 @pytest.mark.parametrize("rotary_dim", [64, 32])
 def test_a_norm_within_rope_and_store_rounds_as_a_norm_before_it(rotary_dim: int) -> None:
-    # Squares of small integers add up exactly in any order, so that nothing but the rounding can differ.
+    # Squares of small integers add up exactly in any order, so that only the rounding can differ.
     query, key, value = (x.mul(4).round() for x in packed_heads(6, 5, 2, 64, torch.bfloat16))
     cos, sin = angles(6, rotary_dim)
     q_norm, k_norm = normal(64, seed=2), normal(64, seed=3)

@@ -1,6 +1,6 @@
 """Sampling by the Triton kernels against the reference, `logitkernels.reference_sampling.sample_rows`.
 
-Scores are multiples of 1/8 where filters are on, so that no mass comes within rounding of a filter's edge.
+Logits are multiples of 1/8 where filters are on, so that no mass comes within rounding of a filter's edge.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def prepare(rows: list[RowSampling], device: str) -> SamplingTensors:
-    """Exactly these rows, on ``device``."""
+    """Return tensors of exactly these rows on ``device``."""
     layout = SamplingLayout(len(rows), max(1, sum(row.num_edits for row in rows)))
     words = np.empty(layout.numel, dtype=np.int32)
     pack(rows, layout, words)
@@ -51,7 +51,7 @@ def run(
     tile: int = 64,
     candidates: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and scores of ``sample``, which must leave the logits as they were."""
+    """Return tokens and scores of ``sample``, and check that the logits are unchanged."""
     logits = logits.to(DEVICE)
     before = logits.clone()
     scores = torch.full_like(logits, UNTOUCHED)
@@ -68,7 +68,7 @@ def check(
     tile: int = 64,
     candidates: int = 16,
 ) -> Tensor:
-    """Tokens equal the reference's; processed rows have its support and its scores (1e-5)."""
+    """Check that tokens equal the reference's, and processed rows have its support and its values (1e-5)."""
     expected = sample_rows(logits, rows, last_tokens)
     tokens, scores = run(logits, prepare(rows, DEVICE), last_tokens, tile=tile, candidates=candidates)
     assert tokens.tolist() == expected.token_ids.tolist()
@@ -91,7 +91,7 @@ def test_rows_of_every_kind_get_the_references_tokens_and_scores(data: st.DataOb
 
 @pytest.mark.parametrize("spread", [2, 24])
 def test_long_rows_get_the_references_tokens_and_scores(spread: int) -> None:
-    """A flat row keeps more than the candidates, and so is narrowed down by reading it again."""
+    """A flat row keeps more entries than there are candidates, so the search reads it again."""
     rows = [
         GREEDY,
         PLAIN,
@@ -105,7 +105,7 @@ def test_long_rows_get_the_references_tokens_and_scores(spread: int) -> None:
 
 @pytest.mark.parametrize("pending", [0, 2, 3])
 def test_a_pending_token_counts_as_seen_and_generated_once_more(pending: int) -> None:
-    """Token 0 is among the row's edits but was not seen, token 2 was seen, token 3 is not among them."""
+    """Token 0 is among the row's edits but was not seen, token 2 was seen, token 3 is not among the edits."""
     row = replace(
         PLAIN,
         bias={0: 1.0},
@@ -201,7 +201,10 @@ def test_the_number_is_philox_of_seed_stream_and_position() -> None:
 
 
 def test_draws_follow_the_distribution() -> None:
-    """Chi-square over 100 draws, 5 tokens: above 20 (3 degrees of freedom) has probability 2e-4, and the seed is fixed."""
+    """Chi-square over 100 draws of 5 tokens, with a fixed seed.
+
+    A value above 20 (3 degrees of freedom) has probability 2e-4.
+    """
     logits = torch.tensor([0.0, 1.0, 2.0, -INF, 0.5])
     rows = [replace(PLAIN, seed=11, position=position) for position in range(100)]
     tokens, _ = run(logits.repeat(100, 1), prepare(rows, DEVICE), tile=2)
@@ -237,7 +240,7 @@ def test_plain_rows_write_no_scores() -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the 8 GiB between the rows are free in virtual memory only")
 def test_rows_past_two_to_the_31_elements_are_addressed_rightly() -> None:
-    stride, vocab = 2**30 + 5, 123  # a 32-bit number, whose double is none
+    stride, vocab = 2**30 + 5, 123  # a 32-bit number whose double is not
     logits, scores = (torch.empty(2 * stride + vocab).as_strided((3, vocab), (stride, 1)) for _ in range(2))
     logits.copy_(eighths(3, vocab, 3))
     rows = [

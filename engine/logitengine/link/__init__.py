@@ -1,1 +1,1 @@
-"""What server and engine say to each other. Free of torch."""
+"""Communication between server and engine. Free of torch."""

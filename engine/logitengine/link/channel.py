@@ -1,4 +1,4 @@
-"""Messages over a local stream socket: one msgpack frame, then a raw frame for each array that it names.
+"""Messages over a local stream socket: one msgpack frame, then a raw frame for each array that the message names.
 
     u32 number of arrays | u64 length of the message | u64 length of each array | message: msgpack | arrays: raw bytes
 
@@ -23,17 +23,17 @@ import msgspec
 from logitengine.link.messages import Array
 
 INLINE_BYTES = 4096
-"""Arrays up to this size travel inside the message: a read of their own costs more than the copy."""
+"""Size up to which arrays travel inside the message: a read of their own would cost more than the copy."""
 
 MAX_ARRAYS = 1 << 16
 MAX_BYTES = 1 << 32
 PREFIX = struct.Struct("<IQ")
 
 STAGE_BYTES = 1 << 16
-"""What is read at once where no array is under way: many small messages, or one and its first arrays."""
+"""Bytes read at once while no array is being received: many small messages, or one message and its first arrays."""
 
 BUFFERS_AT_ONCE = 64
-"""As many as one system call takes on every system."""
+"""Number of buffers that one system call takes on every system."""
 
 M = TypeVar("M")
 
@@ -41,11 +41,11 @@ Buffer = bytes | bytearray | memoryview
 
 
 class TransportError(Exception):
-    """The other side sent something that is no message."""
+    """The other side sent bytes that are not a message."""
 
 
 def encode(message: object) -> list[Buffer]:
-    """The buffers to put on the socket, in order. Arrays are not copied."""
+    """Return the buffers to put on the socket, in order. Arrays are not copied."""
     arrays: list[Buffer] = []
 
     def hook(value: object) -> object:
@@ -62,7 +62,7 @@ def encode(message: object) -> list[Buffer]:
 
 
 class Decoder(Generic[M]):
-    """Turns a msgpack frame and its arrays back into a message of the given union of types."""
+    """Decoder of a msgpack frame and its arrays into a message of the given union of types."""
 
     def __init__(self, types: Any) -> None:  # a union of Struct types: no narrower annotation exists for it
         self._decoder = msgspec.msgpack.Decoder(types, dec_hook=self._array)
@@ -90,10 +90,10 @@ class Decoder(Generic[M]):
 
 
 class MessageReader(Generic[M]):
-    """Cuts a stream of bytes into messages of the given union of types, wherever the reads end.
+    """Splits a stream of bytes into messages of the given union of types, wherever the reads end.
 
-    What is read goes into ``space()``, and ``received`` says how much it was. The bytes of a large array go straight into
-    the buffer that its message keeps.
+    The caller reads into ``space()`` and reports the byte count to ``received``. The bytes of a large array
+    go straight into the buffer that its message keeps.
     """
 
     def __init__(self, types: Any) -> None:
@@ -101,14 +101,14 @@ class MessageReader(Generic[M]):
         self._stage = memoryview(bytearray(STAGE_BYTES))
         self._staged = 0
         self._message: M | None = None
-        self._missing: deque[memoryview] = deque()  # of the message's arrays
+        self._missing: deque[memoryview] = deque()  # of the current message's arrays
 
     def space(self) -> memoryview:
-        """Where the next bytes belong; never empty."""
+        """Return the memory for the next bytes; never empty."""
         return self._missing[0] if self._missing else self._stage[self._staged :]
 
     def received(self, count: int) -> Iterator[M]:
-        """The messages that ``count`` more bytes in ``space()`` made whole. Raises TransportError."""
+        """Yield the messages completed by ``count`` more bytes in ``space()``. Raises TransportError."""
         if self._missing:
             self._missing[0] = self._missing[0][count:]
             yield from self._whole()
@@ -121,7 +121,7 @@ class MessageReader(Generic[M]):
         self._keep_from(start)
 
     def _take(self, start: int) -> int | None:
-        """Take the message staged from ``start`` on, with what is there of its arrays; where that ends, or None."""
+        """Take the message staged from ``start`` on and the staged part of its arrays; return their end, or None."""
         if self._missing or self._staged - start < PREFIX.size:
             return None
         count, body_size = self._announced(start)
@@ -143,14 +143,14 @@ class MessageReader(Generic[M]):
         return end
 
     def _announced(self, start: int) -> tuple[int, int]:
-        """The number of arrays and the bytes of the message that begins at ``start``."""
+        """Return the number of arrays and the size in bytes of the message that begins at ``start``."""
         count, body_size = PREFIX.unpack_from(self._stage, start)
         if count > MAX_ARRAYS or body_size > MAX_BYTES:
             raise TransportError(f"{count} arrays and a message of {body_size} bytes announced")
         return count, body_size
 
     def _whole(self) -> Iterator[M]:
-        """The message that was taken, if nothing of it is missing."""
+        """Yield the message that was taken, if no byte of it is missing."""
         while self._missing and not self._missing[0].nbytes:
             self._missing.popleft()
         if not self._missing and self._message is not None:
@@ -158,7 +158,7 @@ class MessageReader(Generic[M]):
             yield message
 
     def _keep_from(self, start: int) -> None:
-        """Bring what is staged from ``start`` on to the front of a stage that has room for the message it begins."""
+        """Move the bytes staged from ``start`` on to the front of a stage with room for the message that they begin."""
         rest = self._stage[start : self._staged]
         needed = 0
         if len(rest) >= PREFIX.size:
@@ -172,10 +172,10 @@ class MessageReader(Generic[M]):
 
 
 class BlockingChannel(Generic[M]):
-    """The engine's end, for one thread that receives and any that send.
+    """The engine's end, for one thread that receives and any number that send.
 
-    Receiving waits, sending never does: what the socket does not take at once is sent by a thread of the channel's own, in
-    order.
+    Receiving waits and sending never does: a thread of the channel sends, in order, the bytes that the socket
+    does not take at once.
     """
 
     def __init__(self, sock: socket.socket, receives: Any) -> None:
@@ -190,7 +190,7 @@ class BlockingChannel(Generic[M]):
         self._sender.start()
 
     def send(self, message: object) -> None:
-        """Raises OSError when the other side is gone."""
+        """Send a message. Raises OSError when the other side is gone."""
         rest = [view for buffer in encode(message) if (view := memoryview(buffer).cast("B")).nbytes]
         with self._sending:
             if self._num_sent_by_thread == self._num_left_to_thread:
@@ -201,7 +201,7 @@ class BlockingChannel(Generic[M]):
                 self._rests.put(rest)
 
     def _send_some(self, buffers: list[memoryview], flags: int = 0) -> list[memoryview]:
-        """One system call; the buffers that are left."""
+        """Send with one system call and return the buffers that are left."""
         sent = self._sock.sendmsg(buffers[:BUFFERS_AT_ONCE], (), flags)
         done = 0
         while done < len(buffers) and sent >= buffers[done].nbytes:
@@ -218,11 +218,11 @@ class BlockingChannel(Generic[M]):
                 try:
                     rest = self._send_some(rest)
                 except OSError:
-                    return  # the other side is gone, as who receives is told
+                    return  # the receiving thread reports that the other side is gone
             self._num_sent_by_thread += 1
 
     def receive(self) -> M | None:
-        """The next message, or None once the other side has closed."""
+        """Return the next message, or None once the other side has closed."""
         while not self._received:
             count = self._sock.recv_into(self._reader.space())
             if not count:
@@ -231,7 +231,7 @@ class BlockingChannel(Generic[M]):
         return self._received.popleft()
 
     def flush(self, timeout: float) -> None:
-        """Give what was sent ``timeout`` seconds to leave. Nothing may be sent after."""
+        """Wait up to ``timeout`` seconds until all messages have left. Nothing may be sent afterwards."""
         self._rests.put(None)
         self._sender.join(timeout)
 
@@ -240,7 +240,7 @@ class BlockingChannel(Generic[M]):
 
 
 class AsyncChannel(asyncio.BufferedProtocol, Generic[M]):
-    """The server's end, on an event loop: hands every message on as it comes."""
+    """The server's end, on an event loop. It passes every message on as it arrives."""
 
     def __init__(self, receives: Any, on_message: Callable[[M], None]) -> None:
         self._reader: MessageReader[M] = MessageReader(receives)
@@ -252,33 +252,34 @@ class AsyncChannel(asyncio.BufferedProtocol, Generic[M]):
     async def over(
         cls, sock: socket.socket, receives: Any, on_message: Callable[[M], None]
     ) -> AsyncChannel[M]:
-        """A channel over a connected socket, which is the channel's from then on."""
+        """Return a channel over a connected socket, which the channel owns from then on."""
         channel = cls(receives, on_message)
         await channel.open(sock)
         return channel
 
     async def open(self, sock: socket.socket) -> None:
-        """Begin to talk over a connected socket, which is the channel's from then on."""
+        """Start to communicate over a connected socket, which the channel owns from then on."""
         await asyncio.get_running_loop().connect_accepted_socket(lambda: self, sock)
 
     def send(self, message: object) -> None:
-        """Nothing is sent once the other side has closed or died."""
+        """Send a message, or nothing once the other side has closed or died."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.writelines(encode(message))
 
     async def wait_closed(self) -> None:
-        """Until the other side has closed or died. Raises TransportError if it sent what is no message."""
+        """Wait until the other side has closed or died.
+
+        Raises TransportError if it sent bytes that are not a message.
+        """
         await asyncio.shield(self._closed)
 
     def close(self) -> None:
-        """Close when everything has been sent."""
+        """Close once everything has been sent."""
         if self._transport is not None:
             self._transport.close()
 
-    # What the event loop calls.
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # A stream socket's transport, though uvloop's is no subclass of asyncio's.
+        # The transport is that of a stream socket, though uvloop's is no subclass of asyncio's.
         self._transport = cast("asyncio.Transport", transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's signature

@@ -1,4 +1,4 @@
-"""The server's handle on an engine in a process of its own. Never imports torch."""
+"""The server's handle on an engine in a separate process. Never imports torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from logitengine.link.supervisor import ENGINE_COMMAND, Supervisor
 class EngineClient(EngineProtocol):
     """A supervised process and the streams to it.
 
-    When the process dies, every request under way ends with EngineDeadError and a fresh process is started.
+    When the process dies, every request in progress ends with EngineDeadError and another process is started.
     """
 
     def __init__(
@@ -34,16 +34,16 @@ class EngineClient(EngineProtocol):
 
     @property
     def stats(self) -> EngineStats:
-        """As the process last told them."""
+        """Statistics that the process sent last."""
         return self._supervisor.stats
 
     @property
     def pid(self) -> int | None:
-        """The engine's process id while there is one."""
+        """Id of the engine process, or None when there is none."""
         return self._supervisor.pid
 
     async def start(self) -> None:
-        """Spawn the engine; the model loads in the background. What was started already stays as it is."""
+        """Spawn the engine; the model loads in the background. Does nothing if it was already started."""
         await self._supervisor.start()
 
     async def close(self) -> None:

@@ -1,7 +1,8 @@
-"""What server and engine say to each other. Typed, closed, and free of torch.
+"""Messages between server and engine. Typed, closed, and free of torch.
 
-The server validates every bound before it builds one of these; the engine trusts the types but checks what only it
-knows (block capacity, vocabulary). The engine's messages are encoded by position, since one goes out with every step.
+The server validates every bound before it builds a message. The engine trusts the types and checks what only
+it knows (block capacity, vocabulary). The engine's messages are encoded by position, because one is sent with
+every step.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ LogitsStage = Literal["raw", "processed"]
 LogitsPositions = Literal["generated", "prompt", "all"]
 FinishReason = Literal["stop", "length", "error"]
 DrawError = Literal["not_finite", "nothing_allowed"]
-"""Why a token could not be drawn: the model's logits were not finite, or the request's own bans left no token."""
+"""Why no token could be drawn: the model's logits were not finite, or the request's bans left no token."""
 Pooling = Literal["mean", "last", "cls"]
 
 
 class Array:
-    """A dense little-endian, row-major array: the only form in which numbers cross the socket in bulk.
+    """A dense little-endian, row-major array: the only form of bulk numbers on the socket.
 
-    ``dtype`` is "float32", "float16", "bfloat16" or "int32". A plain class on purpose: msgspec would encode a dataclass
-    by itself and copy the bytes into the message.
+    ``dtype`` is "float32", "float16", "bfloat16" or "int32". The class is not a dataclass on purpose: msgspec
+    would encode a dataclass itself and copy the bytes into the message.
     """
 
     __slots__ = ("data", "dtype", "shape")
@@ -39,7 +40,7 @@ class Array:
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How tokens are drawn. Temperature 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
+    """Sampling parameters. Temperature 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off."""
 
     max_tokens: int
     min_tokens: int = 0
@@ -52,13 +53,13 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     seed: int = 0
-    """Unsigned 64 bits. Choice i of a request draws with (seed, i, position), so a draw depends on nothing else."""
+    """Unsigned 64 bits. Choice i of a request draws with (seed, i, position), and a draw depends on nothing else."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
 
 class RowsSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which positions a request asked to see rows of, and in which dtype."""
+    """Positions whose rows a request asks for, and the dtype of the rows."""
 
     positions: LogitsPositions = "generated"
     dtype: LogitsDtype = "float32"
@@ -73,7 +74,10 @@ class RowsSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class LogitsSpec(RowsSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which logits. At most one of ``top_k`` and ``token_ids``; neither: the whole vocabulary."""
+    """Logits that a request asks for.
+
+    It has at most one of ``top_k`` and ``token_ids``; without both it asks for the whole vocabulary.
+    """
 
     stage: LogitsStage = "raw"
     top_k: int | None = None
@@ -81,18 +85,18 @@ class LogitsSpec(RowsSpec, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class HiddenStatesSpec(RowsSpec, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which hidden states: the last layer's, after the final norm."""
+    """Hidden states that a request asks for: the last layer's, after the final norm."""
 
 
 class HeadSpec(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A value head or classifier to apply to the prompt's hidden states: at its last token, or at every one."""
+    """A value head or classifier, applied to the prompt's hidden states at the last token or at every token."""
 
     name: str
     every_position: bool = False
 
 
 class OutputSpec(Struct, frozen=True, kw_only=True):
-    """What a request asks to see beside its tokens.
+    """Outputs that a request asks for beside its tokens.
 
     ``logprobs`` and ``prompt_logprobs`` are the number of most likely tokens reported beside the token itself (0: only
     the token itself; None: off). They are log-softmax of the raw logits.
@@ -107,7 +111,7 @@ class OutputSpec(Struct, frozen=True, kw_only=True):
 
     @property
     def of_prompt(self) -> OutputSpec:
-        """What is asked of prompt rows alone: requests that agree in it are computed together."""
+        """The part that concerns prompt rows. Requests with equal parts are computed together."""
         logits, hidden_states = self.logits, self.hidden_states
         return OutputSpec(
             logits=logits if logits is not None and logits.wants_prompt else None,
@@ -118,7 +122,7 @@ class OutputSpec(Struct, frozen=True, kw_only=True):
         )
 
     def first_prompt_row(self, num_prompt_tokens: int) -> int:
-        """The first prompt position of which a row is needed; ``num_prompt_tokens`` where none is."""
+        """Return the first prompt position whose row is needed; ``num_prompt_tokens`` if none is."""
         if (
             self.prompt_logprobs is not None
             or (self.logits is not None and self.logits.wants_prompt)
@@ -132,9 +136,9 @@ class OutputSpec(Struct, frozen=True, kw_only=True):
 
 
 class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One request: a prompt and ``n`` independent continuations of it; its last six fields are OutputSpec's.
+    """One request: a prompt and ``n`` independent continuations. Its last six fields are those of OutputSpec.
 
-    ``window_bytes`` bounds its unread outputs where that is less than the engine's own window.
+    ``window_bytes`` bounds its unread outputs if it is less than the engine's own window.
     """
 
     request_id: str
@@ -174,7 +178,7 @@ class LogitsRows(Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class Logprobs(Struct, frozen=True, kw_only=True, array_like=True):
-    """Per position: the log-probability and 0-based vocabulary rank of the token there, and the top-k beside it.
+    """Logprobs per position: the token's own with its 0-based vocabulary rank, and the top k.
 
     ``token_logprobs`` [rows]; ``ranks`` [rows]; ``top_ids`` and ``top_logprobs`` [rows][k], most likely first.
     """
@@ -186,17 +190,18 @@ class Logprobs(Struct, frozen=True, kw_only=True, array_like=True):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its numbers, 8 for each."""
+        """Bytes of the numbers, 8 for each."""
         return 8 * (2 * len(self.token_logprobs) + 2 * sum(map(len, self.top_ids)))
 
 
 class PromptOutput(Struct, frozen=True, kw_only=True, array_like=True):
-    """Rows of the prompt, in order and each exactly once.
+    """Rows of the prompt, in order, each exactly once.
 
-    ``offset`` is the position of the first row. Logits row j is computed at prompt position j and scores token j + 1; a
-    T-token prompt has T rows. Logprobs entry j belongs to token ``j + 1``, so a T-token prompt has T - 1.
-    ``hidden_states`` is [rows, H]; ``values`` float32 [rows, outputs of the head], of the last position alone unless every
-    one was asked for; ``pooled`` float32 [H], with the prompt's last rows. Carried by choice 0 only.
+    ``offset`` is the position of the first row. Logits row j is computed at prompt position j and scores
+    token j + 1; a T-token prompt has T rows. Logprobs entry j belongs to token ``j + 1``, so a T-token prompt
+    has T - 1 entries. ``hidden_states`` is [rows, H]. ``values`` float32 is [rows, outputs of the head], or
+    of the last position alone unless the request asks for every one. ``pooled`` float32 [H] comes with the
+    prompt's last rows. Only choice 0 carries rows.
     """
 
     offset: int
@@ -213,11 +218,12 @@ class PromptOutput(Struct, frozen=True, kw_only=True, array_like=True):
 
 
 class StepOutput(Struct, frozen=True, kw_only=True, array_like=True):
-    """What one step did for one choice of one request.
+    """Result of one step for one choice of one request.
 
-    ``token_ids`` holds the tokens drawn in this step (none while only prompt rows were computed); ``logits``, ``logprobs``
-    and ``hidden_states`` have one row for each. ``stop_token_id`` is set when a stop or EOS token ended the choice; that token is
-    the last of ``token_ids``. ``finish_reason`` is set on the last output of a choice.
+    ``token_ids`` holds the tokens drawn in this step (none while only prompt rows were computed). ``logits``,
+    ``logprobs`` and ``hidden_states`` have one row for each. ``stop_token_id`` is set when a stop or EOS
+    token ended the choice; that token is the last of ``token_ids``. ``finish_reason`` is set on the last
+    output of a choice.
     """
 
     request_id: str
@@ -235,13 +241,13 @@ class StepOutput(Struct, frozen=True, kw_only=True, array_like=True):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its arrays and log-probabilities: they count against the request's window until the reader took them."""
+        """Bytes of arrays and logprobs, which count against the request's window until the reader takes them."""
         blocks = (self.logits, self.logprobs, self.hidden_states, self.prompt)
         return sum(block.nbytes for block in blocks if block is not None)
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):
-    """What the engine loaded; sent once, when it is ready to serve.
+    """Description of the loaded model; sent once, when the engine is ready to serve.
 
     ``tokenizer_path`` is a local directory with tokenizer.json, tokenizer_config.json and (where the model has one)
     chat_template.jinja.
@@ -261,15 +267,13 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     num_blocks: int
     hidden_size: int
     can_generate: bool
-    """False for a sequence classifier: it has hidden states and heads, but no logits over a vocabulary."""
+    """False for a sequence classifier, which has hidden states and heads but no logits over a vocabulary."""
     heads: dict[str, int]
-    """Value heads and classifiers by name, and how many numbers each gives per position."""
+    """Value heads and classifiers by name, with the number of values that each gives per position."""
 
 
 class EngineStats(Struct, frozen=True, kw_only=True, array_like=True):
-    """The engine after a step: sequences that run, wait and are parked (their reader lags), KV blocks in use, and what was
-    counted so far.
-    """
+    """Statistics of the engine after a step: sequences running, waiting and parked, KV blocks in use, and counters."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -282,36 +286,33 @@ class EngineStats(Struct, frozen=True, kw_only=True, array_like=True):
     num_parked: int = 0
 
 
-# Server to engine.
-
-
 class Generate(Struct, frozen=True, tag=True):
     request: GenerationRequest
 
 
 class Abort(Struct, frozen=True, tag=True):
-    """Stop one choice (``index``) or the whole request (None). Unknown ids are ignored: the request may just have ended."""
+    """Stop one choice (``index``) or the whole request (None).
+
+    Unknown ids are ignored: the request may have just ended.
+    """
 
     request_id: str
     index: int | None = None
 
 
 class Consumed(Struct, frozen=True, tag=True):
-    """``nbytes`` of a request's arrays have left the server: room in its window again."""
+    """``nbytes`` of a request's arrays have left the server, so its window has room again."""
 
     request_id: str
     nbytes: int
 
 
 class Shutdown(Struct, frozen=True, tag=True):
-    """Finish nothing more; exit."""
-
-
-# Engine to server.
+    """Exit without finishing anything more."""
 
 
 class Located(Struct, frozen=True, tag=True, array_like=True):
-    """The model's files are on this machine; ``tokenizer_path`` is ModelInfo's. Comes long before Ready."""
+    """The model's files are on this machine; ``tokenizer_path`` is that of ModelInfo. Sent long before Ready."""
 
     tokenizer_path: str
 
@@ -326,7 +327,7 @@ class StepOutputs(Struct, frozen=True, tag=True, array_like=True):
 
 
 class Refused(Struct, frozen=True, tag=True, array_like=True):
-    """The engine did not take a request: it never could, or (``overloaded``) its queue is full at the moment."""
+    """The engine did not take a request: it never can, or (``overloaded``) its queue is full at the moment."""
 
     request_id: str
     message: str
@@ -334,9 +335,10 @@ class Refused(Struct, frozen=True, tag=True, array_like=True):
 
 
 class Failed(Struct, frozen=True, tag=True, array_like=True):
-    """The engine cannot go on (or never started); it exits after this.
+    """The engine cannot continue, or never started. It exits after this message.
 
-    ``begun_request_ids`` are the requests of which something had been computed. The others can be asked of another process.
+    ``begun_request_ids`` are the requests for which something had been computed. Another process can serve
+    the others.
     """
 
     message: str
@@ -344,7 +346,7 @@ class Failed(Struct, frozen=True, tag=True, array_like=True):
 
 
 class Heartbeat(Struct, frozen=True, tag=True, array_like=True):
-    """Sent every second, also while a step runs: how long it has run so far (None: there is none), and the longest one."""
+    """Sent every second, also during a step: its duration so far (None outside one), and the longest step's."""
 
     step_seconds: float | None
     longest_step_seconds: float

@@ -1,4 +1,4 @@
-"""The requests under way, multiplexed over the channel to the engine process."""
+"""Requests in progress, multiplexed over the channel to the engine process."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from logitengine.link.messages import (
 )
 
 ACKNOWLEDGED_SHARE = 1 / 8
-"""Share of a request's window that is read before the engine is told: a message wakes a thread beside its kernels."""
+"""Share of a request's window that is read per message to the engine, which wakes a thread beside its kernels."""
 
 MOST_PROCESSES = 2
-"""How many are asked for a request in turn. One that ends its process before it has begun must not do so for ever."""
+"""Number of processes that get a request in turn. A request that kills each process early must not do so for ever."""
 
 
 class _Stream:
-    """The outputs of one request on their way from the socket to the one who asked.
+    """Outputs of one request on their way from the socket to the caller.
 
-    Every output that comes is consumed once: when its reader is done with it, or at once where it has none. The engine
-    counts what is not consumed against the request's window.
+    Every output is consumed once: when its reader is done with it, or at once if it has no reader. The engine
+    counts unconsumed bytes against the request's window.
     """
 
     def __init__(self, request: GenerationRequest, window_bytes: int) -> None:
@@ -52,7 +52,7 @@ class _Stream:
         self._queue: asyncio.Queue[StepOutput | EngineError | None] = asyncio.Queue()
 
     def send(self, channel: AsyncChannel[FromEngine]) -> None:
-        """Ask the process behind ``channel`` for the outputs, unless it was asked or the request is over."""
+        """Send the request to the process behind ``channel``, unless it was sent before or is over."""
         if self._channel is not None or not self._open_choices:
             return
         self._channel = channel
@@ -62,14 +62,14 @@ class _Stream:
             channel.send(Abort(self._request.request_id, index))
 
     def outlive(self, begun: Collection[str]) -> bool:
-        """Let go of a process that ended, to be sent to the next. False: that one cannot go on with the request."""
+        """Detach from a process that ended, to be sent to the next one. False: the next cannot continue the request."""
         self._channel = None
         return (
             not self._has_output and self._request.request_id not in begun and self._num_sent < MOST_PROCESSES
         )
 
     def put(self, output: StepOutput) -> None:
-        """Take what the engine sent; a choice that was aborted has no reader."""
+        """Take an output from the engine; an aborted choice has no reader."""
         self._has_output = True
         if output.index not in self._open_choices:
             self.consume(output)
@@ -79,7 +79,7 @@ class _Stream:
             self._close_choice(output.index)
 
     async def next(self) -> StepOutput | None:
-        """The next output to read and then `consume`; None after the last. Raises EngineError."""
+        """Return the next output to read and then `consume`, or None after the last. Raises EngineError."""
         while (output := await self._queue.get()) is not None:
             if isinstance(output, EngineError):
                 raise output
@@ -101,7 +101,7 @@ class _Stream:
             self._close_choice(index)
 
     def close(self) -> None:
-        """Abort what still runs: nobody reads any more."""
+        """Abort the choices that still run, because the reader is gone."""
         if self._open_choices:
             self._tell(Abort(self._request.request_id))
 
@@ -120,10 +120,10 @@ class _Stream:
 
 
 class Streams:
-    """Sends requests to the process that is connected and hands its outputs to those who asked.
+    """Sends requests to the connected process and passes its outputs to the callers.
 
     Args:
-        window_bytes: how much of a request's outputs may be unread before the engine makes no more.
+        window_bytes: bytes of a request's outputs that may be unread before the engine stops producing more.
     """
 
     def __init__(self, window_bytes: int) -> None:
@@ -132,18 +132,16 @@ class Streams:
         self._channel: AsyncChannel[FromEngine] | None = None
         self._reason = "not started"
 
-    # What becomes of the process.
-
     def connect(self, channel: AsyncChannel[FromEngine]) -> None:
-        """Send requests over ``channel`` from here on, first those that outlived another: its process is ready."""
+        """Send requests over ``channel`` to a ready process, first the ones that outlived another process."""
         self._channel = channel
         for stream in self._streams.values():
             stream.send(channel)
 
     def disconnect(self, reason: str, begun: Collection[str] | None = None) -> None:
-        """Turn new requests away with ``reason``, and fail those under way: no process takes them.
+        """Reject new requests with ``reason``, and fail those in progress, because no process takes them.
 
-        Where it is known which of them the process had ``begun``, the others wait for the next one.
+        If ``begun`` tells which of them the process had begun, the others wait for the next process.
         """
         self._channel, self._reason = None, reason
         for stream in self._streams.values():
@@ -151,7 +149,7 @@ class Streams:
                 stream.fail(EngineDeadError("the engine died while it was working on this request"))
 
     def receive(self, message: StepOutputs | Refused) -> None:
-        """Hand on what the connected process said."""
+        """Pass on a message of the connected process."""
         match message:
             case StepOutputs(outputs):
                 for output in outputs:
@@ -164,10 +162,8 @@ class Streams:
                     refusal = EngineOverloadedError if overloaded else RequestRefusedError
                     stream.fail(refusal(reason))
 
-    # What is asked of it.
-
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
-        """As `EngineProtocol.generate`."""
+        """Implement `EngineProtocol.generate`."""
         if self._channel is None:
             raise EngineNotReadyError(self._reason)
         if request.request_id in self._streams:
@@ -183,7 +179,7 @@ class Streams:
             stream.close()
 
     def abort_choice(self, request_id: str, index: int) -> None:
-        """As `EngineProtocol.abort_choice`."""
+        """Implement `EngineProtocol.abort_choice`."""
         stream = self._streams.get(request_id)
         if stream is not None:
             stream.abort(index)

@@ -1,4 +1,4 @@
-"""The engine process's life: spawned, watched, restarted when it dies."""
+"""Life of the engine process: it is spawned, watched, and restarted when it dies."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ from logitengine.link.streams import Streams
 logger = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "logitengine.process")
-"""Takes ``--socket`` and ``--config``."""
+"""Command of the engine process; it takes ``--socket`` and ``--config``."""
 
 SILENT_SECONDS = 10.0
-"""A process that says nothing for this long does not answer. It says something every second, also while it computes."""
+"""Silence after which a process counts as not answering. It sends a message every second, also while it computes."""
 
 STUCK_SECONDS = 30.0
 STUCK_FACTOR = 10
-"""A step is stuck when it takes longer than this many seconds and this many times the longest one before it."""
+"""A step is stuck when it takes longer than this many seconds and this many times the longest step before it."""
 
 RESTART_SECONDS = (0.1, 1.0, 5.0, 30.0)
 """Pauses before the restarts that follow deaths without a served request in between."""
 
 EXIT_SECONDS = 5.0
-"""How long a process may take to exit by itself once its socket is closed."""
+"""Time for a process to exit by itself once its socket is closed."""
 
 OPENMP_SPINS = "1000"
 
 
 def engine_environment() -> dict[str, str]:
-    """Ours, with OpenMP told to sleep soon between parallel regions unless the user has told it anything.
+    """Return this process's environment, with OpenMP set to sleep soon between parallel regions unless the user chose.
 
-    By default its threads spin for milliseconds on cores that the server process needs: with both cores of a small
-    machine shared, a step then takes three times as long.
+    By default OpenMP's threads spin for milliseconds on cores that the server process needs. With both cores
+    of a small machine shared, a step then takes three times as long.
     """
     environment = dict(os.environ)
     if not environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
@@ -67,7 +67,7 @@ class Supervisor:
     """Keeps an engine process alive and connects ``streams`` to it.
 
     Args:
-        streams: told when a process is ready or gone, and given what it says about requests.
+        streams: told when a process is ready or gone, and given its messages about requests.
         command: the process to run.
         clock: seconds, monotonic.
     """
@@ -98,12 +98,12 @@ class Supervisor:
         self._unavailable: str | None = "not started"
         self._last_heard = clock()
         self._heartbeat = Heartbeat(None, 0.0)
-        # What the process that runs, or ran last, has done.
+        # State of the process that runs or ran last.
         self._has_served = False
         self._has_failed = False
 
     async def start(self) -> None:
-        """Spawn the engine; the model loads in the background. What was started already stays as it is."""
+        """Spawn the engine; the model loads in the background. Does nothing if it was already started."""
         if self._task is not None:
             return
         self._closing = False
@@ -116,14 +116,14 @@ class Supervisor:
         spawning.cancel()
 
     async def wait_located(self) -> str:
-        """As `EngineProtocol.wait_located`."""
+        """Implement `EngineProtocol.wait_located`."""
         await self._located.wait()
         if self._tokenizer_path is None:
             raise EngineDeadError(self._load_error or "the engine could not be started")
         return self._tokenizer_path
 
     async def wait_ready(self) -> ModelInfo:
-        """As `EngineProtocol.wait_ready`."""
+        """Implement `EngineProtocol.wait_ready`."""
         await self._loaded.wait()
         if self.info is None or self._load_error is not None:
             raise EngineDeadError(self._load_error or "the engine could not be started")
@@ -140,11 +140,11 @@ class Supervisor:
 
     @property
     def pid(self) -> int | None:
-        """The engine's process id while there is one."""
+        """Id of the engine process, or None when there is none."""
         return self._process.pid if self._process is not None else None
 
     def not_ready_reason(self) -> str | None:
-        """None when requests can be served, else why not: loading, dead and restarting, silent, or stuck."""
+        """Return None when requests can be served, else the reason: loading, dead and restarting, silent, or stuck."""
         if self._unavailable is not None:
             return self._unavailable
         silence = self._clock() - self._last_heard
@@ -155,15 +155,13 @@ class Supervisor:
             return f"the engine is stuck: a step has run for {step:.0f} s, the longest before it took {longest:.1f} s"
         return None
 
-    # One life after the other.
-
     async def _supervise(self) -> None:
         deaths = 0
         while True:
             self._has_served = self._has_failed = False
             await self._run_process()
             if self.info is None:
-                # It never loaded. Trying again would fail again, so whoever waits for it is told.
+                # It never loaded, and another try would fail again, so everyone who waits for it is told.
                 self._give_up(self._load_error or "the engine died while it was loading")
                 return
             deaths = 0 if self._has_served else deaths + 1
@@ -173,7 +171,7 @@ class Supervisor:
             await asyncio.sleep(pause)
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
-        """A fault of the supervisor's own must not look like an engine that is loading for ever."""
+        """Give up after a fault of the supervisor itself, which would else look like an engine that loads for ever."""
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("supervising the engine failed", exc_info=error)
             self._give_up(f"supervising the engine failed: {error}")
@@ -185,14 +183,14 @@ class Supervisor:
         self._loaded.set()
 
     def _turn_away(self, reason: str, begun: Collection[str] | None = None) -> None:
-        """Requests cannot be served, for this reason; ``begun`` as of `Streams.disconnect`."""
+        """Reject requests for this reason; ``begun`` is that of `Streams.disconnect`."""
         self._unavailable = reason
         self._loaded.clear()
         self._streams.disconnect(reason, begun)
 
     async def _run_process(self) -> None:
-        """One life of the engine: spawn, connect, pass messages until its socket closes, reap."""
-        directory = Path(tempfile.mkdtemp(prefix="logitserve-"))  # mode 0700: nobody else can connect
+        """Run one life of the engine: spawn, connect, pass messages until its socket closes, reap."""
+        directory = Path(tempfile.mkdtemp(prefix="logitserve-"))  # mode 0700: no other user can connect
         path = directory / "engine.sock"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -208,7 +206,7 @@ class Supervisor:
             if connection is not None:
                 await self._converse(connection)
         finally:
-            # Before it is reaped, which takes seconds where a process does not exit by itself.
+            # Before the process is reaped, which takes seconds if it does not exit by itself.
             if not self._has_failed and not self._closing:
                 self._turn_away("the engine died and is being restarted" if self.info else "the engine died")
             listener.close()
@@ -237,7 +235,7 @@ class Supervisor:
             logger.exception("the engine sent what is no message")
 
     async def _reap(self) -> None:
-        """Let the process exit by itself (its socket is closed), then make sure of it, also when cancelled meanwhile."""
+        """Let the process exit by itself (its socket is closed), then make sure that it has, even when cancelled."""
         process, channel, self._process, self._channel = self._process, self._channel, None, None
         if channel is not None:
             channel.send(Shutdown())
@@ -282,12 +280,12 @@ class Supervisor:
             "the engine failed and is being restarted" if self.info else reason, begun if was_ready else None
         )
         if self._channel is not None:
-            self._channel.close()  # or a process that hangs at its exit would hold up the next one
+            self._channel.close()  # otherwise a process that hangs at its exit would delay the next one
 
     def _on_ready(self, info: ModelInfo) -> None:
         channel = self._channel
         if channel is None:
-            return  # it is being reaped
+            return  # the process is being reaped
         self.info, self._unavailable = info, None
         self._heartbeat = Heartbeat(None, 0.0)
         self._streams.connect(channel)

@@ -1,1 +1,1 @@
-"""A checkpoint becomes a network."""
+"""Loading of a checkpoint into a network."""

@@ -1,7 +1,8 @@
-"""Our attention function, as transformers' models call it.
+"""The project's attention function, in the signature that transformers' models call.
 
-Registered under the name `logitserve`. The paged cache, the metadata and the kernels come to it as forward kwargs; a
-kwarg that it does not know is a TypeError, because an attention option that is ignored gives wrong logits silently.
+It is registered under the name `logitserve`. It receives the paged cache, the metadata and the kernels as
+forward kwargs. An unknown kwarg is a TypeError, because an ignored attention option would silently give wrong
+logits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ATTENTION_NAME = "logitserve"
 
 
 def register_attention() -> None:
-    """Make the name known to transformers. Registering twice is harmless."""
+    """Register the function with transformers. Registering twice is harmless."""
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, causal_mask)
 
@@ -47,8 +48,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Store this step's keys and values, then attend over the paged cache.
 
-    ``query`` is [1, Hq, T, D], ``key`` and ``value`` [1, Hkv, T, D]; returns [1, T, Hq, Dv]. The last three kwargs are
-    passed down by every model and carry nothing that the metadata does not say.
+    ``query`` is [1, Hq, T, D], ``key`` and ``value`` [1, Hkv, T, D]; returns [1, T, Hq, Dv]. Every model
+    passes the last three kwargs down; the metadata already holds their information.
     """
     if attention_mask is not None or dropout or output_attentions or is_causal is False:
         raise ValueError("only causal attention without a mask, dropout or returned weights is served")
@@ -82,10 +83,12 @@ def causal_mask(
     device: torch.device,
     local_size: int | None = None,
 ) -> None:
-    """No mask: causality is in the metadata, and a sliding window (``local_size`` here) comes to the attention function too.
+    """Return no mask: the metadata implies causality.
 
-    Raises ValueError for a padding mask and for a model that overlays a mask of its own (image blocks, say), which
-    would otherwise be dropped.
+    The attention function receives a sliding window (``local_size`` here) too.
+
+    Raises ValueError for a padding mask and for a model that overlays its own mask (image blocks, for
+    example). Such a mask would otherwise be dropped.
     """
     if attention_mask is not None or use_vmap:
         raise ValueError(f"{config.model_type} asks for an attention mask that is not plainly causal")

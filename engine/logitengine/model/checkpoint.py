@@ -1,4 +1,4 @@
-"""From the name a user gave to files on this machine that transformers and the tokenizer can read."""
+"""Resolution of a model's name to local files that transformers and the tokenizer can read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "smollm2"
 CONVERSION_VERSION = 2
-"""Part of the cache key: raise it when what a conversion writes changes."""
+"""Part of the cache key. Raise it when the output of a conversion changes."""
 
 
 class CheckpointError(Exception):
@@ -54,7 +54,10 @@ def resolve_checkpoint(model: str) -> Checkpoint:
 
 
 def gguf_path(model: str) -> Path | None:
-    """The GGUF file that ``model`` names, or None if it names something else. Raises CheckpointError if it is missing."""
+    """Return the GGUF file that ``model`` names, or None if it names something else.
+
+    Raises CheckpointError if the file is missing.
+    """
     if model == DEFAULT_MODEL:
         return _packaged_gguf()
     path = Path(model).expanduser()
@@ -117,7 +120,7 @@ def _from_gguf(name: str, gguf: Path) -> Checkpoint:
 
 
 def _tokenizer_directory(path: Path) -> Path:
-    """The model's own directory, or a converted copy where it has only a slow tokenizer."""
+    """Return the model's own directory, or a converted copy if it has only a slow tokenizer."""
     if (path / "tokenizer.json").is_file():
         return path
     source = path / "tokenizer_config.json"
@@ -131,7 +134,10 @@ def _tokenizer_directory(path: Path) -> Path:
 
 
 def _cached(kind: str, source: Path, convert: Callable[[Path], None]) -> Path:
-    """The directory that ``convert`` fills for this very file; made once, appearing whole or not at all."""
+    """Return the directory that ``convert`` fills for this very file.
+
+    It is made once and appears whole or not at all.
+    """
     stat = source.resolve().stat()
     identity = f"{CONVERSION_VERSION}|{source.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logitserve" / kind
@@ -145,7 +151,7 @@ def _cached(kind: str, source: Path, convert: Callable[[Path], None]) -> Path:
         try:
             draft.rename(target)
         except OSError:
-            if not target.is_dir():  # another process may have finished first; its copy is as good
+            if not target.is_dir():  # another process may have finished first; its copy is equal
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""`fuse(model, packer, shapes)`: the well-known architectures as networks of our kernels.
+"""Conversion of well-known architectures to networks of the project's kernels.
 
-What is recognised is recognised by its class and its config, and checked: a variation that we do not know (a bias, a
-norm of another kind) is left as transformers has it, only slower.
+A model is recognised by its class and its config, and checked. An unknown variation (a bias, a norm of
+another kind) keeps transformers' own modules and only runs slower.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from logitengine.run.kv_cache import PagedKVCache
 LLAMA_FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 GEMMA_FAMILY = (GemmaModel, Gemma2Model, Gemma3TextModel)
 PLAIN_HEADS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, GemmaForCausalLM)
-"""Their logits are what the linear layer gives."""
+"""Models whose logits are the output of the linear layer."""
 
 MOST_TABLED_POSITIONS = 1 << 15
-"""16 MiB each of cosines and sines for a head of 128."""
+"""Positions with tabled cosines and sines: 16 MiB each for a head of 128."""
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""transformers' names of the activations that the kernels have."""
+"""Activations that the kernels have, by transformers' names."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Successive layers that share one rotary embedding; ``rope`` names it where the model has several (Gemma 3)."""
+    """Successive layers that share one rotary embedding; ``rope`` names it if the model has several (Gemma 3)."""
 
     rope: str | None
     layers: list[DecoderLayerWeights]
@@ -58,10 +58,10 @@ class _Run:
 
 
 class FusedNetwork(Network):
-    """A model of the Llama or Gemma family: embedding, layers, final norm. The residual stream is float32.
+    """Model of the Llama or Gemma family: embedding, layers, final norm. The residual stream is float32.
 
     Attributes:
-        linears: its linear layers by the names of their weights, of which several may be one layer.
+        linears: linear layers by the names of their weights; several names may map to one layer.
     """
 
     is_fused = True
@@ -111,9 +111,9 @@ class FusedNetwork(Network):
 
 
 class Rotary:
-    """The cosines and sines, float32 [T, R], that the model's own module has for positions int64 [T].
+    """Cosines and sines, float32 [T, R], of the model's own rotary module for positions int64 [T].
 
-    They are looked up where a position's depend on nothing but the position, and all of them are small.
+    They come from a table if they depend on nothing but the position and the table is small.
     """
 
     def __init__(self, module: Any, rope: str | None) -> None:
@@ -140,7 +140,7 @@ class Rotary:
 
 
 class FusedLinear(nn.Module):
-    """A linear layer of the kernels' in the place of a model's."""
+    """A linear layer of the kernels in place of a model's own."""
 
     def __init__(self, linear: Linear) -> None:
         super().__init__()
@@ -154,11 +154,11 @@ class Packer:
     """Packs linear layers for the kernels.
 
     Attributes:
-        linears: what was packed, by the names of its weights.
+        linears: packed layers, by the names of their weights.
     """
 
     def __init__(self, kernels: Kernels, model: WeightSource, source: WeightSource, *, exact: bool) -> None:
-        """``source`` has the weights to be multiplied; ``model`` has them dense, for layers that cannot be packed from it."""
+        """Take weights from ``source``, or dense from ``model`` for layers that cannot be packed from ``source``."""
         self.kernels = kernels
         self.linears: dict[str, Linear] = {}
         self._model = model
@@ -166,7 +166,7 @@ class Packer:
         self._exact = exact
 
     def pack(self, linears: dict[str, nn.Linear]) -> Linear:
-        """Several layers over the same input as one, by parameter name without ``.weight``."""
+        """Pack several layers over the same input as one, by parameter name without ``.weight``."""
         biases: list[Tensor] = [
             linear.bias.detach() for linear in linears.values() if linear.bias is not None
         ]
@@ -178,7 +178,7 @@ class Packer:
         return packed
 
     def _weights(self, names: list[str]) -> list[Weight]:
-        """Weights that can be stacked: a GGUF file may hold those of one layer in blocks of several formats."""
+        """Return weights that can be stacked. A GGUF file may hold those of one layer in blocks of several formats."""
         weights = [self._source.get(name) for name in names]
         formats = {weight.format for weight in weights if isinstance(weight, BlockWeight)}
         if not formats or (
@@ -191,7 +191,10 @@ class Packer:
 
 
 def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape]) -> Network:
-    """The model as a fused network where it is one that we know, and then it gives up its decoder; else as it is."""
+    """Return the model as a fused network if its architecture is known, else unchanged.
+
+    Fusing takes its decoder away.
+    """
     kernels = packer.kernels
     decoder = getattr(model, model.base_model_prefix)
     if type(decoder) not in LLAMA_FAMILY + GEMMA_FAMILY or not all(
@@ -203,12 +206,12 @@ def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape]) -> Ne
         layers.append(_pack_layer(layer, packer, f"model.layers.{index}", shape))
         if not kernels.runs_fused(layers[-1]):
             return TransformersNetwork(model, kernels)
-    setattr(model, model.base_model_prefix, None)  # its weights were packed: nothing else may keep them
+    setattr(model, model.base_model_prefix, None)  # its weights are packed, and nothing else may keep them
     return FusedNetwork(decoder, layers, _fuse_head(model, packer), packer.linears, kernels)
 
 
 def _fuse_head(model: PreTrainedModel, packer: Packer) -> Head:
-    """The model's head over a packed weight, which takes the place of the model's own."""
+    """Return the model's head over a packed weight, which replaces the model's own."""
     if isinstance(getattr(model, "lm_head", None), nn.Linear):
         packed = packer.pack({"lm_head": model.lm_head})
         model.lm_head = FusedLinear(packed)
@@ -218,7 +221,7 @@ def _fuse_head(model: PreTrainedModel, packer: Packer) -> Head:
 
 
 def _activation(layer: Any) -> Activation | None:
-    """What the layer's gated MLP applies, by the class of its module; None if the kernels do not have it."""
+    """Return the activation of the layer's gated MLP, by its module's class; None if the kernels do not have it."""
     for name, activation in ACTIVATIONS.items():
         if type(layer.mlp.act_fn) is type(ACT2FN[name]):
             return activation
@@ -229,8 +232,8 @@ def _pack_layer(layer: Any, packer: Packer, name: str, shape: LayerShape) -> Dec
     attention, mlp = layer.self_attn, layer.mlp
     config = attention.config
     activation = _activation(layer)
-    assert activation is not None  # noqa: S101 - fuse() has looked
-    # Gemma 2 and 3 norm what attention and MLP give as well as what they read, and name the norms accordingly.
+    assert activation is not None  # noqa: S101 - fuse() has checked
+    # Gemma 2 and 3 also norm the output of attention and MLP, and name the norms accordingly.
     has_output_norms = hasattr(layer, "pre_feedforward_layernorm")
     mlp_norm = layer.pre_feedforward_layernorm if has_output_norms else layer.post_attention_layernorm
     return DecoderLayerWeights(
@@ -254,14 +257,14 @@ def _pack_layer(layer: Any, packer: Packer, name: str, shape: LayerShape) -> Dec
 
 
 def _embedding(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
-    """The rows of token ids, [T] -> [T, H], as the module gives them."""
+    """Return the module's lookup of token ids, [T] -> [T, H]."""
     if type(module) is nn.Embedding and module.max_norm is None:
         return partial(torch.index_select, module.weight.detach(), 0)
     return module
 
 
 def _norm_weight(norm: Any) -> Tensor:
-    """What multiplies the normed values, float32. Gemma stores it less 1."""
+    """Return the factor of the normed values, float32. Gemma stores it less 1."""
     weight: Tensor = norm.weight.detach().float()
     return weight + 1 if isinstance(norm, (GemmaRMSNorm, Gemma2RMSNorm, Gemma3RMSNorm)) else weight
 
@@ -272,7 +275,7 @@ def _eps(norm: Any) -> float:
 
 
 def _ropes(decoder: Any) -> list[str | None]:
-    """The name of each layer's rotary embedding where the model has several."""
+    """Return the name of each layer's rotary embedding, or None for each if the model has only one."""
     if isinstance(decoder, Gemma3TextModel):
         return list(decoder.config.layer_types or [])
     return [None] * len(decoder.layers)

@@ -1,4 +1,4 @@
-"""What each attention layer of a model stores, found by running one token through it."""
+"""Storage shapes of a model's attention layers, found by running one token through the model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What a layer stores per token, how far back it looks (None: to the beginning), and how it caps its scores.
+    """Properties of a layer's attention: its storage per token, sliding window (None: unlimited) and softcap.
 
-    The sizes of a key and of a value differ in some architectures.
+    In some architectures keys and values have different sizes.
     """
 
     num_kv_heads: int
@@ -30,18 +30,18 @@ class LayerShape:
 
 @dataclass(slots=True)
 class ShapeProbe:
-    """Stands in for the cache in one forward pass and records what each layer would have stored."""
+    """Replaces the cache in one forward pass and records what each layer would have stored."""
 
     shapes: dict[int, LayerShape] = field(default_factory=dict)
 
     def record(
         self, layer: int, key: Tensor, value: Tensor, sliding_window: int | None, softcap: float | None
     ) -> None:
-        """``key`` and ``value`` are [1, Hkv, T, D]."""
+        """Record a layer; ``key`` and ``value`` are [1, Hkv, T, D]."""
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3], sliding_window, softcap)
 
     def in_order(self) -> list[LayerShape]:
-        """Raises ValueError if some layer did not come through our attention function."""
+        """Return the shapes by layer. Raises ValueError if a layer did not use the project's attention function."""
         if sorted(self.shapes) != list(range(len(self.shapes))) or not self.shapes:
             raise ValueError(
                 "this architecture has layers that do not use the attention interface "
@@ -52,9 +52,9 @@ class ShapeProbe:
 
 @torch.inference_mode()
 def probe_layers(model: PreTrainedModel, kernels: Kernels) -> list[LayerShape]:
-    """What each layer stores per token, found by running one token through the model as transformers has it.
+    """Return the shape of each layer, found by running one token through transformers' own model.
 
-    Raises TypeError or ValueError if the architecture asks for something of its attention that is not served.
+    Raises TypeError or ValueError if the architecture needs an attention feature that is not supported.
     """
     probe = ShapeProbe()
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)

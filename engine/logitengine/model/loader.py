@@ -1,4 +1,4 @@
-"""From what the options name to a model that runs: kernels, weights, network, cache."""
+"""From the options to a model that runs: kernels, weights, network, cache."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class LoadedModel:
 def load(
     config: EngineConfig, device: Device | None = None, checkpoint: Checkpoint | None = None
 ) -> LoadedModel:
-    """Load what ``config`` names, onto ``device`` in place of the one that it names if one is given.
+    """Load the model that ``config`` names, onto ``device`` if given, else onto the device that ``config`` names.
 
-    ``checkpoint`` is the model's, where it has been resolved.
+    ``checkpoint`` is the model's checkpoint, if it is already resolved.
 
     Raises CheckpointError for a model that cannot be served, with the reason.
     """
@@ -85,9 +85,10 @@ def prepare(
     device: Device,
     weights: WeightSource | None = None,
 ) -> LoadedModel:
-    """Fuse a model that lies on ``device`` and uses our attention function, and size the KV cache for it.
+    """Fuse a model that is on ``device`` and uses the project's attention function, and size the KV cache for it.
 
-    The model is used up: what is fused is taken out of it, its linear layers with the weights of ``weights`` if given.
+    The model is used up: fused parts are taken out of it. Its linear layers use the weights of ``weights`` if
+    given.
 
     Raises CheckpointError for a model that cannot be served, with the reason.
     """
@@ -159,7 +160,7 @@ def _stored_blocks(
 
 
 def _refuse_unfused(config: EngineConfig, model: PreTrainedModel, network: Network) -> None:
-    """Options that only fused networks honour."""
+    """Refuse options that only fused networks honour. Raises CheckpointError."""
     only_fused = {
         "batch_invariant": config.batch_invariant,
         f"weights={config.weights}": config.weights in {"stored", "int8"},
@@ -174,7 +175,7 @@ def _refuse_unfused(config: EngineConfig, model: PreTrainedModel, network: Netwo
 
 @torch.inference_mode()
 def _check_head(network: Network, model: PreTrainedModel, dtype: torch.dtype, device: Device) -> None:
-    """Run the head once: what it cannot do must show while the model is loaded, not in somebody's request."""
+    """Run the head once, so that an unsupported head fails while the model is loaded and not in a request."""
     config = model.config.get_text_config()
     try:
         logits = network.head(torch.zeros(1, config.hidden_size, dtype=dtype, device=device.torch_device))
@@ -187,7 +188,7 @@ def _check_head(network: Network, model: PreTrainedModel, dtype: torch.dtype, de
 
 
 def _longest(config: EngineConfig, own: int | None) -> int | None:
-    """The model's own limit or a shorter one that was asked for; None where there is neither."""
+    """Return the model's own limit or a shorter one from the options; None if there is neither."""
     if config.max_model_len is not None and own is not None and config.max_model_len > own:
         raise CheckpointError(f"max_model_len={config.max_model_len} exceeds the model's own {own} positions")
     return own if config.max_model_len is None else config.max_model_len

@@ -1,4 +1,4 @@
-"""A model in the two parts that the engine runs apart: a decoder over the paged cache, and a head over chosen rows."""
+"""A model in two parts that the engine runs separately: a decoder over the paged cache, and a head over chosen rows."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from logitengine.run.batch import DeviceBatch
 from logitengine.run.kv_cache import PagedKVCache
 
 Decoder = Callable[[DeviceBatch], Tensor]
-"""Stores a batch's keys and values in the cache that it was made for; gives the last hidden states [T, H]."""
+"""Stores a batch's keys and values in the cache that it is bound to, and returns the last hidden states [T, H]."""
 
 Head = Callable[[Tensor], Tensor]
-"""Raw logits of hidden states: [R, H] -> [R, V]."""
+"""Maps hidden states to raw logits: [R, H] -> [R, V]."""
 
 
 class Network(ABC):
-    """What runs a model.
+    """A model in executable form.
 
     Attributes:
-        head: the raw logits of hidden states.
-        is_fused: every operation is one of the kernels'.
+        head: maps hidden states to raw logits.
+        is_fused: whether every operation is one of the kernels'.
     """
 
     head: Head
@@ -34,11 +34,11 @@ class Network(ABC):
 
     @abstractmethod
     def decoder(self, kv_cache: PagedKVCache) -> Decoder:
-        """The decoder, keeping its keys and values in ``kv_cache``."""
+        """Return the decoder that keeps its keys and values in ``kv_cache``."""
 
 
 class TransformersNetwork(Network):
-    """A model as transformers has it, with our attention function."""
+    """A model of transformers' own modules, with the project's attention function."""
 
     is_fused = False
 
@@ -64,7 +64,7 @@ class TransformersNetwork(Network):
 
 
 class TransformersHead:
-    """The head of a model with whatever its class does to the logits (softcap, scaling)."""
+    """Head of a model, including its class's transform of the logits (softcap, scaling)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         # A second shell around the same submodules: no weight is copied.
@@ -78,7 +78,7 @@ class TransformersHead:
 
 
 class _HiddenStatesThrough(nn.Module):
-    """Takes the decoder's place under the head, so that the head's own transform is what runs."""
+    """Replaces the decoder under the head, so that the head's own transform runs."""
 
     def forward(
         self,
@@ -88,7 +88,10 @@ class _HiddenStatesThrough(nn.Module):
         use_cache: bool | None = None,
         **unset: object,
     ) -> MoeModelOutputWithPast:
-        """``inputs_embeds`` are the hidden states. Heads pass down many options of their decoder; none may be set."""
+        """Return ``inputs_embeds`` as hidden states.
+
+        Heads pass many options to their decoder; none of them may be set.
+        """
         asked = [name for name, value in unset.items() if value is not None and value is not False]
         if asked:
             raise TypeError(f"the head asks its decoder for {', '.join(asked)}")

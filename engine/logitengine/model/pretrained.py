@@ -1,4 +1,4 @@
-"""A checkpoint as transformers' own model, and what its configuration says."""
+"""A checkpoint as transformers' own model, and facts from its configuration."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from logitengine.model.checkpoint import Checkpoint, CheckpointError
 
 
 def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model on ``device``, with our attention function. Raises CheckpointError for what cannot be served."""
+    """Load the model onto ``device``, with the project's attention function. Raises CheckpointError if unsupported."""
     register_attention()
     try:
         model_config = AutoConfig.from_pretrained(checkpoint.path)
@@ -39,7 +39,7 @@ def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
 
 
 def _auto_class(model_config: PretrainedConfig) -> Any:
-    """What the checkpoint says that it is; anything but a sequence classifier is read as a language model."""
+    """Return the class named by the checkpoint; anything but a sequence classifier is loaded as a language model."""
     architecture = (model_config.architectures or [""])[0]
     if architecture.endswith("ForSequenceClassification"):
         return AutoModelForSequenceClassification
@@ -47,14 +47,15 @@ def _auto_class(model_config: PretrainedConfig) -> Any:
 
 
 def _refuse_unsupported(model_config: PretrainedConfig) -> None:
-    """Name what the attention function cannot see in its kwargs and would otherwise get silently wrong."""
+    """Refuse features that do not reach the attention function's kwargs and would silently be wrong."""
     config = model_config.get_text_config()
     rope_types = _rope_types(getattr(config, "rope_parameters", None) or {})
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     unknown = sorted(layer_types - {"full_attention", "sliding_attention"})
     reasons = {
         f"layers of type {', '.join(unknown)}": bool(unknown),
-        # Their frequencies follow the longest sequence of the batch, so a neighbour would change a request's logits.
+        # Their frequencies follow the longest sequence of the batch, so another request would change a
+        # request's logits.
         f"{', '.join(sorted(rope_types))} rotary embeddings": not rope_types.isdisjoint(
             {"dynamic", "longrope"}
         ),
@@ -69,13 +70,13 @@ def _refuse_unsupported(model_config: PretrainedConfig) -> None:
 
 
 def _rope_types(parameters: dict[str, Any]) -> set[str]:
-    """The types of a model's rotary embeddings, of which some models have one for each type of layer."""
+    """Return the types of a model's rotary embeddings; some models have one per type of layer."""
     nested = [part for part in parameters.values() if isinstance(part, dict)]
     return {part.get("rope_type", "default") for part in nested or [parameters]}
 
 
 def eos_token_ids(model: PreTrainedModel) -> list[int]:
-    """The generation config's, else the model config's; either may be one id, several or none."""
+    """Return the generation config's EOS ids, else the model config's; either may hold one id, several or none."""
     generation_config = getattr(model, "generation_config", None)  # a classifier has none
     generation = generation_config.eos_token_id if generation_config is not None else None
     found = generation if generation is not None else model.config.get_text_config().eos_token_id
@@ -85,6 +86,6 @@ def eos_token_ids(model: PreTrainedModel) -> list[int]:
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """The longest sequence that the model was made for; None where its config names none."""
+    """Return the longest sequence that the model was made for; None if its config names none."""
     longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return longest

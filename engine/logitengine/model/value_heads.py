@@ -1,4 +1,4 @@
-"""Linear heads on the hidden states: reward models' value heads and sequence classifiers."""
+"""Linear heads on the hidden states: value heads of reward models, and sequence classifiers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from logitengine.model.checkpoint import CheckpointError
 CLASSIFIER_HEAD = "score"
 
 WEIGHT_NAMES = ("v_head.summary.weight", "summary.weight", "score.weight", "weight")
-"""TRL's name for a value head, the same without its prefix, transformers' name for a classifier, a plain linear."""
+"""Weight names: TRL's for a value head, TRL's without prefix, transformers' for a classifier, a plain linear's."""
 
 
 @dataclass(frozen=True, slots=True)
 class ValueHead:
-    """``apply`` maps hidden states [R, H] to float32 values [R, outputs]."""
+    """Linear head; ``apply`` maps hidden states [R, H] to float32 values [R, outputs]."""
 
     linear: Linear
 
@@ -31,7 +31,10 @@ class ValueHead:
     def from_weights(
         cls, weight: Tensor, bias: Tensor | None, kernels: Kernels, device: torch.device
     ) -> ValueHead:
-        """``weight`` is [outputs, H], ``bias`` [outputs]. Computed on ``device``, in float32 whatever the model's dtype."""
+        """Make a head from ``weight`` [outputs, H] and ``bias`` [outputs].
+
+        It is computed on ``device``, in float32 whatever the model's dtype.
+        """
         tensors = [weight] if bias is None else [weight, bias]
         placed, *biases = (tensor.detach().to(device, torch.float32) for tensor in tensors)
         return cls(
@@ -50,10 +53,11 @@ class ValueHead:
 def load_value_head(
     name: str, path: Path, hidden_size: int, kernels: Kernels, device: torch.device
 ) -> ValueHead:
-    """Read a head from a safetensors file, onto the model's device. Raises CheckpointError, naming the head and what is wrong with it.
+    """Read a head from a safetensors file, onto the model's device.
 
-    Only dense tensors of declared shape are ever read: the safetensors header is checked against the file's size by
-    the library, the shapes are checked here.
+    Raises CheckpointError, which names the head and the problem. Only dense tensors of declared shape are
+    ever read: the library checks the safetensors header against the file's size, and this function checks the
+    shapes.
     """
     try:
         tensors = load_file(path)
@@ -82,7 +86,7 @@ def load_value_head(
 def value_heads_of(
     model: PreTrainedModel, attached: Mapping[str, Path], kernels: Kernels, *, is_classifier: bool
 ) -> dict[str, ValueHead]:
-    """The heads that are attached by name, and a classifier's own under the name `score`. Raises CheckpointError."""
+    """Return the attached heads by name, and a classifier's own head under `score`. Raises CheckpointError."""
     hidden_size = model.config.get_text_config().hidden_size
     heads = {
         name: load_value_head(name, path, hidden_size, kernels, model.device)

@@ -1,8 +1,8 @@
-"""Where the weights of a model's linear layers come from: its own parameters, the blocks of a GGUF file, or int8 blocks.
+"""Sources of weights for a model's linear layers: its own parameters, the blocks of a GGUF file, or int8 blocks.
 
-A GGUF file's blocks are written once, when the file is converted: a safetensors file of uint8 rows named like the model's
-parameters. A parameter is in it only if its blocks, dequantised, are exactly the weights that transformers read from the
-same file.
+The blocks of a GGUF file are written once, when the file is converted, to a safetensors file of uint8 rows
+named like the model's parameters. A parameter is included only if its dequantised blocks are exactly the
+weights that transformers read from the same file.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class ModelWeights:
         self._model = model
 
     def get(self, name: str) -> DenseWeight:
-        """Raises AttributeError for a name that the model has not."""
+        """Return the parameter. Raises AttributeError for a name that the model does not have."""
         return DenseWeight(name, self._model.get_parameter(name).detach())
 
 
 class StoredWeights:
-    """Blocks where there are some of that name, else what another source has."""
+    """Stored blocks by name; another source's weights for all other names."""
 
     def __init__(self, blocks: dict[str, BlockWeight], otherwise: WeightSource) -> None:
         self._blocks = blocks
@@ -67,13 +67,13 @@ class StoredWeights:
 
 
 class Int8Weights:
-    """The weights of any model in blocks of Q8_0: 32 int8 along K under one float16 scale. Made when they are asked for."""
+    """Weights of any model in blocks of Q8_0: 32 int8 along K under one float16 scale. Made on request."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
     def get(self, name: str) -> BlockWeight:
-        """Raises ValueError for a weight whose rows are no whole number of blocks."""
+        """Return the blocks. Raises ValueError for a weight whose rows are not a whole number of blocks."""
         weight = self._model.get_parameter(name).detach()
         rows, columns = weight.shape
         if columns % BLOCK_WEIGHTS:
@@ -83,7 +83,7 @@ class Int8Weights:
 
 
 def load_stored_blocks(directory: Path) -> dict[str, BlockWeight] | None:
-    """What a conversion left beside the model, by parameter name; None where there is nothing (a Hugging Face directory)."""
+    """Return a conversion's stored blocks by parameter name; None if there are none (a Hugging Face directory)."""
     path = directory / FILE_NAME
     if not path.is_file():
         return None
@@ -97,7 +97,7 @@ def load_stored_blocks(directory: Path) -> dict[str, BlockWeight] | None:
 
 
 def write_stored_blocks(gguf: Path, model: PreTrainedModel, directory: Path) -> None:
-    """Copy the blocks of ``gguf`` that stand for linear layers of ``model`` (float32, from the same file)."""
+    """Copy the blocks of ``gguf`` that hold linear layers of ``model`` (float32, from the same file)."""
     tensors = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
     blocks: dict[str, Tensor] = {}
@@ -118,7 +118,7 @@ def write_stored_blocks(gguf: Path, model: PreTrainedModel, directory: Path) -> 
 
 
 def _gguf_names(parameter: str) -> list[str]:
-    """What the GGUF file may call a linear layer's weight."""
+    """Return the names that a GGUF file may give a linear layer's weight."""
     if parameter == "lm_head.weight":
         return ["output.weight", "token_embd.weight"]
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", parameter)
@@ -128,7 +128,7 @@ def _gguf_names(parameter: str) -> list[str]:
 
 
 def _row_orders(rows: int, num_heads: int | None) -> list[NDArray[np.int64]]:
-    """The file's own order, and for queries and keys the one that undoes GGUF's interleaving of rotary pairs."""
+    """Return the file's own row order; for queries and keys also the one without GGUF's interleaved rotary pairs."""
     own = np.arange(rows)
     if num_heads is None:
         return [own]

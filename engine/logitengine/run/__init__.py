@@ -1,1 +1,1 @@
-"""A plan becomes rows."""
+"""Execution of a step plan, which gives rows."""

@@ -1,4 +1,4 @@
-"""A step's chunks, flattened into the arrays that the model reads."""
+"""Arrays that the model reads, made from a step's chunks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from logitengine.schedule.scheduler import Chunk
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The chunks one after another, without padding, on the host.
+    """Chunks one after another, without padding, on the host.
 
     Chunk i's tokens are the rows ``starts[i]:starts[i] + num_tokens`` of the flattened batch.
 
     Attributes:
-        drawing: the chunks that draw a token, in order; ``drawing_rows`` int64 are the rows that score it.
-        arrays: ``input_ids`` and ``position_ids`` int64 [T]; ``token_sources`` int32 [T], the row of the previous step's
-            draw that an input token comes from, or -1 where ``input_ids`` has it; and AttentionMetadata's arrays.
+        drawing: chunks that draw a token, in order. ``drawing_rows`` int64 holds the row from which each
+            draws.
+        arrays: ``input_ids`` and ``position_ids`` int64 [T]; ``token_sources`` int32 [T]; and
+            AttentionMetadata's arrays. A token source is the row of the previous step's draw that gives the
+            input token, or -1 if ``input_ids`` has it.
         max_query_len, max_seq_len: as in AttentionMetadata.
-        awaits_tokens: some of ``token_sources`` are not -1.
+        awaits_tokens: whether some of ``token_sources`` are not -1.
     """
 
     chunks: list[Chunk]
@@ -41,11 +43,11 @@ class Batch:
 
     @property
     def is_decode(self) -> bool:
-        """Every chunk is one token that draws the next: the batch's rows are the drawing rows."""
+        """Whether every chunk is one token that draws the next. The batch's rows are then the drawing rows."""
         return self.max_query_len == 1 and len(self.drawing) == len(self.chunks)
 
     def padded(self, num_seqs: int, num_blocks: int) -> dict[str, NDArray[Any]]:
-        """The arrays of a decode batch as those of ``num_seqs`` sequences with tables of ``num_blocks`` blocks."""
+        """Pad the arrays of a decode batch to ``num_seqs`` sequences with tables of ``num_blocks`` blocks."""
         padding = self.padding(num_seqs, num_blocks)
         for name, array in self.arrays.items():
             if name == "block_tables":
@@ -56,7 +58,7 @@ class Batch:
 
     @staticmethod
     def padding(num_seqs: int, num_blocks: int) -> dict[str, NDArray[Any]]:
-        """The arrays of a decode batch of empty sequences: nothing is stored for them and their attention is zero."""
+        """Return the arrays of a decode batch of empty sequences: they store nothing and their attention is zero."""
         return {
             "input_ids": np.zeros(num_seqs, dtype=np.int64),
             "position_ids": np.zeros(num_seqs, dtype=np.int64),
@@ -80,9 +82,9 @@ class DeviceBatch:
     def of(
         cls, tensors: Mapping[str, Tensor], last_tokens: Tensor | None, max_query_len: int, max_seq_len: int
     ) -> DeviceBatch:
-        """From a batch's arrays on the device, and the tokens int32 that the previous step drew if the batch awaits any.
+        """Build the batch from its arrays on the device, and from the previous step's tokens (int32) if it awaits any.
 
-        A sequence whose draw failed goes on as token 0 until the host learns of it.
+        A sequence whose draw failed continues with token 0 until the host learns of the failure.
         """
         input_ids, sources = tensors["input_ids"], tensors["token_sources"]
         if last_tokens is not None:
@@ -103,7 +105,7 @@ class DeviceBatch:
 
 
 def build_batch(chunks: list[Chunk], block_size: int) -> Batch:
-    # In a step that decodes, which is most steps, all of this is a few numbers: lists are faster than arrays.
+    # In a decode step, which most steps are, these are a few numbers, for which lists are faster than arrays.
     starts: list[int] = []
     ends = [0]
     input_ids: list[int] = []

@@ -1,9 +1,9 @@
 """Decode steps recorded for bucketed sizes: model, head and sampling as one replay.
 
-A step in which every sequence computes one token has the same shape as the next one, but for how many sequences there
-are, how long their block tables are, how many edits (biases, penalties) their sampling has and whether any has a mask.
-Each is rounded up to a bucket, the inputs are copied into the bucket's own buffer, and what was recorded for it is
-replayed.
+Steps in which every sequence computes one token differ in four sizes only: the number of sequences, the
+length of their block tables, the number of sampling edits (biases, penalties), and whether there are masks.
+Each is rounded up to a bucket. The inputs are copied into the bucket's own buffer, and the bucket's recording
+is replayed.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from logitengine.run.devices import Device
 from logitengine.run.staging import Layout
 
 SMALLEST_TABLE = 64
-"""Blocks of the smallest bucket's tables; each larger one has tables four times as long."""
+"""Blocks of the smallest bucket's tables; the tables of each larger bucket are four times as long."""
 
 FEWEST_EDITS = 64
-"""Edits of a batch that the smallest bucket has room for; each larger one has room for four times as many."""
+"""Edits of a batch that the smallest bucket holds; each larger bucket holds four times as many."""
 
 MOST_LATE = 48
-"""Steps that are recorded while requests wait. What has not been recorded when so many are is launched as it is."""
+"""Sizes that may be recorded while requests wait. Beyond that, a size without a recording is launched directly."""
 
 Size = tuple[int, int, int, bool]
-"""Sequences, blocks of a table, edits, whether there are masks."""
+"""Number of sequences, blocks of a table, edits, and whether there are masks."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Recorded:
-    """A bucket: where its inputs go, what launches it, and what it leaves behind."""
+    """A bucket: its input buffer and layout, its launch function, and its outputs."""
 
     layout: Layout
     inputs: Tensor
@@ -46,10 +46,10 @@ class _Recorded:
 
 
 class DecodeGraphs:
-    """``run`` replays a decode batch; what is missing is recorded first, up to `MOST_LATE` times.
+    """Recorded decode steps. ``run`` replays a batch and records a missing size first, up to `MOST_LATE` times.
 
-    ``compute(tensors, sampling, max_seq_len)`` launches a step on a batch's arrays and gives named output tensors.
-    ``last_tokens`` is what it draws into.
+    ``compute(tensors, sampling, max_seq_len)`` launches a step on a batch's arrays and returns named output
+    tensors. ``last_tokens`` is the tensor that it draws into.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class DecodeGraphs:
     def run(
         self, batch: Batch, rows: Sequence[RowSampling], allowed: NDArray[np.int32] | None = None
     ) -> dict[str, Tensor] | None:
-        """The outputs of the batch, each cut to its own rows. They hold until the next run.
+        """Return the outputs of the batch, each cut to its own rows. They are valid until the next run.
 
-        None, and nothing was launched, where the batch's size is not recorded and no more sizes are.
+        Returns None, and launches nothing, if the batch's size is not recorded and no more sizes may be.
         """
         size = self._size_of(batch, rows, allowed)
         if size not in self._recorded and self._num_late >= MOST_LATE:
@@ -126,7 +126,7 @@ class DecodeGraphs:
                 self._record(size)
 
     def _record(self, size: Size) -> None:
-        """Record on a batch of padding alone: it stores nothing, and what it draws is put back."""
+        """Record on a batch of padding alone. It stores nothing, and the tokens that it overwrites are restored."""
         num_rows, num_blocks, _, _ = size
         sampling = self._prepare([], size)
         arrays = {**Batch.padding(num_rows, num_blocks), **sampling.arrays}
@@ -147,13 +147,13 @@ class DecodeGraphs:
 
 
 def row_buckets(most: int) -> list[int]:
-    """Batch sizes that are recorded: close together where a wasted row costs most, and ``most`` itself."""
+    """Return the batch sizes that are recorded: close together where a wasted row costs most, and ``most`` itself."""
     steps = [1, 2, 4, 8, *range(16, 256, 16), *range(256, most + 1, 64)]
     return [*(rows for rows in steps if rows < most), most]
 
 
 def _power_of_four(count: int, smallest: int) -> int:
-    """The smallest of ``smallest``, 4 ``smallest``, 16 ``smallest``, ... that is at least ``count``."""
+    """Return the smallest of ``smallest``, 4 ``smallest``, 16 ``smallest``, ... that is at least ``count``."""
     while smallest < count:
         smallest *= 4
     return smallest

@@ -16,12 +16,15 @@ CACHE_LINE_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class PagedKVCache:
-    """``keys[layer]`` and ``values[layer]`` are [num_blocks, Hkv, block_size, D]; keys may be so by transposition."""
+    """``keys[layer]`` and ``values[layer]`` are [num_blocks, Hkv, block_size, D].
+
+    Keys may be transposed views.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     blocks: Tensor | None = None
-    """[num_blocks, ...]: the memory of both, where what all layers keep of one block lies side by side."""
+    """[num_blocks, ...]: memory of all keys and values, where the data of all layers for one block is adjacent."""
 
     @property
     def num_blocks(self) -> int:
@@ -43,8 +46,9 @@ class PagedKVCache:
         transposes_keys: bool = False,
         joins_layers: bool = False,
     ) -> PagedKVCache:
-        """With ``joins_layers`` the cache has ``blocks``: the first of them then takes a page of memory (a huge one, where
-        there are such), not one for every layer.
+        """Allocate a cache; with ``joins_layers`` it has ``blocks``.
+
+        The first blocks then take one page of memory (a huge page where available), not one for every layer.
         """
 
         def keys(shape: LayerShape) -> tuple[int, ...]:
@@ -71,10 +75,11 @@ class PagedKVCache:
 
 
 def _zeros(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Unwritten slots are never attended to, but padded gathers read them: NaN there would survive a zero weight.
+    # Unwritten slots are never attended to, but padded gathers read them, and a NaN there would survive a
+    # zero weight.
     if device.type != "cpu":
         return torch.zeros(numel, dtype=dtype, device=device)
-    # numpy leaves the zeroing to the kernel's fresh pages: no memory is spent until a block is used.
+    # numpy leaves the zeroing to the kernel's fresh pages, so that no memory is spent until a block is used.
     nbytes = numel * dtype.itemsize
     memory = torch.from_numpy(np.zeros(nbytes + CACHE_LINE_BYTES, np.uint8))
     start = -memory.data_ptr() % CACHE_LINE_BYTES

@@ -1,4 +1,4 @@
-"""Pages of memory taken from the system before somebody writes to them."""
+"""Memory pages that are taken from the system before a step writes to them."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 MADV_POPULATE_WRITE = 23
-"""madvise(2), since Linux 5.14."""
+"""Constant of madvise(2), since Linux 5.14."""
 
 PIECE_BYTES = 2 << 20
 
 KEPT_READY = 1 / 8
-"""Share of all blocks that is kept ready beyond those in use."""
+"""Share of all blocks that is kept ready beyond the blocks in use."""
 
 
 class PageTaker:
     """Takes the pages of a cache's next blocks while the engine has nothing to compute.
 
-    The system zeroes a page when somebody first writes to it, and here that is in the middle of a step for which everybody
-    waits. It costs up to 10 microseconds for 4 KiB where a virtual machine's host has to find the memory first. Where the
-    system cannot be asked for pages, nothing is lost.
+    The system zeroes a page at the first write, which here is in the middle of a step that everyone waits
+    for. It costs up to 10 microseconds for 4 KiB where a virtual machine's host has to find the memory first.
+    On a system without this call nothing is lost.
 
     Args:
         blocks: [num_blocks, ...], contiguous, on the CPU. None: there is nothing to take.
     """
 
     def __init__(self, blocks: Tensor | None) -> None:
-        self._blocks = blocks  # its memory must stay
+        self._blocks = blocks  # keeps the memory alive
         self._start = self._next = self._end = 0
         if blocks is None or sys.platform != "linux":
             return
@@ -44,9 +44,9 @@ class PageTaker:
         self._madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
     def take(self, num_reached: int) -> bool:
-        """Take a few pages, a matter of milliseconds, where the first ``num_reached`` blocks are in use.
+        """Take a few pages, in a few milliseconds, if the first ``num_reached`` blocks are in use.
 
-        False: those that should be ready are.
+        Returns False if all pages that should be ready are.
         """
         if self._next >= self._end:
             return False

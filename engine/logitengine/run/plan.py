@@ -1,6 +1,6 @@
-"""A step as data: what to compute, how to draw, and what every sequence is to be shown of it.
+"""A step as data: the tokens to compute, the sampling, and the outputs of every sequence.
 
-Whoever has the same sequences can execute the same plan. Making one changes nothing.
+Any process that has the same sequences can execute the same plan. Making a plan changes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True, slots=True)
 class DrawnGroup(Generic[S]):
-    """Rows of the draw of which the same is asked."""
+    """Rows of the draw with the same spec."""
 
     spec: S
     rows: list[int]
@@ -31,12 +31,12 @@ class DrawnGroup(Generic[S]):
 
 @dataclass(frozen=True, slots=True)
 class PromptRows:
-    """Prompt positions ``rows`` of a sequence.
+    """Prompt positions ``rows`` of a sequence whose rows are computed.
 
     Attributes:
-        num_held: the hidden states of the first so many are held.
-        batch_start: row of the batch with the hidden state of the first position that is not.
-        following: the token after each position, 0 after the prompt's last.
+        num_held: number of leading positions whose hidden states are held.
+        batch_start: batch row of the hidden state of the first position that is not held.
+        following: token after each position, 0 after the prompt's last.
     """
 
     sequence: Sequence
@@ -52,7 +52,7 @@ class PromptRows:
 
 @dataclass(frozen=True, slots=True)
 class PromptGroup:
-    """Prompt rows of which the same is asked."""
+    """Prompt rows with the same spec."""
 
     outputs: OutputSpec
     members: list[PromptRows]
@@ -64,7 +64,7 @@ class PromptGroup:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Hidden states of the batch's rows ``start:stop`` to hold: their prompt rows are owed."""
+    """Hidden states of the batch's rows ``start:stop`` that are held because their prompt rows are owed."""
 
     sequence: Sequence
     start: int
@@ -73,19 +73,19 @@ class Hold:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step.
+    """Plan of one step.
 
     Attributes:
-        chunks: every sequence's part.
-        batch: the chunks that compute tokens; None in a step of prompt rows alone.
-        sampling: how each drawing chunk of the batch draws.
-        allowed: int32 [drawing chunks, words], the tokens that each may draw; see `Kernels.prepare_sampling`. None where
-            all may draw any.
-        logits, logprobs, hidden_states: what is to be shown of drawn tokens; the rows are those of the draw. Logprobs
-            groups are told apart by the number of likeliest tokens.
-        prompts: what is to be shown of prompts.
+        chunks: part of every sequence in the step.
+        batch: chunks that compute tokens; None in a step of prompt rows alone.
+        sampling: sampling of each drawing chunk of the batch.
+        allowed: int32 [drawing chunks, words], the tokens that each chunk may draw; see
+            `Kernels.prepare_sampling`. None if every chunk may draw any token.
+        logits, logprobs, hidden_states: outputs of drawn tokens, with rows of the draw. A logprobs group's
+            spec is its number of likeliest tokens.
+        prompts: outputs of prompts.
         holds: hidden states to hold for later steps.
-        dropped: sequences of which nothing held is needed any more; finished ones are to be forgotten.
+        dropped: sequences whose held states are no longer needed; finished ones are forgotten.
     """
 
     chunks: list[Chunk]
@@ -101,7 +101,7 @@ class StepPlan:
 
     @property
     def drawing(self) -> list[Chunk]:
-        """The chunks that draw a token, in the order of the draw's rows."""
+        """Chunks that draw a token, in the order of the draw's rows."""
         return self.batch.drawing if self.batch is not None else []
 
 
@@ -111,7 +111,7 @@ def plan_step(
     sampling_of: Callable[[Sequence], RowSampling],
     dropped: Iterable[Sequence] = (),
 ) -> StepPlan:
-    """Plan the step of some chunks, before any of them is completed."""
+    """Plan a step of the given chunks, before any of them is completed."""
     computing = [chunk for chunk in chunks if chunk.num_tokens]
     batch = build_batch(computing, block_size) if computing else None
     drawing = batch.drawing if batch is not None else []

@@ -1,4 +1,4 @@
-"""The step that takes the most memory, run once to see how much that is."""
+"""The step that needs the most memory, run once to measure it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from logitengine.schedule.scheduler import Chunk
 from logitengine.schedule.sequence import Sequence, SequenceState
 
 SHOWN = LogitsSpec(positions="all", stage="processed")
-"""Every row of the vocabulary, in the widest dtype, of what is drawn and of the prompt."""
+"""Every row over the whole vocabulary, in the widest dtype, for drawn tokens and for the prompt."""
 
 
 def largest_step(
     runner: ModelRunner, config: EngineConfig, *, longest: int | None, vocab_size: int, can_generate: bool
 ) -> None:
-    """A full token budget over as many sequences as may run, none longer than ``longest``, with every row asked for.
+    """Run a full token budget over as many sequences as may run, none longer than ``longest``, with all rows requested.
 
-    Where the model generates, all draw, filtered, and every drawn row is shown. As many
-    prompt rows are given as one step may give, and the rest of the hidden states is held. The runner's cache needs one
-    block: what is computed is never read.
+    If the model generates, every sequence draws, with filters, and returns its drawn row. The step gives as
+    many prompt rows as one step may, and holds the rest of the hidden states. The runner's cache needs one
+    block, because nothing that is stored is read.
     """
     count = min(config.max_num_seqs, config.max_num_batched_tokens)
     length = config.max_num_batched_tokens // count

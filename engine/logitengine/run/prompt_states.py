@@ -1,4 +1,4 @@
-"""What is kept of prompts from one step to the next, by sequence."""
+"""States of prompts that are kept from one step to the next, by sequence."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from logitengine.schedule.sequence import Sequence
 class HeldStates:
     """Last hidden states of prompt positions whose rows are owed, in one pool.
 
-    The scheduler bounds how many are held; the pool grows to the most that ever were. What is put in is copied, so it may
-    lie in a buffer that the next step overwrites.
+    The scheduler bounds how many are held; the pool grows to the largest number so far. States are copied
+    into the pool, so they may come from a buffer that the next step overwrites.
     """
 
     def __init__(self, device: Device) -> None:
@@ -25,7 +25,7 @@ class HeldStates:
         self._places: dict[Sequence, list[int]] = {}
 
     def put(self, sequence: Sequence, states: Tensor) -> None:
-        """Hold ``states`` [rows, H] after those that the sequence has already."""
+        """Hold ``states`` [rows, H] after the states that the sequence already has."""
         pool = self._with_room_for(states)
         places = [self._free.pop() for _ in range(len(states))]
         self._places.setdefault(sequence, []).extend(places)
@@ -43,7 +43,7 @@ class HeldStates:
         return self._pool
 
     def take(self, sequence: Sequence, count: int) -> Tensor:
-        """The first ``count`` states that are held for the sequence [count, H], which are then held no more."""
+        """Return the first ``count`` held states of the sequence [count, H], and hold them no longer."""
         assert self._pool is not None  # noqa: S101 - something was put in
         places = self._places[sequence][:count]
         del self._places[sequence][:count]
@@ -62,15 +62,16 @@ class HeldStates:
 
 
 class PooledStates:
-    """What has been pooled of each sequence's prompt rows so far."""
+    """Pooled state of each sequence's prompt rows so far."""
 
     def __init__(self) -> None:
         self._pooled: dict[Sequence, Tensor] = {}
 
     def add(self, sequence: Sequence, pooling: Pooling, states: Tensor) -> None:
-        """Take in the next prompt rows' hidden states [rows, H].
+        """Add the hidden states [rows, H] of the next prompt rows.
 
-        The mean grows in float64, one row after the other, so that its bits do not depend on the chunking.
+        The mean is summed in float64, one row after the other, so that its bits do not depend on the
+        chunking.
         """
         before = self._pooled.get(sequence)
         if pooling == "last":
@@ -83,7 +84,7 @@ class PooledStates:
             self._pooled[sequence] = torch.cat((carried, states.double())).cumsum(0)[-1]
 
     def pop(self, sequence: Sequence, pooling: Pooling) -> Tensor:
-        """The pooled prompt, float32 [H], once every row that it needs was added."""
+        """Return the pooled prompt, float32 [H], once every row that it needs was added."""
         pooled = self._pooled.pop(sequence)
         return (pooled / sequence.num_prompt_tokens if pooling == "mean" else pooled).to(torch.float32)
 

@@ -1,4 +1,4 @@
-"""Launches what a plan shows of a step, and fetches it."""
+"""Computation of the outputs that a plan asks for, and their transfer to the host."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ from logitengine.run.step_rows import PromptPart, StepRows
 from logitengine.schedule.sequence import Sequence
 
 HEAD_ROWS = 64
-"""Prompt rows that go through the head at once: 64 rows of 49,152 float32 logits are 12 MiB."""
+"""Prompt rows that pass through the head at once: 64 rows of 49,152 float32 logits are 12 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """What a batch computed, on the device, until the next one is launched.
+    """Results of a batch on the device, valid until the next batch is launched.
 
-    ``hidden`` [T, H] of every token; of the R rows that draw, ``drawn_hidden`` [R, H], raw ``logits`` float32 [R, V],
-    ``token_ids`` int32 [R] and, where a row shows it, ``processed`` float32 [R, V]. Without a draw those are None.
+    ``hidden`` is [T, H], for every token. The other fields are for the R rows that draw: ``drawn_hidden``
+    [R, H], raw ``logits`` float32 [R, V], ``token_ids`` int32 [R] and, if a row shows it, ``processed``
+    float32 [R, V]. They are None without a draw.
     """
 
     hidden: Tensor
@@ -47,10 +48,10 @@ class Forward:
 
 
 class RowComputer:
-    """Computes what is asked alike together, whoever asked.
+    """Computes rows with equal specs together, whichever requests they belong to.
 
     Args:
-        head: raw logits float32 [R, V] of hidden states [R, H].
+        head: maps hidden states [R, H] to raw logits float32 [R, V].
     """
 
     def __init__(
@@ -68,13 +69,13 @@ class RowComputer:
         self.pooled = PooledStates()
 
     def drop(self, sequence: Sequence) -> None:
-        """Free what is held for the sequence, and what was pooled if it is finished."""
+        """Free the states held for the sequence, and its pooled state if it is finished."""
         self.held.drop(sequence)
         if sequence.is_finished:
             self.pooled.drop(sequence)
 
     def compute(self, plan: StepPlan, forward: Forward | None) -> StepRows:
-        """Launch and fetch what the plan shows. ``forward`` is what its batch gave."""
+        """Launch and fetch the outputs of the plan. ``forward`` is the result of its batch."""
         rows = StepRows()
         if forward is not None and forward.token_ids is not None:
             rows.token_ids = self._device.fetch(forward.token_ids)
@@ -87,8 +88,6 @@ class RowComputer:
                 self.held.put(hold.sequence, hidden[hold.start : hold.stop])
         return rows
 
-    # Rows of drawn tokens.
-
     def _show_drawn(self, plan: StepPlan, forward: Forward, rows: StepRows) -> None:
         logits, hidden, token_ids = forward.logits, forward.drawn_hidden, forward.token_ids
         assert logits is not None and hidden is not None and token_ids is not None  # noqa: S101, PT018 - something was drawn
@@ -99,7 +98,7 @@ class RowComputer:
             fetched = block.fetch(self._device)
             rows.logits.update({row: (fetched, place) for place, row in enumerate(spec_group.rows)})
         for top_group in plan.logprobs:
-            # A row of which nothing could be drawn has a code below 0; its log-probability is never reported.
+            # A row that could draw nothing has a code below 0; its logprob is never reported.
             drawn = self._pick(token_ids, top_group.rows).long().clamp(min=0)
             picked = self._pick(logits, top_group.rows)
             scored = compute_logprobs(picked, drawn, top_group.spec, self._kernels).fetch(self._device)
@@ -109,12 +108,10 @@ class RowComputer:
             rows.hidden_states.update({row: (states, place) for place, row in enumerate(states_group.rows)})
 
     def _pick(self, source: Tensor, rows: list[int]) -> Tensor:
-        """``source[rows]``, without a copy where the rows follow one another."""
+        """Return ``source[rows]``, without a copy if the rows are consecutive."""
         if rows[-1] - rows[0] + 1 == len(rows):
             return source[rows[0] : rows[-1] + 1]
         return source[self._device.upload({"rows": np.array(rows, dtype=np.int64)})["rows"]]
-
-    # Rows of prompts.
 
     def _show_prompts(self, group: PromptGroup, hidden: Tensor | None, rows: StepRows) -> None:
         states = [self._states(member, hidden) for member in group.members]
@@ -141,18 +138,18 @@ class RowComputer:
             start = stop
 
     def _states(self, member: PromptRows, hidden: Tensor | None) -> Tensor:
-        """The hidden states of a member's rows: first those that were held, then those of this step's batch."""
+        """Return the hidden states of a member's rows: first the held ones, then those of this step's batch."""
         count = len(member.rows) - member.num_held
         parts = [self.held.take(member.sequence, member.num_held)] if member.num_held else []
         if count:
-            assert hidden is not None  # noqa: S101 - what was not held is computed in this step
+            assert hidden is not None  # noqa: S101 - states that were not held are computed in this step
             parts.append(hidden[member.batch_start : member.batch_start + count])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _through_head(
         self, group: PromptGroup, hidden: Tensor
     ) -> tuple[LogitsBlock | None, LogprobsBlock | None]:
-        """Through the head a bounded number of rows at a time, and only what was asked for is kept of each."""
+        """Run the head on a bounded number of rows at a time, and keep only the requested outputs of each."""
         spec, top = group.outputs.logits, group.outputs.prompt_logprobs
         if spec is None and top is None:
             return None, None
@@ -175,20 +172,18 @@ class RowComputer:
             join_logprobs(scored).fetch(self._device) if scored else None,
         )
 
-    # Hidden states and what is made of them.
-
     def _hidden_states(self, spec: HiddenStatesSpec, states: Tensor) -> Tensor:
         return self._device.fetch(states.to(TORCH_DTYPES[spec.dtype], copy=True))
 
     def _values(self, outputs: OutputSpec, member: PromptRows, states: Tensor) -> Tensor | None:
-        """What the value head gives at every row, or at the prompt's last alone."""
+        """Return the value head's outputs at every row, or at the prompt's last row alone."""
         if outputs.head is None or not (outputs.head.every_position or member.ends_prompt):
             return None
         rows = states if outputs.head.every_position else states[-1:]
         return self._device.fetch(self._value_heads[outputs.head.name].apply(rows))
 
     def _pool(self, outputs: OutputSpec, member: PromptRows, states: Tensor) -> Tensor | None:
-        """The pooled prompt with its last row."""
+        """Return the pooled prompt once its last row is added."""
         if outputs.pooling is None:
             return None
         self.pooled.add(member.sequence, outputs.pooling, states)

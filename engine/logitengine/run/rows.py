@@ -1,4 +1,4 @@
-"""From rows of logits to what is shown of them."""
+"""Conversion of rows of logits to the requested outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 
 
 def row_nbytes(spec: LogitsSpec, vocab_size: int) -> int:
-    """Bytes of one row of logits as it travels."""
+    """Return the bytes of one row of logits on the wire."""
     itemsize = TORCH_DTYPES[spec.dtype].itemsize
     if spec.top_k is not None:
         return spec.top_k * (itemsize + 4)
@@ -27,7 +27,7 @@ def row_nbytes(spec: LogitsSpec, vocab_size: int) -> int:
 def prompt_row_nbytes(
     outputs: OutputSpec, vocab_size: int, hidden_size: int, head_sizes: dict[str, int]
 ) -> int:
-    """Bytes that one prompt row of a request makes; 0 where nothing travels for each row."""
+    """Return the bytes that one prompt row of a request adds; 0 if nothing is sent per row."""
     asked = outputs.of_prompt
     total = 0
     if asked.logits is not None:
@@ -43,18 +43,18 @@ def prompt_row_nbytes(
 
 @dataclass(frozen=True, slots=True)
 class LogitsBlock:
-    """The columns that were asked for of some rows: ``values`` [R, V], or [R, k] with ``token_ids`` int32 [R, k]."""
+    """Requested columns of some rows: ``values`` [R, V], or [R, k] with ``token_ids`` int32 [R, k]."""
 
     values: Tensor
     token_ids: Tensor | None = None
 
     def fetch(self, device: Device) -> LogitsBlock:
-        """The block on its way to the host: to be read once the wait of the device's next mark is over."""
+        """Start the block's copy to the host. The result may be read after the wait of the device's next mark."""
         ids = None if self.token_ids is None else device.fetch(self.token_ids)
         return LogitsBlock(device.fetch(self.values), ids)
 
     def rows(self, start: int, stop: int) -> LogitsRows:
-        """Rows ``start:stop`` of a fetched block, as they travel."""
+        """Return rows ``start:stop`` of a fetched block in wire form."""
         return LogitsRows(
             values=to_array(self.values[start:stop]),
             token_ids=None if self.token_ids is None else to_array(self.token_ids[start:stop]),
@@ -62,7 +62,7 @@ class LogitsBlock:
 
 
 def take_columns(rows: Tensor, spec: LogitsSpec, kernels: Kernels) -> LogitsBlock:
-    """What ``spec`` asks of ``rows`` (float32 [R, V]), in its dtype. Always a copy."""
+    """Return the columns of ``rows`` (float32 [R, V]) that ``spec`` asks for, in its dtype. Always a copy."""
     dtype = TORCH_DTYPES[spec.dtype]
     if spec.top_k is not None:
         ids, values = kernels.top_k_logits(rows, spec.top_k)
@@ -83,7 +83,7 @@ def join_logits(parts: list[LogitsBlock]) -> LogitsBlock:
 
 @dataclass(frozen=True, slots=True)
 class LogprobsBlock:
-    """Log-softmax of some raw rows: of one token in each, its rank, and of the k likeliest.
+    """Log-softmax of some raw rows: the logprob and rank of one token in each, and the k likeliest tokens.
 
     ``logprobs`` float32 [R], ``ranks`` int64 [R], ``top_ids`` int64 [R, k], ``top_logprobs`` float32 [R, k].
     """
@@ -94,12 +94,12 @@ class LogprobsBlock:
     top_logprobs: Tensor
 
     def fetch(self, device: Device) -> LogprobsBlock:
-        """The block on its way to the host: to be read once the wait of the device's next mark is over."""
+        """Start the block's copy to the host. The result may be read after the wait of the device's next mark."""
         tensors = (self.logprobs, self.ranks, self.top_ids, self.top_logprobs)
         return LogprobsBlock(*(device.fetch(tensor) for tensor in tensors))
 
     def rows(self, start: int, stop: int) -> Logprobs:
-        """Rows ``start:stop`` of a fetched block, as they travel."""
+        """Return rows ``start:stop`` of a fetched block in wire form."""
         return Logprobs(
             token_logprobs=self.logprobs[start:stop].tolist(),
             ranks=self.ranks[start:stop].tolist(),
@@ -109,7 +109,7 @@ class LogprobsBlock:
 
 
 def compute_logprobs(rows: Tensor, token_ids: Tensor, top: int, kernels: Kernels) -> LogprobsBlock:
-    """Log-probabilities of ``token_ids`` int64 [R] and of the ``top`` likeliest tokens in ``rows`` (float32 [R, V])."""
+    """Compute logprobs of ``token_ids`` int64 [R] and of the ``top`` likeliest tokens in ``rows`` (float32 [R, V])."""
     chosen, normaliser = kernels.gather_logits(rows, token_ids[:, None])
     normaliser = normaliser[:, None]
     ranks = kernels.count_above(rows, chosen.squeeze(-1))
@@ -136,6 +136,6 @@ def join_logprobs(parts: list[LogprobsBlock]) -> LogprobsBlock:
 
 
 def to_array(tensor: Tensor) -> Array:
-    """The bytes of a host tensor, little-endian and row-major, without a copy if it lies contiguous."""
+    """Return the bytes of a host tensor, little-endian and row-major, without a copy if it is contiguous."""
     data = tensor.contiguous().view(torch.uint8).numpy().data.cast("B")
     return Array(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), data)

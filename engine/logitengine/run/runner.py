@@ -1,4 +1,4 @@
-"""Executes step plans: runs a network over a batch, draws the next tokens, and computes what the plan shows."""
+"""Execution of step plans: run the network on a batch, draw the next tokens, and compute the plan's outputs."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from logitengine.run.step_rows import StepRows
 
 
 class ModelRunner:
-    """One model on one device with its cache, and what is kept of sequences from one step to the next.
+    """One model on one device with its cache, and the states of sequences that are kept between steps.
 
-    Decode steps of a fused network are replayed where the device captures.
+    Decode steps of a fused network are replayed if the device captures.
 
     Args:
-        value_heads: by name.
-        max_num_seqs: sequences in one step at most.
+        value_heads: heads by name.
+        max_num_seqs: most sequences in one step.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ModelRunner:
         self._kernels = kernels
         self._device = device
         self.rows = RowComputer(self.head, kernels, device, value_heads)
-        # Row i is what row i of the latest draw gave: the next step reads its input tokens here.
+        # Row i holds the token that row i of the latest draw gave. The next step reads its input tokens here.
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device.torch_device)
         self._graphs = (
             DecodeGraphs(
@@ -66,20 +66,23 @@ class ModelRunner:
 
     @torch.inference_mode()
     def record_steps(self) -> None:
-        """Record the decode steps that are likely, so that no request waits for it. Others are recorded when they come."""
+        """Record the likely decode steps in advance, so that no request waits for it.
+
+        Others are recorded when they occur.
+        """
         if self._graphs is not None:
             self._graphs.record_all()
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepRows:
-        """Launch the step: store its keys and values, draw, and fetch what is shown."""
+        """Launch the step: store its keys and values, draw, and fetch its outputs."""
         for sequence in plan.dropped:
             self.rows.drop(sequence)
         return self.rows.compute(plan, None if plan.batch is None else self._forward(plan))
 
     def _forward(self, plan: StepPlan) -> Forward:
         batch, rows = plan.batch, plan.sampling
-        assert batch is not None  # noqa: S101 - execute() has looked
+        assert batch is not None  # noqa: S101 - execute() has checked
         if self._graphs is not None and batch.is_decode:
             outputs = self._graphs.run(batch, rows, plan.allowed)
             if outputs is not None:
@@ -97,7 +100,7 @@ class ModelRunner:
     def _decode_step(
         self, tensors: dict[str, Tensor], sampling: PreparedSampling, max_seq_len: int
     ) -> dict[str, Tensor]:
-        """A decode batch from its arrays on the device, as it is recorded."""
+        """Compute a decode batch from its arrays on the device. This is the function that is recorded."""
         hidden = self._decoder(DeviceBatch.of(tensors, self._last_tokens, 1, max_seq_len))
         logits, token_ids, processed = self._draw(hidden, sampling, tensors)
         outputs = {"hidden": hidden, "drawn_hidden": hidden, "logits": logits, "token_ids": token_ids}
@@ -113,5 +116,5 @@ class ModelRunner:
 
     @torch.inference_mode()
     def head(self, hidden: Tensor) -> Tensor:
-        """Raw logits of some hidden states: [R, H] -> float32 [R, V]."""
+        """Map hidden states to raw logits: [R, H] -> float32 [R, V]."""
         return self._head(hidden).float()

@@ -1,4 +1,4 @@
-"""From a sequence's sampling params to how its next token is drawn."""
+"""From a sequence's sampling parameters to the sampling of its next token."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from logitengine.schedule.sequence import Sequence
 
 
 class Sampler:
-    """Knows which tokens of the model end an answer; everything else is the sequence's."""
+    """Knows the tokens that end an answer. All other parameters come from the sequence."""
 
     def __init__(self, eos_token_ids: list[int]) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
 
     def row(self, sequence: Sequence) -> RowSampling:
-        """How the sequence's next token is drawn, as far as the host knows its tokens."""
+        """Return the sampling of the sequence's next token, as far as the host knows its tokens."""
         sampling = sequence.sampling
         seen, generated = sequence.seen, sequence.generated
         spec = sequence.outputs.logits
@@ -46,7 +46,7 @@ class Sampler:
         )
 
     def _banned(self, sequence: Sequence) -> tuple[int, ...]:
-        """Until ``min_tokens`` are out, nothing may end the answer."""
+        """Return the stop and EOS tokens until ``min_tokens`` are generated, so that nothing ends the answer before."""
         sampling = sequence.sampling
         if sequence.num_generated >= sampling.min_tokens:
             return ()

@@ -1,4 +1,4 @@
-"""How large a cache a network gets on its device, and the runner over it."""
+"""Size of the KV cache on a device, and the runner over it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from logitengine.run.runner import ModelRunner
 
 @dataclass(frozen=True, slots=True)
 class RunnerFactory:
-    """A network with all that a runner needs but the KV cache.
+    """A network with everything that a runner needs except the KV cache.
 
     Attributes:
-        dtype: of the cache.
-        longest: positions of a sequence at most; None where nothing bounds them but the cache.
+        dtype: dtype of the cache.
+        longest: most positions of a sequence; None if only the cache bounds them.
     """
 
     config: EngineConfig
@@ -39,20 +39,23 @@ class RunnerFactory:
     can_generate: bool
 
     def runner(self) -> ModelRunner:
-        """A runner over the largest cache that the options and the device's memory allow, ready for requests.
+        """Return a runner over the largest cache that the options and the device's memory allow, ready for requests.
 
-        Raises CheckpointError where that is too small.
+        Raises CheckpointError if that is too small.
         """
         runner = self._with_blocks(self.config.num_blocks or self._affordable_blocks())
         if self.device.captures:
-            # Kernels compile here, not in somebody's request.
+            # Kernels compile here and not in a request.
             self._run_largest_step(runner)
             if self.can_generate:
                 runner.record_steps()
         return runner
 
     def max_model_len(self, num_blocks: int) -> int:
-        """``longest``, and no more than one sequence can have of the cache. Raises CheckpointError if more was asked for."""
+        """Return ``longest``, capped by the cache's capacity for one sequence.
+
+        Raises CheckpointError if the options ask for more.
+        """
         capacity = num_blocks * self.config.block_size
         if self.config.max_model_len is not None and self.config.max_model_len > capacity:
             raise CheckpointError(
@@ -82,7 +85,7 @@ class RunnerFactory:
         )
 
     def _affordable_blocks(self) -> int:
-        """As many as the memory for the cache holds."""
+        """Return the number of blocks that fit into the memory for the cache."""
         budget = self.config.kv_cache_bytes or self.device.kv_cache_bytes(
             self.config.memory_fraction, lambda: self._run_largest_step(self._with_blocks(1))
         )

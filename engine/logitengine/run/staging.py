@@ -1,4 +1,4 @@
-"""Several small host arrays as one buffer, so that one copy takes a step's inputs to the device."""
+"""Several small host arrays in one buffer, so that one copy moves a step's inputs to the device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ALIGNMENT = 16
-"""Bytes; what vector loads of the kernels may count on."""
+"""Alignment in bytes that vector loads of the kernels may rely on."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
 
 class Layout:
-    """Where arrays of certain shapes and dtypes lie in a buffer of ``nbytes`` bytes."""
+    """Places of arrays of certain shapes and dtypes in a buffer of ``nbytes`` bytes."""
 
     def __init__(self, arrays: Arrays) -> None:
         self._fields: dict[str, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
@@ -30,7 +30,7 @@ class Layout:
             self.nbytes += -(-nbytes // ALIGNMENT) * ALIGNMENT
 
     def pack(self, arrays: Arrays, buffer: Tensor) -> None:
-        """Copy the arrays into ``buffer``, a uint8 host tensor. Raises ValueError for one of another shape."""
+        """Copy the arrays into ``buffer``, a uint8 host tensor. Raises ValueError for an array of another shape."""
         target = buffer.numpy()
         for name, (start, nbytes, shape, _) in self._fields.items():
             array = arrays[name]
@@ -39,7 +39,7 @@ class Layout:
             target[start : start + nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """The arrays as tensors that share ``buffer``, a uint8 tensor on any device."""
+        """Return the arrays as tensors that share ``buffer``, a uint8 tensor on any device."""
         return {
             name: buffer[start : start + nbytes].view(dtype).view(shape)
             for name, (start, nbytes, shape, dtype) in self._fields.items()

@@ -1,4 +1,4 @@
-"""What a step gives, on its way to the host."""
+"""Results of a step, on their way to the host."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from logitengine.schedule.sequence import Sequence
 T = TypeVar("T")
 
 Row = tuple[T, int]
-"""A block of several rows, and which of them is meant."""
+"""A block of several rows, and the index of the row in question."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptPart:
-    """One sequence's rows ``start:stop`` of a group's blocks; ``offset`` is the position of the first.
+    """One sequence's rows ``start:stop`` of a group's blocks; ``offset`` is the position of the first row.
 
-    ``values`` float32 [rows or 1, outputs] and ``pooled`` float32 [H] are the sequence's own. ``num_scored`` rows have a
-    token after them.
+    ``values`` float32 [rows or 1, outputs] and ``pooled`` float32 [H] are the sequence's own. ``num_scored``
+    is the number of rows that have a token after them.
     """
 
     offset: int
@@ -50,10 +50,11 @@ class PromptPart:
 
 @dataclass(slots=True)
 class StepRows:
-    """Fetched results of a step: readable once the wait of the device's next mark is over.
+    """Fetched results of a step, readable after the wait of the device's next mark.
 
-    ``token_ids`` int32 [R]: what was drawn, or a code below 0 where nothing could be (see `logitkernels.sampling`); None
-    where nothing was to be drawn. The dicts are by row of the draw and, for prompts, by sequence.
+    ``token_ids`` int32 [R] holds the drawn tokens, or a code below 0 where nothing could be drawn (see
+    `logitkernels.sampling`). It is None in a step without a draw. The dicts are keyed by row of the draw and,
+    for prompts, by sequence.
     """
 
     token_ids: Tensor | None = None
@@ -63,7 +64,7 @@ class StepRows:
     prompts: dict[Sequence, PromptPart] = field(default_factory=dict)
 
     def prompt_output(self, sequence: Sequence) -> StepOutput:
-        """What the sequence is told where the step drew nothing for it: its prompt rows, if there are any."""
+        """Return the output of a sequence for which the step drew nothing: its prompt rows, if any."""
         part = self.prompts.get(sequence)
         return StepOutput(
             request_id=sequence.request_id,
@@ -73,7 +74,7 @@ class StepRows:
         )
 
     def drawn_output(self, sequence: Sequence, row: int, token_id: int) -> StepOutput:
-        """What the sequence is told where row ``row`` drew ``token_id`` for it: that, its row, and its prompt rows."""
+        """Return the output of a sequence whose row ``row`` drew ``token_id``: the token, its row and its prompt rows."""
         part = self.prompts.get(sequence)
         logits = logprobs = hidden_states = None
         if row in self.logits:

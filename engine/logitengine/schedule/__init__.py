@@ -1,1 +1,1 @@
-"""Who computes what next: pure logic, free of torch."""
+"""Scheduling of sequences into steps: pure logic, free of torch."""

@@ -1,7 +1,8 @@
 """Paged KV memory: reference-counted blocks, and a prefix cache keyed by a chain of content hashes.
 
-A full block is known by the hash of its tokens, of what items put in their place, and of the block before it, so equal
-prefixes under one root meet in the same chain. A block that nobody references keeps its contents until it is needed, oldest first.
+A full block is identified by the hash of its tokens, of the items in their place, and of the block before it.
+So equal prefixes under one root share a chain. A block without references keeps its contents until it is
+needed, oldest first.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class BlockManager:
         self._blocks = [_Block() for _ in range(num_blocks)]
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self.num_reached = 0
-        """Blocks from this one on were never used."""
+        """Number of the first block that was never used; no later block was used either."""
         self._by_hash: dict[bytes, int] = {}
 
     @property
@@ -45,11 +46,14 @@ class BlockManager:
         return self.num_blocks - self.num_free
 
     def blocks_needed(self, sequence: Sequence, num_tokens: int) -> int:
-        """How many more blocks the sequence needs to hold its first ``num_tokens`` tokens."""
+        """Return how many more blocks the sequence needs to hold its first ``num_tokens`` tokens."""
         return max(0, -(-num_tokens // self.block_size) - len(sequence.block_table))
 
     def grow(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Extend the block table to hold ``num_tokens`` tokens. False, and nothing changed, if there is no room."""
+        """Extend the block table to hold ``num_tokens`` tokens.
+
+        Returns False and changes nothing if there is no room.
+        """
         needed = self.blocks_needed(sequence, num_tokens)
         if needed > self.num_free:
             return False
@@ -60,8 +64,8 @@ class BlockManager:
     def share_prefix(self, sequence: Sequence, limit: int) -> int:
         """Give an empty sequence the cached blocks of its longest known prefix of at most ``limit`` tokens.
 
-        Returns the number of tokens so found, a multiple of the block size. At least one token of a sequence is always
-        left to compute: the caller keeps ``limit`` below its length.
+        Returns the number of tokens found, a multiple of the block size. At least one token of a sequence
+        must be left to compute, so the caller keeps ``limit`` below its length.
         """
         if not self._prefix_caching:
             return 0
@@ -78,9 +82,9 @@ class BlockManager:
         return len(sequence.block_table) * self.block_size
 
     def publish(self, sequence: Sequence) -> None:
-        """Make the blocks that the sequence has filled with known tokens findable.
+        """Register the blocks that the sequence has filled with known tokens, so that others can find them.
 
-        Call after their keys and values were computed, or are sure to be before a later step reads them.
+        Call after their keys and values were computed, or will surely be before a later step reads them.
         """
         if not self._prefix_caching:
             return
@@ -88,7 +92,7 @@ class BlockManager:
         for position in range(len(sequence.block_hashes), filled):
             content_hash = self._hash(sequence, position)
             sequence.block_hashes.append(content_hash)
-            # Where two sequences computed the same block in one step, the first one's is kept for sharing.
+            # If two sequences computed the same block in one step, the first one's block is kept for sharing.
             block_id = sequence.block_table[position]
             if self._by_hash.setdefault(content_hash, block_id) == block_id:
                 block = self._blocks[block_id]
@@ -118,7 +122,7 @@ class BlockManager:
         return block_id
 
     def _holds(self, block: _Block, sequence: Sequence, position: int) -> bool:
-        """Whether the block's content is the sequence's, whatever the hashes say."""
+        """Whether the block's content equals the sequence's. Equal hashes do not prove it."""
         return block.token_ids == self._tokens(sequence, position) and block.items_key == self._items_key(
             sequence, position
         )

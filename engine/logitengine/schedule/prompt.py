@@ -1,4 +1,4 @@
-"""A prompt: token ids, what an encoder puts in place of some of them, and the root of its blocks' hashes."""
+"""A prompt: token ids, encoder items in place of some of them, and the root of its blocks' hashes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ DIGEST_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class PromptItem:
-    """Something an encoder computes (an image, say) that takes the place of the placeholder tokens ``start:stop``.
+    """Output of an encoder (for an image, say) in place of the placeholder tokens ``start:stop``.
 
     Attributes:
-        digest: of the item's content, of any length.
+        digest: digest of the item's content, of any length.
     """
 
     start: int
@@ -23,12 +23,12 @@ class PromptItem:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a sequence begins with.
+    """Beginning of a sequence.
 
     Attributes:
-        token_ids: at least one.
-        items: in the order of their positions, without overlap.
-        root: what the hash of the first block continues; see `root_digest`.
+        token_ids: at least one token id.
+        items: items in the order of their positions, without overlap.
+        root: bytes that the hash of the first block continues; see `root_digest`.
     """
 
     token_ids: list[int]
@@ -39,7 +39,7 @@ class Prompt:
         return len(self.token_ids)
 
     def items_key(self, start: int, stop: int) -> bytes:
-        """Tells apart what items put at the positions ``start:stop``; empty where they put nothing there."""
+        """Return a key of the items at the positions ``start:stop``; empty if there are none."""
         return b"".join(
             (item.start - start).to_bytes(8, "little", signed=True)
             + len(item.digest).to_bytes(8, "little")
@@ -50,7 +50,7 @@ class Prompt:
 
 
 def root_digest(*, cache_salt: str | None = None, adapter: str = "", weights_version: int = 0) -> bytes:
-    """Digest what must differ for equal tokens never to share blocks."""
+    """Digest everything that must differ so that equal tokens never share blocks."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for part in ((cache_salt or "").encode(), adapter.encode(), str(weights_version).encode()):
         digest.update(len(part).to_bytes(8, "little") + part)

@@ -1,4 +1,4 @@
-"""Who computes what in the next step: continuous batching, chunked prefill under a token budget, preemption.
+"""Scheduling of the next step: continuous batching, chunked prefill under a token budget, preemption.
 
 Pure logic over sequences and the block manager; it knows nothing of models or tensors.
 """
@@ -15,15 +15,16 @@ from logitengine.schedule.block_manager import BlockManager
 from logitengine.schedule.sequence import Sequence, SequenceState
 
 LAGGING_SECONDS = 1.0
-"""A parked reader keeps its held states for this long whoever needs their room: computing them again takes as long."""
+"""Time for which a parked sequence keeps its held states although others need the room: recomputing takes as long."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A sequence's part of a step: tokens ``start:stop`` to compute, and prompt positions ``rows`` to give rows of.
+    """A sequence's part of a step: tokens ``start:stop`` to compute, and prompt positions ``rows`` whose rows
+    are given.
 
-    Either may be empty. ``rows`` begins at the first position that is owed and never goes beyond ``stop``; the hidden
-    states of those before ``start`` were held, and those from its end to ``stop`` are to be held.
+    Either may be empty. ``rows`` begins at the first position that is owed and never extends beyond ``stop``.
+    Hidden states of its positions before ``start`` were held; those from its end to ``stop`` are to be held.
     """
 
     sequence: Sequence
@@ -37,7 +38,7 @@ class Chunk:
 
     @property
     def draws_token(self) -> bool:
-        """The chunk reaches the sequence's end, so its last hidden state gives the next token."""
+        """Whether the chunk reaches the sequence's end, so that its last hidden state gives the next token."""
         sequence = self.sequence
         return (
             self.start < self.stop == sequence.num_tokens
@@ -46,18 +47,18 @@ class Chunk:
 
     @property
     def is_prompt_done(self) -> bool:
-        """After the step the whole prompt is computed and no row of it is owed."""
+        """Whether after the step the whole prompt is computed and no row of it is owed."""
         return self.stop >= self.sequence.num_prompt_tokens == self.rows.stop
 
     @property
     def num_held(self) -> int:
-        """Prompt positions whose hidden states are held after the step."""
+        """Number of prompt positions whose hidden states are held after the step."""
         return max(0, min(self.stop, self.sequence.num_prompt_tokens) - self.rows.stop)
 
 
 @dataclass(slots=True)
 class _Draft:
-    """The step that is being put together, and what is left of its bounds."""
+    """The step under construction, and what is left of its bounds."""
 
     tokens_left: int
     rows_left: int
@@ -91,7 +92,8 @@ class Scheduler:
 
     Attributes:
         waiting, running, parked: the sequences in each state, by arrival.
-        dropped: sequences whose held hidden states are of no more use; whoever holds them clears this list.
+        dropped: sequences whose held hidden states are no longer needed; the holder of the states clears this
+            list.
     """
 
     def __init__(
@@ -119,8 +121,6 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running or self.waiting or self.parked)
 
-    # Lives.
-
     def add(self, sequence: Sequence) -> None:
         self._enter(SequenceState.WAITING, sequence)
 
@@ -133,13 +133,13 @@ class Scheduler:
         self.dropped.append(sequence)
 
     def park(self, sequence: Sequence) -> None:
-        """The sequence's reader lags: it takes part in no step until it is resumed."""
+        """Park a sequence whose reader lags: it takes part in no step until it is resumed."""
         if sequence.state in (SequenceState.WAITING, SequenceState.RUNNING):
             sequence.idle_since = self._clock()
             self._move(sequence, SequenceState.PARKED)
 
     def resume(self, sequence: Sequence) -> None:
-        """The reader reads again. A sequence that kept its blocks goes on at once where there is a place."""
+        """Resume a sequence whose reader reads again. If it kept its blocks and there is a place, it runs at once."""
         if sequence.state is not SequenceState.PARKED:
             return
         has_place = len(self.running) < self._config.max_num_seqs
@@ -165,17 +165,15 @@ class Scheduler:
         self._list_of(sequence).remove(sequence)
         self._enter(state, sequence)
 
-    # Steps.
-
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks, in order of arrival; empty when nobody can go on.
+        """Return the next step's chunks, in order of arrival; empty when no sequence can continue.
 
         Decoding sequences come first, so that a long prompt never delays a token by more than one step's budget.
         """
         bound = self._config.max_num_batched_tokens
         draft = _Draft(bound, bound, self._config.logits_window_bytes)
         for sequence in sorted(self.running, key=lambda sequence: not sequence.is_decoding):
-            if sequence.state is SequenceState.RUNNING:  # it may have made room for another
+            if sequence.state is SequenceState.RUNNING:  # it may have been preempted for another
                 self._plan(sequence, draft)
         for sequence in list(self.waiting):
             if draft.tokens_left <= 0 or len(self.running) >= self._config.max_num_seqs:
@@ -190,7 +188,7 @@ class Scheduler:
         return sorted(draft.chunks.values(), key=lambda chunk: chunk.sequence.arrival)
 
     def complete(self, chunk: Chunk) -> None:
-        """Record that the chunk is computed, or will be before a step that is scheduled later, and its rows given."""
+        """Record that the chunk is computed, or will be before any later step, and that its rows are given."""
         sequence = chunk.sequence
         sequence.num_computed = chunk.stop
         sequence.num_rows_given = chunk.rows.stop
@@ -212,11 +210,12 @@ class Scheduler:
             draft.add(Chunk(sequence, start, stop, rows))
 
     def _fit_rows(self, sequence: Sequence, stop: int, draft: _Draft) -> tuple[int, range]:
-        """Where a chunk that would end at ``stop`` ends for its rows' sake, and the rows that it gives.
+        """Return where a chunk that would end at ``stop`` has to end because of its rows, and the rows that it gives.
 
-        A row that is not given in the step of its token needs room among the held ones: without room for all of them nothing
-        is computed, since a prompt that is cut into small pieces takes longer in all. A token is drawn in the step that
-        gives the prompt's last row, so until then the prompt's last token is left out.
+        A row that is not given in the step of its token needs room among the held states. Without room for
+        all of them nothing is computed, because a prompt cut into small pieces takes longer in all. A token
+        is drawn in the step that gives the prompt's last row, so the prompt's last token is left out until
+        then.
         """
         start, given = sequence.num_computed, sequence.num_rows_given
         last = given + self._most_rows(sequence, draft)
@@ -240,7 +239,10 @@ class Scheduler:
         )
 
     def _can_hold(self, sequence: Sequence, count: int, draft: _Draft) -> bool:
-        """Whether there is room for ``count`` held states of the sequence; for it, readers that lag for long lose theirs."""
+        """Whether there is room for ``count`` held states of the sequence.
+
+        Sequences that were parked for long are preempted to make room.
+        """
         if count <= 0:
             return True
 
@@ -260,18 +262,20 @@ class Scheduler:
         return True
 
     def _lags(self, sequence: Sequence) -> bool:
-        """The sequence has not run for so long that its reader does more than catch up."""
+        """Whether the sequence has been idle for so long that its reader is not just catching up."""
         return self._clock() - sequence.idle_since >= LAGGING_SECONDS
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence a place, where there is room for all of it."""
+        """Give a waiting sequence a place, if there is room for all of it."""
         if not sequence.block_table:
-            # Rows that are owed must be computed again: the cache holds keys and values, not hidden states.
+            # Rows that are owed must be recomputed, because the cache holds keys and values but no hidden
+            # states.
             limit = sequence.num_tokens - 1
             if sequence.owes_rows:
                 limit = min(limit, sequence.num_rows_given)
             sequence.num_computed = self._blocks.share_prefix(sequence, limit)
-            # Room for the whole prompt, or alone: otherwise the newest prompts would preempt each other for ever.
+            # There must be room for the whole prompt, unless it runs alone: else the newest prompts would
+            # preempt each other for ever.
             while self.running and self._num_missing(sequence) > self._blocks.num_free:
                 idle = [other for other in self._idle_with_blocks() if other is not sequence]
                 if not idle:
@@ -289,10 +293,11 @@ class Scheduler:
         return self._blocks.blocks_needed(sequence, sequence.num_tokens)
 
     def _make_room(self, sequence: Sequence, num_tokens: int, draft: _Draft) -> bool:
-        """Extend the block table to ``num_tokens``. False if the sequence had to give way itself.
+        """Extend the block table to ``num_tokens``. Returns False if the sequence itself was preempted.
 
-        Sequences that are parked, or wait with blocks from before they were, give way first, then whoever runs and came
-        last. The oldest running one can therefore always go on, which is why there is no deadlock.
+        Idle sequences with blocks are preempted first: those that are parked, or wait again after they were
+        parked. Running sequences follow, latest arrival first. So the oldest running sequence can always
+        continue, and there is no deadlock.
         """
         while not self._blocks.grow(sequence, num_tokens):
             victim = (self._idle_with_blocks() or self.running)[-1]
@@ -302,14 +307,14 @@ class Scheduler:
         return True
 
     def _idle_with_blocks(self) -> list[Sequence]:
-        """Sequences that do not run but keep blocks; the last is the first to lose them."""
+        """Sequences that do not run but keep blocks. The last one is the first to lose them."""
         return [
             *(other for other in self.waiting if other.block_table),
             *(other for other in self.parked if other.block_table),
         ]
 
     def _preempt(self, sequence: Sequence, draft: _Draft | None = None) -> None:
-        """Take the sequence's blocks and held hidden states; it is computed again when its turn comes."""
+        """Take the sequence's blocks and held hidden states; it is recomputed when its turn comes."""
         if draft is not None:
             draft.discard(sequence)
         self.num_preemptions += 1

@@ -1,4 +1,4 @@
-"""One choice of one request: its tokens, its blocks, and how far it has come."""
+"""One choice of one request: its tokens, its blocks, and its progress."""
 
 from __future__ import annotations
 
@@ -10,38 +10,40 @@ from logitengine.schedule.prompt import Prompt, root_digest
 from logitengine.schedule.token_counts import TokenCounts
 
 UNKNOWN = 0
-"""Stands in ``token_ids`` for a token that the host has not read yet; a valid id, since nothing may look at it."""
+"""Placeholder in ``token_ids`` for a token that the host has not read yet. A valid id, because nothing may read it."""
 
 
 class SequenceState(Enum):
-    """Where a sequence is in its life. Waiting for a leader is no state: it is derived from the leader."""
+    """State of a sequence. Waiting for a leader is no state: it is derived from the leader."""
 
     WAITING = "waiting"
-    """For its place among those that run. It still has its blocks if it was parked and nobody needed them."""
+    """Waits for a place among the running. It still has its blocks if it was parked and nobody needed them."""
     RUNNING = "running"
     PARKED = "parked"
-    """Its reader lags. It keeps its blocks until somebody needs them, and is computed again later if so."""
+    """Its reader lags. It keeps its blocks until another sequence needs them, and is recomputed later if so."""
     FINISHED = "finished"
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens and counters; everything else is derived from them.
+    """Tokens and counters of one choice; everything else is derived from them.
 
     Attributes:
         arrival: order of arrival; older sequences are served first and preempted last.
         leader: the first choice of the same request; the others wait for its prefill, then share its blocks.
-        row_nbytes: bytes that the reader gets for each prompt row; 0 where nothing travels.
+        row_nbytes: bytes that the reader gets for each prompt row; 0 if nothing is sent.
         window_bytes: the request's own bound on unread outputs; None: the engine's.
-        token_ids: the prompt, then what was generated; the newest ``num_unknown`` of them are placeholders for tokens that
-            steps under way have drawn.
-        draw_row: the newest token's row in the latest draw while the host does not know it, else None.
+        token_ids: the prompt, then the generated tokens. The newest ``num_unknown`` of them are placeholders
+            for tokens that launched steps have drawn.
+        draw_row: row of the newest token in the latest draw while the host does not know the token, else
+            None.
         block_table: physical KV blocks, in order.
-        num_computed: tokens whose keys and values are in the cache, or will be before a step that is scheduled now.
+        num_computed: tokens whose keys and values are in the cache, or will be before any step scheduled from
+            here on.
         num_cached: prompt tokens that the prefix cache gave at the first admission; None before it.
-        idle_since: when it was last parked, by the scheduler's clock.
-        num_rows_given: prompt positions up to which no row is owed: given, or never asked for.
-        seen, generated: the tokens of the whole sequence and of the answer, counted, where a penalty needs them.
+        idle_since: time when it was last parked, by the scheduler's clock.
+        num_rows_given: prompt positions up to which no row is owed: given, or never requested.
+        seen, generated: counts of the whole sequence's and of the answer's tokens, if a penalty needs them.
     """
 
     request_id: str
@@ -86,7 +88,7 @@ class Sequence:
         leader: Sequence | None = None,
         row_nbytes: int = 0,
     ) -> Sequence:
-        """Choice ``index`` of a request."""
+        """Make the sequence for choice ``index`` of a request."""
         return cls(
             request_id=request.request_id,
             index=index,
@@ -105,7 +107,10 @@ class Sequence:
 
     @property
     def has_begun(self) -> bool:
-        """It was admitted once; what it was told or computed since cannot be done by another engine."""
+        """Whether it was admitted once.
+
+        What it reported or computed since then cannot be continued by another engine.
+        """
         return self.num_cached is not None
 
     @property
@@ -126,33 +131,36 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens to compute before the answer is whole: not its last one, from which nothing is drawn."""
+        """Tokens to compute before the answer is complete.
+
+        The answer's last token is not among them: nothing follows it.
+        """
         return len(self.token_ids) - self.is_answered - self.num_computed
 
     @property
     def is_answered(self) -> bool:
-        """Its last token has been drawn, though the host may not know it yet."""
+        """Whether its last token has been drawn, though the host may not know the token yet."""
         count = self.num_generated
         return count > 0 and count >= self.sampling.max_tokens
 
     @property
     def is_decoding(self) -> bool:
-        """Only its newest token is still to be computed."""
+        """Whether only its newest token is still to be computed."""
         return self.num_uncomputed == 1 and self.num_generated > 0
 
     @property
     def owes_rows(self) -> bool:
-        """Prompt rows were asked for and not given yet. Until then it draws nothing."""
+        """Whether prompt rows were requested and not all given yet. Until then it draws nothing."""
         return self.num_rows_given < len(self.prompt.token_ids)
 
     @property
     def num_held(self) -> int:
-        """Prompt positions that were computed and whose rows are owed: their hidden states are held."""
+        """Number of computed prompt positions whose rows are owed; their hidden states are held."""
         return max(0, min(self.num_computed, len(self.prompt.token_ids)) - self.num_rows_given)
 
     @property
     def must_wait_for_leader(self) -> bool:
-        """Its prompt is being computed by the leader, or rows of that prompt have not all been given."""
+        """Whether the leader still computes the prompt or owes rows of it."""
         leader = self.leader
         return (
             leader is not None
@@ -161,14 +169,14 @@ class Sequence:
         )
 
     def await_token(self, row: int) -> int:
-        """Row ``row`` of the latest draw gives the next token; returns the position to `learn` it at."""
+        """Expect the next token from row ``row`` of the latest draw; return the position to `learn` it at."""
         self.token_ids.append(UNKNOWN)
         self.num_unknown += 1
         self.draw_row = row
         return self.num_tokens - 1
 
     def learn(self, position: int, token_id: int) -> None:
-        """The oldest unknown token, at ``position``, is ``token_id``."""
+        """Set the oldest unknown token, at ``position``, to ``token_id``."""
         self.token_ids[position] = token_id
         self.num_unknown -= 1
         if not self.num_unknown:

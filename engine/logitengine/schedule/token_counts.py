@@ -1,4 +1,4 @@
-"""The distinct tokens of a growing list, for penalties: kept up token by token, never counted anew."""
+"""Distinct tokens of a growing list, for penalties. They are updated token by token and never recounted."""
 
 from __future__ import annotations
 

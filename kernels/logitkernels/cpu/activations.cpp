@@ -1,4 +1,4 @@
-// What products with weights in blocks read of the blocks of 32 activations.
+// Properties of blocks of 32 activations, for products with weights in blocks.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -14,8 +14,8 @@ float sum_of(const float* block) {
 }
 
 #ifdef LOGITKERNELS_AVX512
-// 16 integers below 32,640 in magnitude as 256 times an upper byte plus a lower one, both signed: the upper bytes of a block
-// lie before its lower ones.
+// Stores 16 integers below 32,640 in magnitude as 256 times an upper byte plus a lower one, both signed. The
+// upper bytes of a block lie before its lower ones.
 void store_bytes(char* upper, const __m512& integers, __m128i order) {
     const __m512i values = _mm512_cvtps_epi32(integers);
     const __m512i above = _mm512_srai_epi32(_mm512_add_epi32(values, _mm512_set1_epi32(128)), 8);
@@ -28,8 +28,9 @@ void store_bytes(char* upper, const __m512& integers, __m128i order) {
 }
 #endif
 
-// A block of activations as 16-bit integers times a power of two, the least one with which they stay below 32,640 in
-// magnitude: what is rounded away is at most 2^-15 of the largest, or hardly more. A block with an infinity or NaN is NaN.
+// Rounds a block of activations to 16-bit integers times a power of two, the smallest that keeps them below
+// 32,640 in magnitude. The rounding error is at most 2^-15 of the largest, or hardly more. A block with an
+// infinity or NaN is NaN.
 template <class Format>
 void round_block(const float* source, const ActivationBlocks& blocks, int64_t place) {
     const __m512 low = load(source, 0xffff), high = load(source + kLanes, 0xffff);
@@ -45,8 +46,9 @@ void round_block(const float* source, const ActivationBlocks& blocks, int64_t pl
         blocks.integer_sums[place] = 0;
         return;
     }
-    // The scale is 2^-15 of the power of two above the largest, or 2^-14 where the largest would round to 32,640 or more
-    // (what is added to the mantissa then carries); both it and its inverse are normal numbers.
+    // The scale is 2^-15 of the power of two above the largest, or 2^-14 where the largest would round to
+    // 32,640 or more (the number added to the mantissa then carries). Both the scale and its inverse are
+    // normal numbers.
     constexpr int32_t carry = 0x10100;
     const int32_t exponent = std::max((std::bit_cast<int32_t>(largest) + carry) >> 23, 15);
     const float scale = std::bit_cast<float>((exponent - 14) << 23);

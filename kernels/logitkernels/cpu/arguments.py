@@ -1,4 +1,4 @@
-"""Arguments as the compiled library takes them."""
+"""Conversion of arguments to the form that the compiled library takes."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ def num_threads() -> int:
 
 
 def threads_for(rows: int) -> int:
-    """Threads for work that gives each row to one of them. All or one: OpenMP ends those that a smaller team leaves out."""
+    """Return the number of threads for work that gives each row to one thread.
+
+    It is all threads or one, because OpenMP ends the threads that a smaller team leaves out.
+    """
     return num_threads() if rows > 1 else 1
 
 
 def as_float32(tensor: Tensor, name: str) -> Tensor:
-    """The tensor itself when it is contiguous float32, else a copy that is."""
+    """Return the tensor itself when it is contiguous float32, else a copy that is."""
     if tensor.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"{name} is {tensor.dtype}; the native kernels compute on float32 and bfloat16")
     return tensor.to(torch.float32).contiguous()
 
 
 def as_integers(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The tensor itself when it is contiguous, else a copy that is. Raises TypeError for another dtype."""
+    """Return the tensor itself when it is contiguous, else a copy that is. Raises TypeError for another dtype."""
     if tensor.dtype != dtype:
         raise TypeError(f"{name} is {tensor.dtype}; it must be {dtype}")
     return tensor.contiguous()
 
 
 class BatchArguments:
-    """The metadata as the library reads it, with the tensors that it points to."""
+    """Attention metadata as the library reads it, with the tensors that it points to."""
 
     __slots__ = ("_tensors", "struct")
 
@@ -57,7 +60,7 @@ class BatchArguments:
 
 def window_of(sliding_window: int | None) -> int:
     if sliding_window is None:
-        return 0  # how the library says that there is none
+        return 0  # the library's value for no window
     if sliding_window < 1:
         raise ValueError(f"sliding_window is {sliding_window}; it must be at least 1")
     return sliding_window

@@ -1,15 +1,17 @@
-// Attention is computed block by block of 128 keys. The blocks are those of the logical sequence, counted from its first
-// token, so that they depend neither on the query's chunk nor on where the cache keeps the keys. Within a block a row
-// (one query of one head) takes the exact maximum of its scores; block results are merged in ascending order:
+// Attention is computed in blocks of 128 keys. The blocks are those of the logical sequence, counted from its
+// first token. So they depend neither on the query's chunk nor on where the cache keeps the keys. Within a
+// block a row (one query of one head) takes the exact maximum of its scores; block results are merged in
+// ascending order:
 //
 //     m' = max(m, m_b),  l' = l exp(m - m') + l_b exp(m_b - m'),  o' = o exp(m - m') + o_b exp(m_b - m')
 //
-// as in Dao et al., "FlashAttention" (2022). A block's result is the same whoever computes it, so long sequences may be
-// divided among threads at block boundaries and merged afterwards in the same order: the bits do not change.
+// as in Dao et al., "FlashAttention" (2022). A block's result does not depend on the thread that computes it.
+// So long sequences may be divided among threads at block boundaries and merged afterwards in the same order:
+// the bits stay the same.
 //
-// Keys are read transposed, 16 in a vector. Where the cache does not hold them so, or many rows share them, a block of
-// them is copied to float32 first, and its values too when many rows share them. So a decode step moves each cached byte
-// once: 2 (D + Dv) bytes per token, layer and key-value head in bf16.
+// Keys are read transposed, 16 in a vector. Where the cache is not transposed, or many rows share the keys, a
+// block of keys is first copied to float32. Its values are copied too when many rows share them. So a decode
+// step moves each cached byte once: 2 (D + Dv) bytes per token, layer and key-value head in bf16.
 #include "attention.h"
 
 #include <algorithm>
@@ -34,11 +36,11 @@ inline Range within_block(Range range, int64_t block) {
     return {std::max<int64_t>(range.from - start, 0), std::min(range.to - start, kBlockKeys)};
 }
 
-// A block's result for one row, as the items of a divided tile leave it for the merge: output, maximum, sum.
-// A negative sum says that the row sees nothing of the block.
+// Elements of a block's result for one row (output, maximum, sum), in which items of a divided tile leave it
+// for the merge. A negative sum means that the row sees nothing of the block.
 inline int64_t partial_stride(int64_t padded_value_size) { return padded_value_size + kLanes; }
 
-// A block of keys and values as a tile sees it.
+// A block of keys and values that a tile reads.
 struct KeyBlock {
     const AttentionItem* item = nullptr;
     int64_t block = 0;
@@ -67,7 +69,7 @@ class Worker {
             widened_keys_.groups[group] = keys_.get() + group * kLanes;
     }
 
-    // `next` is what this thread does afterwards, or null: its first block is fetched beside the last one of `item`.
+    // `next` is this thread's next item or null. Its first block is fetched during the last block of `item`.
     void run(const AttentionItem& item, const AttentionItem* next, const float* query, int64_t query_stride,
              const Activations& out, float* partials) {
         begin(item);
@@ -87,7 +89,7 @@ class Worker {
                                               : partials + (item.partial + (block - item.first_block) * rows_) *
                                                                partial_stride(padded_);
             for (int64_t row = 0; row < rows_;) {
-                // Balanced chunks: 8 rows are 4 and 4.
+                // Chunks are balanced: 8 rows are 4 and 4.
                 const int64_t chunks = ceil_div(rows_ - row, kChunkRows), size = ceil_div(rows_ - row, chunks);
                 chunk_of(size, row, block, partial);
                 row += size;
@@ -139,13 +141,14 @@ class Worker {
         }
     }
 
-    // Few rows read keys and values where they lie, if they lie as they are read; a copy pays when several chunks of rows
-    // read it.
+    // A few rows read keys and values in place, if the cache's layout allows it. A copy pays when several
+    // chunks of rows read it.
     bool reads_keys_in_place() const { return rows_ <= kChunkRows && attention_.keys.is_transposed(); }
     bool reads_values_in_place() const { return rows_ <= kChunkRows && padded_ == attention_.value_size; }
 
-    // Scoring the keys of a block fetches its values, and weighing them the next block's keys. Where values are copied first,
-    // or chunks of rows score and weigh in turns, the next block is fetched during the whole of this one.
+    // Scoring the keys of a block fetches its values, and weighing the values fetches the next block's keys.
+    // Where values are copied first, or chunks of rows alternate between scoring and weighing, the next block
+    // is fetched during all of this one.
     bool fetches_by_halves() const { return reads_values_in_place(); }
 
     // Bytes of the keys, or of the values, of a block.
@@ -156,7 +159,8 @@ class Worker {
         const int64_t start = block * kBlockKeys;
         const Range seen{within_block(visible_to_row(0), block).from / kLanes * kLanes,
                          within_block(visible_to_row(rows_ - 1), block).to};
-        // Scores are taken of up to four groups at once: those that nobody sees are read too, from somewhere valid.
+        // Scores of up to four groups are computed at once. Groups that no row sees are read too, so they
+        // need a valid address.
         if (reads_keys_in_place())
             std::fill_n(cached_keys_.groups, kBlockKeys / kLanes, group_of(item, start + seen.from));
         for (int64_t group = seen.from; group < seen.to; group += kLanes) {
@@ -165,8 +169,8 @@ class Worker {
         }
     }
 
-    // Lanes past the last key repeat it or are slots of the same cache block: they are masked later, and no memory beyond
-    // the cache is read.
+    // Lanes past the last key repeat it or are slots of the same cache block. They are masked later, and no
+    // memory beyond the cache is read.
     void load_keys(const AttentionItem& item, int64_t position, int64_t last, int64_t group) {
         if (!attention_.keys.is_transposed()) {
             const Element* rows[kLanes];
@@ -191,7 +195,8 @@ class Worker {
                                 load(value_rows_[group + i] + d, lane_mask(attention_.value_size - d)));
     }
 
-    // Where the 16 positions from `position` lie; those past `last` repeat it or are slots of the same cache block.
+    // Finds the rows of the 16 positions from `position`. Those past `last` repeat it or are slots of the
+    // same cache block.
     void find_rows(const Cache& cache, const AttentionItem& item, int64_t position, int64_t last, const Element** rows) const {
         const int32_t* table = batch_.block_tables + item.sequence * batch_.table_stride + position / cache.block_size;
         int64_t offset = position % cache.block_size;
@@ -207,14 +212,14 @@ class Worker {
         }
     }
 
-    // The same in a transposed cache, where 16 positions are neighbours.
+    // Finds 16 positions in a transposed cache, where they are neighbours.
     const Element* group_of(const AttentionItem& item, int64_t position) const {
         const Cache& cache = attention_.keys;
         const int32_t* table = batch_.block_tables + item.sequence * batch_.table_stride;
         return row_of(cache, table[position / cache.block_size], item.kv_head, position % cache.block_size);
     }
 
-    // Positions of a block that a tile sees, from a whole group on.
+    // Positions of a block that a tile sees, starting at a whole group.
     Range seen_of(const KeyBlock& block) const {
         const int64_t first = position_of(*block.item), start = block.block * kBlockKeys;
         return {std::max(visible(attention_, first).from, start) / kLanes * kLanes,
@@ -226,7 +231,8 @@ class Worker {
         return seen.to - seen.from;
     }
 
-    // What of a block will be read, in that order. It is scattered over the cache, where the processor does not foresee it.
+    // Plan the memory of a block that will be read, in that order. It is scattered over the cache, so the
+    // processor does not prefetch it.
     void plan_keys(const KeyBlock& block) {
         if (block.item == nullptr) return;
         const Cache& keys = attention_.keys;
@@ -311,8 +317,9 @@ class Worker {
         }
     }
 
-    // Rows go together over the keys that all of them see and one by one over the rest. A row never touches a key that
-    // it does not see, not even with weight zero: zero times another token's infinity would be NaN.
+    // Rows are computed together over the keys that all of them see, and one by one over the rest. A row
+    // never touches a key that it does not see, not even with weight zero: zero times another token's
+    // infinity would be NaN.
     template <int R, class Values>
     void weigh_block(const Range (&keys)[R], Range shared, const Values& values) {
         std::fill_n(block_output_.get(), R * padded_, 0.0f);
@@ -338,7 +345,7 @@ class Worker {
             const RowState& state = states_[row];
             __m512 factor = _mm512_set1_ps(1.0f / state.sum);
             if (attention_.sinks != nullptr) {
-                // A sink is one more key whose value is zero.
+                // A sink acts as one more key with a value of zero.
                 const float sink = attention_.sinks[head], maximum = std::max(state.maximum, sink);
                 const __m512 kept = exponential(_mm512_set1_ps(state.maximum - maximum));
                 const __m512 sunk = exponential(_mm512_set1_ps(sink - maximum));
@@ -366,7 +373,7 @@ class Worker {
     Buffer<RowState> states_;
     Buffer<float> scores_, block_output_;
     Fetcher fetcher_;
-    KeyBlock upcoming_;  // what this thread reads after the block it is at
+    KeyBlock upcoming_;  // block that this thread reads after the current one
     KeyGroups<Element> cached_keys_;
     KeyGroups<float> widened_keys_;
     const Element* value_rows_[kBlockKeys];
@@ -377,7 +384,7 @@ template <class Element>
 void attend_typed(const Attention& attention, const Batch& batch, const AttentionPlan& plan, const float* query,
                   int64_t query_stride, const Activations& out) {
     Worker<Element> worker(attention, batch, plan);
-    // A thread takes its next item before it does the one it has, to know what to fetch.
+    // A thread takes its next item before it runs the current one, to know what to fetch.
     const size_t count = plan.items.size();
     std::atomic<size_t>& taken = *plan.taken;
     for (size_t item = taken++; item < count;) {
@@ -387,12 +394,12 @@ void attend_typed(const Attention& attention, const Batch& batch, const Attentio
         item = next;
     }
     place.team->barrier();
-    if (place.thread == 0) taken = 0;  // for the next call: another barrier lies before it
+    if (place.thread == 0) taken = 0;  // for the next call, which another barrier precedes
     if (!plan.merges.empty())
         share(int64_t(plan.merges.size()), [&](int64_t merge) {
             worker.merge_partials(plan.merges[size_t(merge)], plan.partials.get(), out);
         });
-    // Heads that share blocks are finished when all of them are there.
+    // Heads that share blocks are finished once all heads are written.
     if (attention.value_size % kSumBlock)
         finish_rows(out, batch.query_start[batch.sequences], attention.heads * attention.value_size);
 }
@@ -416,7 +423,7 @@ AttentionPlan::AttentionPlan(const Attention& attention, const Batch& batch, int
                 items.push_back({s, first, queries, head, from, to, -1});
         }
     }
-    // Too few tiles to keep the threads busy: divide the long ones at block boundaries.
+    // With too few tiles to keep the threads busy, long tiles are divided at block boundaries.
     if (threads > 1 && int64_t(items.size()) < 4 * threads) {
         std::vector<AttentionItem> whole;
         whole.swap(items);
@@ -441,7 +448,7 @@ AttentionPlan::AttentionPlan(const Attention& attention, const Batch& batch, int
         }
         partials = allocate<float>(partial * partial_stride(round_up(attention.value_size, kLanes)));
     }
-    // Longest first, so that no thread is left alone with a long one.
+    // Longest first, so that no thread ends alone with a long one.
     std::stable_sort(items.begin(), items.end(), [](const AttentionItem& a, const AttentionItem& b) {
         return a.queries * (a.last_block - a.first_block) > b.queries * (b.last_block - b.first_block);
     });

@@ -10,7 +10,7 @@
 
 namespace logitkernels {
 
-// Where a batch's queries sit in their sequences and in the cache; see AttentionMetadata in interface.py.
+// Positions of a batch's queries in their sequences and in the cache; see AttentionMetadata in attention.py.
 struct Batch {
     int64_t sequences;
     const int32_t* query_start;   // [sequences + 1]
@@ -33,7 +33,7 @@ struct Attention {
     Cache values;
 };
 
-// A tile of neighbouring queries of one sequence under one key-value head, and the key blocks it looks at.
+// A tile of neighbouring queries of one sequence under one key-value head, and the key blocks that it reads.
 struct AttentionItem {
     int64_t sequence;
     int64_t first_query;  // within the sequence's queries
@@ -41,23 +41,23 @@ struct AttentionItem {
     int64_t kv_head;
     int64_t first_block;
     int64_t last_block;  // exclusive
-    int64_t partial;     // where in AttentionPlan::partials its blocks' results go; -1 when it finishes its rows itself
+    int64_t partial;     // offset of its results in AttentionPlan::partials; -1 when it finishes its rows itself
 };
 
-// The work of one call, divided in advance: made by one thread, read by all.
+// The work of one call, divided in advance. One thread makes the plan and all threads read it.
 struct AttentionPlan {
     AttentionPlan(const Attention& attention, const Batch& batch, int threads);
 
     std::vector<AttentionItem> items;
-    std::vector<AttentionItem> merges;  // tiles whose key blocks were divided among several items
+    std::vector<AttentionItem> merges;  // tiles whose key blocks are divided among several items
     Buffer<float> partials;
     int64_t tile_queries;
-    std::unique_ptr<std::atomic<size_t>> taken = std::make_unique<std::atomic<size_t>>(0);  // items, in a call under way
+    std::unique_ptr<std::atomic<size_t>> taken = std::make_unique<std::atomic<size_t>>(0);  // items taken in the current call
 };
 
-// query [tokens, heads, key_size] rows `query_stride` apart; `out` rows of heads * value_size.
-// Shares its work among the threads of the enclosing parallel region and ends in a barrier. Between two calls with one
-// plan lies another barrier.
+// query [tokens, heads, key_size] has rows `query_stride` apart; `out` has rows of heads * value_size. The
+// threads of the enclosing parallel region share the work, which ends in a barrier. Between two calls with
+// one plan the caller needs another barrier.
 void attend(const Attention& attention, const Batch& batch, const AttentionPlan& plan, const float* query,
             int64_t query_stride, const Activations& out);
 

@@ -1,4 +1,4 @@
-// Some rows' attention to one block of keys, and how block results are joined; see attention.cpp.
+// Attention of some rows to one block of keys, and the merge of block results; see attention.cpp.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@ namespace logitkernels {
 
 constexpr int64_t kBlockKeys = 128;
 
-// Vectors of keys, or of a value, that `rows` rows take at a time: as many as leave the sums in registers.
+// Vectors of keys, or of a value, that `rows` rows take at a time: as many as keep the sums in registers.
 constexpr int vectors_beside(int rows) {
     return rows * 4 <= kRegisterSums ? 4 : rows * 2 <= kRegisterSums ? 2 : 1;
 }
@@ -30,8 +30,9 @@ struct RowState {
     float sum;
 };
 
-// Four 32-bit columns of 16 rows, each row's 16 bytes at rows[i] + offset, as four vectors of 16 rows. Gathering rows j,
-// j + 4, j + 8, j + 12 while loading leaves only shuffles within 128-bit lanes, and needs few registers.
+// Transposes four 32-bit columns of 16 rows, each row's 16 bytes at rows[i] + offset, to four vectors of 16
+// rows. Gathering rows j, j + 4, j + 8, j + 12 while loading leaves only shuffles within 128-bit lanes. It
+// needs few registers.
 LOGITKERNELS_INLINE void transpose_columns(const char* const* rows, int64_t offset, __m512i (&columns)[4]) {
     __m512i r[4];
 #pragma GCC unroll 4
@@ -57,7 +58,7 @@ LOGITKERNELS_INLINE void store_column(__m512i pairs, float* target, bf16) {
 
 LOGITKERNELS_INLINE void store_column(__m512i values, float* target, float) { _mm512_store_si512(target, values); }
 
-// 16 keys of `size` elements into columns of `target`, float32 [padded size][kBlockKeys].
+// Transposes 16 keys of `size` elements into columns of `target`, float32 [padded size][kBlockKeys].
 template <class Element>
 void transpose_keys(const Element* const* keys, int64_t size, float* target) {
     constexpr int64_t piece = 16 / sizeof(Element), per_column = 4 / sizeof(Element);
@@ -71,7 +72,7 @@ void transpose_keys(const Element* const* keys, int64_t size, float* target) {
         for (int c = 0; c < 4; ++c) store_column(columns[c], target + (d + c * per_column) * kBlockKeys, Element());
     }
     if (whole == size) return;
-    // The last elements are read from copies: nothing beyond a row is touched.
+    // The last elements are read from copies, so that no memory beyond a row is touched.
     Element ends[kLanes][piece] = {};
     for (int i = 0; i < kLanes; ++i) {
         std::copy_n(keys[i] + whole, size - whole, ends[i]);
@@ -95,7 +96,8 @@ LOGITKERNELS_INLINE void add_products(__m512 (&sums)[R][V], Factor factor, Vecto
         for (int v = 0; v < V; ++v) sums[r][v] = _mm512_fmadd_ps(f, x[v], sums[r][v]);
     }
 #else
-    // One vector at a time, and the factors read anew for each: the registers hold no more beside 6 sums of 16 lanes.
+    // One vector at a time, with the factors read again for each: beside 6 sums of 16 lanes the registers
+    // hold no more.
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) {
         asm volatile("" ::: "memory");
@@ -107,7 +109,7 @@ LOGITKERNELS_INLINE void add_products(__m512 (&sums)[R][V], Factor factor, Vecto
 #endif
 }
 
-// The keys of a block in groups of 16, which lie element after element: in a transposed cache, or in a copy.
+// The keys of a block in groups of 16, element after element: in a transposed cache or in a copy.
 template <class Element>
 struct KeyGroups {
     const Element* groups[kBlockKeys / kLanes];
@@ -148,7 +150,7 @@ void score(const float* query, int64_t size, const KeyGroups<Element>& keys, Ran
     }
 }
 
-// The values of a block, widened beforehand because many rows use them.
+// The values of a block, widened in advance because many rows use them.
 struct WidenedValues {
     using Element = float;
     const float* values;  // [kBlockKeys][stride]
@@ -156,7 +158,7 @@ struct WidenedValues {
     const float* row(int64_t key) const { return values + key * stride; }
 };
 
-// The values of a block where they lie in the cache. Their size is a multiple of 16.
+// The values of a block, read in place from the cache. Their size is a multiple of 16.
 template <class CacheElement>
 struct CachedValues {
     using Element = CacheElement;
@@ -202,7 +204,7 @@ void weigh(const float* weights, const Values& values, Range keys, float* sums, 
     }
 }
 
-// Turns the scores of one row into exp(score - maximum) and returns the maximum and the sum.
+// Turns the scores of one row into exp(score - maximum); returns the maximum and the sum.
 inline RowState soften(float* scores, Range keys, float softcap) {
     const int64_t first = keys.from / kLanes, last = ceil_div(keys.to, kLanes);
     const __m512 cap = _mm512_set1_ps(softcap), minus_infinity = _mm512_set1_ps(kMinusInfinity);

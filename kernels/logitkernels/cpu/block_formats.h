@@ -1,4 +1,4 @@
-// The block formats of GGUF files as they lie in panels; see quantized.h.
+// Layout of the block formats of GGUF files in panels; see quantized.h.
 #pragma once
 
 #include "linear_tile.h"
@@ -9,20 +9,21 @@ namespace logitkernels {
 constexpr int64_t kBlock = kSumBlock;
 constexpr int64_t kScaleBytes = kLanes * 2;  // the scales, or the minima, of a block in 16 features
 
-// A format unpacks some steps of k of 16 features of a block:
+// A format unpacks steps of k for 16 features of a block:
 //
 //   quad<Q>(integers)          AVX-512: four steps as unsigned bytes, `offset` above the integers, Q from 0 to 7
 //   pair<P>(integers)          elsewhere: two neighbouring steps as int16, P from 0 to 15
-//   even<P>, odd<P>(integers)  either of them as float32
+//   even<P>, odd<P>(integers)  one of the two steps as float32
 //
-// Bytes of quads lie as is cheapest to unpack: of 16 activations, the one for byte i is byte_order()[i].
+// The bytes of quads lie in the order that is cheapest to unpack: of 16 activations, byte i's is
+// byte_order()[i].
 
 template <bool kHasMinimum>
 struct Nibbles {
     static constexpr bool has_minimum = kHasMinimum;
     static constexpr int64_t integer_bytes = 256;  // of a block
 
-    // A nibble's integer: as stored beside a minimum, minus 8 without one.
+    // Offset of a nibble's integer: 0 where the format has a minimum, else 8.
     static constexpr int offset = kHasMinimum ? 0 : 8;
 
     template <int P>
@@ -39,7 +40,7 @@ struct Nibbles {
         const __m512i lanes = _mm512_loadu_si512(integers + Q / 2 * 64);
         return _mm512_and_si512(Q % 2 ? _mm512_srli_epi16(lanes, 4) : lanes, _mm512_set1_epi8(15));
     }
-    // Lookup ignores the bits above a nibble.
+    // The lookup ignores the bits above a nibble.
     static LOGITKERNELS_INLINE __m512 float_table() {
         const __m512i ids = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         return _mm512_cvtepi32_ps(_mm512_sub_epi32(ids, _mm512_set1_epi32(offset)));
@@ -85,7 +86,7 @@ struct Bytes {
 
     static __m128i byte_order() { return _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
-    // Two half vectors of two steps each, their 16-bit words in turn.
+    // Interleaves the 16-bit words of two half vectors of two steps each.
     template <int Q>
     static LOGITKERNELS_INLINE __m512i quad(const char* integers) {
         const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
@@ -113,7 +114,7 @@ struct Bytes {
     }
 };
 
-// Where things lie in a panel.
+// Sizes and offsets within a panel.
 template <class Format>
 constexpr int64_t block_bytes = kVectors * (kScaleBytes + Format::integer_bytes);
 

@@ -1,4 +1,4 @@
-// How the integers of a block and the activations beside them are multiplied.
+// Products of a block's integers and activations.
 #pragma once
 
 #include <utility>
@@ -7,7 +7,7 @@
 
 namespace logitkernels {
 
-// Rows of activations in the type that a product multiplies, from some row on.
+// Rows of activations in the type that a product multiplies.
 template <class Element>
 struct Inputs {
     const Element* x;
@@ -36,7 +36,7 @@ LOGITKERNELS_INLINE void for_each_pair(Step step) {
     }(std::make_integer_sequence<int, kBlock / 2>());
 }
 
-// A block of G groups of 16 features, pair by pair.
+// Adds a block of G groups of 16 features, pair by pair.
 template <class Product, class Format, int G, int R>
 LOGITKERNELS_INLINE void add_pairs(const char* integers, const typename Product::Element* x, int64_t stride,
                                    typename Product::Sum (&sums)[G][R]) {
@@ -47,13 +47,15 @@ LOGITKERNELS_INLINE void add_pairs(const char* integers, const typename Product:
     });
 }
 
-// How q and x meet. `inputs` is what of the activations is multiplied; a block's sums of 16 features are a Sum, which
-// `scaled` turns into float32. `add_block` unpacks integers where it uses them; a product that unpacks pairs can do so into
-// a scratch panel for many rows instead.
+// A product multiplies integers q by activations x. `inputs` returns the activations that it multiplies. A
+// block's sums for 16 features are a Sum, which `scaled` turns into float32. `add_block` unpacks the integers
+// where it uses them. A product that unpacks pairs can instead unpack them into a scratch panel for many
+// rows.
 
-// Sums over a block of integers are exact in int32. On AVX2 pairs of int16 are multiplied. With AVX-512 quads of bytes are,
-// the activations' upper bytes first: that is as many multiplications, but nibbles become bytes in half as many instructions
-// as int16, and so few that a scratch panel is not worth it.
+// Sums over a block of integers are exact in int32. AVX2 multiplies pairs of int16. AVX-512 multiplies quads
+// of bytes, the activations' upper bytes first. That takes as many multiplications, but unpacking nibbles to
+// bytes takes half the instructions of unpacking to int16. They are so few that a scratch panel is not worth
+// it.
 struct Dot {
     using Element = int16_t;
     using Sum = __m512i;
@@ -77,14 +79,14 @@ struct Dot {
         const char* upper = reinterpret_cast<const char*>(in.x + b * kBlock);
         const char* lower = upper + kBlock;
         const int64_t stride = in.stride * int64_t(sizeof(int16_t));
-        // What the upper bytes come to: 256 times their sum, less the offset that every integer has.
+        // Contribution of the upper bytes: 256 times their sum, less the offset that every integer has.
         const auto weighed = [&](__m512i sum, int r) __attribute__((always_inline)) {
             const __m512i shifted = _mm512_slli_epi32(sum, 8);
             if constexpr (Format::offset == 0) return shifted;
             return _mm512_sub_epi32(shifted, _mm512_set1_epi32(Format::offset * in.integer_sums[r * in.blocks + b]));
         };
         if constexpr (G * R <= 8) {
-            // The registers hold the sums of both: integers are unpacked once for the two.
+            // The registers hold the sums of both bytes, so that integers are unpacked once for both.
             __m512i parts[2][G][R] = {};
             add_quads<Format>(integers, {upper, lower}, stride, parts);
 #pragma GCC unroll 8
@@ -122,7 +124,7 @@ struct Dot {
 #pragma GCC unroll 2
         for (int g = 0; g < G; ++g) {
             q[g] = Format::template quad<Q>(integers + g * Format::integer_bytes);
-            asm("" : "+v"(q[g]));  // unpacked once, not for every row
+            asm("" : "+v"(q[g]));  // unpack once, not for every row
         }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
@@ -139,7 +141,7 @@ struct Dot {
     static constexpr bool has_scratch = true;
     static constexpr int fused_rows = 4;
     static constexpr int64_t unpacked_bytes = 64;
-    // The sums of one group of a lone row are too few to hide the latency of a multiply-add.
+    // A lone row has too few sums in one group to hide the latency of a multiply-add.
     template <int R>
     static constexpr int groups_together = R == 1 ? kVectors : 1;
 
@@ -172,7 +174,7 @@ struct Dot {
 #endif
 };
 
-// One step at a time, in float32.
+// Multiplies one step at a time, in float32.
 struct Fma {
     using Element = float;
     using Sum = __m512;
@@ -204,7 +206,7 @@ struct Fma {
         add<R>(even, x, stride, sums);
         add<R>(odd, x + 1, stride, sums);
     }
-    // With one of the steps in registers at a time.
+    // Only one of the two steps is in registers at a time.
     template <int R>
     static LOGITKERNELS_INLINE void add_unpacked(const char* scratch, const float* x, int64_t stride, __m512 (&sums)[R]) {
         add<R>(_mm512_load_ps(scratch), x, stride, sums);

@@ -1,8 +1,8 @@
-"""Compiles the C++ sources beside this file on first use and keeps the library in the user's cache.
+"""Compile the C++ sources beside this file on first use and keep the library in the user's cache.
 
-The library uses the OpenMP runtime that torch has loaded: importing torch first is what makes that so, because the
-dynamic linker gives a library that needs ``libgomp.so.1`` the one already in the process. A second runtime would mean a
-second pool of spinning threads on the same cores, so a library that brings one is refused.
+The library uses the OpenMP runtime that torch has loaded. Importing torch first ensures that: the dynamic
+linker gives a library that needs ``libgomp.so.1`` the one already in the process. A second runtime would mean
+a second pool of spinning threads on the same cores, so a library that brings one is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import torch  # noqa: F401  loads the OpenMP runtime that the library then share
 FLAGS = (
     "-std=c++20",
     "-O3",
-    # Fused multiply-adds are written out: the compiler choosing them per code path would break batch invariance.
+    # Fused multiply-adds are written out: if the compiler chose them per code path, batch invariance would
+    # break.
     "-ffp-contract=off",
     "-fopenmp",
     "-fPIC",
@@ -31,22 +32,22 @@ FLAGS = (
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 )
-# By platform.machine(). With AVX-512 VNNI and BF16 the sources use those; portable.h is fast with these.
+# Keys are values of platform.machine(). The sources use AVX-512 VNNI and BF16 where present, else portable.h.
 REQUIRED_CPU_FLAGS = {"x86_64": frozenset({"avx2", "fma", "f16c"}), "aarch64": frozenset({"asimd"})}
 SOURCES = Path(__file__).parent
 CPUINFO = Path("/proc/cpuinfo")
 
 
 # BuildError
-#   UnsupportedCpuError     the processor or the platform lacks what the sources are written for
+#   UnsupportedCpuError     the processor or the platform lacks what the sources need
 #   CompilerMissingError    neither $CXX nor g++ is on the path
 #   CompilationError        the compiler refused the sources, or the library cannot be loaded beside torch
 class BuildError(RuntimeError):
-    """The native kernels cannot run here. The torch reference can."""
+    """The native kernels cannot run on this machine. The torch reference can."""
 
 
 class UnsupportedCpuError(BuildError):
-    """The processor or the platform lacks what the sources are written for."""
+    """The processor or the platform lacks what the sources need."""
 
 
 class CompilerMissingError(BuildError):
@@ -58,10 +59,11 @@ class CompilationError(BuildError):
 
 
 def cpu_description(cpuinfo: Path = CPUINFO) -> str:
-    """The processor's model and instruction sets, which decide what ``-march=native`` means.
+    """Return the processor's model and instruction sets, which decide the meaning of ``-march=native``.
 
     Raises:
-        UnsupportedCpuError: this is no Linux on x86-64 or aarch64, or the processor lacks ``REQUIRED_CPU_FLAGS``.
+        UnsupportedCpuError: the system is not Linux on x86-64 or aarch64, or the processor lacks
+            ``REQUIRED_CPU_FLAGS``.
     """
     required = REQUIRED_CPU_FLAGS.get(platform.machine())
     if required is None or not cpuinfo.exists():
@@ -82,7 +84,7 @@ def cpu_description(cpuinfo: Path = CPUINFO) -> str:
 
 
 def find_compiler() -> str:
-    """The path of the C++ compiler: ``$CXX``, else g++.
+    """Return the path of the C++ compiler: ``$CXX``, else g++.
 
     Raises:
         CompilerMissingError: there is none.
@@ -96,18 +98,18 @@ def find_compiler() -> str:
 
 
 def cache_directory() -> Path:
-    """Where compiled libraries are kept: ``$XDG_CACHE_HOME/logitserve/kernels``."""
+    """Return the directory of compiled libraries: ``$XDG_CACHE_HOME/logitserve/kernels``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "logitserve" / "kernels"
 
 
 def build(march: str = "native") -> Path:
-    """The path of the compiled library, compiling it if the cache does not hold it.
+    """Return the path of the compiled library; compile it if the cache does not hold it.
 
     The file's name is a hash of the sources, the flags, the compiler and the processor.
 
     Args:
-        march: the instruction set, as the compiler names it. Tests build what other processors would run.
+        march: instruction set, as the compiler names it. Tests build for other processors with it.
 
     Raises:
         BuildError: one of the classes above.
@@ -128,10 +130,10 @@ def build(march: str = "native") -> Path:
 
 
 def load(march: str = "native") -> ctypes.CDLL:
-    """Build if needed, for the instruction set ``march``, and load the library.
+    """Load the library, built for the instruction set ``march`` if it is not built yet.
 
     Raises:
-        BuildError: it cannot be built, or it would bring a second OpenMP runtime into the process.
+        BuildError: the library cannot be built, or it would bring a second OpenMP runtime into the process.
     """
     path = build(march)
     before = _openmp_runtimes()
@@ -149,7 +151,7 @@ def load(march: str = "native") -> ctypes.CDLL:
 def _compile(compiler: list[str], sources: list[Path], target: Path) -> None:
     """Compile each source in a process of its own, link, and move the library into place in one step.
 
-    Processes that race build the same bytes; whichever renames last wins, and none sees half a file.
+    Processes that race build the same bytes. The last rename wins, and no process sees half a file.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
@@ -182,7 +184,7 @@ def _run(command: list[str]) -> str:
 
 
 def _openmp_runtimes() -> set[str]:
-    """OpenMP runtimes mapped into this process."""
+    """Return the OpenMP runtimes mapped into this process."""
     names = ("libgomp", "libomp", "libiomp")
     paths = (
         line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line

@@ -1,4 +1,4 @@
-// Asking for memory before it is read.
+// Prefetching of memory.
 #pragma once
 
 #include <algorithm>
@@ -7,13 +7,13 @@
 
 namespace logitkernels {
 
-// Memory to fetch, some lines at a time between other work: the processor has few misses in flight, and a burst of fetches
-// would make the loads behind it wait.
+// Memory to fetch, some lines at a time between other work. The processor can have only few misses in flight,
+// and a burst of fetches would delay the loads behind it.
 class Fetcher {
   public:
     explicit Fetcher(int64_t capacity) : spans_(allocate<Span>(capacity)) {}
 
-    // `once`: into the first-level cache alone, for what fits there until it is read.
+    // `once`: fetch into the first-level cache alone, for memory that fits there until it is read.
     void begin(bool once) {
         once_ = once;
         position_ = count_ = lines_ = 0;
@@ -27,7 +27,7 @@ class Fetcher {
             spans_[count_++] = {from, from + bytes};
         lines_ += ceil_div(bytes, 64);
     }
-    // What was added is fetched in `steps` steps.
+    // Spreads the fetch of the added memory over `steps` steps.
     void spread(int64_t steps) { lines_per_step_ = ceil_div(lines_, std::max<int64_t>(steps, 1)); }
 
     LOGITKERNELS_INLINE void step() {
@@ -44,7 +44,7 @@ class Fetcher {
             next_ += 64;
         }
     }
-    // A step for each two vectors of 16 that a loop reads meanwhile.
+    // Takes one step for every two vectors of 16 that a loop reads meanwhile.
     template <int V>
     LOGITKERNELS_INLINE void beside() {
 #pragma GCC unroll 2

@@ -1,4 +1,4 @@
-"""The operations of a decoder on CPU, by the compiled library."""
+"""Operations of a decoder on CPU, by the compiled library."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from logitkernels.weights import Weight
 
 
 class CpuKernels(Kernels):
-    """Kernels for x86-64, with AVX-512 VNNI and BF16 where the processor has them and else with AVX2, and for aarch64.
+    """Kernels for x86-64 (AVX-512 VNNI and BF16 where the processor has them, else AVX2) and for aarch64.
 
-    Activations are float32; bfloat16 ones are widened at the door and the result is rounded back. The number of threads
-    is torch's, and never changes a result.
+    Activations are float32; bfloat16 ones are widened on entry and the result is rounded back. The number of
+    threads is torch's, and never changes a result.
     """
 
     name = "cpu"
@@ -50,7 +50,7 @@ class CpuKernels(Kernels):
         """Build the library if needed and load it.
 
         Args:
-            march: the instruction set to compile for; tests run what other processors would.
+            march: instruction set to compile for; tests use it to run the code of other processors.
 
         Raises:
             BuildError: the library cannot be built or loaded here (see build.py).
@@ -183,7 +183,7 @@ class CpuKernels(Kernels):
         return CpuLayers(self._library, layers, key_caches, value_caches)
 
     def top_k_logits(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """As ``Kernels.top_k_logits``; a NaN comes before every number, as torch.topk has it."""
+        """Return ``Kernels.top_k_logits``; a NaN comes before every number, as in torch.topk."""
         rows, vocab = logits.shape
         if not 1 <= k <= vocab:
             raise ValueError(f"k is {k}; it must be from 1 to the {vocab} logits of a row")
@@ -205,14 +205,14 @@ class CpuKernels(Kernels):
         return CpuSampling(self._library, rows, vocab_size, allowed, size)
 
     def logsumexp(self, logits: Tensor) -> Tensor:
-        """``log(sum(exp(row)))`` of [R, V] -> float32 [R]; subtracted from a row's logits it gives log-probabilities."""
+        """Return ``log(sum(exp(row)))`` of [R, V] -> float32 [R]; a row's logits minus it are logprobs."""
         rows, vocab = logits.shape
         source, out = as_float32(logits, "logits"), torch.empty(rows)
         self._library.log_sum_exp(source.data_ptr(), rows, vocab, out.data_ptr(), threads_for(rows))
         return out
 
     def count_above(self, logits: Tensor, bounds: Tensor) -> Tensor:
-        """How many logits of each row [R, V] are larger than its bound [R] -> int64 [R]. NaN is not."""
+        """Count the logits of each row [R, V] above its bound [R] -> int64 [R]. A NaN is not counted."""
         rows, vocab = logits.shape
         source, limits = as_float32(logits, "logits"), as_float32(bounds, "bounds")
         out = torch.empty(rows, dtype=torch.int64)

@@ -3,8 +3,8 @@
 //     x += output(attention(rope(qkv(norm(x)))))
 //     x += down(silu(gate(norm(x))) * up(norm(x)))
 //
-// The residual stream x is float32. What a linear layer reads is written in its type (bf16 or float32) by the operation
-// before it, so nothing is converted in a pass of its own.
+// The residual stream x is float32. Each operation writes its output in the type that the next linear layer
+// reads (bf16 or float32), so no separate pass converts it.
 #include <algorithm>
 #include <optional>
 
@@ -15,7 +15,7 @@
 
 namespace logitkernels {
 
-// Mirrored by layer.py.
+// Mirrored by library.py.
 struct DecoderLayer {
     const Linear* qkv;
     const Linear* output;
@@ -54,12 +54,12 @@ struct Workspace {
     }
 
     int64_t widest_output = 0;
-    Buffer<float> input;      // what the next linear layer reads
+    Buffer<float> input;      // input of the next linear layer
     std::optional<BlockBuffers> blocks;
-    Buffer<float> projected;  // what qkv and gate_up return
+    Buffer<float> projected;  // output of qkv and gate_up
 };
 
-// Rotates queries and keys in place, after their norms, and writes keys and values to the cache.
+// Norms and rotates queries and keys in place, and writes keys and values to the cache.
 void rotate_and_store(const DecoderLayer& layer, float* qkv, int64_t tokens, const float* cos, const float* sin,
                       int64_t rotary, const Cache& keys, const Cache& values, const int64_t* slots) {
     const int64_t size = layer.head_size, all_heads = layer.heads + 2 * layer.kv_heads;
@@ -83,7 +83,7 @@ void rotate_and_store(const DecoderLayer& layer, float* qkv, int64_t tokens, con
 
 using namespace logitkernels;
 
-// From the next layer, linear layer or attention on, thread i of a region stays on cpus[i].
+// Pins thread i of a region to cpus[i], from the next layer, linear layer or attention on.
 extern "C" void logitkernels_pin_threads(const int32_t* cpus, int64_t count) { region_cpus.assign(cpus, cpus + count); }
 
 // hidden [tokens, h] float32 is updated in place. keys and values hold one cache per layer.
@@ -98,7 +98,7 @@ extern "C" void logitkernels_decoder_layers(const DecoderLayer* layers, int64_t 
         const DecoderLayer& layer = layers[i];
         attentions.push_back({layer.heads, layer.kv_heads, layer.head_size, layer.head_size, layer.scale, 0.0f,
                               layer.sliding_window, nullptr, keys[i], values[i]});
-        // Layers of one shape and window divide their work alike.
+        // Layers of one shape and window divide their work in the same way.
         size_t same = 0;
         for (; same < size_t(i); ++same)
             if (layers[same].heads == layer.heads && layers[same].kv_heads == layer.kv_heads &&

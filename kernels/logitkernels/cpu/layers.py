@@ -25,7 +25,7 @@ from logitkernels.decoder import DecoderLayerWeights
 
 
 class CpuLayers:
-    """Layers with their caches as the library reads them, and the tensors that they point to."""
+    """Layers with their caches in the form that the library reads, and the tensors that they point to."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ def _with_float32_norms(layer: DecoderLayerWeights) -> DecoderLayerWeights:
 
 
 def _struct_of(layer: DecoderLayerWeights) -> DecoderLayerStruct:
-    """The layer as the library reads it, whose norms are float32. It points to the layer's own tensors."""
+    """Return the library's struct for a layer with float32 norms. It points to the layer's own tensors."""
     struct = DecoderLayerStruct()
     for name in ("qkv", "output", "gate_up", "down"):
         linear = getattr(layer, name)

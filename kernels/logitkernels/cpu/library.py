@@ -1,4 +1,4 @@
-"""The compiled library's functions and structs, as ctypes sees them. The C++ headers are the definition."""
+"""ctypes declarations of the compiled library's functions and structs. The C++ headers define them."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class Library:
     """The compiled functions, by their names without the prefix ``logitkernels_``."""
 
     def __init__(self, march: str = "native") -> None:
-        """Build if needed, for the instruction set ``march``, and load.
+        """Build the library if needed, for the instruction set ``march``, and load it.
 
         Raises:
             BuildError: the library cannot be built or loaded here.
@@ -150,5 +150,5 @@ class Library:
             setattr(self, name, function)
 
     def __getattr__(self, name: str) -> ctypes._NamedFuncPointer:
-        """Only reached for names that ``_SIGNATURES`` lacks."""
+        """Raise AttributeError; reached only for names that ``_SIGNATURES`` lacks."""
         raise AttributeError(name)

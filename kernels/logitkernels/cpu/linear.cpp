@@ -9,16 +9,16 @@
 namespace logitkernels {
 namespace {
 
-// A format says how one step along k of a panel is read. Every format adds to each sum in the order of k, one fused
-// multiply-add or dot product at a time, whatever the number of rows R: this is what makes rows batch-invariant.
+// A format defines how one step along k of a panel is read. Every format adds to each sum in the order of k,
+// one fused multiply-add or dot product at a time, for any number of rows R. This makes rows batch-invariant.
 //
 //   Element            type of the activations
 //   panel_bytes(k)     bytes of a panel
 //   steps(k)           steps of a panel; a step is kStepBytes of weights
 //   step<R>(...)       adds one step to the R x 2 sums
-//   tail<R>(...)       adds what is left when k is no whole number of steps
+//   tail<R>(...)       adds the rest when k is not a whole number of steps
 //
-// Where a tile's sums do not fit in the registers for both vectors of a panel, R x 1 sums take the same steps.
+// Where the registers do not hold a tile's sums for both vectors of a panel, R x 1 sums take the same steps.
 
 // sums[r] += x[r] w
 template <int R>
@@ -130,8 +130,8 @@ struct F32Fma {
     static inline void tail(const float*, int64_t, int64_t, const char*, __m512 (&)[R][V]) {}
 };
 
-// R rows times one panel. Meanwhile a share of the next panel is fetched into the second-level cache: `ahead` points
-// to the share and `ahead_lines` says how many cache lines of it go with every 8 steps.
+// Multiplies R rows by one panel. Meanwhile a share of the next panel is fetched into the second-level cache.
+// `ahead` points to the share, and `ahead_lines` is the number of its cache lines fetched with every 8 steps.
 template <class Format, int R>
 void tile(const typename Format::Element* x, int64_t stride, const char* panel, int64_t k, const char* ahead,
           int64_t ahead_lines, const Target& target) {
@@ -148,7 +148,7 @@ void tile(const typename Format::Element* x, int64_t stride, const char* panel, 
     finish(sums, target);
 }
 
-// The same for the columns of one vector at a time. Only the first pass fetches ahead.
+// Computes a tile one vector of columns at a time. Only the first pass fetches ahead.
 template <class Format, int R>
 void narrow_tile(const typename Format::Element* x, int64_t stride, const char* panel, int64_t k, const char* ahead,
                  int64_t ahead_lines, const Target& target) {
@@ -208,7 +208,7 @@ void multiply_panels(const Linear& linear, const Activations& x, int64_t rows, f
         const int64_t first = item / panels * block, panel = item % panels;
         const int64_t count = std::min(block, rows - first);
         const char* weights = static_cast<const char*>(linear.weights) + panel * panel_bytes;
-        // Balanced tiles: 13 rows are 7 and 6, not 12 and a lone one.
+        // Tiles are balanced: 13 rows are 7 and 6, not 12 and a lone one.
         const int64_t tiles = ceil_div(count, kMaxTileRows), small = count / tiles, larger = count % tiles;
         const bool last = panel + 1 == panels;
         const int64_t lines = last ? 0 : ceil_div(8 * Format::kStepBytes / 64, tiles);
@@ -233,7 +233,8 @@ void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, c
         for (int64_t i = 0; i < k; i += kLanes) {
             __mmask16 mask = lane_mask(k - i);
             __m512 values = load(source + i, mask);
-            // Whole vectors are written: the row is padded, and the zero after an odd k is part of the last pair.
+            // Whole vectors are written: the row is padded, and after an odd k the zero belongs to the last
+            // pair.
             if (target.rounded())
                 store(static_cast<Rounded*>(target.data) + row * target.stride + i, 0xffff, values);
             else
@@ -267,7 +268,7 @@ using namespace logitkernels;
 
 extern "C" {
 
-// weight [n, k], rows `stride` elements apart, into panels. `target` holds ceil(n / 32) panels.
+// Packs weight [n, k], rows `stride` elements apart, into panels. `target` holds ceil(n / 32) panels.
 void logitkernels_pack_bf16(const bf16* weight, int64_t stride, int64_t n, int64_t k, bf16* target, int threads) {
     const int64_t pairs = ceil_div(k, 2);
 #pragma omp parallel for num_threads(threads)

@@ -5,7 +5,7 @@
 
 namespace logitkernels {
 
-// How a linear layer's weights are stored and multiplied. Mirrored by linear.py.
+// Storage and multiplication of a linear layer's weights. Mirrored by linear.py.
 enum LinearKind : int64_t {
     kBf16Dot = 0,  // bf16 weights, activations rounded to bf16, products summed in float32
     kBf16Fma = 1,  // bf16 weights widened in registers, float32 activations
@@ -19,9 +19,10 @@ enum LinearKind : int64_t {
     kQ80Fma = 8,
 };
 
-// A packed linear layer. The weights lie in panels of 32 output features, which one tile of the product reads from end
-// to end: float32 as [panel][k][32], bf16 as [panel][k / 2][32][2] so that one 32-bit lane holds two neighbours along k.
-// Features past n and the odd half pair past k are zero. bias is float32 [n] or null.
+// A packed linear layer. The weights lie in panels of 32 output features, and one tile of the product reads a
+// panel from end to end. A float32 panel is [k][32]. A bf16 panel is [k / 2][32][2], so that one 32-bit lane
+// holds two neighbours along k. Features past n and the odd half pair past k are zero. bias is float32 [n] or
+// null.
 struct Linear {
     int64_t kind;
     int64_t n;
@@ -31,14 +32,14 @@ struct Linear {
 };
 
 constexpr int64_t kPanelColumns = 32;
-// AVX-512: 12 rows by 32 columns keep 24 sums, 4 weights and a broadcast in 32 registers. AVX2: 6 rows by 16 columns
-// keep 12 sums, 2 weights and a broadcast in 16.
+// AVX-512: 12 rows by 32 columns keep 24 sums, 4 weights and a broadcast in 32 registers.
+// AVX2: 6 rows by 16 columns keep 12 sums, 2 weights and a broadcast in 16.
 constexpr int64_t kMaxTileRows = kRegisterSums == 24 ? 12 : 6;
 
 constexpr int64_t kSumBlock = 32;
-constexpr int64_t kColumnsPerItem = 8 * kSumBlock;  // of a row that threads share
+constexpr int64_t kColumnsPerItem = 8 * kSumBlock;  // columns of one work item, where threads share a row
 
-// What a product with weights in blocks reads of the blocks of 32 activations.
+// Properties of blocks of 32 activations that products with weights in blocks read.
 struct ActivationBlocks {
     int16_t* integers;      // [rows, k]; with AVX-512 as bytes, see activations.cpp
     float* scales;          // [rows, k / 32], of the integers
@@ -48,14 +49,14 @@ struct ActivationBlocks {
 
 inline bool reads_rounded(int64_t kind) { return kind == kBf16Dot; }
 
-// Whether the product reads anything of the blocks of activations beside the row.
+// Whether the product reads properties of activation blocks beside the row.
 inline bool reads_blocks(int64_t kind) {
     return kind == kQ40Dot || kind == kQ41Dot || kind == kQ80Dot || kind == kQ41Fma;
 }
 
-// Activations as a linear layer of some kind reads them: Rounded or float32 rows, `stride` elements apart, and what it reads
-// beside them of their blocks. A rounded row is padded with a zero to an even length. Whoever writes columns of a row says so
-// to `finish_columns`.
+// Activations in the form that a linear layer of some kind reads: Rounded or float32 rows, `stride` elements
+// apart, and the properties of their blocks. A rounded row is padded with a zero to an even length. Code that
+// writes columns of a row calls `finish_columns` for them.
 struct Activations {
     void* data;
     int64_t stride;
@@ -65,10 +66,10 @@ struct Activations {
     bool rounded() const { return reads_rounded(kind); }
 };
 
-// Whether the result replaces what `out` holds or is added to it (the residual stream).
+// Whether the result replaces the values in `out` or is added to them (the residual stream).
 enum class Epilogue { kStore, kAdd };
 
-// Elements of a row of activations with `k` features; a whole number of cache lines in either type.
+// Elements of a row of activations with `k` features: a whole number of cache lines in either type.
 inline int64_t activation_stride(int64_t k) { return round_up(k, 32); }
 
 // Memory for the blocks of rows of activations.
@@ -85,16 +86,16 @@ struct BlockBuffers {
     Buffer<int32_t> integer_sums;
 };
 
-// Columns from `first` to before `last` of a row have been written, both multiples of 32 or the row's end: what goes with
-// their blocks is computed now. By one thread.
+// Computes the block properties of the columns from `first` to before `last` of a row, once they are written.
+// Both bounds are multiples of 32 or the row's end. Called by one thread.
 void finish_columns(const Activations& x, int64_t row, int64_t first, int64_t last);
 
 // The functions below share their work among the threads of the enclosing parallel region and end in a barrier.
 
-// Brings float32 rows into the form that `target` has.
+// Converts float32 rows to the form of `target`.
 void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, const Activations& target);
 
-// `finish_columns` for whole rows of k columns, if there is anything to finish.
+// Calls `finish_columns` for whole rows of k columns, if the kind reads block properties.
 void finish_rows(const Activations& x, int64_t rows, int64_t k);
 
 void multiply(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo, Epilogue epilogue);

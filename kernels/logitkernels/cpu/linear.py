@@ -17,7 +17,7 @@ PANEL_COLUMNS = 32
 
 
 class LinearKind(IntEnum):
-    """How weights are stored and multiplied; ``LinearKind`` of linear.h."""
+    """Storage format and multiplication of weights; ``LinearKind`` of linear.h."""
 
     BF16_DOT = 0
     BF16_FMA = 1
@@ -31,7 +31,7 @@ class LinearKind(IntEnum):
 
 
 class GgufType(IntEnum):
-    """Block formats of GGUF files that are multiplied as stored, by their numbers in the file."""
+    """Block formats that are multiplied in the form in which GGUF files store them, by their numbers in the file."""
 
     Q4_0 = 2
     Q4_1 = 3
@@ -40,25 +40,26 @@ class GgufType(IntEnum):
 
 BLOCK = 32
 STORED_BYTES = {GgufType.Q4_0: 18, GgufType.Q4_1: 20, GgufType.Q8_0: 34}
-"""Bytes of a block of 32 weights in the file; a packed panel takes as many."""
+"""Bytes of a block of 32 weights in the file; a block takes as many in a packed panel."""
 
 
 class CpuLinear(Linear):
-    """A linear layer in the layout that linear.h describes. Activations are rounded as ``kind`` says."""
+    """Linear layer in the layout that linear.h describes. Activations are rounded as ``kind`` says."""
 
     def __init__(
         self, library: Library, weights: Sequence[Weight], bias: Tensor | None, *, exact: bool
     ) -> None:
-        """Pack the weights, dense ones or blocks of one of the formats of `GgufType`.
+        """Pack the weights: dense ones, or blocks in one of the formats of `GgufType`.
 
-        A bf16 weight is multiplied by activations rounded to bf16, or, if ``exact``, by float32 ones. A float32 weight is
-        always multiplied by float32 activations; when bf16 represents all of it, it is stored so: half the bytes, the
-        same bits in the result. Blocks are kept without loss; their weights are ``d q + m``, unrounded, and activations
-        are rounded as quantized.h says unless ``exact``.
+        A bf16 weight is multiplied by activations rounded to bf16 or, with ``exact``, by float32 ones. A
+        float32 weight is always multiplied by float32 activations. When bf16 represents all of it exactly, it
+        is stored as bf16: half the bytes, the same bits in the result. Blocks are kept without loss; their
+        weights are ``d q + m``, unrounded. Activations that multiply blocks are rounded as quantized.h says
+        unless ``exact``.
 
         Raises:
             TypeError: a dense weight is neither bfloat16 nor float32, or blocks are not uint8.
-            ValueError: the shapes do not fit, or the format is not one of those.
+            ValueError: the shapes do not fit, or the format is not one of `GgufType`.
         """
         super().__init__(weights, bias)
         self._library = library
@@ -83,7 +84,7 @@ class CpuLinear(Linear):
         return self._weights.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
+        """Apply the layer: [..., K] -> [..., N]."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x is {list(x.shape)}; the layer reads {self.in_features} features")
         rows = as_float32(x, "x").reshape(-1, self.in_features)

@@ -1,4 +1,4 @@
-// What the products of all weight formats share: where a tile's sums go.
+// Shared by the products of all weight formats: the target of a tile's sums.
 #pragma once
 
 #include "linear.h"
@@ -7,7 +7,7 @@ namespace logitkernels {
 
 constexpr int kVectors = kPanelColumns / kLanes;
 
-// The first and the second of two bf16 in each lane, widened.
+// Widen the first (even) and the second (odd) of two bf16 in each lane.
 inline __m512 even_of_pairs(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 inline __m512 odd_of_pairs(__m512i pairs) {
     return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u))));
@@ -26,7 +26,7 @@ inline Target target_of(const Linear& linear, int64_t row, int64_t panel, float*
     return {out + row * ldo + column, ldo, linear.bias ? linear.bias + column : nullptr, linear.n - column, epilogue};
 }
 
-// The target of the columns from vector `v` of the panel on.
+// The part of the target that begins at vector `v` of the panel.
 inline Target from_vector(const Target& target, int v) {
     return {target.out + v * kLanes, target.stride, target.bias ? target.bias + v * kLanes : nullptr,
             target.columns - v * kLanes, target.epilogue};
@@ -48,7 +48,7 @@ LOGITKERNELS_INLINE void finish(const __m512 (&sums)[R][V], const Target& target
     }
 }
 
-// Rows of activations that stay in the second-level cache, with room for a panel, while all panels pass by.
+// Rows of activations that stay in the second-level cache, beside a panel, while all panels are read.
 inline int64_t rows_per_block(int64_t rows, int64_t row_bytes) {
     constexpr int64_t cached_bytes = 160 * 1024;
     const int64_t most = std::max<int64_t>(cached_bytes / row_bytes, kMaxTileRows);

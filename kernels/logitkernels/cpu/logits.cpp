@@ -1,4 +1,4 @@
-// Operations on rows of logits [rows, vocab], float32. A row is read once by one thread: 4 bytes a logit.
+// Operations on rows of logits [rows, vocab], float32. One thread reads a row once: 4 bytes per logit.
 #include <omp.h>
 
 #include <cmath>
@@ -9,7 +9,7 @@
 namespace logitkernels {
 namespace {
 
-// log(sum(exp(row))): float32 exponentials, float64 sums in 16 lanes in the order of the row.
+// log(sum(exp(row))): float32 exponentials, and float64 sums in 16 lanes in the order of the row.
 float log_sum_exp(const float* row, int64_t size) {
     const float top = largest_of(row, size);
     if (!std::isfinite(top)) return top;
@@ -46,7 +46,7 @@ void logitkernels_log_sum_exp(const float* logits, int64_t rows, int64_t vocab, 
     for (int64_t row = 0; row < rows; ++row) out[row] = log_sum_exp(logits + row * vocab, vocab);
 }
 
-// Entries of each row that are larger than its bound; NaN is not.
+// Counts the entries of each row that are larger than its bound. A NaN is not counted.
 void logitkernels_count_above(const float* logits, const float* bounds, int64_t rows, int64_t vocab, int64_t* out,
                               int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)

@@ -29,7 +29,7 @@ void silu_and_mul_columns(const float* gate, const float* up, int64_t first, int
     }
 }
 
-// The pair of an odd row's last element is read by the dot product: it must be zero, not what memory held.
+// The dot product reads the pair of an odd row's last element, so that it must be zero.
 inline void close_row(Rounded* row, int64_t size) {
     if (size % 2) row[size] = {};
 }

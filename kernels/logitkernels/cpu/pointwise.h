@@ -1,7 +1,8 @@
-// What lies between the linear layers: norms, rotary embedding, the gated activation, writing keys and values.
+// Operations between the linear layers: norms, rotary embedding, the gated activation, writing keys and
+// values.
 //
-// Like every function that is not extern "C", these share their work among the threads of the enclosing parallel
-// region and end in a barrier.
+// Like all functions that are not extern "C", the ones on rows share their work among the threads of the
+// enclosing parallel region and end in a barrier.
 #pragma once
 
 #include "linear.h"
@@ -16,17 +17,18 @@ float inverse_rms(const float* x, int64_t size, float eps);
 void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t size,
               const Activations& out);
 
-// The same for one row of one head, in place.
+// rms_norm of one row of one head, in place.
 void norm_head(float* x, const float* weight, float eps, int64_t size);
 
 // silu(gate) * up: gate_up [rows, 2 size] float32 into `out` [rows, size].
 void silu_and_mul(const float* gate_up, int64_t rows, int64_t size, const Activations& out);
 
-// One head: x [size] rotated by cos and sin [rotary] into `out`, which may be x.
+// Rotates one head x [size] by cos and sin [rotary] into `out`, which may be x.
 void rotate_head(const float* x, const float* cos, const float* sin, int64_t rotary, int64_t size, float* out);
 
-// A cache [num_blocks, kv_heads, block_size, D]; strides in elements. The elements of a token are neighbours; or, in a
-// transposed cache of keys, the tokens of a block are, whose number is a multiple of 16.
+// A cache [num_blocks, kv_heads, block_size, D]; strides are in elements. The elements of a token are
+// neighbours. In a transposed cache of keys the tokens of a block are neighbours instead, and their number is
+// a multiple of 16.
 struct Cache {
     void* data;
     int64_t is_bf16;

@@ -1,8 +1,9 @@
-// The vectors of AVX-512 for targets without it: the operations that the sources use, by the names and with the meaning
-// that they have there, on 16 lanes held in two registers of AVX2 or four of SSE or NEON.
+// The vectors of AVX-512 for targets without it. The operations that the sources use have the same names and
+// meaning here. Their 16 lanes are held in two registers of AVX2 or four of SSE or NEON.
 //
-// Every operation is the IEEE one, and sums over lanes keep their order, so what is computed here has the bits that
-// AVX-512 gives. All lies in our namespace, where it hides what immintrin.h declares and cannot use here.
+// Every operation is the IEEE one, and sums over lanes keep their order, so results have the same bits as
+// with AVX-512. Everything is in our namespace, where it hides declarations of immintrin.h that cannot be
+// used here.
 #pragma once
 
 #if defined(__x86_64__)
@@ -39,7 +40,7 @@ typedef uint32_t uint_part __attribute__((vector_size(64 / kParts)));
 typedef int16_t short_part __attribute__((vector_size(64 / kParts)));
 typedef uint16_t ushort_part __attribute__((vector_size(64 / kParts)));
 
-// Not one vector of 64 bytes: GCC keeps a vector that is wider than a register in memory.
+// Not a single vector of 64 bytes: GCC keeps vectors wider than a register in memory.
 template <class Part, int N = kParts>
 struct Parts {
     Part part[N];
@@ -55,7 +56,7 @@ constexpr int _MM_FROUND_TO_NEAREST_INT = 0, _MM_FROUND_NO_EXC = 8, _CMP_UNORD_Q
 
 #define LOGITKERNELS_LAMBDA __attribute__((always_inline))
 
-// function(number of a part, that part of each vector), as a vector.
+// Returns function(number of a part, that part of each vector) as a vector.
 template <class Function, class... Vectors>
 LOGITKERNELS_INLINE auto by_part(Function function, const Vectors&... v) {
     using Result = Parts<decltype(function(0, v.part[0]...))>;
@@ -85,7 +86,7 @@ LOGITKERNELS_LANEWISE(_mm512_sub_epi32, __m512i, (int_part)((uint_part)x - (uint
 LOGITKERNELS_LANEWISE(_mm512_sub_epi16, __m512i, (int_part)((ushort_part)x - (ushort_part)y))
 LOGITKERNELS_LANEWISE(_mm512_and_si512, __m512i, x & y)
 LOGITKERNELS_LANEWISE(_mm512_xor_si512, __m512i, x ^ y)
-// The second operand when one is NaN or both are zero.
+// The result is the second operand when one is NaN or both are zero.
 #ifdef LOGITKERNELS_AVX2
 LOGITKERNELS_LANEWISE(_mm512_max_ps, __m512, (float_part)_mm256_max_ps(x, y))
 LOGITKERNELS_LANEWISE(_mm512_min_ps, __m512, (float_part)_mm256_min_ps(x, y))
@@ -156,11 +157,11 @@ LOGITKERNELS_INLINE __m512 _mm512_fnmadd_ps(const __m512& a, const __m512& b, co
     return by_part([](int, auto x, auto y, auto z) LOGITKERNELS_LAMBDA { return fused(-x, y, z); }, a, b, c);
 }
 
-// sum + the products of both int16 of each lane.
+// sum plus the products of both int16 of each lane.
 LOGITKERNELS_INLINE __m512i _mm512_dpwssd_epi32(const __m512i& sum, const __m512i& a, const __m512i& b) {
     return by_part([](int, int_part s, int_part x, int_part y) LOGITKERNELS_LAMBDA {
 #ifdef LOGITKERNELS_AVX2
-        // As assembly, because GCC keeps the products of a whole loop in memory to add them up in a tree.
+        // Assembly, because GCC would keep the products of a whole loop in memory to add them up in a tree.
         const ::__m256i products = _mm256_madd_epi16((::__m256i)x, (::__m256i)y);
         asm("vpaddd %1, %0, %0" : "+x"(s) : "x"(products));
         return s;
@@ -191,7 +192,7 @@ LOGITKERNELS_INLINE __m512 _mm512_cvtepi32_ps(const __m512i& a) {
     return by_part([](int, int_part x) LOGITKERNELS_LAMBDA { return __builtin_convertvector(x, float_part); }, a);
 }
 
-// To the nearest integer, for |a| < 2^22; a result of zero has either sign.
+// Rounds to the nearest integer, for |a| < 2^22; a result of zero has either sign.
 LOGITKERNELS_INLINE __m512 _mm512_roundscale_ps(const __m512& a, int) {
     return by_part([](int, float_part x) LOGITKERNELS_LAMBDA {
 #ifdef LOGITKERNELS_AVX2
@@ -203,7 +204,8 @@ LOGITKERNELS_INLINE __m512 _mm512_roundscale_ps(const __m512& a, int) {
     }, a);
 }
 
-// a 2^n for whole n of magnitude up to 252, rounded once: the first of two factors leaves a normal number.
+// a 2^n for whole n of magnitude up to 252, rounded once: the product with the first factor is a normal
+// number.
 LOGITKERNELS_INLINE __m512 _mm512_scalef_ps(const __m512& a, const __m512& n) {
     return by_part([](int, float_part x, float_part y) LOGITKERNELS_LAMBDA {
         const int_part whole = __builtin_convertvector(y, int_part), half = whole >> 1;
@@ -212,7 +214,7 @@ LOGITKERNELS_INLINE __m512 _mm512_scalef_ps(const __m512& a, const __m512& n) {
     }, a, n);
 }
 
-// A mask as lanes of all ones or all zeros.
+// Expands a mask to lanes of all ones or all zeros.
 LOGITKERNELS_INLINE int_part lanes_of(__mmask16 mask, int p) {
 #ifdef LOGITKERNELS_AVX2
     constexpr int_part bits = {1, 2, 4, 8, 16, 32, 64, 128};
@@ -247,7 +249,7 @@ LOGITKERNELS_INLINE __m512i _mm512_mask_mov_epi32(const __m512i& otherwise, __mm
 LOGITKERNELS_INLINE __m512 _mm512_mask_max_ps(const __m512& otherwise, __mmask16 mask, const __m512& a, const __m512& b) {
     return chosen(otherwise, mask, _mm512_max_ps(a, b));
 }
-// Only _CMP_UNORD_Q.
+// Supports only _CMP_UNORD_Q.
 LOGITKERNELS_INLINE __mmask16 _mm512_cmp_ps_mask(const __m512& a, const __m512& b, int) {
     return mask_of(by_part([](int, float_part x, float_part y) LOGITKERNELS_LAMBDA { return (x != x) | (y != y); }, a, b));
 }
@@ -255,7 +257,7 @@ LOGITKERNELS_INLINE __mmask16 _mm512_mask_cmpgt_epi32_mask(__mmask16 mask, const
     return mask & mask_of(by_part([](int, int_part x, int_part y) LOGITKERNELS_LAMBDA { return x > y; }, a, b));
 }
 
-// Halves, then halves of the half, and so on, as AVX-512 has it.
+// Reduces halves, then halves of the half, and so on, as AVX-512 does.
 template <class Function>
 LOGITKERNELS_INLINE float reduced(const __m512& a, Function function) {
     typedef float quad __attribute__((vector_size(16)));
@@ -278,7 +280,7 @@ LOGITKERNELS_INLINE double _mm512_reduce_add_pd(const __m512d& a) {
     return ((d[0] + d[4]) + (d[2] + d[6])) + ((d[1] + d[5]) + (d[3] + d[7]));
 }
 
-// Eight floats in double precision.
+// Conversions of eight floats to double precision.
 LOGITKERNELS_INLINE Parts<float_part, kParts / 2> _mm512_castps512_ps256(const __m512& a) {
     Parts<float_part, kParts / 2> result;
     __builtin_memcpy(&result, &a, sizeof result);
@@ -310,7 +312,7 @@ LOGITKERNELS_INLINE __m512i _mm512_castsi128_si512(const __m128i& a) {
     return {{a, int_part{}, int_part{}, int_part{}}};
 #endif
 }
-// Only for masks of one group of four lanes.
+// Supports only masks of one group of four lanes.
 LOGITKERNELS_INLINE __m512i _mm512_mask_broadcast_i32x4(const __m512i& otherwise, __mmask16 mask, const __m128i& a) {
     return by_part([&](int p, int_part x) LOGITKERNELS_LAMBDA {
 #ifdef LOGITKERNELS_AVX2
@@ -323,7 +325,7 @@ LOGITKERNELS_INLINE __m512i _mm512_mask_broadcast_i32x4(const __m512i& otherwise
     }, otherwise);
 }
 
-// Within each group of four lanes.
+// Unpacks within each group of four lanes.
 #ifdef LOGITKERNELS_AVX2
 #define LOGITKERNELS_UNPACK(name, of_avx2, ...)                                                                \
     LOGITKERNELS_INLINE __m512i name(const __m512i& a, const __m512i& b) {                                     \
@@ -345,7 +347,7 @@ LOGITKERNELS_UNPACK(_mm512_unpacklo_epi64, _mm256_unpacklo_epi64, 0, 1, 4, 5)
 LOGITKERNELS_UNPACK(_mm512_unpackhi_epi64, _mm256_unpackhi_epi64, 2, 3, 6, 7)
 #undef LOGITKERNELS_UNPACK
 
-// From here on: what vector.h has for AVX-512 in its own words.
+// From here on: counterparts of what vector.h itself defines for AVX-512.
 
 LOGITKERNELS_INLINE void keep(__m512& vector) {
 #if defined(__x86_64__)
@@ -358,7 +360,7 @@ LOGITKERNELS_INLINE void keep(__m512& vector) {
 #undef LOGITKERNELS_REGISTER
 }
 
-// 16 elements of two bytes, widened to lanes.
+// Widens 16 elements of two bytes to lanes.
 template <class Element>
 LOGITKERNELS_INLINE __m512i widened(const Element* source) {
     return by_part([&](int p) LOGITKERNELS_LAMBDA {
@@ -409,7 +411,7 @@ LOGITKERNELS_INLINE __m512 load(const uint16_t* source, __mmask16 mask) {
 }
 
 #ifdef LOGITKERNELS_AVX2
-// bf16 widen as pairs do: the even elements to the first register, the odd ones to the second.
+// bf16 are widened like pairs: the even elements go to the first register, the odd ones to the second.
 LOGITKERNELS_INLINE __m512 load_shuffled(const float* source) { return load_parts<float_part>(source); }
 LOGITKERNELS_INLINE __m512 load_shuffled(const uint16_t* source) {
     const ::__m256i pairs = _mm256_loadu_si256(reinterpret_cast<const ::__m256i*>(source));
@@ -431,7 +433,7 @@ LOGITKERNELS_INLINE __m512 unshuffled(const __m512& vector, uint16_t) {
 }
 #endif
 
-// To bf16 in the upper half of each lane: to nearest even, NaN quiet, float32 denormals to zero.
+// Rounds to bf16 in the upper half of each lane: to nearest even, NaN quiet, float32 denormals to zero.
 LOGITKERNELS_INLINE __m512i rounded_bits(const __m512& values) {
     return by_part([](int, float_part x) LOGITKERNELS_LAMBDA {
         const int_part bits = (int_part)x, magnitude = bits & 0x7fffffff;
@@ -460,7 +462,7 @@ LOGITKERNELS_INLINE void store(uint16_t* target, __mmask16 mask, const __m512& v
         if (mask >> i & 1) target[i] = narrow[i];
 }
 
-// An activation of a product that rounds to bf16, kept as the float32 that is multiplied.
+// An activation of a product that rounds to bf16, kept as the float32 to multiply.
 struct Rounded {
     float value;
 };
@@ -471,7 +473,7 @@ LOGITKERNELS_INLINE void store(Rounded* target, __mmask16 mask, const __m512& va
 
 LOGITKERNELS_INLINE __m512i load_int16(const char* source) { return widened(reinterpret_cast<const int16_t*>(source)); }
 
-// Whole numbers within 16 bits.
+// Stores whole numbers that fit in 16 bits.
 LOGITKERNELS_INLINE void store_int16(int16_t* target, const __m512& values) {
 #ifdef LOGITKERNELS_AVX2
     const ::__m256i low = _mm256_cvtps_epi32(values.part[0]), high = _mm256_cvtps_epi32(values.part[1]);
@@ -482,7 +484,7 @@ LOGITKERNELS_INLINE void store_int16(int16_t* target, const __m512& values) {
 #endif
 }
 
-// 32 bytes as int16.
+// Widens 32 bytes to int16.
 LOGITKERNELS_INLINE __m512i load_int8(const char* source) {
     return by_part([&](int p) LOGITKERNELS_LAMBDA {
 #ifdef LOGITKERNELS_AVX2

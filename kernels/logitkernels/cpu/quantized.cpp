@@ -28,13 +28,13 @@ LOGITKERNELS_INLINE void add_scaled(const typename Product::Sum (&block)[R], __m
         totals[r] = _mm512_fmadd_ps(Product::scaled(block[r], in, r * in.blocks + b), d, totals[r]);
 }
 
-// Meanwhile the next panel is fetched: of its blocks, every `turns`th from `turn` on.
+// Computes a tile and meanwhile fetches blocks of the next panel: every `turns`th, from `turn` on.
 template <class Format, class Product, int R>
 void fused_tile(const char* panel, const Inputs<typename Product::Element>& in, int64_t turn, int64_t turns,
                 const Target& target) {
     constexpr int G = Product::template groups_together<R>;
     const int64_t next = panel_bytes<Format>(in.blocks);
-    const bool once = turns == 1 && next <= kFirstLevelBytes;  // for the one tile that will read it
+    const bool once = turns == 1 && next <= kFirstLevelBytes;  // for the only tile that will read it
     __m512 sums[R][kVectors];
 #pragma GCC unroll 2
     for (int first = 0; first < kVectors; first += G) {
@@ -71,7 +71,7 @@ void fused_tile(const char* panel, const Inputs<typename Product::Element>& in, 
     finish(sums, target);
 }
 
-// A panel unpacked for many rows: per group its integers, and its scales and minima as float32.
+// A panel unpacked for many rows: for each group its integers, and its scales and minima as float32.
 template <class Format, class Product>
 class ScratchPanel {
   public:
@@ -82,7 +82,8 @@ class ScratchPanel {
           scales_(allocate<float>(kVectors * blocks * kLanes)),
           minima_(allocate<float>(kVectors * blocks * kLanes)) {}
 
-    // The panel after it is fetched while `tiles` tiles are computed: a burst of fetches would make the loads behind it wait.
+    // The next panel is fetched while `tiles` tiles are computed, because a burst of fetches would delay the
+    // loads behind it.
     void unpack(const char* panel, int64_t tiles) {
         const int64_t bytes = panel_bytes<Format>(blocks_);
         ahead_ = panel + bytes;
@@ -142,7 +143,7 @@ class ScratchPanel {
         finish(sums, target);
     }
 
-    // The same for the columns of one group at a time, where the registers do not hold the sums of both.
+    // Multiplies the columns of one group at a time, where the registers do not hold the sums of both.
     template <int R>
     void multiply_by_group(const Inputs<typename Product::Element>& in, const Target& target) {
         for (int g = 0; g < kVectors; ++g) {
@@ -174,8 +175,8 @@ class ScratchPanel {
     int64_t lines_a_block_ = 0;
 };
 
-// In the file a Q4 block is d, (m,) and 16 bytes whose lower nibbles are steps 0 to 15 and whose upper ones are steps 16 to
-// 31; a Q8_0 block is d and 32 int8.
+// In the file a Q4 block is d, (m,) and 16 bytes. Their lower nibbles are steps 0 to 15, their upper nibbles
+// steps 16 to 31. A Q8_0 block is d and 32 int8.
 template <class Format>
 void pack_format(const uint8_t* raw, int64_t n, int64_t blocks, char* target, int threads) {
     constexpr bool is_bytes = std::is_same_v<Format, Bytes>;
@@ -206,7 +207,7 @@ void pack_format(const uint8_t* raw, int64_t n, int64_t blocks, char* target, in
         }
 }
 
-// tile<R>() for the R that `rows` is, at most Most.
+// Calls tile<R>() for R = rows, at most Most.
 template <int Most, class Tile>
 LOGITKERNELS_INLINE void tile_of(int64_t rows, const Tile& tile) {
     if constexpr (Most > 1)
@@ -221,7 +222,8 @@ void multiply_format(const Linear& linear, const Activations& x, int64_t rows, f
     const int64_t blocks = all.blocks, panels = ceil_div(linear.n, kPanelColumns);
     const int64_t bytes = panel_bytes<Format>(blocks);
     const int64_t row_block = rows_per_block(rows, all.stride * int64_t(sizeof *all.x));
-    // tile(turn, turns, row, size) for each tile of the rows from `first` on, in sizes as equal as can be.
+    // Calls tile(turn, turns, row, size) for each tile of the rows from `first` on, in sizes as equal as
+    // possible.
     const auto for_tiles = [](int64_t first, int64_t count, int64_t most, const auto& tile) {
         const int64_t tiles = ceil_div(count, most), small = count / tiles, larger = count % tiles;
         for (int64_t t = 0, row = first; t < tiles; ++t) {
@@ -279,8 +281,8 @@ void multiply_quantized(const Linear& linear, const Activations& x, int64_t rows
 
 using namespace logitkernels;
 
-// Blocks as a GGUF file holds them, row after row of the weight [n, k], into panels. `kind` is one of the dot kinds;
-// `target` is zeroed and holds ceil(n / 32) panels.
+// Packs blocks in the order of a GGUF file, row after row of the weight [n, k], into panels. `kind` is one of
+// the dot kinds; `target` is zeroed and holds ceil(n / 32) panels.
 extern "C" void logitkernels_pack_gguf(const uint8_t* raw, int64_t kind, int64_t n, int64_t k, char* target, int threads) {
     switch (kind) {
         case kQ40Dot: return pack_format<Nibbles<false>>(raw, n, k / kBlock, target, threads);

@@ -1,9 +1,9 @@
-// From rows of logits to tokens: the mask, temperature, top-k, top-p, min-p and the draw. What is computed is defined by
-// logitkernels/reference_sampling.py; bias, penalties and bans are in the edited logits already.
+// From rows of logits to tokens: the mask, temperature, top-k, top-p, min-p and the draw. The computation is
+// defined by logitkernels/reference_sampling.py. Bias, penalties and bans are already in the edited logits.
 //
-// A row is worked on by one thread: one pass to find its largest logit, another that copies it if it has a mask, and where
-// the temperature is above 0 about six more over 4 bytes a logit that stay in its second-level cache. Nothing is sorted but what top-k keeps and the one bucket
-// of scores that the edge of top-p falls into.
+// One thread computes a row. One pass finds its largest logit, and another copies the row if it has a mask.
+// Where the temperature is above 0, about six more passes over 4 bytes per logit stay in its second-level
+// cache. Only the entries that top-k keeps are sorted, and the one bucket that the edge of top-p falls into.
 #include <omp.h>
 
 #include <algorithm>
@@ -21,23 +21,23 @@ namespace logitkernels {
 // One row, mirrored by library.py.
 struct SamplingRow {
     const float* logits;      // raw
-    const float* edited;      // with bias, penalties and bans; the raw ones where there are none
-    const uint32_t* allowed;  // a bit for each token, 0 where it cannot be drawn; null where there is no mask
-    float* processed;         // where the scores go that the token is drawn from, or null
+    const float* edited;      // with bias, penalties and bans; the raw logits where there are none
+    const uint32_t* allowed;  // a bit for each token, 0 where the token cannot be drawn; null without a mask
+    float* processed;         // where the processed logits are written, or null
     double top_p;             // 1: off
     double min_p;             // 0: off
     double uniform;           // in [0, 1)
     int64_t top_k;            // 0: off
-    float temperature;        // 0: the largest
+    float temperature;        // 0: take the largest
 };
 
 namespace {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr int32_t kNotFinite = -1;       // there is no distribution to draw from
-constexpr int32_t kNothingAllowed = -2;  // there was one, of which bans, bias and the mask leave nothing
+constexpr int32_t kNotFinite = -1;       // no distribution to draw from
+constexpr int32_t kNothingAllowed = -2;  // a distribution of which bans, bias and the mask leave nothing
 
-// The row's logits, -inf where the mask has a 0. Bits beyond the vocabulary are not looked at.
+// Copies the row's logits, with -inf where the mask has a 0. Bits beyond the vocabulary are ignored.
 void apply_mask(const float* logits, const uint32_t* allowed, int64_t vocab, float* masked) {
     const __m512 minus_infinity = _mm512_set1_ps(kMinusInfinity);
     for (int64_t i = 0; i < vocab; i += kLanes) {
@@ -47,7 +47,7 @@ void apply_mask(const float* logits, const uint32_t* allowed, int64_t vocab, flo
     }
 }
 
-// The point mass on the largest score, at its lowest id.
+// Takes the largest score, at its lowest id; the processed logits are a point mass on it.
 int32_t take_largest(const SamplingRow& row, float largest, int64_t vocab) {
     const int32_t token = int32_t(std::find(row.edited, row.edited + vocab, largest) - row.edited);
     if (row.processed != nullptr) {
@@ -87,9 +87,9 @@ class Sampler {
     }
 
   private:
-    static constexpr int64_t kSpan = 256;      // entries that are summed before a draw looks at them one by one
-    static constexpr int kBuckets = 4096;      // of scores below the largest
-    static constexpr float kBucketsANat = 128;  // the last holds all that is 32 nats below and more
+    static constexpr int64_t kSpan = 256;      // entries whose sum a draw checks before it checks them one by one
+    static constexpr int kBuckets = 4096;      // of distances below the largest score
+    static constexpr float kBucketsANat = 128;  // the last bucket holds all entries 32 nats or more below the largest
 
     void cool(const float* logits, float temperature) {
         const __m512 divisor = _mm512_set1_ps(temperature);
@@ -114,7 +114,7 @@ class Sampler {
         }
     }
 
-    // The k largest, and of those what top-p and min-p keep of their distribution.
+    // Keeps the k largest entries, and of those the ones that top-p and min-p keep of their distribution.
     void keep_top_k(int64_t k, double top_p, double min_p) {
         std::vector<int64_t> ids(static_cast<size_t>(k));
         std::vector<float> values(static_cast<size_t>(k));
@@ -132,7 +132,7 @@ class Sampler {
         for (int64_t i = 0; i < kept; ++i) scores_[ids[size_t(i)]] = values[size_t(i)];
     }
 
-    // The likeliest entries whose predecessors have less than the share top_p; the first in any case.
+    // Keeps the likeliest entries whose predecessors have less than the share top_p, and always the first.
     void keep_nucleus(double top_p) {
         sums_.assign(kBuckets, 0.0);
         double total = 0;
@@ -160,7 +160,7 @@ class Sampler {
         }
     }
 
-    // The first entry, in order of id, at which the cumulative mass exceeds the share `uniform`.
+    // Returns the first entry, in order of id, at which the cumulative mass exceeds the share `uniform`.
     int64_t pick(double uniform) {
         weigh();
         const int64_t spans = ceil_div(vocab_, kSpan);
@@ -170,7 +170,8 @@ class Sampler {
         double before = 0;
         int64_t last = 0;
         for (int64_t span = 0; span < spans; ++span) {
-            // A span's sum and the sum one by one may round apart: what the one lets through the other may not find.
+            // A span's sum and the entry-by-entry sum may round differently: the span may pass the check
+            // without any entry that exceeds the target.
             if (before + spans_[span] <= target && span + 1 < spans) {
                 before += spans_[span];
                 continue;
@@ -199,7 +200,7 @@ class Sampler {
 
 using namespace logitkernels;
 
-// tokens [count]: what each row gives, or one of
+// tokens [count] receives the token of each row, or
 // -1: no distribution: a NaN among the raw logits, nothing above -inf, or an inf at a temperature above 0;
 // -2: a distribution of raw logits of which edits and mask leave nothing.
 extern "C" void logitkernels_sample(const SamplingRow* rows, int64_t count, int64_t vocab, int32_t* tokens, int threads) {

@@ -17,7 +17,10 @@ from logitkernels.sampling import RowSampling, Sampled, SamplingSize
 
 
 class CpuSampling(HostSampling):
-    """Rows that the library reads where they are. Bias, penalties and bans are applied here, masks and the rest there."""
+    """Rows that the library reads in place.
+
+    Bias, penalties and bans are applied here; the library applies masks, temperature and filters, and draws.
+    """
 
     def __init__(
         self,
@@ -46,7 +49,7 @@ class CpuSampling(HostSampling):
         if self._allowed is not None:
             masks, mask_bytes = self._allowed.ctypes.data, self._allowed.strides[0]
         first = logits.data_ptr()
-        edited: list[Tensor] = []  # alive while the library reads them
+        edited: list[Tensor] = []  # kept alive while the library reads them
         structs = (SamplingRowStruct * len(rows))()
         for index, row in enumerate(rows):
             raw = scores = first + index * row_bytes

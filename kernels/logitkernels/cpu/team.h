@@ -1,9 +1,10 @@
-// The threads of one parallel region: where they run, how they share work, and a barrier that suits cores which are shared
-// with other processes.
+// The threads of one parallel region: their CPUs, their sharing of work, and a barrier for cores that are
+// shared with other processes.
 //
-// OpenMP's own barrier spins for milliseconds, which keeps the thread that it waits for off its core whenever somebody
-// else (the HTTP server, say) runs there too; told not to spin, it sleeps at once and pays for every wake-up. This one
-// spins for about as long as threads differ within an operation, and then sleeps.
+// OpenMP's own barrier spins for milliseconds. When another process (the HTTP server, say) runs on the same
+// cores, the spinning keeps the awaited thread off its core. Without spinning, OpenMP's barrier sleeps at
+// once and pays for every wake-up. This barrier spins for about as long as threads differ within an
+// operation, and then sleeps.
 #pragma once
 
 #include <omp.h>
@@ -22,7 +23,7 @@ namespace logitkernels {
 
 class Team;
 
-// The calling thread's place in the region that it works in.
+// The calling thread's place in its parallel region.
 struct Place {
     Team* team = nullptr;
     int thread = 0;
@@ -32,12 +33,13 @@ inline thread_local Place place;
 
 class Team {
    public:
-    // Looks at a barrier before a thread sleeps: 10 to 50 us, by the processor's pause.
+    // Checks of a barrier before a thread sleeps: 10 to 50 us, depending on the processor's pause
+    // instruction.
     static constexpr int kSpins = 1000;
 
     explicit Team(int threads, int spins = kSpins) : spins_(spins), taken_(new Counter[size_t(threads)]) {}
 
-    // Every thread waits for all others.
+    // Waits until all threads have arrived.
     void barrier() {
         if (place.threads == 1) return;
         const unsigned round = round_.load(std::memory_order_relaxed);
@@ -59,8 +61,9 @@ class Team {
         sleep_while(round);
     }
 
-    // body(0) to body(count - 1), each by one thread, and a barrier. A thread does its own share in order, and then what
-    // others have not begun of theirs: memory, and whoever else uses the cores, never serve all threads alike.
+    // Runs body(0) to body(count - 1), each in one thread, and a barrier. A thread does its own share in
+    // order, and then the items that other threads have not begun. Memory and other processes never serve all
+    // threads equally.
     template <class Body>
     void share(int64_t count, const Body& body) {
         const int threads = place.threads;
@@ -81,9 +84,10 @@ class Team {
     }
 
    private:
-    // Who goes to sleep says so before it looks at the round for the last time, and who ends a round looks for sleepers
-    // after it: all of that in one order that every thread sees, or a sleeper could be overlooked. Nor is one wake-up
-    // worth a server that hangs: a sleeper looks again after a while. (std::atomic's wait offers neither.)
+    // A thread that goes to sleep counts itself as a sleeper before it checks the round for the last time.
+    // The thread that ends a round checks for sleepers afterwards. Both need one order that every thread
+    // sees, or a sleeper could be overlooked. A lost wake-up would hang the server, so a sleeper also checks
+    // again after a while. std::atomic's wait offers neither.
     void sleep_while(unsigned round) {
         const timespec while_asleep{0, 10'000'000};
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
@@ -108,11 +112,12 @@ class Team {
     std::unique_ptr<Counter[]> taken_;
 };
 
-// The CPU that each thread of a region stays on, by its number there. Empty: the scheduler chooses.
+// CPU of each thread of a region, by the thread's number there. When empty, the scheduler chooses.
 //
-// It does so badly for threads that meet many thousand times a second. When another process (the HTTP server, say) takes a
-// core for half a millisecond, the thread that it displaces may be put beside its partner, and then the two take turns by
-// time slices of milliseconds until somebody notices that the core is free again: one step in ten took three times as long.
+// The scheduler chooses badly for threads that meet many thousand times a second. When another process (the
+// HTTP server, say) takes a core for half a millisecond, the displaced thread may be put on the core of its
+// partner. The two then take turns by time slices of milliseconds until the scheduler uses the free core
+// again: one step in ten took three times as long.
 inline std::vector<int> region_cpus;
 
 inline void stay_on_own_cpu() {
@@ -124,11 +129,11 @@ inline void stay_on_own_cpu() {
     cpu_set_t* set = CPU_ALLOC(cpu + 1);
     CPU_ZERO_S(CPU_ALLOC_SIZE(cpu + 1), set);
     CPU_SET_S(cpu, CPU_ALLOC_SIZE(cpu + 1), set);
-    sched_setaffinity(0, CPU_ALLOC_SIZE(cpu + 1), set);  // where it may not, the scheduler goes on choosing
+    sched_setaffinity(0, CPU_ALLOC_SIZE(cpu + 1), set);  // if it is not allowed, the scheduler still chooses
     CPU_FREE(set);
 }
 
-// work() by each thread of a parallel region, which the functions that share theirs need around them.
+// Runs work() in each thread of a parallel region. Functions that share their work must be called inside it.
 template <class Work>
 void in_team(int threads, const Work& work) {
     Team team(threads);

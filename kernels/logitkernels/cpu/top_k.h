@@ -1,4 +1,4 @@
-// The largest entries of a row, without sorting it.
+// Selection of the largest entries of a row, without sorting it.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +9,7 @@
 
 namespace logitkernels {
 
-// Integers in the order of the floats they stand for, except that both zeros are one and every NaN is the largest.
+// Integers in the order of the floats, except that both zeros are equal and every NaN is the largest.
 inline __m512i order_keys(__m512 values) {
     const __mmask16 is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
     const __m512i bits = _mm512_castps_si512(_mm512_add_ps(values, _mm512_setzero_ps()));
@@ -17,7 +17,7 @@ inline __m512i order_keys(__m512 values) {
     return _mm512_mask_mov_epi32(_mm512_xor_si512(bits, flips), is_nan, _mm512_set1_epi32(0x7fffffff));
 }
 
-// The largest of a row; NaN where it holds one.
+// The largest entry of a row; NaN if the row holds one.
 inline float largest_of(const float* row, int64_t size) {
     __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
     __mmask16 holds_nan = 0;
@@ -37,7 +37,8 @@ struct Candidate {
     bool operator<(const Candidate& other) const { return key != other.key ? key > other.key : id < other.id; }
 };
 
-// Keeps every entry above a threshold that rises whenever the buffer is full, so a row is looked at once and never sorted.
+// Keeps every entry above a threshold that rises whenever the buffer is full. A row is read once and never
+// sorted.
 class TopK {
   public:
     explicit TopK(int64_t k) : k_(k), buffer_(size_t(2 * k + 512)) {}
@@ -48,7 +49,7 @@ class TopK {
         for (int64_t i = 0; i < size; i += kLanes) {
             const __mmask16 exists = lane_mask(size - i);
             const __m512i keys = order_keys(load(row + i, exists));
-            // Strictly above: an equal entry further on has a higher id and loses.
+            // Strictly above: an equal entry that comes later has a higher id and loses.
             __mmask16 better = _mm512_mask_cmpgt_epi32_mask(exists, keys, _mm512_set1_epi32(threshold_));
             if (better == 0) continue;
             alignas(64) int32_t lanes[kLanes];

@@ -1,8 +1,9 @@
 // Vector helpers shared by every kernel.
 //
-// Batch invariance rests on two rules that all files keep. First, the sources are compiled with -ffp-contract=off, so
-// that a multiply and an add are fused where an intrinsic says so and nowhere else: the compiler may not decide
-// differently in two code paths. Second, each output element has one order of summation, whatever tile computes it.
+// Batch invariance rests on two rules that all files keep. First, the sources are compiled with
+// -ffp-contract=off: a multiply and an add are fused only where an intrinsic says so. Otherwise the compiler
+// might decide differently in two code paths. Second, each output element has one order of summation,
+// whatever tile computes it.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +11,7 @@
 #include <cstdlib>
 #include <memory>
 
-// For small functions whose arrays of vectors must stay in registers.
+// For small functions with arrays of vectors that must stay in registers.
 #define LOGITKERNELS_INLINE inline __attribute__((always_inline))
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
@@ -27,7 +28,7 @@ using bf16 = uint16_t;
 
 constexpr int kLanes = 16;
 
-// Sums of 16 lanes that a tile may keep in registers beside what it adds to them.
+// Sums of 16 lanes that a tile may keep in registers beside the operands that it adds to them.
 #ifdef LOGITKERNELS_AVX512
 constexpr int kRegisterSums = 24;
 #else
@@ -49,7 +50,7 @@ struct FreeDeleter {
 template <class T>
 using Buffer = std::unique_ptr<T[], FreeDeleter>;
 
-// Uninitialised memory on a cache line boundary.
+// Allocates uninitialised memory on a cache line boundary.
 template <class T>
 Buffer<T> allocate(int64_t count) {
     size_t bytes = size_t(round_up(count * int64_t(sizeof(T)) + 1, 64));
@@ -58,8 +59,8 @@ Buffer<T> allocate(int64_t count) {
     return Buffer<T>(static_cast<T*>(pointer));
 }
 
-// Asks for a cache line in the second-level cache. Written as assembly because GCC takes a function that only prefetches
-// for one without effects and drops the call.
+// Prefetches a cache line into the second-level cache. Written as assembly because GCC considers a function
+// that only prefetches to have no effect and drops the call.
 inline void prefetch(const void* address) {
 #if defined(__x86_64__)
     asm volatile("prefetcht1 %0" : : "m"(*static_cast<const char*>(address)));
@@ -68,8 +69,8 @@ inline void prefetch(const void* address) {
 #endif
 }
 
-// The same for what is read once, soon and by this thread alone: it goes to the first-level cache and no further. Up to
-// kFirstLevelBytes stay there beside what is read meanwhile.
+// Prefetches memory that this thread alone reads once, soon. The line goes to the first-level cache and no
+// further. Up to kFirstLevelBytes stay there beside the data that is read meanwhile.
 constexpr int64_t kFirstLevelBytes = 20 * 1024;
 inline void prefetch_once(const void* address) {
 #if defined(__x86_64__)
@@ -79,7 +80,8 @@ inline void prefetch_once(const void* address) {
 #endif
 }
 
-// The same address, about which GCC knows nothing: what was read there is read again, not kept in a register.
+// Returns the same address in a form that GCC cannot track, so that memory is read again instead of kept in a
+// register.
 LOGITKERNELS_INLINE const char* reread(const char* address) {
     asm("" : "+r"(address));
     return address;
@@ -87,10 +89,11 @@ LOGITKERNELS_INLINE const char* reread(const char* address) {
 
 #ifdef LOGITKERNELS_AVX512
 
-// Keeps a loaded vector in a register: GCC otherwise repeats the load as an operand of every instruction that uses it.
+// Keeps a loaded vector in a register. GCC otherwise repeats the load as an operand of every instruction that
+// uses it.
 LOGITKERNELS_INLINE void keep(__m512& vector) { asm("" : "+v"(vector)); }
 
-// bf16 is the upper half of a float32: widening is exact.
+// bf16 is the upper half of a float32, so that widening is exact.
 inline __m512 widen(__m256i values) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16)); }
 
 // Rounds to nearest even, quiets NaN, flushes float32 denormals to zero.
@@ -114,7 +117,8 @@ LOGITKERNELS_INLINE __m512 load_float16(const char* source) {
 
 #endif
 
-// 16 elements in the order of lanes that is cheapest to widen to, and vectors taken to that order and back.
+// Loads 16 elements in the order of lanes that is cheapest to widen to, and converts vectors to that order
+// and back.
 #ifndef LOGITKERNELS_AVX2
 template <class Element>
 LOGITKERNELS_INLINE __m512 load_shuffled(const Element* source) {
@@ -138,7 +142,7 @@ inline __m512 exponential(__m512 x) {
     x = _mm512_min_ps(_mm512_set1_ps(89.0f), x);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // ln 2 rounded to 16 bits: n times it is exact
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);  // ln 2 rounded to 16 bits: its product with n is exact
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);       // the rest of ln 2
     __m512 p = _mm512_set1_ps(1.0f / 5040);
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 720));
@@ -151,7 +155,7 @@ inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// Absolute error about 1e-7, which is what a softcap needs.
+// The absolute error is about 1e-7, enough for a softcap.
 inline __m512 hyperbolic_tangent(__m512 x) {
     __m512 one = _mm512_set1_ps(1.0f);
     __m512 e = exponential(_mm512_add_ps(x, x));

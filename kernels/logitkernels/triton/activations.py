@@ -1,4 +1,4 @@
-"""Gated activations: ``activation(gate) * up`` of rows that hold gate and up one after the other.
+"""Gated activations ``activation(gate) * up`` of rows that hold gate and up one after the other.
 
 Computed in float32, rounded once. Bytes moved per output element: two reads and one write.
 """
@@ -13,18 +13,18 @@ from torch import Tensor
 from logitkernels.triton.launch import launch
 
 BLOCK = 1024
-"""Output elements of one program: 16 bytes a thread and load for 16-bit numbers in four warps."""
+"""Output elements of one program: 16 bytes per thread and load for 16-bit numbers in four warps."""
 
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 
 
 SATURATED = tl.constexpr(16.0)
-"""From here on the gate of gelu is exactly 0 or 1 in float32."""
+"""Magnitude from which the gate of gelu is exactly 0 or 1 in float32."""
 
 
 @triton.jit
 def _sigmoid(x: tl.tensor) -> tl.tensor:
-    # exp of a number that is not positive cannot overflow.
+    # The argument is never positive, so that exp cannot overflow.
     power = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, power) / (1.0 + power)
 
@@ -81,12 +81,12 @@ def _activate_and_mul(gate_up: Tensor, *, gelu: bool) -> Tensor:
 
 
 def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """``gate / (1 + exp(-gate)) * up`` of [T, 2 I] -> [T, I] in the same dtype; gate is the first half of each row."""
+    """Return ``gate / (1 + exp(-gate)) * up`` of [T, 2 I] -> [T, I], same dtype; gate is the first half of each row."""
     return _activate_and_mul(gate_up, gelu=False)
 
 
 def gelu_and_mul(gate_up: Tensor) -> Tensor:
-    """``gelu(gate) * up`` of [T, 2 I] -> [T, I] by the tanh approximation of Hendrycks and Gimpel (2016).
+    """Return ``gelu(gate) * up`` of [T, 2 I] -> [T, I] by the tanh approximation of Hendrycks and Gimpel (2016).
 
     ``gelu(x) = x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))``.
     """

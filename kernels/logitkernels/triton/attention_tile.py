@@ -1,13 +1,15 @@
-"""What paged prefill and paged decode share: the tiles' sizes, and one step of the online softmax over the paged cache.
+"""Shared parts of paged prefill and paged decode: tile sizes, and a step of the online softmax over the paged cache.
 
-Both cut a sequence's positions into the same splits and the splits into the same tiles, whatever the batch. Each split
-has an online softmax of its own (Milakov and Gimelshein 2018; Dao et al. 2022, "FlashAttention"), and finished splits
-are merged in order by ``merge``. A tile or split that is hidden from a row leaves the bits of that row's state as they
-were, so a token's result depends on neither where its chunk begins nor which rows share its tile.
+Both cut a sequence's positions into the same splits and the splits into the same tiles, whatever the batch.
+Each split has an online softmax of its own (Milakov and Gimelshein 2018; Dao et al. 2022, "FlashAttention"),
+and ``merge`` joins finished splits in order. A tile or split that is hidden from a row leaves the bits of
+that row's state unchanged. So a token's result does not depend on where its chunk begins or on the other rows
+of its tile.
 
-The rows of a tile are the pairs (token, query head) of one key-value head, tokens first: keys and values are read once
-for all the query heads that share them. A row's state is ``acc`` (the weighted sum of values), ``peak`` (the largest
-score) and ``total`` (the sum of weights), float32; scores are in units of log 2, so that weights are powers of two.
+The rows of a tile are the pairs (token, query head) of one key-value head, tokens first. Keys and values are
+read once for all the query heads that share them. A row's state is float32: ``acc`` (the weighted sum of
+values), ``peak`` (the largest score) and ``total`` (the sum of weights). Scores are in units of log 2, so
+that weights are powers of two.
 """
 
 from __future__ import annotations
@@ -31,13 +33,13 @@ SMALLEST_BLOCK = 16
 
 
 def _padded(size: int) -> int:
-    """The size of the tile dimension that holds ``size``."""
+    """Return the size of the tile dimension that holds ``size``."""
     return max(SMALLEST_BLOCK, 1 << (size - 1).bit_length())
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """The model's part of the shapes: nothing of the batch, so that tile sizes cannot depend on it."""
+    """Shape parameters of the model. None comes from the batch, so tile sizes cannot depend on it."""
 
     group: int
     kv_heads: int
@@ -48,7 +50,7 @@ class AttentionShape:
 
     @classmethod
     def of(cls, query: Tensor, key_cache: Tensor, value_cache: Tensor) -> AttentionShape:
-        """Raises ValueError for tensors that the kernels do not read as they are."""
+        """Raise ValueError for tensors that the kernels cannot read in place."""
         _, kv_heads, block_size, head_size = key_cache.shape
         if query.shape[1] % kv_heads or query.shape[2] != head_size:
             raise ValueError(
@@ -85,7 +87,7 @@ class AttentionShape:
 
     @property
     def block_n(self) -> int:
-        """Positions of a tile: 16 KiB of keys, so that two stages of them fit; float32 is unrolled and takes fewer."""
+        """Positions of a tile: 16 KiB of keys, so that two stages fit. Float32 is unrolled and takes fewer."""
         elements = 2048 if self.is_exact else 8192
         return max(SMALLEST_BLOCK, min(LARGEST_BLOCK_N, elements // self.widest))
 
@@ -95,7 +97,7 @@ class AttentionShape:
         return 512 if self.widest <= 128 else 256
 
     def constants(self) -> dict[str, int]:
-        """The constants that every kernel takes."""
+        """Return the constants that every kernel takes."""
         return {
             "GROUP": self.group,
             "KV_HEADS": self.kv_heads,
@@ -111,7 +113,7 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True)
 class RowTile:
-    """How many rows a program has, and the warps, pipeline stages and registers that it is compiled for.
+    """Rows of a program, and the warps, pipeline stages and registers that it is compiled for.
 
     Without ``maxnreg`` ptxas may spill a few registers to fit one more block on an SM.
     """
@@ -122,7 +124,7 @@ class RowTile:
     maxnreg: int | None = None
 
     def heads(self, shape: AttentionShape) -> int:
-        """Query heads of a tile: those of one key-value head, or as many as there are rows."""
+        """Return the query heads of a tile: those of one key-value head, or as many as there are rows."""
         return min(shape.group, self.block_m)
 
     def tokens(self, shape: AttentionShape) -> int:
@@ -132,7 +134,7 @@ class RowTile:
         return shape.kv_heads * -(-shape.group // self.heads(shape))
 
     def constants(self, shape: AttentionShape) -> dict[str, Any]:
-        """The constants and launch options that every kernel takes."""
+        """Return the constants and launch options that every kernel takes."""
         return {
             "HEADS": self.heads(shape),
             "TOKENS": self.tokens(shape),
@@ -145,14 +147,14 @@ class RowTile:
 
 
 ROWS = {9: {64: 128, 128: 128, 256: 64}, 10: {64: 128, 128: 64, 256: 32}, 8: {64: 32, 128: 32, 256: 16}}
-"""Rows of a prefill tile by the GPU's generation and the padded head size: what leaves two accumulators in registers."""
+"""Rows of a prefill tile by GPU generation and padded head size, such that two accumulators stay in registers."""
 
 SOFTCAP_ROWS = {9: 64, 10: 32, 8: 32}
-"""The same with a softcap, for padded heads of 128."""
+"""Rows of a prefill tile by GPU generation with a softcap, for padded heads of 128."""
 
 
 def prefill_tile(shape: AttentionShape, *, uniform: bool, softcap: bool) -> RowTile:
-    """The largest tile that is not spilled; at most 64 rows where `paged_decode` shares it.
+    """Return the largest tile that does not spill; at most 64 rows where `paged_decode` shares it.
 
     A softcap takes registers for a second copy of the scores.
     """
@@ -168,7 +170,7 @@ def prefill_tile(shape: AttentionShape, *, uniform: bool, softcap: bool) -> RowT
 
 
 def decode_tile(shape: AttentionShape, *, uniform: bool, softcap: bool) -> RowTile:
-    """The smallest tile that holds the query heads of a key-value head."""
+    """Return the smallest tile that holds the query heads of a key-value head."""
     if uniform:
         return prefill_tile(shape, uniform=True, softcap=softcap)
     if shape.is_exact:
@@ -177,7 +179,7 @@ def decode_tile(shape: AttentionShape, *, uniform: bool, softcap: bool) -> RowTi
 
 
 def _generation() -> int:
-    """9 (sm_90) and 10 (sm_100) have matrix instructions of their own; all other GPUs have those of 8 (sm_80)."""
+    """Return the generation of matrix instructions: 9 (sm_90), 10 (sm_100), or 8 (sm_80) for all other GPUs."""
     if INTERPRETED.value:
         return 9
     generation: int = driver.active.get_current_target().arch // 10
@@ -185,7 +187,7 @@ def _generation() -> int:
 
 
 def score_factors(scale: float, softcap: float | None) -> tuple[float, float | None]:
-    """(what a product of query and key is multiplied by, what its tanh is multiplied by): scores in units of log 2."""
+    """Return the factor of a query-key product and that of its tanh, such that scores are in units of log 2."""
     if softcap is None:
         return scale * math.log2(math.e), None
     return scale / softcap, softcap * math.log2(math.e)
@@ -199,8 +201,10 @@ def tile_rows(
     TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
 ) -> tl.tensor:
-    """The tile's key-value head, and of each row the token, counted from the tile's first, the query head and whether
-    it is one."""
+    """Return the tile's key-value head, and for each row its token, its query head and whether the row is used.
+
+    Tokens are counted from the tile's first.
+    """
     rows = tl.arange(0, BLOCK_M)
     parts: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     kv_head = head_tile // parts
@@ -213,7 +217,7 @@ def tile_rows(
 def load_rows(
     base_ptr: tl.tensor, offsets: tl.tensor, held: tl.tensor, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
-    """The rows at ``offsets`` [rows], WIDTH elements each, -> [rows, BLOCK]; 0 beyond WIDTH and where not ``held``."""
+    """Load rows of WIDTH elements at ``offsets`` [rows] -> [rows, BLOCK]; 0 beyond WIDTH and where not ``held``."""
     columns = tl.arange(0, BLOCK)
     mask = held[:, None]
     if WIDTH != BLOCK:
@@ -246,7 +250,7 @@ def empty_state(BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def finite_base(peak: tl.tensor) -> tl.tensor:
-    """What is subtracted from scores: 0 where all of them are -inf, so that their weights are 0 and not NaN."""
+    """Return the number to subtract from scores: 0 where all are -inf, so that weights are 0 and not NaN."""
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
@@ -260,7 +264,7 @@ def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def capped(x: tl.tensor, cap: tl.tensor) -> tl.tensor:
-    """``cap * tanh(x)``, by a power that cannot overflow."""
+    """Return ``cap * tanh(x)``, by a power that cannot overflow."""
     power = tl.exp2(tl.abs(x) * -2.8853900817779268)  # exp(-2 |x|)
     size = cap * ((1.0 - power) / (1.0 + power))
     return tl.where(x < 0.0, -size, size)
@@ -291,9 +295,10 @@ def attend_tile(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ) -> tl.tensor:
-    """The state of rows at ``positions`` after the BLOCK_N positions from ``start``, of which those below ``limit`` exist.
+    """Return the state of rows at ``positions`` after the BLOCK_N positions from ``start``.
 
-    ``masked`` says whether some row must not see all of them.
+    Positions at or above ``limit`` do not exist. MASKED says whether some row must not see all positions of
+    the tile.
     """
     slots = start + tl.arange(0, BLOCK_N)
     held = slots < limit if MASKED else tl.full([BLOCK_N], True, tl.int1)
@@ -306,7 +311,7 @@ def attend_tile(
         scores = capped(scores, cap)
     if MASKED:
         age = positions[:, None] - slots[None, :]
-        # As an unsigned number a negative age is beyond any window.
+        # As an unsigned number, a negative age is beyond any window.
         seen = age >= 0 if window is None else age.to(tl.uint32) < window.to(tl.uint32)
         scores = tl.where(seen, scores, float("-inf"))
 
@@ -328,7 +333,7 @@ def merge(
     next_peak: tl.tensor,
     next_total: tl.tensor,
 ) -> tl.tensor:
-    """The state of two neighbouring splits together; exact where one of them is empty."""
+    """Return the joint state of two neighbouring splits; exact where one of them is empty."""
     both = tl.maximum(peak, next_peak)
     base = finite_base(both)
     kept = tl.exp2(peak - base)
@@ -340,7 +345,7 @@ def merge(
 def attended(
     acc: tl.tensor, peak: tl.tensor, total: tl.tensor, sinks_ptr: tl.tensor, heads: tl.tensor, held: tl.tensor
 ) -> tl.tensor:
-    """The weighted mean of the values; a sink joins the sum of weights. Zero for a row that saw nothing."""
+    """Return the weighted mean of the values; a sink joins the sum of weights. Zero for a row that saw nothing."""
     if sinks_ptr is not None:
         sinks = (
             tl.load(sinks_ptr + heads, mask=held, other=0.0).to(tl.float32) * 1.4426950408889634

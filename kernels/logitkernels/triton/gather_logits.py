@@ -16,7 +16,7 @@ TILE = 4096
 
 @triton.jit
 def exp_below(x: tl.tensor, largest: tl.tensor) -> tl.tensor:
-    """``exp(x - largest)``, which is 1 where both are the same infinity."""
+    """Return ``exp(x - largest)``, which is 1 where both are the same infinity."""
     same = x == largest
     return tl.exp(tl.where(same, 0.0, x) - tl.where(same, 0.0, largest))
 
@@ -73,11 +73,11 @@ def _gather_kernel(
 
 
 def gather_logits(logits: Tensor, ids: Tensor, *, tile: int = TILE) -> tuple[Tensor, Tensor]:
-    """``logits`` float32 [R, V] at ``ids`` int64 [R, K] -> values [R, K] and ``log(sum(exp(row)))`` [R], both float32.
+    """Return ``logits`` float32 [R, V] at ``ids`` int64 [R, K] -> values [R, K], and ``log(sum(exp(row)))`` [R].
 
-    A tile's sum of ``exp(x - max)`` is taken in float32, the tiles are joined in float64, in their order. A row of -inf
-    gives -inf, one with an inf gives inf, one with a NaN gives NaN. Reads R V floats once; writes R (2 ceil(V / tile)
-    + K + 1).
+    Both are float32. A tile's sum of ``exp(x - max)`` is float32; tiles are joined in float64, in order. A
+    row of -inf gives -inf, a row with an inf gives inf, and a row with a NaN gives NaN. Reads R V floats
+    once; writes R (2 ceil(V / tile) + K + 1).
 
     Raises ValueError for logits that are not float32 rows of adjacent entries.
     """

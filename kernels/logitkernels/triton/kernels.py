@@ -1,4 +1,4 @@
-"""The operations of a decoder by Triton kernels."""
+"""Operations of a decoder, by Triton kernels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from logitkernels.weights import Linear, Weight, stack_dense
 
 
 class TritonLinear(Linear):
-    """A weight [N, K] and a bias [N], contiguous, multiplied by cuBLAS or, if ``batch_invariant``, in one fixed order."""
+    """Weight [N, K] and bias [N], contiguous, multiplied by cuBLAS or, if ``batch_invariant``, in one fixed order."""
 
     def __init__(self, weights: Sequence[Weight], bias: Tensor | None, *, batch_invariant: bool) -> None:
         super().__init__(weights, bias)
@@ -56,9 +56,9 @@ class TritonLinear(Linear):
 class TritonKernels(Kernels):
     """Kernels for CUDA GPUs of compute capability 8.0 and up.
 
-    A row never depends on the other rows of its batch but in matrix products, for which cuBLAS chooses its order of
-    summation by the number of rows. ``batch_invariant`` takes products of one fixed order instead, and attention that
-    gives a token the same bits whatever chunk it comes in.
+    Rows are independent of the other rows of their batch except in matrix products, where cuBLAS chooses its
+    order of summation by the number of rows. With ``batch_invariant`` products have one fixed order, and
+    attention gives a token the same bits in any chunk.
     """
 
     name = "triton"
@@ -66,8 +66,6 @@ class TritonKernels(Kernels):
 
     def __init__(self, *, batch_invariant: bool = False) -> None:
         self.batch_invariant = batch_invariant
-
-    # Linear layers.
 
     def pack(
         self,
@@ -77,8 +75,6 @@ class TritonKernels(Kernels):
         exact: bool = False,  # noqa: ARG002 - activations take the dtype of the weights
     ) -> TritonLinear:
         return TritonLinear(weights, bias, batch_invariant=self.batch_invariant)
-
-    # Norms, activations, rotary embedding.
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm.rms_norm(x, weight, eps, x.dtype)
@@ -95,10 +91,8 @@ class TritonKernels(Kernels):
         return activations.gelu_and_mul(gate_up)
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        # Layers turn and store in one kernel; by itself this is not worth another.
+        # Layers use the fused kernel rope_and_store; rope alone is not worth a kernel of its own.
         return ReferenceKernels().rope(x, cos, sin)
-
-    # The paged cache.
 
     def store_kv(
         self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
@@ -144,12 +138,10 @@ class TritonKernels(Kernels):
     ) -> Tensor:
         query = query.contiguous()
         out = query.new_empty(query.shape[0], query.shape[1], value_cache.shape[-1])
-        # Each takes the sequences that are its own and leaves the others.
+        # Each kernel takes the sequences of its kind and leaves the others.
         for attend in (paged_decode, paged_prefill) if metadata.max_query_len > 1 else (paged_decode,):
             attend(query, key_cache, value_cache, metadata, out, options, uniform=self.batch_invariant)
         return out
-
-    # Logits.
 
     def top_k_logits(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if k <= top_k_logits.MAX_K:

@@ -1,4 +1,4 @@
-"""How every Triton kernel is launched."""
+"""Launch of a Triton kernel."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def launch(
     num_stages: int = 2,
     **constants: Any,
 ) -> None:
-    """``kernel[grid](*args, **constants)``; an empty grid launches nothing.
+    """Run ``kernel[grid](*args, **constants)``; an empty grid launches nothing.
 
-    Multiplies and adds are never fused by the compiler: what is written is what is computed, the same in every kernel
-    that shares a helper, in Triton's interpreter and on every architecture.
+    The compiler never fuses multiplies and adds. A helper therefore computes the same bits in every kernel
+    that shares it, in Triton's interpreter and on every architecture.
     """
     if all(grid):
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **constants)

@@ -1,12 +1,15 @@
-"""Linear layers whose rows have the same bits whatever other rows they are multiplied with.
+"""Linear layers in which a row's bits do not depend on the other rows.
 
-``out[t, n] = sum_k x[t, k] * weight[n, k] + bias[n]``. K is cut into SPLIT_K parts. Each part is added up in order of k
-by the same sequence of tile products, the parts are added in order, then the bias. Tiles and parts are chosen by the
-weight's shape and dtype alone. Only where the parts are computed depends on the number of tokens: for few, in programs of
-their own that leave float32 partial sums for a second launch to add, so that every multiprocessor reads weights; for many,
-one after the other in one program. Both add the same numbers in the same order.
+``out[t, n] = sum_k x[t, k] * weight[n, k] + bias[n]``. K is cut into SPLIT_K parts. Each part is added up in
+order of k by the same sequence of tile products; the parts are added in order, then the bias. Tiles and parts
+depend only on the weight's shape and dtype.
 
-Bytes moved for few tokens: the weight once. For many: the weight and ``x`` once per group of GROUPED_TILES row tiles.
+The number of tokens decides only where the parts are computed. For few tokens each part has programs of its
+own, so that every multiprocessor reads weights; a second launch adds their float32 partial sums. For many
+tokens one program computes the parts one after the other. Both add the same numbers in the same order.
+
+Bytes moved for few tokens: the weight once. For many: the weight and ``x`` once per group of GROUPED_TILES
+row tiles.
 """
 
 from __future__ import annotations
@@ -24,15 +27,15 @@ PROGRAMS = 264
 """Programs that keep an H100 reading: two for each of its 132 multiprocessors."""
 
 MIN_PART = 256
-"""Elements of K that a part of its own is worth."""
+"""Elements of K that justify a part of their own."""
 
 MAX_SPLIT_K = 16
 
 GROUPED_TILES = tl.constexpr(16)
-"""Row tiles that one column of tiles runs through before the next, while ``x`` stays in the L2 cache."""
+"""Row tiles that one column of tiles passes before the next column, while ``x`` stays in the L2 cache."""
 
 REDUCED = 512
-"""Elements of one program that adds partial sums."""
+"""Output elements of one program that adds partial sums."""
 
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -40,7 +43,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a weight is multiplied: tiles of the output and of K, the parts of K, and the program's warps and stages."""
+    """Tiling of a weight: tiles of the output and of K, the parts of K, and the program's warps and stages."""
 
     block_m: int
     block_n: int
@@ -51,7 +54,7 @@ class Tile:
 
 
 def tile_for(n: int, k: int, dtype: torch.dtype) -> Tile:
-    """The tile of a weight [n, k], whatever the number of tokens."""
+    """Return the tile of a weight [n, k]. It does not depend on the number of tokens."""
     # Rows that begin between 16-byte boundaries are read in small pieces, which take more registers.
     if dtype == torch.float32:
         block_m, block_n, block_k, num_stages = 16, 64, 32, 2 if k % 16 else 3
@@ -65,14 +68,14 @@ def tile_for(n: int, k: int, dtype: torch.dtype) -> Tile:
         block_m, block_n, block_k, num_stages = 64, 128, 64, 4
     steps = triton.cdiv(k, block_k)
     split_k = max(1, min(PROGRAMS // triton.cdiv(n, block_n), k // MIN_PART, MAX_SPLIT_K))
-    # Whole tiles in every part, and no part without any.
+    # Every part has whole tiles, and none is empty.
     split_k = triton.cdiv(steps, triton.cdiv(steps, split_k))
     return Tile(block_m, block_n, block_k, split_k, 4, num_stages)
 
 
 @triton.jit
 def _tile_of_program(row_tiles: tl.tensor, column_tiles: tl.tensor) -> tl.tensor:
-    """Row and column of this program's tile: down a group of row tiles, then to the next column."""
+    """Return row and column of this program's tile: down a group of row tiles, then to the next column."""
     per_group = GROUPED_TILES * column_tiles
     first_row = tl.program_id(0) // per_group * GROUPED_TILES
     rows = tl.minimum(row_tiles - first_row, GROUPED_TILES)
@@ -82,8 +85,8 @@ def _tile_of_program(row_tiles: tl.tensor, column_tiles: tl.tensor) -> tl.tensor
 
 @triton.jit
 def _dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
-    # Triton's interpreter would multiply the bits of bfloat16 as integers, and leave the order of the sum to BLAS,
-    # which chooses it by a row's place: float64 keeps that below the last bit.
+    # Triton's interpreter would multiply the bits of bfloat16 as integers. It also leaves the order of the
+    # sum to BLAS, which chooses it by a row's place; in float64 the difference stays below the last bit.
     if INTERPRETED:
         wide = tl.dot(a.to(tl.float64), b.to(tl.float64), total.to(tl.float64), out_dtype=tl.float64)
         return wide.to(tl.float32)
@@ -103,7 +106,7 @@ def _partial_sum(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ) -> tl.tensor:
-    """The sum over one part of K: float32 [BLOCK_M, BLOCK_N] from row pointers [BLOCK_M, 1] and [BLOCK_N, 1]."""
+    """Sum one part of K: float32 [BLOCK_M, BLOCK_N] from row pointers [BLOCK_M, 1] and [BLOCK_N, 1]."""
     steps = tl.cdiv(k, BLOCK_K)
     steps_per_part = tl.cdiv(steps, SPLIT_K)
     first = part * steps_per_part
@@ -116,7 +119,7 @@ def _partial_sum(
     return total
 
 
-# The number of tokens is not specialized on: one compilation multiplies any number.
+# num_tokens is not specialized on: one compilation multiplies any number of tokens.
 @triton.jit(do_not_specialize=["num_tokens"])
 def _matmul_kernel(
     x_ptr: tl.tensor,
@@ -134,7 +137,7 @@ def _matmul_kernel(
     SPLIT_K: tl.constexpr,
     SPREAD: tl.constexpr,
 ) -> None:
-    """``out`` [T, n]; where SPREAD, the second axis of the grid is the part of K and ``out`` float32 [SPLIT_K, T, n]."""
+    """Write ``out`` [T, n], or with SPREAD float32 [SPLIT_K, T, n], where the grid's second axis is the part of K."""
     row_tile, column_tile = _tile_of_program(tl.cdiv(num_tokens, BLOCK_M), tl.cdiv(n, BLOCK_N))
     rows = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -165,13 +168,13 @@ def _add_parts_kernel(
     SPLIT_K: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """The partial sums float32 [SPLIT_K, T, n] in order, and the bias -> ``out`` [T, n]."""
+    """Add the partial sums float32 [SPLIT_K, T, n] in order, and the bias -> ``out`` [T, n]."""
     blocks = tl.cdiv(n, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     mask = columns < n
     parts_ptr += row * n
-    # From zero, as the program that computes every part: it decides the sign of a zero.
+    # The sum starts from zero, as in the program that computes every part: this decides the sign of a zero.
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for _part in tl.static_range(SPLIT_K):
         total += tl.load(parts_ptr + columns, mask=mask, other=0.0)
@@ -182,10 +185,10 @@ def _add_parts_kernel(
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias``: ``x`` [T, K], ``weight`` [N, K], ``bias`` [N] -> [T, N] in the dtype of ``x``.
+    """Return ``x @ weight.T + bias``: ``x`` [T, K], ``weight`` [N, K], ``bias`` [N] -> [T, N] in the dtype of ``x``.
 
-    Accumulated in float32 and rounded once; ``x`` is first rounded to the dtype of ``weight``. Rows of both may be
-    strided. A row's bits depend on nothing but the row, the weight and the bias.
+    The sum is accumulated in float32 and rounded once; ``x`` is first rounded to the dtype of ``weight``.
+    Rows of both may be strided. A row's bits depend only on the row, the weight and the bias.
     """
     rounded = x.to(weight.dtype)
     rounded = rounded if rounded.stride(-1) == 1 else rounded.contiguous()

@@ -1,4 +1,4 @@
-"""Attention of the sequences that have one query in a batch."""
+"""Attention of the sequences with one query in a batch."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ def paged_decode(
     *,
     uniform: bool = False,
 ) -> None:
-    """``Kernels.paged_attention`` for the sequences with one query; other rows of ``out`` are left as they are.
+    """Compute ``Kernels.paged_attention`` for the sequences with one query; leave other rows of ``out`` unchanged.
 
-    Flash-Decoding (Dao, Haziza, Massa and Sizov 2023): one program a sequence, key-value head and split of the sequence's
-    positions, whose results a second kernel merges in order; with a single split the first writes the result itself.
-    A sequence of length 0 gets zeros. With ``uniform`` a token's bits are those that `paged_prefill` gives it with
-    ``uniform``. Reads each key and value once; writes and reads ``4 Hq (Dv + 2)`` bytes a split.
+    Flash-Decoding (Dao, Haziza, Massa and Sizov 2023): one program per sequence, key-value head and split of
+    the sequence's positions. A second kernel merges the splits in order; with a single split the first kernel
+    writes the result itself. A sequence of length 0 gets zeros. With ``uniform`` a token's bits equal those
+    of `paged_prefill` with ``uniform``. Reads each key and value once; writes and reads ``4 Hq (Dv + 2)``
+    bytes per split.
 
     query [T, Hq, D], caches [num_blocks, Hkv, block_size, D or Dv], of one dtype: float16, bfloat16 or float32;
     out [T, Hq, Dv]. Raises ValueError for tensors that do not fit together.
@@ -96,7 +97,7 @@ def paged_decode(
 
 @triton.jit
 def _first_seen(seq_len: tl.tensor, window: tl.tensor) -> tl.tensor:
-    """The first position that the last token attends to."""
+    """Return the first position that the last token attends to."""
     first = seq_len * 0
     if window is not None:
         first = tl.maximum(seq_len - window, 0)

@@ -1,4 +1,4 @@
-"""Attention of the sequences that have several queries in a batch."""
+"""Attention of the sequences with several queries in a batch."""
 
 from __future__ import annotations
 
@@ -32,11 +32,13 @@ def paged_prefill(
     *,
     uniform: bool = False,
 ) -> None:
-    """``Kernels.paged_attention`` for the sequences with more than one query; other rows of ``out`` are left as they are.
+    """Compute ``Kernels.paged_attention`` for the sequences with several queries; leave other rows of ``out``
+    unchanged.
 
-    ``softmax(scale * q k^T) v`` by FlashAttention-2 (Dao 2023) over a paged cache (Kwon et al. 2023). With ``uniform`` a
-    token's bits are those that `paged_decode` gives it with ``uniform``. Reads every query once, and per tile of
-    ``block_m // (Hq / Hkv)`` tokens the keys and values up to its last token: 4 T Hq D flops a position in sight.
+    ``softmax(scale * q k^T) v`` by FlashAttention-2 (Dao 2023) over a paged cache (Kwon et al. 2023). With
+    ``uniform`` a token's bits equal those of `paged_decode` with ``uniform``. Reads every query once, and the
+    keys and values up to a tile's last token once per tile of ``block_m // (Hq / Hkv)`` tokens. Computes 4 T
+    Hq D flops per visible position.
 
     query [T, Hq, D], caches [num_blocks, Hkv, block_size, D or Dv], of one dtype: float16, bfloat16 or float32;
     out [T, Hq, Dv]. Raises ValueError for tensors that do not fit together.
@@ -70,7 +72,7 @@ def paged_prefill(
 def _owner(
     query_start_ptr: tl.tensor, sequences: tl.tensor, tile: tl.tensor, TOKENS: tl.constexpr
 ) -> tl.tensor:
-    """The last sequence whose first tile, ``query_start // TOKENS`` plus its index, is not after ``tile``."""
+    """Return the last sequence whose first tile, ``query_start // TOKENS`` plus its index, is not after ``tile``."""
     low, high = tile * 0, sequences - 1
     while low < high:
         middle = (low + high + 1) // 2
@@ -112,11 +114,14 @@ def _walk(
     BLOCK_DV: tl.constexpr,
     SPLIT: tl.constexpr,
 ) -> tl.tensor:
-    """The state of the split that ``stop`` lies in, and that of all before it, after the tiles from ``start`` to ``stop``."""
+    """Attend to the tiles from ``start`` to ``stop``.
+
+    Returns the state of the split that ``stop`` lies in, and the merged state of all splits before it.
+    """
     for tile_start in range(start, stop, BLOCK_N):
         if tile_start % SPLIT == 0:
             done_acc, done_peak, done_total = merge(done_acc, done_peak, done_total, acc, peak, total)
-            # A zero, but not a constant: that would be selected element by element in every iteration.
+            # A zero that is no constant: a constant would be selected element by element in every iteration.
             acc = tl.full([BLOCK_M, BLOCK_DV], tile_start % SPLIT, tl.float32)
             peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
             total = tl.zeros([BLOCK_M], tl.float32)
@@ -176,7 +181,7 @@ def _prefill_kernel(
     BLOCK_DV: tl.constexpr,
     SPLIT: tl.constexpr,
 ) -> None:
-    # A sequence's last tiles see the most: they start first, so that the short ones fill the end.
+    # A sequence's last tiles see the most positions. They start first, so that the short ones fill the end.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     sequence = _owner(query_start_ptr, sequences, tile, TOKENS)
     query_start = tl.load(query_start_ptr + sequence)
@@ -196,7 +201,7 @@ def _prefill_kernel(
     first_position = past + first_token
     positions = first_position + tokens
     limit = past + tl.minimum(first_token + TOKENS, query_len)
-    # Tiles from `all_see` to `diagonal` hide nothing from any row.
+    # In tiles from `all_see` to `diagonal` every row sees every position.
     diagonal = (first_position + 1) // BLOCK_N * BLOCK_N
     acc, peak, total = empty_state(BLOCK_M, BLOCK_DV)
     done_acc, done_peak, done_total = empty_state(BLOCK_M, BLOCK_DV)

@@ -1,7 +1,7 @@
-"""Root mean square norms of rows, alone or of the sum with the residual stream.
+"""Root mean square norms of rows, optionally of the sum with the residual stream.
 
-Each row is read once and kept in registers. Bytes moved per element: one read of ``x`` and one write, and for the sum
-one read and one write of the residual more.
+Each row is read once and kept in registers. Bytes moved per element: one read of ``x`` and one write; the sum
+adds one read and one write of the residual.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 from logitkernels.triton.launch import launch
 
 ELEMENTS = 2048
-"""Elements of the short rows that share a program; a longer row has one to itself."""
+"""Elements of the short rows that share a program; a longer row has a program to itself."""
 
 
 @triton.jit
 def _normalize(x: tl.tensor, weight: tl.tensor, eps: tl.tensor, n: tl.tensor) -> tl.tensor:
-    """Rows [ROWS, BLOCK] of float32 whose elements past n are zero."""
+    """Norm rows [ROWS, BLOCK] of float32 whose elements past n are zero."""
     mean_square = tl.sum(x * x, axis=1) / n
     return x * tl.rsqrt(mean_square + eps)[:, None] * weight[None, :]
 
 
-# The number of rows is not specialized on: it must not choose among compilations that add in another order.
+# num_rows is not specialized on: it must not choose among compilations that add in another order.
 @triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     x_ptr: tl.tensor,
@@ -73,7 +73,7 @@ def _add_rms_norm_kernel(
     )
     x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0)
     weight = tl.load(weight_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)
-    # The norm is of the sum as it is stored.
+    # The norm applies to the sum as rounded for storage.
     total = (residual.to(tl.float32) + x.to(dtype).to(tl.float32)).to(dtype)
     out = rows[:, None] * n + columns[None, :]
     tl.store(sum_ptr + out, total, mask=mask)
@@ -82,7 +82,7 @@ def _add_rms_norm_kernel(
 
 
 def _tile(n: int) -> dict[str, int]:
-    """Rows per program, columns and warps for rows of n elements, whatever their number."""
+    """Return rows per program, columns and warps for rows of n elements, independent of the number of rows."""
     block = triton.next_power_of_2(n)
     return {
         "ROWS": max(1, ELEMENTS // block),
@@ -92,7 +92,8 @@ def _tile(n: int) -> dict[str, int]:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x`` [T, n] or [T, heads, n], in ``dtype``.
+    """Return ``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x`` [T, n] or [T, heads, n],
+    in ``dtype``.
 
     Computed in float32; follows Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019). ``weight`` is [n].
     Tokens and heads of ``x`` may be strided. Reads ``x`` and writes as many elements, in one launch.
@@ -123,7 +124,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 def add_rms_norm(
     residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """``sum = residual + x``, both [T, H] -> ``sum`` in the dtype of ``residual``, and ``rms_norm(sum)`` in ``dtype``.
+    """Return ``sum = residual + x`` [T, H] in the dtype of ``residual``, and ``rms_norm(sum)`` in ``dtype``.
 
     ``weight`` is [H]. Rows may be strided. Reads both and writes both, in one launch.
     """

@@ -1,4 +1,4 @@
-"""One token for each row of logits: edits, the mask, temperature, top-k, top-p, min-p and the draw."""
+"""Draw of one token for each row of logits: edits, the mask, temperature, top-k, top-p, min-p and the draw."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _edit_tile(
     TILE: tl.constexpr,
     EDITS: tl.constexpr,
 ) -> tl.tensor:
-    """The tile of the row that starts at ``first``, with the row's edits and its pending ``token`` (-1: none)."""
+    """Return the row's tile that starts at ``first``, with the row's edits and its pending ``token`` (-1: none)."""
     end = tl.minimum(first + TILE, vocab)
     if (token >= first) & (token < end):
         once = tl.full((), 1, tl.int32)
@@ -68,7 +68,7 @@ def _edit_tile(
             tl.load(logits_ptr + token), 0.0, once != 0, once, once == 0, repetition, presence, frequency
         )
         tl.store(scores_ptr + token, x)
-    # An edit of the pending token overwrites what was just stored.
+    # An edit of the pending token overwrites the value stored above.
     tl.debug_barrier()
     for start in range(first_edit, end_edit, EDITS):
         edits = start + tl.arange(0, EDITS)
@@ -127,10 +127,10 @@ def _score_kernel(
     TILE: tl.constexpr,
     EDITS: tl.constexpr,
 ) -> None:
-    """A tile's scores after edits, mask and temperature: their largest, its lowest id, the sum of exp(score - largest).
+    """Compute a tile after edits, mask and temperature: its largest score, the lowest id of that, and a sum.
 
-    A NaN in the tile becomes its largest. The scores are stored where the row has edits or is read again, as it is with a
-    mask at a temperature above 0.
+    The sum is that of exp(score - largest). If the tile holds a NaN, its largest score is NaN. The scores are
+    stored where the row has edits or is read again; a row with a mask at a temperature above 0 is read again.
     """
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -201,7 +201,7 @@ def _keep_tiles(
     num_tiles: tl.tensor,
     TILE: tl.constexpr,
 ) -> None:
-    """Each tile's sum over what the cut keeps replaces its sum; the rest becomes -inf where the row is shown."""
+    """Replace each tile's sum by the sum over what the cut keeps; set the rest to -inf where the row is shown."""
     for tile in range(num_tiles):
         tile_max = tl.load(tile_max_ptr + tile)
         kept_sum = tl.full((), 0.0, tl.float32)
@@ -216,9 +216,10 @@ def _keep_tiles(
 
 @triton.jit
 def _first_past(masses: tl.tensor, target: tl.tensor, SIZE: tl.constexpr) -> tl.tensor:
-    """The first index whose cumulative mass is above the target, and the mass before it.
+    """Return the first index whose cumulative mass is above the target, and the mass before it.
 
-    It has a mass of its own, whatever the sums round to: failing all else it is the last that has one.
+    The index always has a mass above zero. If rounding leaves no sum above the target, it is the last such
+    index.
     """
     indices = tl.arange(0, SIZE)
     reached = tl.cumsum(masses)
@@ -229,7 +230,7 @@ def _first_past(masses: tl.tensor, target: tl.tensor, SIZE: tl.constexpr) -> tl.
 
 @triton.jit
 def _uniform(seed: tl.tensor, stream: tl.tensor, position: tl.tensor) -> tl.tensor:
-    """`logitkernels.philox.philox_uniform`: float64 in [0, 1)."""
+    """Return float64 in [0, 1), equal to `logitkernels.philox.philox_uniform`."""
     high, low, _, _ = tl.philox_impl(
         position.to(tl.uint32),
         (position >> 32).to(tl.uint32),
@@ -258,9 +259,9 @@ def _draw(
     TILE: tl.constexpr,
     TILES: tl.constexpr,
 ) -> tl.tensor:
-    """The inverse of the cumulative distribution of what is kept, in order of id, at ``uniform``.
+    """Invert the cumulative distribution of the kept entries, in order of id, at ``uniform``.
 
-    The cumulative over the tiles gives the tile, and that over its entries the token.
+    The cumulative sum over the tiles gives the tile; the one over the tile's entries gives the token.
     """
     masses, scales = tile_masses(maxima, sums, largest)
     target = uniform * tl.sum(masses)
@@ -297,7 +298,7 @@ def _is_drawable(
     num_tiles: tl.tensor,
     TILE: tl.constexpr,
 ) -> tl.tensor:
-    """Whether the raw logits of a row, none of which is NaN, are a distribution at its temperature."""
+    """Whether the raw logits of a row without a NaN are a distribution at its temperature."""
     largest = tl.full((), -float("inf"), tl.float32)
     for tile in range(num_tiles):
         columns = tile * TILE + tl.arange(0, TILE)
@@ -338,7 +339,7 @@ def _draw_kernel(
     if has_nan | ((temperature > 0) & (largest == float("inf"))):
         token = tl.full((), _NOT_FINITE, tl.int32)
     elif largest == -float("inf"):
-        # The row ends here, so that it may be read once more.
+        # The row's request ends here, so reading the row once more costs little.
         is_drawable = _is_drawable(logits_ptr, temperature, vocab, num_tiles, TILE)
         token = tl.where(is_drawable, _NOTHING_ALLOWED, _NOT_FINITE)
     elif temperature > 0:
@@ -386,16 +387,16 @@ def sample(
     tile: int = TILE,
     candidates: int = CANDIDATES,
 ) -> Tensor:
-    """One draw for each row of ``logits`` (float32 [R, V], left as they are): int32 [R], below 0 where nothing is drawn.
+    """Draw for each row of ``logits`` (float32 [R, V], left unchanged): int32 [R], below 0 where nothing is drawn.
 
-    Follows `logitkernels.reference_sampling.sample_rows`. ``tensors`` are R rows; ``last_tokens`` int32 are those that
-    ``tensors.pending`` refers to, below 0 for a row that had none; ``allowed`` int32 [R, ceil(V / 32)] are their masks.
-    ``scores`` float32 [R, V] is scratch: on return it holds the processed scores of the rows that show them and have a
-    token, the others are unspecified.
+    Follows `logitkernels.reference_sampling.sample_rows`. ``tensors`` describes the R rows. ``last_tokens``
+    int32 holds the tokens that ``tensors.pending`` refers to, below 0 for a row that had none. ``allowed``
+    int32 [R, ceil(V / 32)] holds the rows' masks. ``scores`` float32 [R, V] is scratch: on return it holds
+    the processed logits of the rows that show them and have a token; its other rows are unspecified.
 
-    Greedy and plain temperature rows read V floats (and a tile more); rows with edits also write and read them once, rows
-    with filters read them about four times more, from the L2 cache where the row fits. Masks add V / 8 bytes, and writing
-    the scores above temperature 0.
+    Greedy and plain temperature rows read V floats (and a tile more). Rows with edits also write and read
+    them once. Rows with filters read them about four times more, from the L2 cache where the row fits. Masks
+    add V / 8 bytes, and a write of the scores above temperature 0.
 
     Raises ValueError for logits or scores that are not float32 [R, V] with adjacent entries of a row.
     """

@@ -1,9 +1,10 @@
-"""The last entry of each row that its filters keep.
+"""Search for the last entry of each row that its filters keep.
 
-What a row keeps is a prefix of its entries in descending order (ties by lower id), so top-k, top-p and min-p come down to
-one *cut*: the `order_of` of the last entry kept. It is found without sorting. The range in which it must lie is divided at
-PIVOTS orders, the entries above each and their mass are summed over the row, and the part that holds the cut becomes the
-range, until few enough entries lie in it to be gathered and searched without reading the row again.
+A row's filters keep a prefix of its entries in descending order (ties by lower id). So top-k, top-p and min-p
+come down to one *cut*: the `order_of` of the last entry kept. The search for it does not sort. It divides the
+range in which the cut must lie at PIVOTS orders, sums over the row the count and mass of the entries above
+each, and continues in the part that holds the cut. Once few enough entries lie in the range, they are
+gathered and searched without reading the row again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from logitkernels.triton.gather_logits import exp_below
 from logitkernels.triton.top_k_logits import LOWEST, PIVOTS, is_nan, order_key, order_of, spread
 
 LADDER_STEP = tl.constexpr(4.0)  # nats; most cuts lie within PIVOTS of them under the largest score
-FLOOR = tl.constexpr(-0x7F800001 << 32)  # the order below which there is no entry: -inf, of the highest id
+FLOOR = tl.constexpr(-0x7F800001 << 32)  # order below that of every entry: -inf, of the highest id
 NO_COUNT = tl.constexpr(0x7FFFFFFF)
 
 
@@ -23,7 +24,10 @@ NO_COUNT = tl.constexpr(0x7FFFFFFF)
 def row_peak(
     tile_max_ptr: tl.tensor, tile_best_ptr: tl.tensor, num_tiles: tl.tensor, TILES: tl.constexpr
 ) -> tl.tensor:
-    """The tiles' largest scores, the row's, its lowest id, and whether the row holds a NaN; pointers to the row's tiles."""
+    """Return the tiles' largest scores, the row's largest, its lowest id, and whether the row holds a NaN.
+
+    The pointers are to the row's tiles.
+    """
     tiles = tl.arange(0, TILES)
     maxima = tl.load(tile_max_ptr + tiles, mask=tiles < num_tiles, other=-float("inf"))
     has_nan = tl.sum(is_nan(maxima).to(tl.int32)) > 0
@@ -34,14 +38,14 @@ def row_peak(
 
 @triton.jit
 def tile_masses(maxima: tl.tensor, sums: tl.tensor, largest: tl.tensor) -> tl.tensor:
-    """Each tile's sum of exp(score - largest) and what turns its own sums into it, both float64."""
+    """Return each tile's sum of exp(score - largest), and the factor from its own sum to that, both float64."""
     scales = tl.exp((maxima - largest).to(tl.float64))
     return sums.to(tl.float64) * scales, scales
 
 
 @triton.jit
 def load_orders(scores_ptr: tl.tensor, tile: tl.tensor, vocab: tl.tensor, TILE: tl.constexpr) -> tl.tensor:
-    """A tile's scores and orders; LOWEST beyond the vocabulary."""
+    """Load a tile's scores and orders; LOWEST beyond the vocabulary."""
     columns = tile * TILE + tl.arange(0, TILE)
     inside = columns < vocab
     x = tl.load(scores_ptr + columns, mask=inside, other=-float("inf"))
@@ -56,7 +60,7 @@ def _score_of(orders: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _above(orders: tl.tensor, masses: tl.tensor, pivots: tl.tensor) -> tl.tensor:
-    """How many entries are at or above each pivot, and their mass (float64)."""
+    """Count the entries at or above each pivot, and sum their mass (float64)."""
     above = orders[None, :] >= pivots[:, None]
     mass = tl.sum(tl.where(above, masses[None, :], 0.0), axis=1)
     return tl.sum(above.to(tl.int32), axis=1), mass.to(tl.float64)
@@ -73,9 +77,9 @@ def _part_with_cut(
     max_count: tl.tensor,
     max_mass: tl.tensor,
 ) -> tl.tensor:
-    """The part low..high that holds the cut: at and above low there is enough, at and above high there is not.
+    """Return the part low..high that holds the cut: at and above low there is enough, at and above high there is not.
 
-    Returned with how many entries are at or above low and high, and the mass at or above high.
+    Also returns the number of entries at or above low and high, and the mass at or above high.
     """
     slots = tl.arange(0, PIVOTS)
     enough = (counts >= max_count) | (masses >= max_mass)
@@ -102,7 +106,7 @@ def _gather_candidates(
     TILE: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ) -> tl.tensor:
-    """The orders from low to below high, of which there are at most CANDIDATES; LOWEST behind them."""
+    """Return the orders from low to below high, at most CANDIDATES of them, followed by LOWEST."""
     tl.debug_barrier()
     found = 0
     for tile in range(num_tiles):
@@ -132,10 +136,10 @@ def _find_cut(
     TILE: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ) -> tl.tensor:
-    """The order of the last entry before which there are fewer than max_count entries and less than max_mass.
+    """Return the order of the last entry preceded by fewer than max_count entries and less than max_mass.
 
-    ``low`` is an order that the cut is not below, with ``num_low`` entries at or above it; ``best`` the order of the
-    first entry. Returned with how many entries are kept, and their mass.
+    ``low`` is an order that the cut is not below, with ``num_low`` entries at or above it. ``best`` is the
+    order of the first entry. Also returns the number of entries kept, and their mass.
     """
     high = best + 1
     num_high = 0
@@ -194,10 +198,13 @@ def _cut_of_filters(
     TILE: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ) -> tl.tensor:
-    """The order of the last entry that top-k, top-p over what is left, and min-p keep. ``mass`` is that of the row."""
+    """Return the order of the last entry that the filters keep.
+
+    The filters are top-k, then top-p over the entries left, then min-p. ``mass`` is that of the row.
+    """
     cut = tl.full((), FLOOR, tl.int64)
     num_kept = vocab
-    # What is hoisted out of the searches would not fit into the registers.
+    # Without disable_licm, values hoisted out of the searches would not fit into the registers.
     for stage in tl.range(2, disable_licm=True):
         is_top_k = stage == 0
         if (is_top_k & (top_k > 0) & (top_k < vocab)) | ((stage == 1) & (top_p < 1.0)):
@@ -241,7 +248,7 @@ def cut_kernel(
     TILES: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ) -> None:
-    """The cut of each row, FLOOR for one without filters."""
+    """Write the cut of each row, FLOOR for a row without filters."""
     row = tl.program_id(0).to(tl.int64)
     top_k, top_p, min_p = tl.load(top_k_ptr + row), tl.load(top_p_ptr + row), tl.load(min_p_ptr + row)
     tl.store(cut_ptr + row, FLOOR)

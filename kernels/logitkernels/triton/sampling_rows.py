@@ -1,4 +1,4 @@
-"""Rows of sampling parameters as tensors that kernels read, in one buffer that one copy moves."""
+"""Rows of sampling parameters as tensors, in one buffer that a single copy moves to the device."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ _ALIGNMENT = (
 
 @dataclass(frozen=True, slots=True)
 class SamplingTensors:
-    """R rows of `RowSampling`, one entry each, and the entries of their logits that are changed before the draw.
+    """R rows of `RowSampling`, one entry each, and the entries of their logits that are edited before the draw.
 
-    Row r owns the edits ``edit_start[r]:edit_start[r + 1]``, each id once: what bias, bans, seen and generated tokens
-    do to it.
+    Row r owns the edits ``edit_start[r]:edit_start[r + 1]``, each id once. An edit is the effect of bias,
+    bans, seen and generated tokens on one logit.
 
     Attributes:
         seed: int64 [R], the bits of the unsigned 64-bit seed.
@@ -84,14 +84,14 @@ class SamplingTensors:
 
 @dataclass(frozen=True, slots=True)
 class SamplingLayout:
-    """Where the fields of ``num_rows`` rows with up to ``num_edits`` edits lie in a buffer of int32 words."""
+    """Layout of the fields of ``num_rows`` rows with up to ``num_edits`` edits in a buffer of int32 words."""
 
     num_rows: int
     num_edits: int
 
     @property
     def spans(self) -> dict[str, tuple[int, int]]:
-        """{field: its first word and the one after its last}."""
+        """Map of each field to its first word and the word after its last."""
         lengths = {"row": self.num_rows, "start": self.num_rows + 1, "edit": self.num_edits}
         spans, begin = {}, 0
         for name, (dtype, kind) in _FIELDS.items():
@@ -110,14 +110,14 @@ class SamplingLayout:
 
 
 def view(buffer: Tensor, layout: SamplingLayout) -> SamplingTensors:
-    """The fields that ``pack`` wrote, as views of ``buffer`` (int32, contiguous, at least ``layout.numel``)."""
+    """Return the fields that ``pack`` wrote, as views of ``buffer`` (int32, contiguous, at least ``layout.numel``)."""
     return SamplingTensors(
         **{name: buffer[begin:end].view(_FIELDS[name][0]) for name, (begin, end) in layout.spans.items()}
     )
 
 
 def pack(rows: Sequence[RowSampling], layout: SamplingLayout, out: NDArray[np.int32]) -> None:
-    """Write ``rows`` into ``out`` (int32, contiguous, at least ``layout.numel``); rows that are left over are greedy.
+    """Write ``rows`` into ``out`` (int32, contiguous, at least ``layout.numel``). Rows left over are greedy.
 
     Raises ValueError if there are more rows or edits than the layout has room for.
     """
@@ -151,7 +151,7 @@ def pack(rows: Sequence[RowSampling], layout: SamplingLayout, out: NDArray[np.in
 
 
 def _pack_edits(row: RowSampling, fields: dict[str, NDArray[Any]], begin: int) -> int:
-    """Write the row's edits from ``begin`` on; how many they are."""
+    """Write the row's edits from ``begin`` on and return their number."""
     sources = _edited_ids(row)
     if not sources:
         return 0
@@ -167,7 +167,7 @@ def _pack_edits(row: RowSampling, fields: dict[str, NDArray[Any]], begin: int) -
     edits["edit_ids"][:] = ids
     for name in ("edit_bias", "edit_counts", "edit_flags"):
         edits[name][:] = 0
-    # One source alone need not be sorted, and is not searched.
+    # A single source need not be sorted or searched.
     where = {
         name: slice(None) if len(sources) == 1 else np.searchsorted(ids, source)
         for name, source in sources.items()
@@ -184,7 +184,7 @@ def _pack_edits(row: RowSampling, fields: dict[str, NDArray[Any]], begin: int) -
 
 
 def _edited_ids(row: RowSampling) -> dict[str, NDArray[np.int64]]:
-    """{what changes a logit: the ids that it changes, each once}; only what is there and has an effect."""
+    """Map each kind of edit to the ids that it changes, each once; only kinds that have an effect."""
     sources = {}
     if row.bias:
         sources["bias"] = np.fromiter(row.bias, dtype=np.int64, count=len(row.bias))

@@ -1,8 +1,8 @@
-"""Keys and values to their slots of the paged cache, alone or with the norms and the rotary embedding before it.
+"""Stores of keys and values to their slots of the paged cache, alone or after the norms and the rotary embedding.
 
-Every program moves some heads of one token. The slot of a token is ``block * block_size + offset``; a negative one
-stores nothing. Caches are [num_blocks, Hkv, block_size, D]. Each input is read once and each output written once; all of
-it is one launch.
+Every program moves some heads of one token. The slot of a token is ``block * block_size + offset``; a
+negative slot stores nothing. Caches are [num_blocks, Hkv, block_size, D]. Each input is read once and each
+output written once, in one launch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from logitkernels.triton.launch import launch
 
 ELEMENTS = 1024
-"""Elements of a tensor that one program moves: few, so that one token of a decode is several programs."""
+"""Elements of a tensor that one program moves. Few, so that one token of a decode takes several programs."""
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _slot_heads(
     row_stride: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
 ) -> tl.tensor:
-    """Pointers [HEADS, 1] to where the heads of the token in ``slot`` begin."""
+    """Return pointers [HEADS, 1] to the heads of the token in ``slot``."""
     start = slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * row_stride
     return cache_ptr + start + heads * head_stride
 
@@ -48,7 +48,7 @@ def _copy_heads(
 def _scale(
     x: tl.tensor, factor: tl.tensor, weight_ptr: tl.tensor, columns: tl.tensor, end: tl.tensor
 ) -> tl.tensor:
-    """A part of the normed heads, rounded to the dtype of ``x`` as a norm by itself would."""
+    """Norm a part of the heads, rounded to the dtype of ``x`` as a separate norm would."""
     weight = tl.load(weight_ptr + columns, mask=columns < end, other=0.0).to(tl.float32)
     return (x.to(tl.float32) * factor * weight).to(x.dtype)
 
@@ -67,7 +67,10 @@ def _turn_heads(
     HALF_BLOCK: tl.constexpr,
     REST_BLOCK: tl.constexpr,
 ) -> None:
-    """Norm (unless ``norm_ptr`` is None) and turn the heads at ``source`` [HEADS, 1]; ``cos``, ``sin`` [1, HALF_BLOCK]."""
+    """Norm and rotate the heads at ``source`` [HEADS, 1]; ``cos``, ``sin`` [1, HALF_BLOCK].
+
+    Without ``norm_ptr`` there is no norm.
+    """
     HALF: tl.constexpr = ROTARY // 2
     columns = tl.arange(0, HALF_BLOCK)[None, :]
     rest_columns = ROTARY + tl.arange(0, REST_BLOCK)[None, :]
@@ -228,7 +231,8 @@ def store_kv(
 ) -> None:
     """Write ``key`` [T, Hkv, D] and ``value`` [T, Hkv, Dv] into caches [num_blocks, Hkv, block_size, D or Dv].
 
-    Rounds to the dtype of the caches. Tokens, heads and cache rows may be strided. ``slot_mapping`` is int64 [T].
+    Values are rounded to the dtype of the caches. Tokens, heads and cache rows may be strided.
+    ``slot_mapping`` is int64 [T].
     """
     key, value = _heads_contiguous(key), _heads_contiguous(value)
     tokens, kv_heads, key_size = key.shape
@@ -270,12 +274,13 @@ def rope_and_store(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """Rotary embedding of ``query`` [T, Hq, D] -> contiguous [T, Hq, D], and `store_kv` of the turned ``key`` and ``value``.
+    """Rotate ``query`` [T, Hq, D] -> contiguous [T, Hq, D], and `store_kv` the rotated ``key`` and ``value``.
 
-    With ``x = (x1, x2, rest)`` of R/2, R/2 and D - R elements: ``(x1 cos - x2 sin, x2 cos + x1 sin, rest)``; ``cos`` and
-    ``sin`` are float32 [T, R], whose halves are equal: only the first is read. ``q_norm`` and ``k_norm`` [D] are the
-    weights of a root mean square norm of each head before it, rounded to the dtype of its input. ``key`` and ``value``
-    are [T, Hkv, D]. Tokens and heads may be strided (views of one packed row). Computed in float32.
+    ``x = (x1, x2, rest)`` of R/2, R/2 and D - R elements becomes
+    ``(x1 cos - x2 sin, x2 cos + x1 sin, rest)``. ``cos`` and ``sin`` are float32 [T, R] with equal halves:
+    only the first is read. ``q_norm`` and ``k_norm`` [D] are weights of a root mean square norm of each head
+    before the rotation, rounded to the dtype of its input. ``key`` and ``value`` are [T, Hkv, D]. Tokens and
+    heads may be strided (views of one packed row). Computed in float32.
     """
     query, key, value = _heads_contiguous(query), _heads_contiguous(key), _heads_contiguous(value)
     tokens, query_heads, size = query.shape

@@ -1,4 +1,4 @@
-"""The k largest logits of each row, without sorting the row."""
+"""Selection of the k largest logits of each row, without sorting the row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from logitkernels.triton.launch import launch
 
 MAX_K = 256
-"""The most entries of a row that `top_k_logits` finds."""
+"""Largest k that `top_k_logits` takes."""
 
 TILE = 4096
 """Entries that one program reduces to its best."""
@@ -19,7 +19,7 @@ PIVOTS = tl.constexpr(4)
 """Orders at which a search divides its range."""
 
 LOWEST = tl.constexpr(-(1 << 63))
-"""Below the order of every entry."""
+"""Order below that of every entry."""
 
 
 @triton.jit
@@ -29,31 +29,31 @@ def is_nan(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def order_key(x: tl.tensor) -> tl.tensor:
-    """int32 in the order of the floats: -0.0 equals 0.0, and a NaN of either sign lies above infinity."""
+    """Return an int32 in the order of the floats: -0.0 equals 0.0, and a NaN of either sign lies above infinity."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(is_nan(x), 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
 @triton.jit
 def order_of(x: tl.tensor, ids: tl.tensor) -> tl.tensor:
-    """int64 that is larger for a larger x and, among equals, for a lower id. No two entries of a row share it."""
+    """Return an int64 that is larger for a larger x and, among equals, for a lower id. It is unique within a row."""
     return (order_key(x).to(tl.int64) << 32) | (0xFFFFFFFF - ids.to(tl.int64))
 
 
 @triton.jit
 def spread(low: tl.tensor, high: tl.tensor) -> tl.tensor:
-    """PIVOTS orders from low to below high, as far apart as they can be; the first is low."""
+    """Return PIVOTS orders from low to below high, as far apart as possible; the first is low."""
     step = tl.maximum((high >> 2) - (low >> 2), 1)
     return tl.minimum(low + step * tl.arange(0, PIVOTS), high)
 
 
 @triton.jit
 def _least_kept(orders: tl.tensor, k: tl.tensor) -> tl.tensor:
-    """An order that exactly k of ``orders`` are at or above; all but LOWEST are if they are not more than k."""
+    """Return an order that exactly k of ``orders`` are at or above, or all but LOWEST if they are k or fewer."""
     is_entry = orders > LOWEST
     highest = tl.max(orders)
     low = tl.min(tl.where(is_entry, orders, highest))
-    high = tl.maximum(highest, highest + 1)  # a NaN at id 0 has the highest order that there is
+    high = tl.maximum(highest, highest + 1)  # a NaN at id 0 has the highest order of all
     num_kept = tl.sum(is_entry.to(tl.int32))
     while num_kept > k:
         pivots = spread(low, high)
@@ -75,7 +75,7 @@ def _write_sorted(
     MAX_K: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
-    """The row's k orders, each put where as many others are above it."""
+    """Write each of the row's k orders at the rank given by the number of others above it."""
     slots = tl.arange(0, MAX_K)
     orders = tl.load(best_ptr + slots, mask=slots < k, other=LOWEST)
     rank = tl.zeros([MAX_K], tl.int32)
@@ -126,12 +126,13 @@ def _top_k_kernel(
 
 
 def top_k_logits(logits: Tensor, k: int, *, tile: int = TILE) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, descending, ties by lower id: ``logits`` float32 [R, V] -> ids int64 and values [R, k].
+    """Return the k largest of each row, descending, ties by lower id: ``logits`` float32 [R, V] -> ids int64,
+    values [R, k].
 
-    A NaN comes before every number; -0.0 and 0.0 are equal. Every tile of ``tile`` entries keeps its k best, as integers
-    in the order of (value, id): an order with exactly k at or above it is searched by counting. The same kernel reduces
-    what was kept until one tile is left, and sorts that. Reads R V floats once and writes R k ceil(V / tile) integers of
-    8 bytes.
+    A NaN comes before every number; -0.0 and 0.0 are equal. Every tile of ``tile`` entries keeps its k best,
+    as integers in the order of (value, id). It finds an order with exactly k entries at or above it by
+    counting. The same kernel reduces the kept entries until one tile is left, and sorts that tile. Reads R V
+    floats once and writes R k ceil(V / tile) integers of 8 bytes.
 
     Raises ValueError if k is not in 1..min(V, MAX_K), or for logits that are not float32 rows of adjacent entries.
     """
@@ -171,7 +172,7 @@ def top_k_logits(logits: Tensor, k: int, *, tile: int = TILE) -> tuple[Tensor, T
 
 
 def check_rows(logits: Tensor) -> None:
-    """Raises ValueError unless ``logits`` is float32 [R, V] with adjacent entries of a row; rows may lie apart."""
+    """Raise ValueError unless ``logits`` is float32 [R, V] with adjacent entries of a row; rows may be strided."""
     if logits.dtype != torch.float32 or logits.dim() != 2:
         raise ValueError(
             f"logits are {logits.dtype} with {logits.dim()} dimensions; give float32 [rows, vocab]"

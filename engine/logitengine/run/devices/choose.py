@@ -1,4 +1,4 @@
-"""The device is chosen once, by name."""
+"""Choice of the device by name."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from logitengine.run.devices.device import Device
 
 
 def choose_device(name: str) -> Device:
-    """The device called ``name``: "cpu", "cuda", or "auto" for CUDA where torch sees it.
+    """Return the device called ``name``: "cpu", "cuda", or "auto" for CUDA if torch sees it.
 
-    Raises ValueError where there is no such device.
+    Raises ValueError if there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""The host itself: nothing is copied and nothing waits."""
+"""The host as the device: nothing is copied and nothing waits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DEFAULT_KV_CACHE_BYTES = 2 << 30
 
 
 class CpuDevice(Device):
-    """The cores that torch uses."""
+    """The CPU cores that torch uses."""
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
@@ -42,4 +42,4 @@ class CpuDevice(Device):
 
 
 def _nothing() -> None:
-    """Everything is there already."""
+    """Wait for nothing: everything is already there."""

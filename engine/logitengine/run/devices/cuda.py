@@ -11,15 +11,15 @@ from torch import Tensor
 from logitengine.run.devices.device import Device
 
 WARM_UPS = 2
-"""Runs before a capture: kernels compile and libraries allocate their workspaces outside the recording."""
+"""Runs before a capture, so that kernels compile and libraries allocate their workspaces outside the recording."""
 
 
 class CudaDevice(Device):
     """The current CUDA device.
 
-    Results travel on a stream of their own, so that copying a step's rows to the host overlaps with the next step.
-    Host buffers are torch's pinned ones: its caching host allocator hands a buffer out again only when the copies on
-    it are done and nobody holds it any more, so a row is never overwritten before the sender has sent it.
+    Results are copied on a separate stream, so that copying a step's rows to the host overlaps with the next
+    step. Host buffers are pinned by torch. Its caching host allocator reuses a buffer only when all copies on
+    it are done and nothing holds it. So a row is never overwritten before the sender has sent it.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class CudaDevice(Device):
         return event.synchronize
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """A CUDA graph. All graphs share one memory pool: what one computes is gone when another is replayed."""
+        """Record a CUDA graph. All graphs share one memory pool: replaying one invalidates the results of another."""
         side = torch.cuda.Stream(self.torch_device)
         side.wait_stream(torch.cuda.current_stream(self.torch_device))
         with torch.cuda.stream(side):
@@ -64,7 +64,7 @@ class CudaDevice(Device):
         torch.cuda.reset_peak_memory_stats(self.torch_device)
         before = torch.cuda.memory_allocated(self.torch_device)
         largest_step()
-        gc.collect()  # the runner of that step may hold a recorded one
+        gc.collect()  # the runner of that step may hold a recorded step
         torch.cuda.synchronize(self.torch_device)
         step = torch.cuda.max_memory_allocated(self.torch_device) - before
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What the engine asks of a device: inputs there, results back, memory, and recorded steps."""
+"""Interface of a device to the engine: uploads, downloads, memory, and recorded steps."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from logitengine.run.staging import Arrays, Layout
 
 
 class Device(ABC):
-    """One device. Work that is given to it runs in order.
+    """One device. It runs its work in order.
 
     Attributes:
-        torch_device: where its tensors live.
-        overlaps: the host goes on while the device computes, so that the next step is prepared, and launched, before
-            the step before has been read.
-        captures: a function that launches work can be recorded once and replayed at little cost.
+        torch_device: device of its tensors.
+        overlaps: whether the host continues while the device computes. The next step is then prepared and
+            launched before the step before it has been read.
+        captures: whether a function that launches work can be recorded once and replayed at little cost.
     """
 
     torch_device: torch.device
@@ -27,10 +27,10 @@ class Device(ABC):
 
     @abstractmethod
     def host_buffer(self, nbytes: int) -> Tensor:
-        """A uint8 host tensor of the kind that the device copies from fastest; uninitialised."""
+        """Return an uninitialised uint8 host tensor of the kind that the device copies from fastest."""
 
     def upload(self, arrays: Arrays) -> dict[str, Tensor]:
-        """The arrays as tensors on the device, moved by one copy."""
+        """Copy the arrays to the device as tensors, in one copy."""
         layout = Layout(arrays)
         staged = self.host_buffer(layout.nbytes)
         layout.pack(arrays, staged)
@@ -38,23 +38,23 @@ class Device(ABC):
 
     @abstractmethod
     def fetch(self, tensor: Tensor) -> Tensor:
-        """Start to bring a tensor to the host. The result may be read once the wait of a later `mark` is over.
+        """Start to copy a tensor to the host. The result may be read after the wait of a later `mark`.
 
         The tensor itself may be dropped at once, but must not be written again.
         """
 
     @abstractmethod
     def mark(self) -> Callable[[], None]:
-        """A function that waits until everything fetched so far is there."""
+        """Return a function that waits until everything fetched so far has arrived."""
 
     @abstractmethod
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Record what ``function`` launches; the result launches it again, on the same tensors."""
+        """Record the work that ``function`` launches; the result launches it again, on the same tensors."""
 
     @abstractmethod
     def kv_cache_bytes(self, fraction: float, largest_step: Callable[[], None]) -> int:
-        """Memory for the KV cache where the user named none.
+        """Return the memory for the KV cache if the user named none.
 
-        A device with its own memory runs ``largest_step`` to see what a step needs beside the cache, and leaves that
-        and the share of its memory beyond ``fraction`` free.
+        A device with its own memory runs ``largest_step`` to measure a step's needs beside the cache. It
+        leaves that much and the share of its memory beyond ``fraction`` free.
         """
