@@ -75,7 +75,9 @@ class HeldBytes:
         """Serve reservations, the oldest answer's first; one that does not fit holds up nobody."""
         for answer in self._answers:
             waiting = answer.waiting
-            if waiting is not None and (answer is self._answers[0] or waiting.nbytes <= self._answers_left):
+            if waiting is None or waiting.granted.cancelled():
+                continue
+            if answer is self._answers[0] or waiting.nbytes <= self._answers_left:
                 answer.waiting = None
                 self.take(answer, waiting.nbytes)
                 waiting.granted.set_result(None)

@@ -147,3 +147,38 @@ def test_several_stalled_inputs_hold_a_window_each_and_no_more(server: LiveServe
             client.post("/v1/completions", json=body).raise_for_status()
             grown = {pid: peak_bytes(pid) - peak for pid, peak in before.items()}
     assert max(grown.values()) <= 2 * WINDOW + 14 * MIB, grown
+
+
+@pytest.mark.anyio
+async def test_many_whole_answers_at_once_are_served_within_the_budget(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """24 answers of 200 full rows are 1.26 GB of base64."""
+    body = {
+        "prompt": [5 + i for i in range(200)],
+        "max_tokens": 1,
+        "return_logits": {"positions": "prompt"},
+        "temperature": 0,
+    }
+    length = 200 * ROW_BYTES * 4 // 3
+
+    async def answer(client: httpx.AsyncClient) -> int:
+        """The status; nothing of a body is kept."""
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            received = 0
+            async for piece in response.aiter_raw():
+                received += len(piece)
+        if response.status_code == 200:
+            assert received > length
+            assert received == int(response.headers["content-length"])
+        return response.status_code
+
+    with serving(tmp_path / "server.log", str(tiny_llama), "--dtype", "float32") as server:
+        async with httpx.AsyncClient(base_url=server.url, timeout=250) as client:
+            assert await answer(client) == 200
+            before = peak_bytes(server.process.pid)
+            statuses = await asyncio.gather(*(answer(client) for _ in range(24)))
+        grown = peak_bytes(server.process.pid) - before
+    assert set(statuses) <= {200, 429, 503}
+    assert statuses.count(200) >= 12
+    assert grown < 1.2 * (1 << 30), f"{grown / MIB:.0f} MiB"
