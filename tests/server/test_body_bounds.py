@@ -37,8 +37,8 @@ def schemas(node: Any, kind: str) -> Iterator[dict[str, Any]]:
     if isinstance(node, dict):
         if node.get("type") == kind:
             yield node
-        # What only documents a validator of our own validates nothing.
-        for name in node.keys() - {"metadata", "json_schema_input_schema"}:
+        # These describe what is documented or written, and validate nothing.
+        for name in node.keys() - {"metadata", "json_schema_input_schema", "serialization"}:
             yield from schemas(node[name], kind)
     elif isinstance(node, list | tuple):
         for value in node:
