@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from logitengine.config import EngineConfig
-from logitserve import cli, launch
+from logitserve import cli, serve_command
 from logitserve.config import ServerConfig
 
 Started = list[tuple[ServerConfig, EngineConfig]]
@@ -21,7 +21,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
         calls.append((server, engine))
         return 0
 
-    monkeypatch.setattr(launch, "serve", serve)
+    monkeypatch.setattr(serve_command, "serve", serve)
     return calls
 
 
