@@ -37,6 +37,11 @@ class ServerConfig(BaseModel):
         description="keys, comma-separated, one of which every request but /health and /ready must then bear",
     )
     max_body_bytes: int = Field(8 << 20, ge=1, description="largest request body")
+    max_body_values: int = Field(
+        1 << 18,
+        ge=1,
+        description="most values in a request body; every '[', '{' and ',' counts as one, those in strings too",
+    )
     max_header_bytes: int = Field(32 << 10, ge=1024, description="largest request head")
     max_n: int = Field(32, ge=1, description="largest n")
     max_batch_prompts: int = Field(256, ge=1, description="most prompts or inputs in one request")
