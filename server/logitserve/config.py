@@ -1,4 +1,4 @@
-"""Everything the server can be told, written once: a field here is a command-line flag and a LOGITSERVE_ variable."""
+"""The server's options, each written once: a field is a command-line flag and a LOGITSERVE_ variable."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pydantic_settings import NoDecode
 ENV_PREFIX = "LOGITSERVE_"
 
 LARGEST_ID = 2**31 - 1
-"""The largest token id, and the largest count of tokens that is taken for a number."""
+"""The largest token id, and the largest number of tokens that a field may name."""
 
 
 def split_commas(value: Any) -> Any:
-    """``a,b`` from a variable, or ``["a", "b,c"]`` from repeated flags, as one list."""
+    """Return ``a,b`` from a variable, or ``["a", "b,c"]`` from repeated flags, as one list."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
         return value

@@ -27,16 +27,16 @@ class Body(Protocol):
 B = TypeVar("B", bound=Body)
 
 
-BEGINS_VALUE = b"[{,"
-"""Bytes that stand before a value of a list or an object, or before an empty one's end."""
+STRUCTURE = b"[{,"
+"""Bytes that open a list or an object, or part two of its members. A document has at most one value more than these."""
 
-OTHER_BYTES = bytes(set(range(256)) - set(BEGINS_VALUE))
+NOT_STRUCTURE = bytes(set(range(256)) - set(STRUCTURE))
 
 
 class JsonBody(Generic[B]):
     """A dependency that reads the body. orjson refuses NaN, lone surrogates, invalid UTF-8 and deep nesting.
 
-    It holds the interpreter's lock until it has made an object of every value, so the values are counted first.
+    orjson holds the interpreter's lock until it has made an object of every value, so values are counted before.
     """
 
     def __init__(self, model: type[B]) -> None:
@@ -58,8 +58,8 @@ class JsonBody(Generic[B]):
 
 
 def _check_values(content: bytes, limit: int) -> None:
-    """Raises BadRequestError. An upper bound is counted: the same bytes inside strings are not told apart."""
-    if len(content) <= limit or len(content.translate(None, delete=OTHER_BYTES)) <= limit:
+    """Refuse a body that may hold too many values: bytes inside strings count too. Raises BadRequestError."""
+    if len(content) <= limit or len(content.translate(None, delete=NOT_STRUCTURE)) <= limit:
         return
     raise BadRequestError(
         f"The body may hold more than {limit} values (--max-body-values): every '[', '{{' and ',' counts as one.",
@@ -68,6 +68,6 @@ def _check_values(content: bytes, limit: int) -> None:
 
 
 def documented(model: type[Body]) -> dict[str, Any]:
-    """``openapi_extra`` for a route whose body JsonBody reads."""
+    """Return the ``openapi_extra`` of a route whose body JsonBody reads."""
     schema = model.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
