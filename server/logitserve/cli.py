@@ -1,4 +1,4 @@
-"""The command line. Flags come from the fields of ServerConfig, EngineConfig and ExtractConfig; none is written here."""
+"""The command line. Its flags are the fields of ServerConfig, EngineConfig and ExtractConfig; none is written here."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Command:
         }
 
     def read(self, kind: type[S], arguments: argparse.Namespace) -> S:
-        """Flags over variables over defaults. Exits with 2 on what is invalid."""
+        """Return the settings: flags win over variables, and variables over defaults. Exits with 2 on an invalid one."""
         try:
             return kind(_cli_settings_source=self._flags[kind](parsed_args=arguments))
         except ValidationError as error:
@@ -72,7 +72,7 @@ class Command:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Bad options exit with 2, what fails later with 1, serving that a signal ends with 0."""
+    """Run a command. Returns 0, for a server that a signal ended too, or 1 for a failure. Bad options exit with 2."""
     parser = argparse.ArgumentParser(
         prog="logitserve",
         description="An OpenAI-compatible inference server whose first-class output is logits.",

@@ -1,4 +1,4 @@
-"""Everything the server can be told, written once: a field here is a command-line flag and a LOGITSERVE_ variable."""
+"""The server's options, each written once: a field is a command-line flag and a LOGITSERVE_ variable."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pydantic_settings import NoDecode
 ENV_PREFIX = "LOGITSERVE_"
 
 LARGEST_ID = 2**31 - 1
-"""The largest token id, and the largest count of tokens that is taken for a number."""
+"""The largest token id, and the largest number of tokens that a field may name."""
 
 
 def split_commas(value: Any) -> Any:
-    """``a,b`` from a variable, or ``["a", "b,c"]`` from repeated flags, as one list."""
+    """Return ``a,b`` from a variable, or ``["a", "b,c"]`` from repeated flags, as one list."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
         return value
@@ -53,6 +53,11 @@ class ServerConfig(BaseModel):
         description="keys, comma-separated, one of which every request but /health and /ready must then bear",
     )
     max_body_bytes: int = Field(8 << 20, ge=1, description="largest request body")
+    max_body_values: int = Field(
+        1 << 18,
+        ge=1,
+        description="most values in a request body; every '[', '{' and ',' counts as one, those in strings too",
+    )
     max_header_bytes: int = Field(32 << 10, ge=1024, description="largest request head")
     max_n: int = Field(32, ge=1, description="largest n")
     max_batch_prompts: int = Field(256, ge=1, description="most prompts or inputs in one request")

@@ -1,4 +1,4 @@
-"""What a client is told when a request fails: OpenAI's error object, whatever went wrong.
+"""Errors as a client sees them: OpenAI's error object, whatever went wrong.
 
 ApiError                 any status, with the field at fault
 └── BadRequestError      400
@@ -65,7 +65,7 @@ class ApiError(Exception):
         return TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
     def body(self) -> dict[str, Any]:
-        """``{"error": {"message", "type", "param", "code"}}``."""
+        """Return ``{"error": {"message", "type", "param", "code"}}``."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
@@ -78,7 +78,7 @@ class ApiError(Exception):
 
 
 class BadRequestError(ApiError):
-    """The request is at fault; ``param`` names the field."""
+    """An error of the request's own, 400; ``param`` names the field."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = "invalid_value") -> None:
         super().__init__(400, message, param=param, code=code)
@@ -94,7 +94,7 @@ def not_ready(reason: str) -> ApiError:
 
 
 def from_engine(error: EngineError) -> ApiError:
-    """The answer to a client whose request the engine could not serve."""
+    """Return the error for a client whose request the engine could not serve."""
     retry = {"Retry-After": RETRY_AFTER_SECONDS}
     match error:
         case RequestRefusedError():
@@ -110,7 +110,7 @@ def from_engine(error: EngineError) -> ApiError:
 
 
 def from_exception(error: Exception) -> ApiError:
-    """The error object for anything raised while a request was served. Unforeseen faults are logged, not shown."""
+    """Return the error for anything raised while a request was served. Unforeseen faults are logged, not shown."""
     match error:
         case ApiError():
             return error
@@ -122,7 +122,7 @@ def from_exception(error: Exception) -> ApiError:
 
 
 def field_path(location: Sequence[int | str]) -> str:
-    """``("messages", 0, "content")`` as ``messages[0].content``, shortened when a client made it long."""
+    """Return ``("messages", 0, "content")`` as ``messages[0].content``. A path that a client made long is cut."""
     path = ""
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
@@ -130,7 +130,7 @@ def field_path(location: Sequence[int | str]) -> str:
 
 
 def from_validation(error: ValidationError) -> BadRequestError:
-    """The first fault that pydantic found, by the path of its field."""
+    """Return the first fault that pydantic found as an error that names its field by path."""
     fault = error.errors(include_url=False, include_input=False)[0]
     path = field_path(fault["loc"])
     match fault["type"]:

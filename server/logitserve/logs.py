@@ -12,7 +12,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 class JsonFormatter(logging.Formatter):
-    """``{"time", "level", "logger", "message"}`` and whatever was passed as ``extra``."""
+    """Writes a record as ``{"time", "level", "logger", "message"}`` and the fields passed as ``extra``."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""`serve`: the engine's process first, since it takes longest, and then everything that this one imports."""
+"""The `serve` command. It starts the engine's process first, which takes longest, and then imports the rest."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def _serve(engine: EngineProtocol, config: ServerConfig) -> int:
         os.set_inheritable(config.fd, False)  # the engine's process is not to hold the port
     await engine.start()
     try:
-        # Half a second of imports, with nobody to wait for the event loop yet.
+        # These imports take half a second, and nobody waits for the event loop yet.
         from logitserve.http.uvicorn_server import run_app
 
         return await run_app(engine, config, stopped)
@@ -42,6 +42,6 @@ async def _serve(engine: EngineProtocol, config: ServerConfig) -> int:
 
 
 def display_name(model: str) -> str:
-    """What requests call the model by: a hub name as it is, a directory or file by its own name."""
+    """Return the name that requests call the model by: a hub name as it is, a directory or file by its own name."""
     path = Path(model)
     return path.stem if path.suffix == ".gguf" else path.name if path.is_dir() else model

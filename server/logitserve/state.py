@@ -1,4 +1,4 @@
-"""What the routes share: the engine, the model's tokenizer, and whether the server takes requests."""
+"""State that the routes share: the engine, the model's tokenizer, and whether the server takes requests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Model:
 
     @property
     def info(self) -> ModelInfo:
-        """As the engine has it at the moment: another one may have been started since."""
+        """The model's facts from the engine that runs. A restart may have changed them."""
         info = self.engine.info
         if info is None:
             raise not_ready("loading the model")
@@ -44,11 +44,11 @@ class Model:
 
     @property
     def longest_prompt(self) -> int:
-        """In characters. Anything longer cannot fit the context, whatever its tokens."""
+        """Length in characters above which no text fits the context, whatever its tokens."""
         return self.info.max_model_len * max(self.tokenizer.table.longest, 1)
 
     def check_name(self, name: str | None) -> str:
-        """The name to answer with. Raises ApiError 404 for a model that is not served."""
+        """Return the name to answer with. Raises ApiError 404 for a model that is not served."""
         if name is not None and name not in self.names:
             raise ApiError(
                 404,
@@ -60,7 +60,7 @@ class Model:
 
 
 class ServerState:
-    """One per app, on ``app.state.server``."""
+    """The server's state: one for each app, at ``app.state.server``."""
 
     def __init__(self, engine: EngineProtocol, config: ServerConfig) -> None:
         self.engine = engine
@@ -77,7 +77,7 @@ class ServerState:
         self.idle.set()
 
     async def load(self) -> None:
-        """Read the model's tokenizer while the engine loads the rest. Whatever fails is logged and shown by /ready."""
+        """Read the model's tokenizer while the engine loads the rest. A failure is logged and shown by /ready."""
         try:
             directory = Path(await self.engine.wait_located())
             info, tokenizer = await asyncio.gather(
@@ -98,7 +98,7 @@ class ServerState:
         logger.info("ready", extra={"models": self._model.names, "max_model_len": info.max_model_len})
 
     def not_ready_reason(self) -> str | None:
-        """None when requests are served, else why not."""
+        """Return why requests are not served, or None when they are."""
         if self.draining:
             return "draining"
         if self.load_error is not None:
@@ -109,13 +109,13 @@ class ServerState:
         return reason
 
     def model(self) -> Model:
-        """The loaded model. Raises ApiError 503 while there is none."""
+        """Return the loaded model. Raises ApiError 503 while there is none."""
         if self._model is None:
             raise not_ready(self.not_ready_reason() or "loading the tokenizer")
         return self._model
 
     async def encode(self, work: Callable[[], T], nbytes: int, inline_bytes: int) -> T:
-        """``work()``, on a thread of its own when its ``nbytes`` would hold up the event loop."""
+        """Return ``work()``, run on a thread when its ``nbytes`` would hold up the event loop."""
         if nbytes <= inline_bytes:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._encoding_pool, work)

@@ -55,7 +55,7 @@ async def test_a_websocket_has_an_id_and_a_log_line_and_is_told_of_a_fault(
             with caplog.at_level(logging.INFO):
                 sent[name] = await connect(app.asgi, f"/{name}", {"x-request-id": name}, http_response=True)
             assert app.state.idle.is_set()
-    lines = {vars(line)["request_id"]: vars(line) for line in caplog.records if hasattr(line, "request_id")}
+    lines = {line["request_id"]: line for line in map(vars, caplog.records) if "request_id" in line}
     assert {name: (line["method"], line["path"], line["status"]) for name, line in lines.items()} == {
         "refuse": ("GET", "/refuse", 403),
         "fail_early": ("GET", "/fail_early", 500),

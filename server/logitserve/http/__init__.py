@@ -1,1 +1,1 @@
-"""The web framework: the app, middleware, bodies, event streams."""
+"""The app and all that stands around a request: middlewares, bodies, event streams, the uvicorn server."""

@@ -1,4 +1,4 @@
-"""The FastAPI app: routers per noun, middleware, errors, and the engine's life within the app's."""
+"""The FastAPI app: a router for each noun, the middlewares and the error handlers."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from logitserve.state import ServerState
 
 
 def create_app(engine: EngineProtocol, config: ServerConfig) -> FastAPI:
-    """An app that serves ``engine``'s model. Its lifespan starts the client, if nobody has, and closes it.
+    """Return an app that serves ``engine``'s model. Its lifespan starts the engine, if nobody has, and closes it.
 
-    The app answers from the start; until the model is loaded everything but the probes gets 503.
+    The app answers from the start. Until the model is loaded everything but the probes gets 503.
     """
     state = ServerState(engine, config)
 

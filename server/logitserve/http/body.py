@@ -9,6 +9,7 @@ from fastapi import Request
 from pydantic import ValidationError
 
 from logitserve.errors import BadRequestError, from_validation
+from logitserve.state import get_state
 
 
 class Body(Protocol):
@@ -26,15 +27,26 @@ class Body(Protocol):
 B = TypeVar("B", bound=Body)
 
 
+STRUCTURE = b"[{,"
+"""Bytes that open a list or an object, or part two of its members. A document has at most one value more than these."""
+
+NOT_STRUCTURE = bytes(set(range(256)) - set(STRUCTURE))
+
+
 class JsonBody(Generic[B]):
-    """A dependency that reads the body. orjson refuses NaN, lone surrogates, invalid UTF-8 and deep nesting."""
+    """A dependency that reads the body. orjson refuses NaN, lone surrogates, invalid UTF-8 and deep nesting.
+
+    orjson holds the interpreter's lock until it has made an object of every value, so values are counted before.
+    """
 
     def __init__(self, model: type[B]) -> None:
         self._model = model
 
     async def __call__(self, request: Request) -> B:
+        content = await request.body()
+        _check_values(content, get_state(request).config.max_body_values)
         try:
-            document = orjson.loads(await request.body())
+            document = orjson.loads(content)
         except orjson.JSONDecodeError as error:
             raise BadRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from None
         config = request.app.state.server.config
@@ -46,7 +58,17 @@ class JsonBody(Generic[B]):
         return body
 
 
+def _check_values(content: bytes, limit: int) -> None:
+    """Refuse a body that may hold too many values: bytes inside strings count too. Raises BadRequestError."""
+    if len(content) <= limit or len(content.translate(None, delete=NOT_STRUCTURE)) <= limit:
+        return
+    raise BadRequestError(
+        f"The body may hold more than {limit} values (--max-body-values): every '[', '{{' and ',' counts as one.",
+        code="too_many_values",
+    )
+
+
 def documented(model: type[Body]) -> dict[str, Any]:
-    """``openapi_extra`` for a route whose body JsonBody reads."""
+    """Return the ``openapi_extra`` of a route whose body JsonBody reads."""
     schema = model.model_json_schema()
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,4 +1,4 @@
-"""No bodies over the limit."""
+"""The limit on the size of a request's body."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from logitserve.errors import ApiError
 from logitserve.http.scope import header
 
 LONGEST_LENGTH = 18
+"""Most digits of a declared length that are read as a number."""
 
 
 class BodyLimit:
-    """Refuses bodies over ``max_body_bytes`` with 413, by their declared length or by count where none is declared."""
+    """Refuses bodies over ``max_body_bytes`` with 413. A body without a declared length is counted as it comes."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app = app

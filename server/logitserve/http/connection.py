@@ -1,4 +1,4 @@
-"""What a middleware may know of the connection that an answer leaves by, and do to it."""
+"""The client connection behind a request, as far as a middleware may look at it and change it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import struct
 import termios
 
 EXTENSION = "logitserve.connection"
-"""Where in ``scope["extensions"]`` our protocol class puts a request's Connection. Other servers have none."""
+"""The key in ``scope["extensions"]`` under which our uvicorn protocol puts a Connection. Other servers set none."""
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
-"""SO_LINGER on, for no time: closing throws away what the kernel still holds."""
+"""The value of SO_LINGER by which closing a socket throws away the bytes that the kernel still holds."""
 
 
 class Connection:
@@ -22,15 +22,15 @@ class Connection:
         self._transport: asyncio.Transport | None = transport
 
     def release(self) -> None:
-        """The transport is closing its socket, whose number may soon be another's."""
+        """Forget the transport, which is closing its socket. The socket's number may soon be another's."""
         self._transport = None
 
     def num_untaken_bytes(self) -> int:
-        """Bytes written that the client's machine has not acknowledged, be they in this process or in the kernel.
+        """Return the bytes written that the client's machine has not acknowledged, in this process and in the kernel.
 
-        While nothing is written only the client lowers this, by reading: its own buffer makes room, in steps of a segment
-        or of a sixteenth of that buffer. The process's share alone is coarser by megabytes, since the kernel asks for more
-        only when a third of its buffer is free.
+        While nothing is written, only the client lowers this number, by reading. Its receive buffer makes room in steps of
+        a segment or of a sixteenth of the buffer. The bytes in this process alone would be coarser by megabytes: the kernel
+        asks for more only when a third of its buffer is free.
         """
         if self._transport is None:
             return 0
@@ -42,12 +42,12 @@ class Connection:
         return self._transport.get_write_buffer_size() + int(in_kernel)
 
     def limit_unsent(self, nbytes: int | None) -> None:
-        """Sending waits while this process holds more than ``nbytes`` that the kernel has not taken; None: as usual."""
+        """Make sending wait while this process holds more than ``nbytes``. None restores the usual limit."""
         if self._transport is not None:
             self._transport.set_write_buffer_limits(high=nbytes)
 
     def abort(self) -> None:
-        """Close at once, without waiting for what is unsent: the client's next read fails."""
+        """Close at once and drop the unsent bytes. The client's next read fails."""
         if self._transport is not None:
             self._transport.get_extra_info("socket").setsockopt(
                 socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE

@@ -1,4 +1,4 @@
-"""No requests while the server ends."""
+"""The gate that turns requests away while the server shuts down."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No requests without a key."""
+"""The gate that lets nobody pass without an API key."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class LingeringClose:
                 while num_dropped < self._most_bytes:
                     message = await receive()
                     num_dropped += len(message.get("body", b""))
-                    if not message.get("more_body", False):  # its end, or the connection's
+                    if not message.get("more_body", False):  # the end of the body, or of the connection
                         return
         except TimeoutError:
             return
@@ -58,7 +58,7 @@ class LingeringClose:
 class _Exchange:
     """A request and its response, whose end is held back while the request's body is unread.
 
-    The client has the whole response all the same: it counts to the declared length. A response without one ends as usual.
+    The client has the whole response all the same, by its declared length. A response without one ends as usual.
     """
 
     def __init__(self, receive: Receive, send: Send) -> None:
@@ -86,5 +86,5 @@ class _Exchange:
 
 
 def _has_body(scope: Scope) -> bool:
-    """Whether the request's head announces a body."""
+    """Return whether the request's head announces a body."""
     return header(scope, b"content-length").strip(b"0") != b"" or header(scope, b"transfer-encoding") != b""

@@ -10,9 +10,10 @@ HTTP_RESPONSE = "websocket.http.response"
 """The ASGI extension by which a server lets a WebSocket's handshake be answered with an HTTP response."""
 
 CLOSE_CODES = {401: 1008, 503: 1013}
-"""RFC 6455: 1008 is a policy that was violated, 1011 an internal error; IANA's registry: 1013 is "try again later"."""
+"""The close code of a refused WebSocket by its status: RFC 6455's "policy violation", IANA's "try again later"."""
 
 INTERNAL_ERROR = 1011
+"""RFC 6455's close code for a condition that the server did not foresee."""
 
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:

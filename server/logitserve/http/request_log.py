@@ -40,7 +40,7 @@ class TokenCounts(Protocol):
 
 @dataclass(slots=True)
 class LogFields:
-    """What a route adds to its request's log line. Never a prompt or an answer."""
+    """Fields that a route adds to its request's log line. They never hold a prompt or an answer."""
 
     request_id: str
     answer_id: str | None = None
@@ -112,7 +112,7 @@ class _Reply:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's X-Request-Id if it is short and plain, else a fresh one."""
+    """Return the client's X-Request-Id if it is short and plain, else a fresh one."""
     value = header(scope, b"x-request-id").decode("latin-1")
     return value if REQUEST_ID.fullmatch(value) else uuid.uuid4().hex
 

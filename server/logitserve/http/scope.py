@@ -1,4 +1,4 @@
-"""What the middlewares read of a scope."""
+"""Questions that the middlewares ask of an ASGI scope."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ PROBES = frozenset({"/health", "/ready"})
 
 
 def is_request(scope: Scope) -> bool:
-    """Whether the scope is a client's: an HTTP request or a WebSocket, not the app's lifespan."""
+    """Return whether the scope is a client's: an HTTP request or a WebSocket, not the app's lifespan."""
     return scope["type"] in ("http", "websocket")
 
 
 def is_probe(scope: Scope) -> bool:
-    """Whether it is answered without a key and while draining. Decided on the path, which no header can change."""
+    """Return whether the request passes without a key and while draining. No header can change the path."""
     return scope["type"] == "http" and scope["path"] in PROBES
 
 
 def header(scope: Scope, name: bytes) -> bytes:
-    """The first header of this name (in lower case), or nothing."""
+    """Return the first header of this name (in lower case), or nothing."""
     value: bytes = next((value for key, value in scope["headers"] if key == name), b"")
     return value

@@ -22,11 +22,14 @@ from logitserve.state import ServerState
 logger = logging.getLogger(__name__)
 
 LAST_SECONDS = 2
-"""How long uvicorn waits for connections once draining is over, before it cancels what still runs."""
+"""Seconds that uvicorn waits for connections once draining is over, before it cancels what still runs."""
 
 
 class DrainingServer(uvicorn.Server):
-    """On the first SIGINT or SIGTERM turns new requests away and waits for the running ones; on the second, exits."""
+    """A uvicorn server that drains before it ends.
+
+    The first SIGINT or SIGTERM turns new requests away and waits for the running ones. The second ends the server.
+    """
 
     def __init__(
         self, config: uvicorn.Config, state: ServerState, drain_timeout: float, stopped: asyncio.Event
@@ -43,7 +46,7 @@ class DrainingServer(uvicorn.Server):
         await super().serve(sockets)
 
     async def startup(self, sockets: Any = None) -> None:
-        """Nothing, for a server that was stopped before it heard signals."""
+        """Listen, unless the server was stopped before it took the signals."""
         if self._stopped.is_set():
             self.should_exit = True
         else:
@@ -53,7 +56,7 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
-        """Called by Python's signal handler. uvicorn's own would raise the signal again and lose exit code 0."""
+        """Drain, or end at a second signal. uvicorn's own handler would raise the signal again and lose exit code 0."""
         if self._state.draining or self._loop is None:
             self.force_exit = sig == signal.SIGINT
             self.should_exit = True
@@ -75,8 +78,8 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-class OpenConnection(HttpToolsProtocol):
-    """uvicorn's httptools protocol, whose requests bring their Connection with them."""
+class ConnectionProtocol(HttpToolsProtocol):
+    """uvicorn's httptools protocol, with a Connection in the scope of every request."""
 
     _connection: Connection
 
@@ -96,9 +99,9 @@ class OpenConnection(HttpToolsProtocol):
 
 
 def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
-    """The protocol, which by itself takes a request head of any size, with a bound."""
+    """Return a protocol that refuses request heads over ``max_header_bytes``. uvicorn's own takes any size."""
 
-    class BoundedProtocol(OpenConnection):
+    class BoundedProtocol(ConnectionProtocol):
         _head_bytes = 0
         _in_head = True
 
@@ -106,7 +109,7 @@ def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
             if self._in_head:
                 self._head_bytes += len(data)
             super().data_received(data)
-            # What came with the end of the head is body. A head without end is cut off here.
+            # Bytes that came with the end of the head are body. A head without end is cut off here.
             if self._in_head and self._head_bytes > max_header_bytes and not self.transport.is_closing():
                 self.send_400_response("Request head too large.")
 
@@ -143,7 +146,10 @@ def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
 
 
 async def run_app(engine: EngineProtocol, config: ServerConfig, stopped: asyncio.Event) -> int:
-    """Serve until a signal, or not at all if ``stopped`` is set. Returns the exit code: 0, or 1 when the model could not be loaded."""
+    """Serve until a signal, or not at all if ``stopped`` is set.
+
+    Returns the exit code: 0, or 1 when the model could not be loaded.
+    """
     app = create_app(engine, config)
     state: ServerState = app.state.server
     server = DrainingServer(uvicorn_config(app, config), state, config.drain_timeout, stopped)

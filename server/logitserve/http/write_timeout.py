@@ -15,10 +15,10 @@ from logitserve.http.scope import is_request
 logger = logging.getLogger(__name__)
 
 SLICE_BYTES = 256 << 10
-"""Longest piece of a body that is handed to the server at once: what one slow client makes this process hold twice."""
+"""Longest piece of a body that is handed to the server at once. This process holds one twice for each slow client."""
 
 CHECKS = 4
-"""How often in a timeout the progress is looked at. A client is dropped this share of the timeout late at most."""
+"""Looks at the progress in a timeout. A client is dropped late by this share of the timeout at most."""
 
 
 class WriteTimeout:
@@ -26,7 +26,8 @@ class WriteTimeout:
 
     Only time in which a message waits to be sent counts: a stream that has nothing to say may be silent for as long as it
     likes. Progress is what the client's machine acknowledges (Connection.num_untaken_bytes), so a client that reads slowly
-    is never dropped, however long a slice takes it. Behind a server without that extension a slice is the measure.
+    is never dropped, however long a slice takes it. For a WebSocket, and behind a server without that extension, progress
+    is a message that has left.
     """
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
@@ -39,7 +40,7 @@ class WriteTimeout:
             return
         connection: Connection | None = scope.get("extensions", {}).get(EXTENSION)
         try:
-            # Never due by itself: the watch makes it so, and then whatever the request does is cancelled.
+            # The timeout is never due by itself. The watch makes it so, and the request's work is then cancelled.
             async with asyncio.timeout(None) as end:
                 watch = _Watch(send, connection, self._seconds, end)
                 try:
@@ -54,9 +55,9 @@ class WriteTimeout:
 
 
 class _Watch:
-    """One response on its way out: looks from time to time whether it still moves.
+    """Watches whether a response still makes progress on its way out.
 
-    One timer serves all of a response's messages, since one for each would cost every token of a stream.
+    One timer serves all of a response's messages, since a timer for each would cost every token of a stream.
     """
 
     def __init__(
@@ -79,8 +80,8 @@ class _Watch:
     async def send(self, message: Message) -> None:
         for part in _parts(message):
             if self._connection is not None and not part.get("more_body", True):
-                # What a response left in this process at its end nobody would watch. Only at the end, since every token
-                # of a stream would wait for it.
+                # Nobody would watch bytes that a response leaves in this process at its end. Earlier messages do
+                # not wait for the kernel: every token of a stream would.
                 self._connection.limit_unsent(0)
             self._is_sending = True
             try:
@@ -101,14 +102,14 @@ class _Watch:
         self._timer = self._loop.call_later(self._seconds / CHECKS, self._check)
 
     def _drop(self) -> None:
-        # The connection first: the server has then heard of its loss when the request ends, and does not complain.
+        # The connection goes first: the server has then heard of its loss when the request ends, and does not complain.
         if self._connection is not None:
             self._connection.abort()
         self._end.reschedule(self._loop.time())
 
 
 def _parts(message: Message) -> Iterator[Message]:
-    """A body in slices (views, not copies), and its end by itself: a server takes that only when there is room for all."""
+    """Yield a body in slices (views, not copies), and then its end, which leaves only after all of them."""
     body = message.get("body", b"")
     more_body = message.get("more_body", False)
     if not body or (more_body and len(body) <= SLICE_BYTES):

@@ -1,4 +1,4 @@
-"""Token ids to text, one at a time."""
+"""Text from token ids, one at a time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 class Detokenizer:
     """Turns tokens into text as they come, never splitting a character.
 
-    The bytes of a character that is not whole yet are held back; bytes that can never become one are U+FFFD. The pieces
-    joined are the text of all tokens at once. ``at_start`` is for text that nothing precedes: it drops the space that
-    SentencePiece tokenizers put there.
+    The bytes of a character that is not whole yet are held back. Bytes that can never become a character are U+FFFD. The
+    pieces joined are the text of all tokens at once. ``at_start`` is for text that nothing precedes: the space that
+    SentencePiece tokenizers put there is dropped.
     """
 
     def __init__(
@@ -26,13 +26,13 @@ class Detokenizer:
         self._drop_space = at_start and table.leading_space
 
     def push(self, token_id: int) -> str:
-        """The text that this token completes."""
+        """Return the text that this token completes."""
         if token_id in self._skipped:
             return ""
         return self._cleaned(self._decoder.decode(self._table[token_id]))
 
     def finish(self) -> str:
-        """What was held back: U+FFFD, or nothing."""
+        """Return U+FFFD for a character that never became whole, or nothing."""
         return self._cleaned(self._decoder.decode(b"", final=True))
 
     def _cleaned(self, text: str) -> str:

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 class StopStrings:
-    """Passes text through until one of ``stops`` is whole, and holds back what may become one.
+    """Passes text through until one of ``stops`` is whole, and holds back text that may become one.
 
-    The match is the one that is whole first; of several ending at the same character, the longest. It and all that
-    follows are dropped. The outcome does not depend on how the text was cut.
+    The match is the one that is whole first; of several ending at the same character, the longest. The match and all
+    text after it are dropped. The outcome does not depend on how the text was cut.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -21,7 +21,7 @@ class StopStrings:
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """The text that can no longer be part of a stop string. Nothing after a match."""
+        """Return the text that can no longer be part of a stop string. Nothing after a match."""
         if self.matched is not None:
             return ""
         self._held += text
@@ -36,7 +36,7 @@ class StopStrings:
         return released
 
     def finish(self) -> str:
-        """The text held back for a stop string that never came."""
+        """Return the text held back for a stop string that never came."""
         released, self._held = self._held, ""
         return released
 
@@ -50,5 +50,5 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper prefix of ``stop`` that ``text`` ends with."""
+    """Return the length of the longest proper prefix of ``stop`` that ``text`` ends with."""
     return next((k for k in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:k])), 0)

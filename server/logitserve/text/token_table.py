@@ -10,10 +10,10 @@ class UnsupportedDecoderError(ValueError):
 
 
 class TokenTable:
-    """id -> bytes, such that joining the bytes of a text's tokens gives the text's UTF-8.
+    """A map from token ids to bytes: those of a text's tokens, joined, are the text's UTF-8.
 
     Covers byte-level BPE and the SentencePiece family (Replace, ByteFallback, Fuse, Strip, Metaspace). SentencePiece
-    puts a space before a text; ``leading_space`` says that a decoded text drops it.
+    puts a space before a text, and ``leading_space`` says that a decoded text drops it.
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
@@ -30,11 +30,11 @@ class TokenTable:
         self.longest = max(map(len, vocabulary.values()), default=0)
 
     def __getitem__(self, token_id: int) -> bytes:
-        """The token's bytes; none for an id that only pads the model's vocabulary."""
+        """Return the token's bytes, or none for an id that only pads the model's vocabulary."""
         return self._bytes[token_id] if token_id < len(self._bytes) else b""
 
     def text(self, token_id: int) -> str:
-        """The token alone as text, U+FFFD where its bytes are not a whole character."""
+        """Return the token alone as text, with U+FFFD where its bytes are not a whole character."""
         return self[token_id].decode("utf-8", "replace")
 
 
@@ -75,14 +75,14 @@ class _SentencePieceRule:
 
 
 def _gpt2_alphabet() -> list[str]:
-    """The printable character of each byte: itself where it is visible, else the next one from U+0100."""
+    """Return a printable character for each byte: its own where that is visible, else the next from U+0100."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte) if byte in visible else chr(0x100 + hidden.index(byte)) for byte in range(256)]
 
 
 def _vocabulary(model: dict[str, Any]) -> dict[int, str]:
-    """id -> token; BPE and WordPiece write a mapping, Unigram a list of (token, score)."""
+    """Return a map from ids to tokens. BPE and WordPiece write a mapping, Unigram a list of (token, score)."""
     entries = model["vocab"]
     if isinstance(entries, dict):
         return {token_id: token for token, token_id in entries.items()}

@@ -34,16 +34,16 @@ class ModelTokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of the tokens, special ones included."""
+        """Return the text of the tokens, special ones included."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
         return text
 
     def token_strings(self, token_ids: Sequence[int]) -> list[str]:
-        """The tokens as the vocabulary spells them."""
+        """Return the tokens as the vocabulary spells them."""
         return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        """The prompt that the model's chat template makes of ``messages``. Raises BadRequestError."""
+        """Return the prompt that the model's chat template makes of ``messages``. Raises BadRequestError."""
         if self._template is None:
             raise BadRequestError(
                 "This model has no chat template; use /v1/completions.",
@@ -72,7 +72,7 @@ def _read_settings(directory: Path) -> dict[str, Any]:
 
 
 def _special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
-    """The named special tokens that chat templates use; older files write them as objects."""
+    """Return the special tokens that chat templates name. Older files write them as objects."""
     tokens: dict[str, Any] = {}
     for name in SPECIAL_TOKENS:
         value = settings.get(name)
@@ -83,7 +83,7 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
-    """chat_template.jinja, else the one in tokenizer_config.json; of several there, the one named default."""
+    """Return chat_template.jinja, else the template in tokenizer_config.json: of several, the one named default."""
     path = directory / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")

@@ -51,7 +51,7 @@ class TokenizerWorkers:
     def _free_thread(self, call: asyncio.Future[Any]) -> None:
         self._free_threads.release()
         if not call.cancelled():
-            call.exception()  # looked at, or asyncio logs it when nobody waits for the call any more
+            call.exception()  # asyncio would log an exception that nobody looked at
 
     def _busy(self) -> ApiError:
         return ApiError(
