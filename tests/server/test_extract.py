@@ -18,10 +18,10 @@ from logitserve import cli
 from logitserve.extract import run
 from logitserve.extract.config import ExtractConfig
 from logitserve.extract.errors import ExtractError, RefusedPromptError, UsageError
+from logitserve.extract.parquet import ParquetSink, read_groups
 from logitserve.extract.parts import PartsFolder
 from logitserve.extract.prompts import Prompt, PromptFile
 from logitserve.extract.source import LogitsSource
-from logitserve.extract.tables import ParquetSink, read_groups
 
 PROMPT = Prompt(3, "3", {"input": [5, 6]})
 MODEL = {"id": "m", "architecture": "A", "vocab_size": 100, "hidden_size": 8, "dtype": "float32"}

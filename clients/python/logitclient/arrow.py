@@ -1,8 +1,8 @@
-"""The Arrow stream of /v1/logits: bytes in, batches out. Needs pyarrow; knows nothing of HTTP.
+"""A decoder of /v1/logits' Arrow stream: bytes in, batches out. It needs pyarrow, and knows nothing of HTTP.
 
-pyarrow reads streams from blocking files only, which an async client does not have. So the messages are cut out of the
-bytes here, as https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format frames them, and each is
-handed to pyarrow whole.
+pyarrow reads streams from blocking files only, and an async client has none. So the bytes are cut into messages here,
+and pyarrow is given one whole message at a time. The framing is
+https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 
 from logitclient.errors import DecodeError, MissingDependencyError, StreamError
 from logitclient.results import LogitsBatch
-from logitclient.rows import FLOATS, STORAGE, Rows, widened
+from logitclient.rows import FLOATS, STORAGE, Rows, widen
 
 CONTINUATION = b"\xff\xff\xff\xff"
 PREFIX_BYTES = 8
 LARGEST_METADATA = 16 << 20
 
-# pyarrow tells of a broken flatbuffer by OSError; the rest are columns that are missing or of another type.
+# pyarrow raises OSError for a broken flatbuffer. The rest come from columns that are missing or of another type.
 MALFORMED = (OSError, AttributeError, KeyError, OverflowError, TypeError, ValueError)
 
 
 class MessageCutter:
-    """Cuts a stream's bytes into encapsulated messages. Holds no more than came."""
+    """A cutter of a stream's bytes into encapsulated messages. It holds no more bytes than it was fed."""
 
     def __init__(self) -> None:
         self._held = bytearray()
@@ -36,7 +36,7 @@ class MessageCutter:
         self.done = False
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The messages that ``data`` completes, each with its prefix. Raises DecodeError."""
+        """Return the messages that ``data`` completes, each with its prefix. Raises DecodeError."""
         self._held += data
         messages = []
         while not self.done and len(self._held) >= self._wanted:
@@ -61,7 +61,7 @@ class MessageCutter:
 
 
 def _body_length(metadata: bytearray) -> int:
-    """``bodyLength``, the fourth field of the flatbuffer table Message."""
+    """Return ``bodyLength``, the fourth field of the flatbuffer table Message."""
     try:
         (table,) = struct.unpack_from("<I", metadata, 0)
         (back,) = struct.unpack_from("<i", metadata, table)
@@ -78,7 +78,7 @@ def _body_length(metadata: bytearray) -> int:
 
 
 class ArrowDecoder:
-    """Batches of logits. Raises MissingDependencyError where it is made without pyarrow."""
+    """A decoder of batches of logits. Making one without pyarrow raises MissingDependencyError."""
 
     usage = None
 
@@ -92,7 +92,7 @@ class ArrowDecoder:
         self._schema: Any = None
 
     def feed(self, data: bytes) -> list[LogitsBatch]:
-        """The batches that ``data`` completes. Raises DecodeError."""
+        """Return the batches that ``data`` completes. Raises DecodeError."""
         batches = []
         for message in self._cutter.feed(data):
             try:
@@ -104,7 +104,7 @@ class ArrowDecoder:
         return batches
 
     def finish(self) -> None:
-        """Raises StreamError unless the stream's end marker was read."""
+        """Check the end. Raises StreamError unless the stream's end marker was read."""
         if not self._cutter.done:
             raise StreamError("the Arrow stream ended before its end marker")
 
@@ -130,7 +130,10 @@ class ArrowDecoder:
         if "top_ids" in names:
             values, token_ids = _matrix(batch["top_logits"]), _integers(_matrix(batch["top_ids"]))
         else:
-            values, token_ids = _matrix(batch["logits"]), _chosen(metadata.get("token_ids"), batch.num_rows)
+            values, token_ids = (
+                _matrix(batch["logits"]),
+                _requested_columns(metadata.get("token_ids"), batch.num_rows),
+            )
         hidden = _matrix(batch["hidden_states"]) if "hidden_states" in names else None
         return LogitsBatch(
             sequence=_integers(_column(batch["sequence"])),
@@ -151,7 +154,7 @@ def _rows(stored: NDArray[Any], dtype: str, token_ids: NDArray[np.int32] | None 
         raise DecodeError(
             f"{list(token_ids.shape)} token ids name the columns of {list(stored.shape)} logits"
         )
-    return Rows(widened(stored, dtype), token_ids, dtype=dtype)
+    return Rows(widen(stored, dtype), token_ids, dtype=dtype)
 
 
 def _column(column: Any) -> NDArray[Any]:
@@ -166,14 +169,14 @@ def _integers(values: NDArray[Any]) -> NDArray[np.int32]:
 
 
 def _matrix(column: Any) -> NDArray[Any]:
-    """A fixed-size list column as [rows, columns], without a copy."""
+    """Return a fixed-size list column as [rows, columns], without a copy."""
     if column.null_count:
         raise DecodeError("a list column holds nulls")
     return _column(column.flatten()).reshape(len(column), column.type.list_size)
 
 
-def _chosen(token_ids: str | None, num_rows: int) -> NDArray[np.int32] | None:
-    """The columns asked for, which the schema names once, for every row."""
+def _requested_columns(token_ids: str | None, num_rows: int) -> NDArray[np.int32] | None:
+    """Return the requested columns of every row [rows, k], which the schema names once."""
     if token_ids is None:
         return None
     ids = np.array(json.loads(token_ids), np.int32)

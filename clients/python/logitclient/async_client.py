@@ -1,4 +1,4 @@
-"""The client for asyncio and trio: ``Client``'s calls, awaited. What is sent and read is in ``operations``."""
+"""The client for asyncio and trio. Only its IO is here: ``operations`` says how requests are written and answers read."""
 
 # ruff: noqa: A002 - input is the wire's name
 
@@ -50,14 +50,14 @@ from logitclient.transport import (
     api_error,
     check_injection,
     check_media_type,
-    translated,
+    translate_errors,
 )
 
 T = TypeVar("T")
 
 
 class AsyncClient:
-    """``Client`` with the same arguments and calls. Streams are used with ``async with`` and ``async for``."""
+    """A ``Client`` to be awaited, with the same arguments and calls. Its streams take ``async with`` and ``async for``."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class AsyncClient:
         return await self._run(operations.complete(prompt, options))
 
     def stream_complete(self, prompt: Input, **options: Unpack[CompletionOptions]) -> AsyncStream[Chunk]:
-        """Continue one or more prompts, chunk by chunk; ``Chunk.index`` tells whose."""
+        """Continue one or more prompts, chunk by chunk. ``Chunk.index`` is the choice's."""
         return self._stream(operations.stream_complete(prompt, options))
 
     async def logits(
@@ -101,7 +101,7 @@ class AsyncClient:
         messages: Messages | None = None,
         **options: Unpack[LogitsOptions],
     ) -> Results[SequenceLogits]:
-        """The rows of each input, all at once. For many rows take ``stream_logits``, which holds one step's."""
+        """Return the rows of each input, all at once. ``stream_logits`` holds the rows of one step only."""
         return await self._run(operations.logits(input, messages, options))
 
     def stream_logits(
@@ -111,7 +111,7 @@ class AsyncClient:
         messages: Messages | None = None,
         **options: Unpack[LogitsOptions],
     ) -> AsyncStream[LogitsBatch]:
-        """The rows of each input as the engine computes them. Needs pyarrow: MissingDependencyError without."""
+        """Stream the rows of each input as they are computed. Raises MissingDependencyError without pyarrow."""
         return self._stream(operations.stream_logits(input, messages, options))
 
     def stream_arrow(
@@ -121,11 +121,11 @@ class AsyncClient:
         messages: Messages | None = None,
         **options: Unpack[LogitsOptions],
     ) -> AsyncStream[bytes]:
-        """Return the rows of ``stream_logits`` as the bytes of one Arrow stream, for a file. Needs no pyarrow."""
+        """Stream the rows of ``stream_logits`` as the bytes of one Arrow stream, for a file. pyarrow is not needed."""
         return self._stream(operations.stream_arrow(input, messages, options))
 
     async def perplexity(self, input: Input, **options: Unpack[InputOptions]) -> Results[Perplexity]:
-        """How well the model predicts each input."""
+        """Return how well the model predicts each input."""
         return await self._run(operations.perplexity(input, options))
 
     async def rewards(
@@ -135,11 +135,11 @@ class AsyncClient:
         messages: Messages | None = None,
         **options: Unpack[RewardOptions],
     ) -> Results[Reward]:
-        """What a value head or classifier gives each input."""
+        """Return the values that a value head or classifier gives each input."""
         return await self._run(operations.rewards(input, messages, options))
 
     async def embeddings(self, input: Input, **options: Unpack[EmbeddingOptions]) -> Results[Embedding]:
-        """A vector for each input."""
+        """Return a vector for each input."""
         return await self._run(operations.embeddings(input, options))
 
     async def pooling(
@@ -167,7 +167,7 @@ class AsyncClient:
         return await self._run(operations.detokenize(tokens, options))
 
     async def models(self) -> Results[Model]:
-        """What is served, under each of its names."""
+        """Return the served models, each under each of its names."""
         return await self._run(operations.models())
 
     async def close(self) -> None:
@@ -186,7 +186,7 @@ class AsyncClient:
     async def _run(self, operation: Operation[T]) -> T:
         response = await self._send(operation.request)
         try:
-            with translated():
+            with translate_errors():
                 content = await response.aread()
         finally:
             await response.aclose()
@@ -200,12 +200,12 @@ class AsyncClient:
         return await with_retries_async(lambda: self._send_once(request), self._retries, self._sleep)
 
     async def _send_once(self, request: Request) -> httpx.Response:
-        with translated():
+        with translate_errors():
             response = await self._http.send(self._endpoint.build(self._http, request), stream=True)
         if response.is_success:
             return response
         try:
-            with translated():
+            with translate_errors():
                 await response.aread()
         finally:
             await response.aclose()
@@ -213,7 +213,7 @@ class AsyncClient:
 
 
 class AsyncStream(Generic[T]):
-    """A stream of parts. The request is sent on entering an ``async with`` statement; leaving it closes the connection.
+    """A stream of parts. Entering an ``async with`` statement sends the request, and leaving it closes the connection.
 
     Leaving early ends the server's work. ``usage`` is known once a stream of text is over.
     """
@@ -254,7 +254,7 @@ class AsyncStream(Generic[T]):
     async def _read(self, response: httpx.Response) -> AsyncGenerator[T, None]:
         try:
             check_media_type(response, self._request)
-            with translated():
+            with translate_errors():
                 async for data in response.aiter_bytes():
                     for part in self._decoder.feed(data):
                         yield part

@@ -1,4 +1,4 @@
-"""The blocking client. What is sent and how answers are read is in ``operations``; here is only IO."""
+"""The blocking client. Only its IO is here: ``operations`` says how requests are written and answers read."""
 
 # ruff: noqa: A002 - input is the wire's name
 
@@ -50,18 +50,18 @@ from logitclient.transport import (
     api_error,
     check_injection,
     check_media_type,
-    translated,
+    translate_errors,
 )
 
 T = TypeVar("T")
 
 
 class Client:
-    """Speaks to a logitserve server. Use it in a ``with`` statement, or close it.
+    """A client of one logitserve server. Use it in a ``with`` statement, or close it.
 
-    ``timeout`` is in seconds or httpx's own; ``max_retries`` counts the tries after a 429 or 503. An ``http_client``
-    stays the caller's to close; a ``transport`` goes into the client that is made. ``sleep`` and ``random`` are for
-    tests. Every call raises the errors of ``logitclient.errors``.
+    ``timeout`` is in seconds, or httpx's own. ``max_retries`` counts the tries after a 429 or 503.
+    An ``http_client`` stays the caller's to close. A ``transport`` becomes part of the httpx client made here.
+    ``sleep`` and ``random`` are for tests. Every call raises the errors of ``logitclient.errors``.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Client:
         return self._run(operations.complete(prompt, options))
 
     def stream_complete(self, prompt: Input, **options: Unpack[CompletionOptions]) -> Stream[Chunk]:
-        """Continue one or more prompts, chunk by chunk; ``Chunk.index`` tells whose."""
+        """Continue one or more prompts, chunk by chunk. ``Chunk.index`` is the choice's."""
         return self._stream(operations.stream_complete(prompt, options))
 
     def logits(
@@ -106,7 +106,7 @@ class Client:
         messages: Messages | None = None,
         **options: Unpack[LogitsOptions],
     ) -> Results[SequenceLogits]:
-        """The rows of each input, all at once. For many rows take ``stream_logits``, which holds one step's."""
+        """Return the rows of each input, all at once. ``stream_logits`` holds the rows of one step only."""
         return self._run(operations.logits(input, messages, options))
 
     def stream_logits(
@@ -116,7 +116,7 @@ class Client:
         messages: Messages | None = None,
         **options: Unpack[LogitsOptions],
     ) -> Stream[LogitsBatch]:
-        """The rows of each input as the engine computes them. Needs pyarrow: MissingDependencyError without."""
+        """Stream the rows of each input as they are computed. Raises MissingDependencyError without pyarrow."""
         return self._stream(operations.stream_logits(input, messages, options))
 
     def stream_arrow(
@@ -126,11 +126,11 @@ class Client:
         messages: Messages | None = None,
         **options: Unpack[LogitsOptions],
     ) -> Stream[bytes]:
-        """Return the rows of ``stream_logits`` as the bytes of one Arrow stream, for a file. Needs no pyarrow."""
+        """Stream the rows of ``stream_logits`` as the bytes of one Arrow stream, for a file. pyarrow is not needed."""
         return self._stream(operations.stream_arrow(input, messages, options))
 
     def perplexity(self, input: Input, **options: Unpack[InputOptions]) -> Results[Perplexity]:
-        """How well the model predicts each input."""
+        """Return how well the model predicts each input."""
         return self._run(operations.perplexity(input, options))
 
     def rewards(
@@ -140,11 +140,11 @@ class Client:
         messages: Messages | None = None,
         **options: Unpack[RewardOptions],
     ) -> Results[Reward]:
-        """What a value head or classifier gives each input."""
+        """Return the values that a value head or classifier gives each input."""
         return self._run(operations.rewards(input, messages, options))
 
     def embeddings(self, input: Input, **options: Unpack[EmbeddingOptions]) -> Results[Embedding]:
-        """A vector for each input."""
+        """Return a vector for each input."""
         return self._run(operations.embeddings(input, options))
 
     def pooling(
@@ -172,7 +172,7 @@ class Client:
         return self._run(operations.detokenize(tokens, options))
 
     def models(self) -> Results[Model]:
-        """What is served, under each of its names."""
+        """Return the served models, each under each of its names."""
         return self._run(operations.models())
 
     def close(self) -> None:
@@ -191,7 +191,7 @@ class Client:
     def _run(self, operation: Operation[T]) -> T:
         response = self._send(operation.request)
         try:
-            with translated():
+            with translate_errors():
                 content = response.read()
         finally:
             response.close()
@@ -205,12 +205,12 @@ class Client:
         return with_retries(lambda: self._send_once(request), self._retries, self._sleep)
 
     def _send_once(self, request: Request) -> httpx.Response:
-        with translated():
+        with translate_errors():
             response = self._http.send(self._endpoint.build(self._http, request), stream=True)
         if response.is_success:
             return response
         try:
-            with translated():
+            with translate_errors():
                 response.read()
         finally:
             response.close()
@@ -218,7 +218,7 @@ class Client:
 
 
 class Stream(Generic[T]):
-    """A stream of parts. The request is sent on entering a ``with`` statement; leaving it closes the connection.
+    """A stream of parts. Entering a ``with`` statement sends the request, and leaving it closes the connection.
 
     Leaving early ends the server's work. ``usage`` is known once a stream of text is over.
     """
@@ -255,7 +255,7 @@ class Stream(Generic[T]):
     def _read(self, response: httpx.Response) -> Iterator[T]:
         try:
             check_media_type(response, self._request)
-            with translated():
+            with translate_errors():
                 for data in response.iter_bytes():
                     yield from self._decoder.feed(data)
             self._decoder.finish()

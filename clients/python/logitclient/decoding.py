@@ -1,4 +1,4 @@
-"""From the API's JSON to results. Also reads the objects of the OpenAI SDK."""
+"""Decoders of the API's JSON into results. They read the OpenAI SDK's objects too."""
 
 from __future__ import annotations
 
@@ -36,21 +36,22 @@ C = TypeVar("C", bound=Choice)
 
 
 @contextlib.contextmanager
-def decoding(what: str) -> Iterator[None]:
-    """Tells of JSON that is not as the API says by DecodeError."""
+def decode_errors(name: str) -> Iterator[None]:
+    """Raise DecodeError for JSON that does not have the API's shape. ``name`` says what it should have been."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise DecodeError(f"this is no {what}: {error!r}") from error
+        raise DecodeError(f"this is no {name}: {error!r}") from error
 
 
 def decode_logits(response: object) -> list[Logits | None]:
-    """The logits of an answer that was not read by this package: one entry for each choice, in the response's order.
+    """Return the logits of an answer that another package read: one entry for each choice, in their order.
 
-    ``response`` is a chat completion, completion or chunk of the OpenAI SDK, one of their choices (a list of one
-    comes back), or the same as a plain dict. The entry is None for a choice without logits. Raises DecodeError.
+    ``response`` is a chat completion, completion or chunk of the OpenAI SDK, or the same as a plain dict.
+    It may be one of their choices: a list of one comes back. A choice without logits has the entry None.
+    Raises DecodeError.
     """
-    with decoding("answer with logits"):
+    with decode_errors("answer with logits"):
         choices = _member(response, "choices")
         return [_logits(_member(choice, "logits")) for choice in ([response] if choices is None else choices)]
 
@@ -65,7 +66,7 @@ def _logits(logits: Any) -> Logits | None:
     stage = logits["stage"]
     if stage not in ("raw", "processed"):
         raise DecodeError(f"the stage of logits is {stage!r}")
-    # What a list writes as null is -inf where a filter put it; in what a model says it could be anything.
+    # A list has null for -inf and NaN alike. In processed rows a filter put it there, in raw rows it is unknown.
     null = -math.inf if stage == "processed" else math.nan
     generated, prompt = (
         None if logits.get(part) is None else decode_block(logits[part], null=null)
@@ -129,13 +130,13 @@ def _token_logprobs(entry: Any) -> dict[int, TokenLogprob] | None:
     if entry is None:
         return None
     return {
-        int(token_id): TokenLogprob(said["logprob"], said["rank"], said["decoded_token"])
-        for token_id, said in entry.items()
+        int(token_id): TokenLogprob(token["logprob"], token["rank"], token["decoded_token"])
+        for token_id, token in entry.items()
     }
 
 
 def chat_completion(body: dict[str, Any]) -> Completion:
-    _move_prompt_logprobs(body)
+    _copy_prompt_logprobs(body)
     return _completion(body, lambda choice: choice["message"]["content"])
 
 
@@ -144,7 +145,7 @@ def text_completion(body: dict[str, Any]) -> Completion:
 
 
 def chat_chunks(body: dict[str, Any]) -> list[Chunk]:
-    _move_prompt_logprobs(body)
+    _copy_prompt_logprobs(body)
     return [_choice(Chunk, choice, choice["delta"].get("content")) for choice in body["choices"]]
 
 
@@ -152,8 +153,8 @@ def text_chunks(body: dict[str, Any]) -> list[Chunk]:
     return [_choice(Chunk, choice, choice["text"]) for choice in body["choices"]]
 
 
-def _move_prompt_logprobs(body: dict[str, Any]) -> None:
-    """Give the first choice what a chat's answer has beside its choices, where completions have it in the choice."""
+def _copy_prompt_logprobs(body: dict[str, Any]) -> None:
+    """Copy ``prompt_logprobs`` into the first choice. A chat has it beside its choices, completions in them."""
     if body["choices"] and "prompt_logprobs" in body:
         body["choices"][0]["prompt_logprobs"] = body["prompt_logprobs"]
 
@@ -205,7 +206,7 @@ def rewards(body: dict[str, Any]) -> Results[Reward]:
 
 
 def _numbers(value: Any) -> NDArray[np.float64]:
-    """A number or nested lists of them; a null is NaN."""
+    """Return a number or nested lists of numbers as an array. A null is NaN."""
     return np.asarray(value, np.float64)
 
 
@@ -218,7 +219,7 @@ def poolings(body: dict[str, Any]) -> Results[Pooling]:
 
 
 def _vector(data: str) -> NDArray[np.float32]:
-    # Base64 says nothing of its length: four characters are three bytes, less the padding.
+    # The width is not sent. Four characters of base64 are three bytes, less the padding.
     width = (len(data) * 3 // 4 - data.count("=")) // 4
     return from_base64(data, "float32", (width,))
 

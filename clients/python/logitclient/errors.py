@@ -1,4 +1,4 @@
-"""Everything that a call can raise.
+"""The errors that a call can raise.
 
 LogitClientError
 ├── APIError                          the server answered with an error status
@@ -11,8 +11,8 @@ LogitClientError
 │       └── ServiceUnavailableError   503: loading, draining or restarting
 ├── TransportError                    no answer, or one that broke off
 │   └── RequestTimeoutError           none in time
-├── StreamError                       a stream told of an error, or ended before its end
-├── DecodeError                       an answer is not what the API says
+├── StreamError                       a stream carried an error, or ended before its end marker
+├── DecodeError                       an answer does not have the API's shape
 └── MissingDependencyError            an optional package is not installed
 """
 
@@ -20,11 +20,11 @@ from __future__ import annotations
 
 
 class LogitClientError(Exception):
-    """Base of everything that this package raises by itself."""
+    """Base of every error of this package."""
 
 
 class APIError(LogitClientError):
-    """An error status, with the members of the error object that came with it.
+    """An error status, with the members of the answer's error object.
 
     ``retry_after`` is the wait in seconds that the server asked for.
     """
@@ -55,7 +55,7 @@ class BadRequestError(APIError):
 
 
 class AuthenticationError(APIError):
-    """401 or 403: no API key, or not one that the server knows."""
+    """401 or 403: no API key was sent, or one that the server does not know."""
 
 
 class NotFoundError(APIError):
@@ -109,7 +109,7 @@ class DecodeError(LogitClientError):
 
 
 class MissingDependencyError(LogitClientError):
-    """An optional package is needed; ``extra`` is the extra that brings it."""
+    """An optional package is needed. ``extra`` names the extra that brings it."""
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed: pip install 'logitclient[{extra}]'")
@@ -129,5 +129,5 @@ BY_STATUS: dict[int, type[APIError]] = {
 
 
 def class_of_status(status: int) -> type[APIError]:
-    """The class that tells of an HTTP status."""
+    """Return the class of error for an HTTP status."""
     return BY_STATUS.get(status, ServerError if status >= 500 else APIError)

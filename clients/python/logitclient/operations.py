@@ -1,4 +1,4 @@
-"""Each call as a value: what to send, and how to read what comes back. Knows nothing of sockets."""
+"""Calls as values: the request to send, and the reader of its answer. Nothing here knows sockets."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ARROW = "application/vnd.apache.arrow.stream"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What goes over the wire, but for the address and the key."""
+    """An HTTP request, but for the server's address and the key."""
 
     method: str
     path: str
@@ -61,44 +61,44 @@ class Request:
 
     @property
     def content(self) -> bytes | None:
-        """The body as JSON. Raises TypeError or ValueError for what JSON lacks."""
+        """Return the body as JSON. Raises TypeError or ValueError for a value that JSON lacks."""
         if self.body is None:
             return None
-        # As short as it can be: servers bound the bytes of a body.
+        # Without escapes and spaces, since servers bound the bytes of a body.
         text = json.dumps(
-            self.body, default=_plain, allow_nan=False, ensure_ascii=False, separators=(",", ":")
+            self.body, default=_to_json, allow_nan=False, ensure_ascii=False, separators=(",", ":")
         )
         return text.encode()
 
 
 @dataclass(frozen=True, slots=True)
 class Operation(Generic[T]):
-    """A call that has one answer."""
+    """A call with one answer."""
 
     request: Request
     parse: Callable[[dict[str, Any]], T]
 
     def read(self, content: bytes) -> T:
-        """The answer's meaning. Raises DecodeError."""
-        with decoding.decoding(f"answer of {self.request.path}"):
+        """Return the result in an answer's bytes. Raises DecodeError."""
+        with decoding.decode_errors(f"answer of {self.request.path}"):
             return self.parse(json.loads(content))
 
 
 @dataclass(frozen=True, slots=True)
 class StreamOperation(Generic[T]):
-    """A call whose answer comes in parts, which a decoder made for it reads."""
+    """A call whose answer comes in parts. ``decoder`` makes the decoder of one answer."""
 
     request: Request
     decoder: Callable[[], StreamDecoder[T]]
 
 
-def _plain(value: object) -> Any:
-    """numpy's numbers and arrays, and our own specs, as JSON has them."""
+def _to_json(value: object) -> Any:
+    """Return numpy's numbers and arrays, and our own specs, as JSON has them."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, LogitsSpec | HiddenStatesSpec):
         chosen = {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
-        # Always base64: exact, and a fortieth of a list's cost for the server.
+        # Always base64: it is exact, and costs the server a fortieth of a list.
         return {name: item for name, item in chosen.items() if item is not None} | {"encoding": "base64"}
     raise TypeError(f"{type(value).__name__} cannot be sent as JSON")
 

@@ -1,4 +1,4 @@
-"""What can be asked for beside the input. The names and meanings are those of the HTTP API."""
+"""Options of the calls, beside the input. Their names and meanings are the HTTP API's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Messages: TypeAlias = Sequence[Mapping[str, object]]
 
 @dataclass(frozen=True, slots=True)
 class LogitsSpec:
-    """Which logits to return: the whole vocabulary, the ``top_k``, or the columns of ``token_ids``."""
+    """A choice of logits to return: the whole vocabulary, the ``top_k``, or the columns of ``token_ids``."""
 
     positions: Positions = "generated"
     stage: Literal["raw", "processed"] = "raw"
@@ -30,14 +30,14 @@ class LogitsSpec:
 
 @dataclass(frozen=True, slots=True)
 class HiddenStatesSpec:
-    """Which hidden states to return."""
+    """A choice of hidden states to return."""
 
     positions: Positions = "generated"
     dtype: Dtype = "float32"
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How tokens are drawn and when to stop. What is left out is the server's default."""
+    """Options of drawing tokens, and of when to stop. An option that is left out has the server's default."""
 
     model: str
     max_tokens: int
@@ -57,7 +57,7 @@ class SamplingOptions(TypedDict, total=False):
 
 
 class GenerationOptions(SamplingOptions, total=False):
-    """What chat and completions share. ``return_logits`` and ``return_hidden_states``: True is their spec's defaults."""
+    """Options that chat and completions share. True for ``return_logits`` or ``return_hidden_states`` is their spec's default."""
 
     n: int
     top_k: int
@@ -69,6 +69,8 @@ class GenerationOptions(SamplingOptions, total=False):
 
 
 class ChatOptions(GenerationOptions, total=False):
+    """Options of chat."""
+
     max_completion_tokens: int
     logprobs: bool
     top_logprobs: int
@@ -76,13 +78,15 @@ class ChatOptions(GenerationOptions, total=False):
 
 
 class CompletionOptions(GenerationOptions, total=False):
+    """Options of completions."""
+
     echo: bool
     logprobs: int
     add_special_tokens: bool
 
 
 class LogitsOptions(SamplingOptions, total=False):
-    """The members of LogitsSpec flat; here ``top_k`` counts columns. ``positions`` is "prompt" by default."""
+    """Members of LogitsSpec, and of sampling beside them. ``top_k`` counts columns. ``positions`` is "prompt" by default."""
 
     positions: Positions
     stage: Literal["raw", "processed"]
@@ -95,7 +99,7 @@ class LogitsOptions(SamplingOptions, total=False):
 
 
 class InputOptions(TypedDict, total=False):
-    """``add_special_tokens``: to text, as the tokenizer does by itself."""
+    """Options of every call that reads an input. ``add_special_tokens`` concerns text, and is true by default."""
 
     model: str
     add_special_tokens: bool
@@ -103,20 +107,20 @@ class InputOptions(TypedDict, total=False):
 
 
 class PoolingOptions(InputOptions, total=False):
-    """``head`` may be left out where the server has one, or none."""
+    """Options of pooling. ``head`` may be left out where the server has one head, or none."""
 
     head: str
     add_generation_prompt: bool
 
 
 class RewardOptions(PoolingOptions, total=False):
-    """``return_values`` gives every position's value."""
+    """Options of rewards. ``return_values`` adds the value of every position."""
 
     return_values: bool
 
 
 class EmbeddingOptions(InputOptions, total=False):
-    """``dimensions`` cuts the pooled vector before it is normalised."""
+    """Options of embeddings. ``dimensions`` cuts the pooled vector before it is normalised."""
 
     dimensions: int
     pooling: Literal["mean", "last", "cls"]
@@ -124,7 +128,7 @@ class EmbeddingOptions(InputOptions, total=False):
 
 
 class TokenizeOptions(TypedDict, total=False):
-    """``add_special_tokens`` is true by default for a prompt, and false for messages, whose template has them."""
+    """Options of tokenize. ``add_special_tokens`` is true by default for a prompt, and false for messages."""
 
     model: str
     add_special_tokens: bool
@@ -133,4 +137,6 @@ class TokenizeOptions(TypedDict, total=False):
 
 
 class DetokenizeOptions(TypedDict, total=False):
+    """Options of detokenize."""
+
     model: str

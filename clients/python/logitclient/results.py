@@ -1,4 +1,4 @@
-"""What the calls return. ``raw`` is the answer's own JSON, without the arrays that are decoded beside it."""
+"""Results of the calls. ``raw`` is an answer's own JSON, without the arrays that are decoded beside it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class HiddenStates:
     prompt: Rows | None = None
 
     def to_torch(self) -> dict[str, torch.Tensor]:
-        """Copies of the values, by "generated" and "prompt", of those that are there."""
+        """Return copies of the values that there are, under "generated" and "prompt"."""
         return _to_torch(self.generated, self.prompt)
 
 
@@ -35,8 +35,8 @@ class HiddenStates:
 class Logits:
     """Rows of logits: [rows, vocabulary], or [rows, k] with the ids of the columns in ``Rows.token_ids``.
 
-    Row i of ``generated`` is what token i was drawn from. Row j of ``prompt`` scores the token at ``offset + j + 1``.
-    ``batch_invariant`` is False where the server warns that rows depend on what else it was serving.
+    Token i was drawn from row i of ``generated``. Row j of ``prompt`` predicts the token at ``offset + j + 1``.
+    ``batch_invariant`` is False where the server warns that rows depend on the other requests in the batch.
     """
 
     stage: Stage
@@ -45,7 +45,7 @@ class Logits:
     batch_invariant: bool = True
 
     def to_torch(self) -> dict[str, torch.Tensor]:
-        """Copies of the values, by "generated" and "prompt", of those that are there."""
+        """Return copies of the values that there are, under "generated" and "prompt"."""
         return _to_torch(self.generated, self.prompt)
 
 
@@ -56,7 +56,7 @@ def _to_torch(generated: Rows | None, prompt: Rows | None) -> dict[str, torch.Te
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens read and written; ``cached_tokens`` of the prompt came from the prefix cache."""
+    """Counts of tokens. ``cached_tokens`` of the prompt came from the prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -65,7 +65,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token's log-probability, its rank in the vocabulary from 1, and its text. -9999 stands for minus infinity."""
+    """A token's log-probability, its rank in the vocabulary from 1, and its text. -9999 stands for -inf."""
 
     logprob: float
     rank: int
@@ -73,17 +73,18 @@ class TokenLogprob:
 
 
 PromptLogprobs = tuple[dict[int, TokenLogprob] | None, ...]
-"""For each prompt token, log-probabilities by token id: its own, and those of the likeliest tokens in its place.
+"""Log-probabilities by token id, for each prompt token: its own, and those of the likeliest tokens in its place.
 
-The entry of the first token is None: no row scores it.
+The first token has None: no row predicts it.
 """
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """One continuation. ``token_ids`` int32 [tokens] is None unless logits, hidden states or token ids were asked for.
+    """One continuation.
 
-    ``prompt_logprobs`` are those of the prompt, where they were asked for; a prompt's first choice has them.
+    ``token_ids`` int32 [tokens] is None unless logits, hidden states or token ids were requested.
+    ``prompt_logprobs`` is None unless requested, and in all but a prompt's first choice.
     """
 
     index: int
@@ -106,7 +107,7 @@ class Chunk(Choice):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Completion:
-    """An answer. ``text`` and the like are those of the first choice; ``choices`` has all, prompt by prompt."""
+    """An answer. ``choices`` has every choice, prompt by prompt. ``text`` and the like are the first choice's."""
 
     id: str
     model: str
@@ -141,7 +142,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Results(Sequence[T], Generic[T]):
-    """A sequence with one result for each input (or model), and what was said beside them."""
+    """A sequence of one result for each input (or model), and the members that the answer has beside them."""
 
     data: tuple[T, ...]
     model: str | None
@@ -164,7 +165,7 @@ class Results(Sequence[T], Generic[T]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceLogits:
-    """One input's rows. ``prompt_token_ids`` and ``token_ids`` (those generated) are int32 [tokens]."""
+    """Rows of one input. ``prompt_token_ids`` and ``token_ids`` (the generated ones) are int32 [tokens]."""
 
     index: int
     prompt_token_ids: NDArray[np.int32]
@@ -176,12 +177,13 @@ class SequenceLogits:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LogitsBatch:
-    """Rows that one engine step computed of one input; everything is [rows] or [rows, columns].
+    """Rows that one engine step computed for one input. Every array is [rows] or [rows, columns].
 
-    Batches of several inputs interleave; the rows of each come in order.
+    Batches of several inputs interleave, and the rows of each input come in order.
 
-    ``sequence`` int32 tells the input and ``position`` int32 the place of the token that the row scores. ``token_id``
-    int32 is that token, -1 where it does not exist (yet); ``logprob`` float32 its log-probability, NaN likewise.
+    ``sequence`` int32 is the input's index. ``position`` int32 is the place of the token that the row predicts.
+    ``token_id`` int32 is that token, and ``logprob`` float32 its log-probability. They are -1 and NaN where that token
+    does not exist (yet).
     """
 
     sequence: NDArray[np.int32]
@@ -199,7 +201,10 @@ class LogitsBatch:
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """Natural logarithms: ``nll`` is summed over ``num_tokens`` scored tokens; ``perplexity`` None where there are none."""
+    """Likelihood of one input, in natural logarithms.
+
+    ``nll`` is the sum over ``num_tokens`` tokens, all but the first. ``perplexity`` is None where there are none.
+    """
 
     index: int
     nll: float
@@ -209,7 +214,10 @@ class Perplexity:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reward:
-    """``reward`` is the last token's: float64 [], or [outputs]. ``values`` float64 [tokens] or [tokens, outputs]."""
+    """Values of a head. ``reward`` is the last token's: float64 [] or [outputs].
+
+    ``values`` has every token's: float64 [tokens] or [tokens, outputs].
+    """
 
     index: int
     head: str
@@ -219,7 +227,7 @@ class Reward:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Embedding:
-    """``vector`` float32 [dimensions]."""
+    """Vector of one input: float32 [dimensions]."""
 
     index: int
     vector: NDArray[np.float32]
@@ -227,7 +235,7 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pooling:
-    """``values`` float32: [outputs] of a head at the last token, or its hidden states [hidden] without a head."""
+    """Values at the last token of one input: float32 [outputs] of a head, or [hidden] where there is no head."""
 
     index: int
     values: NDArray[np.float32]
@@ -235,7 +243,7 @@ class Pooling:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokens:
-    """The tokens of a prompt: ``token_ids`` int32 [tokens], and their texts where they were asked for."""
+    """Tokens of a prompt: ``token_ids`` int32 [tokens], and ``token_strs``, their texts, where requested."""
 
     token_ids: NDArray[np.int32]
     token_strs: tuple[str, ...] | None
@@ -247,7 +255,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A served model by one of its names. ``raw`` has what else the server says of it."""
+    """A served model by one of its names. ``raw`` has the members that have no field here."""
 
     id: str
     vocab_size: int | None

@@ -1,4 +1,4 @@
-"""When a failed call is tried again, after how long, and the loop that does it."""
+"""Retries of failed calls: the policy, and the loop that follows it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from logitclient.errors import APIError, LogitClientError, TransportError
 T = TypeVar("T")
 
 RETRIED = frozenset({429, 503})
-"""The statuses that say that nothing was begun. After any other failure the work may have been done, or is wrong."""
+"""Statuses of a server that began nothing. After any other failure the work may have been done."""
 
 MOST_DOUBLINGS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """Exponential backoff with full jitter, on top of the wait that Retry-After asks for.
+    """Exponential backoff with full jitter, on top of the seconds in Retry-After.
 
-    Where Retry-After is over ``longest_wait`` seconds the error is raised instead: the caller knows better.
-    No try begins later than ``max_seconds`` after the first failure. ``on_transport_errors`` is for calls that may
-    be done twice. ``random`` gives numbers in [0, 1).
+    A Retry-After over ``longest_wait`` seconds is not waited for: the error is raised, and the caller decides.
+    No try begins later than ``max_seconds`` after the first failure. ``random`` gives numbers in [0, 1).
+    ``on_transport_errors`` adds broken connections, for calls that may be done twice.
     """
 
     max_retries: float
@@ -42,11 +42,11 @@ class RetryPolicy:
 
         ``seconds`` have passed since the first failure.
         """
-        asked = error.retry_after or 0.0 if isinstance(error, APIError) else 0.0
-        if not self._covers(error) or retries_done >= self.max_retries or asked > self.longest_wait:
+        retry_after = error.retry_after or 0.0 if isinstance(error, APIError) else 0.0
+        if not self._covers(error) or retries_done >= self.max_retries or retry_after > self.longest_wait:
             return None
         backoff = min(self.longest_backoff, self.first_backoff * 2.0 ** min(retries_done, MOST_DOUBLINGS))
-        wait = asked + self.random() * backoff
+        wait = retry_after + self.random() * backoff
         return None if seconds + wait > self.max_seconds else wait
 
     def _covers(self, error: LogitClientError) -> bool:
@@ -65,7 +65,7 @@ class Failures:
         self._first_time: float | None = None
 
     def delay(self, error: LogitClientError) -> float:
-        """Note a failure and return the wait before the next try. Raises ``error`` where there is none."""
+        """Note a failure, and return the wait before the next try. Raises ``error`` where no try is left."""
         now = self._clock()
         if self._first_time is None:
             self._first_time = now
@@ -82,7 +82,7 @@ def with_retries(
     sleep: Callable[[float], None],
     clock: Callable[[], float] = time.monotonic,
 ) -> T:
-    """Return what ``call`` returns, tried as often as ``policy`` allows. Raises the last failure."""
+    """Return the result of ``call``, tried as often as ``policy`` allows. Raises the last failure."""
     failures = Failures(policy, clock)
     while True:
         try:
@@ -109,7 +109,7 @@ async def with_retries_async(
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Return the seconds of a Retry-After header, which gives them or a date. None where neither can be read."""
+    """Return the seconds until a Retry-After header is over: it holds seconds or a date. None for anything else."""
     if value is None:
         return None
     try:

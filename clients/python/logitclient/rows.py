@@ -1,4 +1,4 @@
-"""Rows of numbers: from the wire's blocks to numpy and torch."""
+"""Rows of numbers, from the wire's blocks to numpy and torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 STORAGE: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
-    # numpy has no bfloat16: these are its bits.
+    # The bits of bfloat16, which numpy lacks.
     "bfloat16": np.dtype("<u2"),
     "int32": np.dtype("<i4"),
 }
@@ -28,9 +28,9 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """``values`` [rows, columns]; where columns were chosen, ``token_ids`` int32 [rows, columns] names them.
+    """Rows ``values`` [rows, columns]. Where columns were chosen, ``token_ids`` int32 [rows, columns] names them.
 
-    ``dtype`` is the wire's: "float32", "float16" or "bfloat16"; the last is held as float32, which loses nothing.
+    ``dtype`` is the wire's: "float32", "float16" or "bfloat16". bfloat16 is held as float32, which loses nothing.
     ``offset`` is the prompt position of the first row, 0 for generated rows.
     """
 
@@ -43,7 +43,7 @@ class Rows:
         return len(self.values)
 
     def to_torch(self) -> torch.Tensor:
-        """A copy of ``values`` as a tensor of ``dtype``. Raises MissingDependencyError without torch."""
+        """Return a copy of ``values`` as a tensor of ``dtype``. Raises MissingDependencyError without torch."""
         try:
             import torch
         except ImportError as error:
@@ -53,9 +53,9 @@ class Rows:
 
 
 def decode_block(block: Any, *, null: float = math.nan) -> Rows:
-    """The rows of one block of the wire; ``null`` is what a null in a list stands for.
+    """Return the rows of one block of the wire. ``null`` replaces a null in a list.
 
-    Raises DecodeError when the block contradicts itself. Nothing is allocated by the shape's word alone.
+    Raises DecodeError when the block contradicts itself. The shape alone allocates nothing.
     """
     if not isinstance(block, Mapping):
         raise DecodeError(f"a block is {type(block).__name__}, not an object")
@@ -80,7 +80,7 @@ def decode_block(block: Any, *, null: float = math.nan) -> Rows:
 
 
 def from_base64(data: Any, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
-    """A little-endian, row-major array, read-only but for bfloat16, which is widened. Raises DecodeError."""
+    """Return the array in little-endian, row-major base64. It is read-only, but for bfloat16. Raises DecodeError."""
     if not isinstance(data, str):
         raise DecodeError(f"base64 data is {type(data).__name__}, not a string")
     try:
@@ -91,11 +91,11 @@ def from_base64(data: Any, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
     wanted = math.prod(shape) * storage.itemsize
     if len(raw) != wanted:
         raise DecodeError(f"{list(shape)} of {dtype} is {wanted} bytes, but {len(raw)} came")
-    return widened(np.frombuffer(raw, storage).reshape(shape), dtype)
+    return widen(np.frombuffer(raw, storage).reshape(shape), dtype)
 
 
-def widened(stored: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """``stored`` itself, or float32 for the bits of bfloat16."""
+def widen(stored: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Return ``stored`` itself, or float32 for the bits of bfloat16."""
     if dtype != "bfloat16":
         return stored
     return (stored.astype(np.uint32) << 16).view(np.float32)
@@ -112,7 +112,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _floats(data: Any, dtype: str, shape: tuple[int, int], null: float) -> NDArray[Any]:
-    # bfloat16 is written as decimals of its float32 value.
+    # A list of bfloat16 holds decimals of their float32 values.
     target = np.dtype(np.float16 if dtype == "float16" else np.float32)
     try:
         wide = np.asarray(data, np.float64)
@@ -121,7 +121,7 @@ def _floats(data: Any, dtype: str, shape: tuple[int, int], null: float) -> NDArr
     except (TypeError, ValueError, FloatingPointError) as error:
         raise DecodeError(f"a list of {dtype} is malformed: {error}") from error
     values = _shaped(values, shape)
-    # JSON has no NaN, so these were nulls.
+    # JSON lacks NaN, so every NaN here was a null.
     values[np.isnan(values)] = null
     return values
 
@@ -137,7 +137,7 @@ def _integers(data: Any, shape: tuple[int, int]) -> NDArray[np.int32]:
 
 
 def _shaped(array: NDArray[Any], shape: tuple[int, int]) -> NDArray[Any]:
-    # No rows are written as [], which says nothing of the columns.
+    # No rows are written as [], without their columns.
     if shape[0] == 0 and array.shape == (0,):
         return array.reshape(shape)
     if array.shape != shape:

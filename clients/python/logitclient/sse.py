@@ -1,6 +1,6 @@
-"""Server-sent events from bytes, in whatever pieces they come. Knows nothing of HTTP.
+"""A decoder of server-sent events, from bytes in pieces of any size. It knows nothing of HTTP.
 
-Follows https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation, without ``id`` and
+It follows https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation, without ``id`` and
 ``retry``: a completion cannot be resumed.
 """
 
@@ -14,19 +14,19 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event: its ``data`` lines joined by line breaks, and its type."""
+    """An event: its ``data`` lines, joined by line breaks, and its type."""
 
     data: str
     event: str = "message"
 
     @property
     def is_done(self) -> bool:
-        """Whether it is the one that ends OpenAI's streams."""
+        """Whether this event ends a stream of OpenAI's API."""
         return self.data == "[DONE]"
 
 
 class SSEDecoder:
-    """Takes bytes, gives events. An event without its closing blank line at the end of the stream is no event."""
+    """A decoder of bytes into events. An event that lacks its closing blank line at the stream's end is dropped."""
 
     def __init__(self) -> None:
         self._partial: list[bytes] = []
@@ -36,12 +36,12 @@ class SSEDecoder:
         self._event = ""
 
     def feed(self, data: bytes) -> list[Event]:
-        """The events that ``data`` completes."""
+        """Return the events that ``data`` completes."""
         events = map(self._take, self._lines(data))
         return [event for event in events if event is not None]
 
     def _lines(self, data: bytes) -> Iterator[bytes]:
-        """Complete lines without their ends. Looks at each byte once, however many pieces a line comes in."""
+        """Yield complete lines without their ends. Each byte is read once, in however many pieces a line comes."""
         if self._after_carriage_return and data:
             self._after_carriage_return = False
             data = data.removeprefix(b"\n")
@@ -50,7 +50,7 @@ class SSEDecoder:
             self._partial.append(line)
             if len(line) == len(piece):
                 return
-            # The line is over at the carriage return already; a line feed in the next piece belongs to it.
+            # A carriage return ends the line. A line feed at the start of the next piece belongs to it.
             self._after_carriage_return = piece.endswith(b"\r")
             whole = b"".join(self._partial)
             self._partial.clear()

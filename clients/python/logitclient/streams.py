@@ -1,4 +1,4 @@
-"""Streams of text: bytes of server-sent events in, chunks out. Knows nothing of HTTP."""
+"""Decoders of streamed answers: bytes in, chunks out. They know nothing of HTTP."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from logitclient.decoding import chunk_usage, decoding
+from logitclient.decoding import chunk_usage, decode_errors
 from logitclient.errors import StreamError
 from logitclient.results import Chunk, Usage
 from logitclient.sse import Event, SSEDecoder
@@ -15,21 +15,21 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class StreamDecoder(Protocol[T_co]):
-    """Takes a stream's bytes as they come."""
+    """A decoder of one stream, which is fed its bytes as they come."""
 
     @property
     def usage(self) -> Usage | None:
-        """What the stream has said of it so far."""
+        """Return the counts of tokens, where the stream has told them."""
 
     def feed(self, data: bytes) -> Sequence[T_co]:
-        """The parts that ``data`` completes. Raises StreamError or DecodeError."""
+        """Return the parts that ``data`` completes. Raises StreamError or DecodeError."""
 
     def finish(self) -> None:
-        """Called when there is no more. Raises StreamError unless the stream had come to its end."""
+        """Check the end, once all bytes were fed. Raises StreamError where the stream was cut short."""
 
 
 class BytesDecoder:
-    """Hands a stream's bytes on as they come. A body that is cut short is the connection's error."""
+    """A decoder that hands bytes on as they come. A body that is cut short is the connection's error."""
 
     usage = None
 
@@ -41,7 +41,7 @@ class BytesDecoder:
 
 
 class ChunkDecoder:
-    """Chunks of chat or completions. ``parse`` reads one event; a chunk that says nothing is left out."""
+    """A decoder of chat and completions. ``parse`` reads one event. Empty chunks are dropped."""
 
     def __init__(self, parse: Callable[[dict[str, Any]], list[Chunk]]) -> None:
         self._parse = parse
@@ -62,22 +62,22 @@ class ChunkDecoder:
         if event.is_done:
             self._done = True
             return []
-        with decoding("chunk"):
+        with decode_errors("chunk"):
             body = json.loads(event.data)
             if body.get("error") is not None:
                 raise _stream_error(body["error"])
             self.usage = chunk_usage(body) or self.usage
             chunks = self._parse(body)
-        return [chunk for chunk in chunks if _says_something(chunk)]
+        return [chunk for chunk in chunks if _is_filled(chunk)]
 
 
-def _says_something(chunk: Chunk) -> bool:
-    """False for the chunk that only opens a chat's answer."""
+def _is_filled(chunk: Chunk) -> bool:
+    """Return whether a chunk holds anything. The one that opens a chat's answer does not."""
     rows = [
         part for held in (chunk.logits, chunk.hidden_states) if held for part in (held.generated, held.prompt)
     ]
     has_tokens = chunk.token_ids is not None and len(chunk.token_ids) > 0
-    # A token that ends within a character has logprobs, and no text yet.
+    # A token that ends within a character has logprobs before it has text.
     has_logprobs = bool(chunk.prompt_logprobs or chunk.raw.get("logprobs"))
     return bool(
         chunk.text

@@ -1,4 +1,4 @@
-"""What both clients share of HTTP: addresses, headers, and errors in our own types."""
+"""HTTP that both clients share: addresses, headers and errors."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from logitclient.retries import parse_retry_after
 Timeout = float | httpx.Timeout | None
 
 DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=5.0)
-"""A whole answer takes as long as its tokens do; a connection does not."""
+"""Long for an answer, which takes as long as its tokens do, and short for a connection."""
 
 LONGEST_MESSAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A server and how to speak to it. ``base_url`` with or without OpenAI's /v1."""
+    """A server's address, key and timeout. ``base_url`` may end in OpenAI's /v1."""
 
     base_url: str
     api_key: str | None
     timeout: Timeout
 
     def build(self, http: httpx.Client | httpx.AsyncClient, request: Request) -> httpx.Request:
-        """The request as httpx sends it."""
+        """Return the request as httpx sends it."""
         headers = {"Accept": request.accept}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
@@ -43,14 +43,14 @@ class Endpoint:
 
 
 def check_injection(http_client: object, transport: object) -> None:
-    """Raises TypeError when both are given: a client has its transport already."""
+    """Check that not both are given. Raises TypeError, since a client has its transport already."""
     if http_client is not None and transport is not None:
         raise TypeError("http_client and transport exclude each other")
 
 
 @contextlib.contextmanager
-def translated() -> Iterator[None]:
-    """Tells of httpx's errors by ours."""
+def translate_errors() -> Iterator[None]:
+    """Raise our errors in the place of httpx's."""
     try:
         yield
     except httpx.TimeoutException as error:
@@ -60,14 +60,14 @@ def translated() -> Iterator[None]:
 
 
 def check_media_type(response: httpx.Response, request: Request) -> None:
-    """Raises DecodeError where a successful response is not of the type that was asked for."""
+    """Check a successful response's type. Raises DecodeError where it is not the request's."""
     media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != request.accept:
         raise DecodeError(f"the server answered {request.path} with {media_type!r}, not {request.accept!r}")
 
 
 def api_error(response: httpx.Response) -> APIError:
-    """The error that a response, which was read, tells of; its body need not be an error object."""
+    """Return the error of a response whose body was read. The body need not be an error object."""
     error = _error_object(response)
     message = error.get("message")
     return class_of_status(response.status_code)(

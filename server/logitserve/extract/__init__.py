@@ -1,1 +1,1 @@
-"""``logitserve extract``: a file of prompts to a file of logits, offline and resumable."""
+"""``logitserve extract``: from a file of prompts to a file of logits, offline and resumable."""

@@ -1,4 +1,4 @@
-"""Parts from answers: a bounded number of requests under way, each answer to a file, whole parts in their places."""
+"""The collector of an extraction: a bounded number of requests under way, and parts made of their answers."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from pathlib import Path
 
 import orjson
 
+from logitserve.extract.atomic_files import write_atomically
 from logitserve.extract.config import ExtractConfig
 from logitserve.extract.errors import RefusedPromptError
-from logitserve.extract.files import written_whole
+from logitserve.extract.parquet import count_rows, write_part
 from logitserve.extract.parts import PartsFolder
 from logitserve.extract.progress import Progress
 from logitserve.extract.prompts import Prompt, PromptFile
 from logitserve.extract.source import LogitsSource
-from logitserve.extract.tables import count_rows, write_part
 
 OPEN_PARTS = 2
-"""So that requests go on while a part is written."""
+"""Two, so that requests go on while a part is written."""
 
 
 class Collector:
-    """Asks a source for the prompts of the missing parts."""
+    """A writer of missing parts, which asks a source for the rows of their prompts."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Collector:
         self._open_parts = asyncio.Semaphore(OPEN_PARTS)
 
     async def collect(self, missing: list[int]) -> None:
-        """Finish these parts. Raises ExceptionGroup with the ExtractError that stopped it."""
+        """Write these parts. Raises ExceptionGroup with the ExtractError that ended the work."""
         async with asyncio.TaskGroup() as group:
             for number in missing:
                 await self._open_parts.acquire()
@@ -62,7 +62,7 @@ class Collector:
         self._open_parts.release()
 
     async def _fetch(self, prompt: Prompt) -> bytes | None:
-        """None, or what there is to note about a refused prompt."""
+        """Spool the answer. Return the note about a refused prompt, or None."""
         spool = self._folder.spool(prompt.index)
         async with self._requests:
             try:
@@ -79,15 +79,15 @@ class Collector:
         return None
 
     def _note(self, number: int, refusals: list[bytes]) -> None:
-        """Before the part itself: a part that exists is complete with its notes."""
+        """Write the notes of a part. They come before the part, so that a part that exists has its notes."""
         path = self._folder.refused(number)
         path.unlink(missing_ok=True)
         if refusals:
-            with written_whole(path) as unfinished:
+            with write_atomically(path) as unfinished:
                 unfinished.write_bytes(b"".join(refusals))
 
     def _write(self, number: int, answers: list[tuple[Prompt, Path]]) -> int:
-        with written_whole(self._folder.part(number)) as unfinished:
+        with write_atomically(self._folder.part(number)) as unfinished:
             num_rows = write_part(answers, unfinished)
         for _, spool in answers:
             spool.unlink()

@@ -1,4 +1,4 @@
-"""Everything that an extraction can be told, written once: a field here is a command-line flag and a LOGITSERVE_ variable."""
+"""The options of an extraction, each written once: a field is a command-line flag and a LOGITSERVE_ variable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic_settings import NoDecode
 from logitserve.config import LARGEST_ID, split_commas
 
 if TYPE_CHECKING:
-    # The command line reads this module for every command, and the client takes its time to load.
+    # Every command reads this module, and the client is slow to load.
     from logitclient.options import LogitsOptions
 
 CONTENT = (
@@ -27,11 +27,11 @@ CONTENT = (
     "add_generation_prompt",
     "prompts_per_part",
 )
-"""The options that decide what the parts hold: those of one set must agree."""
+"""Options that decide the content of parts: they must be the same for all parts of a set."""
 
 
-def _one_server(value: Any) -> Any:
-    """The address that /v1/logits is appended to; OpenAI's clients are given it with /v1 at the end."""
+def _server_address(value: Any) -> Any:
+    """Return the address without the /v1 that OpenAI's clients are given at its end."""
     if not isinstance(value, str):
         return value
     if not value.startswith(("http://", "https://")):
@@ -45,7 +45,7 @@ class ExtractConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    url: Annotated[str | None, BeforeValidator(_one_server)] = Field(
+    url: Annotated[str | None, BeforeValidator(_server_address)] = Field(
         None, description="a running server; default: one is started for the model, and stopped at the end"
     )
     api_key: SecretStr | None = Field(None, description="the key for --url")
@@ -100,11 +100,11 @@ class ExtractConfig(BaseModel):
         return self
 
     def content(self) -> dict[str, Any]:
-        """The options in CONTENT, as JSON knows them."""
+        """Return the options in CONTENT, as JSON has them."""
         return self.model_dump(mode="json", include=set(CONTENT))
 
     def request(self, prompt_index: int) -> LogitsOptions:
-        """Return the options of /v1/logits, which all prompts have alike but for the seed."""
+        """Return the options of one prompt's request. Only the seed differs between prompts."""
         options: LogitsOptions = {
             "positions": self.positions,
             "stage": self.stage,

@@ -1,7 +1,7 @@
-"""Why an extraction ends early.
+"""Errors that end an extraction early.
 
 ExtractError             exit code 1: it can be resumed
-├── UsageError           exit code 2: what was given is wrong, and nothing was computed
+├── UsageError           exit code 2: the input or an option is wrong, and nothing was computed
 └── RefusedPromptError   the server does not take one prompt
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 
 class ExtractError(Exception):
-    """The run failed. Its finished parts stay."""
+    """A run failed. Its finished parts stay."""
 
     exit_code = 1
 
@@ -21,7 +21,7 @@ class UsageError(ExtractError):
 
 
 class RefusedPromptError(ExtractError):
-    """The server answered that this one prompt is at fault; ``reason`` is its message."""
+    """The server refused one prompt. ``reason`` is its message."""
 
     def __init__(self, prompt_index: int, reason: str) -> None:
         super().__init__(

@@ -1,6 +1,6 @@
-"""``python -m logitserve.extract.guarded_serve MODEL``: ``logitserve serve`` that ends when its standard input does.
+"""``python -m logitserve.extract.guarded_serve MODEL``: a server that ends when its standard input does.
 
-A killed parent cannot stop its child; the pipe between them closes all the same.
+A killed parent cannot stop its child, but the pipe between them closes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from logitserve.cli import main
 
 
 def _stop_with_parent() -> None:
-    # os.read, since a thread that waits inside sys.stdin holds a lock that the interpreter's end needs.
+    # sys.stdin would hold a lock while it waits, and the interpreter needs that lock to end.
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

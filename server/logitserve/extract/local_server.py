@@ -1,4 +1,4 @@
-"""``logitserve serve`` as a child: started for one extraction, and gone with it however it ends."""
+"""A server of an extraction's own: a child process that ends with the extraction, even a killed one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from logitserve.extract.errors import ExtractError
 STOP_SECONDS = 20
 POLL_SECONDS = 0.1
 ENDLESS = 1 << 62
-"""The child's one client writes what it reads: how much it asks for in all is bounded by its disk."""
+"""No bound: the only client writes every row to its disk, so the disk bounds what it asks for."""
 
 
 @dataclass(frozen=True)
 class LocalServer:
-    """A child that was ready once."""
+    """A child process that serves, with its address and its key."""
 
     url: str
     api_key: str
@@ -35,12 +35,12 @@ class LocalServer:
     log: Path
 
     async def watch(self) -> None:
-        """Wait for the child's end, which is an error while work is left. Raises ExtractError."""
+        """Wait for the child's end, and then raise ExtractError: work was left."""
         await self.process.wait()
         raise self._ended()
 
     async def wait_ready(self) -> None:
-        """Raises ExtractError where the model cannot be loaded."""
+        """Wait until the model is loaded. Raises ExtractError where it cannot be."""
         async with httpx.AsyncClient(trust_env=False) as client:
             while self.process.returncode is None:
                 with contextlib.suppress(httpx.TransportError):
@@ -50,7 +50,7 @@ class LocalServer:
         raise self._ended()
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL where that does not help."""
+        """Stop the child by SIGTERM, or by SIGKILL after STOP_SECONDS."""
         if self.process.returncode is not None:
             return
         self.process.terminate()
@@ -67,9 +67,9 @@ class LocalServer:
 
 @contextlib.asynccontextmanager
 async def local_server(engine_config: EngineConfig, log: Path) -> AsyncIterator[LocalServer]:
-    """Start a server on a free loopback port, with a key of its own, and wait until it is ready. Raises ExtractError."""
+    """Yield a ready server on a loopback port, with a key of its own. Raises ExtractError."""
     with socket.socket() as listener:
-        # The port stays taken for as long as prompts are sent to it: should the child end, nobody else can answer.
+        # Bound here for as long as prompts are sent: nobody else can take the port before the child, or after it.
         listener.bind(("127.0.0.1", 0))
         server = await _start(engine_config, listener, log)
         try:
@@ -96,20 +96,20 @@ async def _start(engine_config: EngineConfig, listener: socket.socket, log: Path
             "-m",
             "logitserve.extract.guarded_serve",
             engine_config.model,
-            # Never written to: its end tells the child that this process has ended, killed or not.
+            # Nothing is written here. The pipe closes when this process ends, and then the child ends too.
             stdin=asyncio.subprocess.PIPE,
             stdout=output,
             stderr=asyncio.subprocess.STDOUT,
             env=_environment(options),
             pass_fds=[listener.fileno()],
-            # Ctrl-C is for the parent, which then stops the child.
+            # Ctrl-C reaches the parent only, which then stops the child.
             start_new_session=True,
         )
     return LocalServer(f"http://127.0.0.1:{listener.getsockname()[1]}", api_key, process, log)
 
 
 def _environment(options: Mapping[str, object]) -> dict[str, str]:
-    """Options as the variables that ``logitserve serve`` reads. Everyone may read a command line; the key is not there."""
+    """Return options as variables. They hold the key, which a command line would show to every user."""
     variables = {
         f"{ENV_PREFIX}{name.upper()}": value if isinstance(value, str) else orjson.dumps(value).decode()
         for name, value in options.items()

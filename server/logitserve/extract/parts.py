@@ -1,12 +1,12 @@
-"""The folder of an unfinished set: a lock, a manifest of what is being made, and its finished parts.
+"""The folder of an unfinished set: a lock, a manifest, and the finished parts.
 
-    OUT.parts/lock                      held while someone works on it
-    OUT.parts/manifest.json             the input, the options and the model; written before the first part
-    OUT.parts/part-00012.parquet        finished: it gets this name when its rows are on the disk
-    OUT.parts/part-00012.refused.jsonl  prompts of that part which the server refused; written before the part
-    OUT.parts/prompt-0000000192.arrow   an answer on its way into a part
+    OUT.parts/lock                      held while a process works on the set
+    OUT.parts/manifest.json             the input, the options and the model, written before the first part
+    OUT.parts/part-00012.parquet        a finished part, named once its rows are on the disk
+    OUT.parts/part-00012.refused.jsonl  prompts of that part that the server refused, written before the part
+    OUT.parts/prompt-0000000192.arrow   an answer that is not in a part yet
 
-What bears another name is left over from a kill and removed.
+Files of other names are left over from a kill, and are removed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any
 
 import orjson
 
+from logitserve.extract.atomic_files import sync_folder, write_atomically
 from logitserve.extract.errors import UsageError
-from logitserve.extract.files import sync_folder, written_whole
 
 VERSION = 1
 KEPT = re.compile(r"lock|manifest\.json|server\.log|part-\d+\.parquet|part-\d+\.refused\.jsonl")
 
 
 class PartsFolder:
-    """The parts of one output. Prompts ``n * prompts_per_part`` and on make part n."""
+    """Folder of the parts of one output. Part n begins with prompt ``n * prompts_per_part``."""
 
     def __init__(self, out: Path, num_prompts: int, prompts_per_part: int) -> None:
         self.path = out.with_name(f"{out.name}.parts")
@@ -41,7 +41,7 @@ class PartsFolder:
         return -(-self._num_prompts // self._prompts_per_part)
 
     def indices(self, number: int) -> range:
-        """The prompts of a part."""
+        """Return the indices of a part's prompts."""
         start = number * self._prompts_per_part
         return range(start, min(start + self._prompts_per_part, self._num_prompts))
 
@@ -67,7 +67,7 @@ class PartsFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, which is made where it is missing. Raises UsageError while another process holds it."""
+        """Hold the lock of the folder, and make the folder if needed. Raises UsageError while another process holds it."""
         lock = self.path / "lock"
         busy = UsageError(f"another process is working on {self.path}")
         try:
@@ -79,7 +79,7 @@ class PartsFolder:
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The holder before may have removed the folder, and this file with it, after it was opened here.
+                # The process that held the lock before may have removed the folder since this file was opened.
                 mine = os.fstat(descriptor).st_ino == lock.stat().st_ino
             except (BlockingIOError, FileNotFoundError):
                 raise busy from None
@@ -90,7 +90,7 @@ class PartsFolder:
             os.close(descriptor)
 
     def check(self, wanted: Mapping[str, Any]) -> None:
-        """Raises UsageError where the folder belongs to a set that differs in something of ``wanted``."""
+        """Compare the manifest with ``wanted``. Raises UsageError where a member differs."""
         try:
             begun = orjson.loads(self._manifest.read_bytes())
         except FileNotFoundError:
@@ -106,21 +106,21 @@ class PartsFolder:
             raise UsageError(msg)
 
     def begin(self, manifest: Mapping[str, Any]) -> None:
-        """Write the manifest, unless an earlier run has."""
+        """Write the manifest, unless an earlier run did."""
         if not self.is_begun:
-            with written_whole(self._manifest) as unfinished:
+            with write_atomically(self._manifest) as unfinished:
                 unfinished.write_bytes(
                     orjson.dumps({"version": VERSION, **manifest}, option=orjson.OPT_INDENT_2)
                 )
 
     def sweep(self) -> None:
-        """Remove what a killed run had not finished."""
+        """Remove the files that a killed run had not finished."""
         for path in self.path.iterdir():
             if not KEPT.fullmatch(path.name):
                 path.unlink()
 
     def remove(self) -> None:
-        """Remove the folder; the manifest and the lock last, so that a kill meanwhile is understood."""
+        """Remove the folder. The manifest and the lock go last, so that a later run can finish after a kill."""
         last = {"manifest.json": 1, "lock": 2}
         for path in sorted(self.path.iterdir(), key=lambda path: last.get(path.name, 0)):
             path.unlink()

@@ -1,4 +1,4 @@
-"""How far an extraction is: a bar on a terminal, a log line for each part elsewhere."""
+"""Progress of an extraction: a bar on a terminal, a log line for each part elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Counts prompts and rows; the prompts of parts made by earlier runs count as done, not as speed."""
+    """Counts of prompts and rows. Prompts of parts from earlier runs count as done, but not in the rate."""
 
     def __init__(self, num_prompts: int, num_done: int) -> None:
         self._is_bar = sys.stderr.isatty()
@@ -56,7 +56,7 @@ class Progress:
 
 
 def say(message: str) -> None:
-    """A line of its own, while there is no bar."""
+    """Print a line, or log it where there is no terminal. No bar may be open."""
     if sys.stderr.isatty():
         sys.stderr.write(f"{message}\n")
     else:

@@ -1,4 +1,4 @@
-"""The input: a JSONL file of prompts, read once in full to check it and afterwards line by line where it is needed."""
+"""The input: a JSONL file of prompts. All of it is checked first, and then lines are read as they are needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from logitserve.protocol.rows import TokenId
 
 
 class _Line(StrictModel):
-    """What a line may hold."""
+    """Members of a line."""
 
     id: str | StrictInt | None = None
     prompt: str | list[TokenId] | None = Field(None, min_length=1)
@@ -36,7 +36,7 @@ class _Line(StrictModel):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One line. ``source`` is its part of the request body: ``input`` or ``messages``."""
+    """A line. ``source`` is its part of the request body: ``input`` or ``messages``."""
 
     index: int
     id: str
@@ -44,10 +44,10 @@ class Prompt:
 
 
 class PromptFile:
-    """A checked input. Holds a number for each line, not the lines."""
+    """A checked file of prompts. It holds the offset of each line in memory, not the lines."""
 
     def __init__(self, path: Path) -> None:
-        """Raises UsageError with the number of the first line that is malformed."""
+        """Check every line. Raises UsageError with the number of the first malformed one."""
         self._path = path
         self._starts = array("Q", [0])
         digest = hashlib.sha256()
@@ -69,13 +69,13 @@ class PromptFile:
         return len(self._starts) - 1
 
     def read(self, indices: Sequence[int]) -> list[Prompt]:
-        """The prompts of some consecutive lines."""
+        """Return the prompts of consecutive lines."""
         with self._path.open("rb") as file:
             file.seek(self._starts[indices[0]])
             return [_parse(file.readline(), index) for index in indices]
 
     def ids(self) -> list[str]:
-        """The id of every prompt."""
+        """Return the id of every prompt."""
         with self._path.open("rb") as file:
             return [_parse(line, index).id for index, line in enumerate(file)]
 

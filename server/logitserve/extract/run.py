@@ -1,4 +1,4 @@
-"""An extraction from its input to its output: which parts are missing, who computes them, and how they are joined."""
+"""A run of ``logitserve extract``: find the missing parts, collect them from a server, and join all parts."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any
 
 from logitengine.config import EngineConfig
 
+from logitserve.extract.atomic_files import write_atomically
 from logitserve.extract.collector import Collector
 from logitserve.extract.config import ExtractConfig
 from logitserve.extract.errors import ExtractError, UsageError
-from logitserve.extract.files import written_whole
 from logitserve.extract.local_server import LocalServer, local_server
+from logitserve.extract.parquet import schema_of, write_parquet
 from logitserve.extract.parts import PartsFolder
 from logitserve.extract.progress import Progress, say
 from logitserve.extract.prompts import PromptFile
 from logitserve.extract.safetensors import check_ids, write_safetensors
 from logitserve.extract.source import LogitsSource, open_connections
-from logitserve.extract.tables import schema_of, write_parquet
 from logitserve.logs import configure_logging
 
 PARQUET, SAFETENSORS = ".parquet", ".safetensors"
 SIGNALLED = 128
-"""A shell's exit code for a process that ended by signal n is this and n."""
+"""Added to a signal's number, this is a shell's exit code for a process that the signal ended."""
 
 
 def extract(prompts: Path, out: Path, config: ExtractConfig, engine_config: EngineConfig) -> int:
@@ -53,10 +53,10 @@ def _ended(message: str, exit_code: int) -> int:
 
 
 class Extraction:
-    """One output and what it is made from."""
+    """One output, with its input and its options."""
 
     def __init__(self, prompts: Path, out: Path, config: ExtractConfig, engine_config: EngineConfig) -> None:
-        """Checks the input and the output. Raises UsageError."""
+        """Check the input and the output. Raises UsageError."""
         if out.suffix not in (PARQUET, SAFETENSORS):
             msg = f"{out} ends neither in {PARQUET} nor in {SAFETENSORS}"
             raise UsageError(msg)
@@ -78,14 +78,14 @@ class Extraction:
         }
 
     def run(self) -> None:
-        """Compute what is missing, and join it. Raises ExtractError."""
+        """Compute the missing parts, and join all. Raises ExtractError."""
         if self._out.exists() and not self._folder.path.exists():
             msg = f"{self._out} exists: remove it, or choose another name"
             raise UsageError(msg)
         with self._folder.locked():
             try:
                 self._folder.check(self._manifest)
-                # An output beside its folder is whole: the run that made it was killed while it cleaned up.
+                # An output that stands beside its folder is whole: its run was killed while it cleaned up.
                 if not self._out.exists():
                     self._make()
             except BaseException:
@@ -119,7 +119,7 @@ class Extraction:
             self._folder.check(manifest)
             self._folder.begin(manifest)
             num_missing = sum(len(self._folder.indices(number)) for number in missing)
-            # From here on, so that loading counts in no rate.
+            # Its clock starts here, so that loading does not count in the rate.
             progress = stack.enter_context(Progress(len(self._prompts), len(self._prompts) - num_missing))
             collector = Collector(source, self._prompts, self._folder, self._config, progress)
             async with asyncio.TaskGroup() as group:
@@ -129,12 +129,12 @@ class Extraction:
                     watch.cancel()
 
     def _join(self) -> None:
-        """The parts as one file, and beside it the prompts that were refused."""
+        """Write the parts as one file, and the refused prompts beside it."""
         refused = self._out.with_name(f"{self._out.name}.refused.jsonl")
         numbers = range(self._folder.num_parts)
         notes = [path for path in map(self._folder.refused, numbers) if path.exists()]
         if notes:
-            with written_whole(refused) as unfinished, unfinished.open("wb") as file:
+            with write_atomically(refused) as unfinished, unfinished.open("wb") as file:
                 file.writelines(map(Path.read_bytes, notes))
         else:
             refused.unlink(missing_ok=True)
@@ -144,7 +144,7 @@ class Extraction:
             msg = f"the server refused every prompt: {refused} says why"
             raise ExtractError(msg)
         filled = [part for part in parts if schema_of([part]) is not None]
-        with written_whole(self._out) as unfinished:
+        with write_atomically(self._out) as unfinished:
             if self._out.suffix == PARQUET:
                 write_parquet(filled, schema, unfinished)
             else:
@@ -152,7 +152,7 @@ class Extraction:
 
 
 def _run(work: Any) -> None:
-    """Run a coroutine that SIGINT and SIGTERM cancel. Raises the first of a group's errors by itself."""
+    """Run a coroutine, which SIGINT and SIGTERM cancel. Of a group of errors only the first is raised."""
 
     async def cancellable() -> None:
         task = asyncio.current_task()

@@ -1,4 +1,4 @@
-"""Parts as one safetensors file: https://github.com/huggingface/safetensors#format."""
+"""A writer of parts as one safetensors file: https://github.com/huggingface/safetensors#format."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from logitserve.extract.errors import UsageError
-from logitserve.extract.tables import read_groups
+from logitserve.extract.parquet import read_groups
 
 LONGEST_HEADER = 100_000_000
-"""What readers of the format accept."""
+"""Bytes of the largest header that readers of the format accept."""
 
 NAMES = {pa.int64(): "I64", pa.int32(): "I32", pa.float32(): "F32", pa.float16(): "F16", pa.uint16(): "BF16"}
-"""Only the bits of bfloat16 travel as uint16."""
+"""Names of the format's dtypes. uint16 columns are always the bits of bfloat16."""
 
 FILLS = {"token_id": -1, "logprob": float("nan")}
-"""What stands for null, which tensors lack."""
+"""Values that replace null, which tensors lack."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,16 @@ class _Tensor:
 
 
 def check_ids(ids: list[str]) -> None:
-    """Raises UsageError for ids that no reader would take: they must all stand in the header."""
+    """Check that all ids fit the header. Raises UsageError."""
     if len(orjson.dumps(ids)) > LONGEST_HEADER // 2:
         msg = "the ids are too many for a safetensors header: write .parquet"
         raise UsageError(msg)
 
 
 def write_safetensors(parts: list[Path], schema: pa.Schema, ids: list[str], path: Path) -> None:
-    """A tensor for each column but ``id``; ``ids[prompt_index]`` are JSON in the metadata. Holds one row group."""
+    """Write a tensor for each column but ``id``. The metadata holds ``ids`` as JSON. Memory holds one row group."""
     num_rows = sum(pq.read_metadata(part).num_rows for part in parts)
-    # The widest first keeps every tensor aligned to its items.
+    # With the widest first, every tensor is aligned to its items.
     tensors = sorted(
         (_tensor(field, num_rows) for field in schema if field.name != "id"),
         key=lambda tensor: -tensor.itemsize,
@@ -72,9 +72,9 @@ def _tensor(field: pa.Field, num_rows: int) -> _Tensor:
 
 
 def _header(tensors: list[_Tensor], schema: pa.Schema, ids: list[str]) -> bytes:
-    """The length of the JSON as eight bytes, and the JSON, padded so that the data is aligned."""
+    """Return the JSON's length as eight bytes, and the JSON, padded so that the data is aligned."""
     metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
-    # Arrow's own copy of the schema says nothing about tensors.
+    # Arrow's own copy of the schema does not describe tensors.
     metadata.pop("ARROW:schema", None)
     header: dict[str, Any] = {"__metadata__": {**metadata, "ids": orjson.dumps(ids).decode()}}
     offset = 0
@@ -91,7 +91,7 @@ def _header(tensors: list[_Tensor], schema: pa.Schema, ids: list[str]) -> bytes:
 
 
 def _values(column: pa.Array, tensor: _Tensor) -> NDArray[Any]:
-    """A column's numbers, little-endian, without a copy where nothing is null."""
+    """Return a column's numbers, little-endian. They are copied only where there are nulls."""
     if pa.types.is_fixed_size_list(column.type):
         column = column.flatten()
     elif tensor.name in FILLS:

@@ -1,4 +1,4 @@
-"""The server that an extraction asks: its model, and the rows of one prompt at a time, each answer to a file."""
+"""The source of an extraction's rows: a server, which is asked for one prompt at a time by logitclient."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from logitserve.extract.prompts import Prompt
 REFUSED = frozenset({400, 413, 422})
 LONGEST_BACKOFF = 30.0
 TIMEOUT = httpx.Timeout(600, connect=10)
-"""A request may wait long for its turn before its first byte comes."""
+"""Long, since a request may wait for its turn before its first byte comes."""
 
 IDENTITY = ("id", "architecture", "vocab_size", "hidden_size", "dtype")
 """The members of /v1/models that tell whether two runs ask the same model."""
 
 
 class LogitsSource:
-    """A server. ``sleep``, ``clock`` and ``jitter`` (in [0, 1)) are asyncio's, time's and random's but in tests."""
+    """A source of rows. Tests replace ``sleep``, ``clock`` and ``jitter``, which gives numbers in [0, 1)."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class LogitsSource:
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._url = http.base_url
-        # It retries nothing by itself: a whole answer is what is tried again here.
+        # Retries are made here, around a whole answer, since a client never repeats a stream that has begun.
         self._client = AsyncClient(str(http.base_url), timeout=http.timeout, max_retries=0, http_client=http)
         self._config = config
         self._sleep = sleep
@@ -55,7 +55,7 @@ class LogitsSource:
         )
 
     async def model(self) -> dict[str, Any]:
-        """Return the IDENTITY of the model. Raises UsageError where it cannot give what the options ask for."""
+        """Return the IDENTITY of the model. Raises UsageError where the options ask for more than it has."""
         try:
             models = await with_retries_async(self._client.models, self._policy, self._sleep, self._clock)
             card = models[0].raw
@@ -77,11 +77,11 @@ class LogitsSource:
         return identity
 
     async def fetch(self, prompt: Prompt, path: Path) -> None:
-        """Write the answer's Arrow stream. Raises RefusedPromptError, or ExtractError where no try succeeded."""
+        """Write one prompt's Arrow stream to a file. Raises RefusedPromptError, or ExtractError after the last try."""
 
         async def write_answer() -> None:
             stream = self._client.stream_arrow(**prompt.source, **self._config.request(prompt.index))
-            # A body cut short raises TransportError here, so what is written in full is a whole answer.
+            # A body that is cut short raises TransportError, so a stream that ends here is whole.
             async with stream as pieces:
                 with path.open("wb") as file:
                     async for piece in pieces:
@@ -119,6 +119,6 @@ def open_connections(config: ExtractConfig, url: str, api_key: str) -> httpx.Asy
         headers=headers,
         timeout=TIMEOUT,
         limits=httpx.Limits(max_connections=config.concurrency),
-        # Proxies are for the way to other machines.
+        # The environment's proxies are for other machines.
         trust_env=config.url is not None,
     )

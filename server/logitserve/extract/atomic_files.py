@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the power goes."""
+"""Files that exist whole or not at all, even after a power cut."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to; on leaving, what it holds reaches the disk and then gets the name ``path``."""
+def write_atomically(path: Path) -> Iterator[Path]:
+    """Yield a path to write to. On leaving, its content is on the disk before the file is named ``path``."""
     unfinished = path.with_name(f"{path.name}.tmp")
     yield unfinished
     with unfinished.open("rb+") as file:
@@ -20,7 +20,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in it last."""
+    """Bring the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

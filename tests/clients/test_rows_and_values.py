@@ -84,9 +84,9 @@ async def test_streamed_logits_are_the_same_rows(client: AsyncClient) -> None:
     assert position[sequence == 0].tolist() == [1, 2, 3, 4, 5]
     token_id = np.concatenate([part.token_id for part in parts])
     assert token_id[sequence == 0].tolist() == [*PROMPT[1:], -1]
-    scores = np.concatenate([part.logprob for part in parts])[sequence == 0]
-    assert np.allclose(scores[:4], logprobs(expected)[range(4), PROMPT[1:]], rtol=1e-5)
-    assert np.isnan(scores[4])
+    found = np.concatenate([part.logprob for part in parts])[sequence == 0]
+    assert np.allclose(found[:4], logprobs(expected)[range(4), PROMPT[1:]], rtol=1e-5)
+    assert np.isnan(found[4])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

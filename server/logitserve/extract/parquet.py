@@ -1,4 +1,4 @@
-"""Record batches to Parquet, in row groups of bounded bytes."""
+"""Parquet files of record batches, in row groups of bounded bytes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from logitserve.extract.prompts import Prompt
 
 GROUP_BYTES = 16 << 20
 GROUP_ROWS = 1 << 16
-PLAIN = ("id", "prompt_index", "position", "token_id", "logprob")
-"""The columns of one number or name a row; the rest are lists, for which statistics and dictionaries are a waste."""
+SCALAR_COLUMNS = ("id", "prompt_index", "position", "token_id", "logprob")
+"""Columns with one value a row. The others are lists, which gain nothing from statistics."""
 
 
 def row_nbytes(schema: pa.Schema) -> int:
-    """Bytes of a row's lists, beside which its other columns are few."""
+    """Return the bytes of a row's lists. The other columns are small beside them."""
     return sum(
         field.type.list_size * field.type.value_type.bit_width // 8
         for field in schema
@@ -29,7 +29,7 @@ def row_nbytes(schema: pa.Schema) -> int:
 
 
 class ParquetSink:
-    """A Parquet file whose row groups depend on its rows alone, not on how they arrive. Holds one group."""
+    """A Parquet file whose row groups depend on its rows alone, not on how they arrive. Memory holds one group."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._schema = schema
@@ -42,7 +42,7 @@ class ParquetSink:
             compression="zstd",
             compression_level=1,
             use_dictionary=["id"],
-            write_statistics=list(PLAIN),
+            write_statistics=list(SCALAR_COLUMNS),
         )
 
     def __enter__(self) -> Self:
@@ -71,7 +71,7 @@ class ParquetSink:
 
 
 def write_part(answers: Iterable[tuple[Prompt, Path]], path: Path) -> int:
-    """Join answers, which are Arrow streams in files, in their order. Returns the number of rows.
+    """Write answers, which are Arrow streams in files, as one part. Return the number of rows.
 
     Without any answer the part has no columns.
     """
@@ -83,7 +83,7 @@ def write_part(answers: Iterable[tuple[Prompt, Path]], path: Path) -> int:
                 if sink is None:
                     sink = stack.enter_context(ParquetSink(path, _part_schema(reader.schema)))
                 for batch in reader:
-                    sink.write(_labelled(batch, prompt))
+                    sink.write(_with_labels(batch, prompt))
                     num_rows += batch.num_rows
     if sink is None:
         pq.write_table(pa.table({}), path)
@@ -91,20 +91,20 @@ def write_part(answers: Iterable[tuple[Prompt, Path]], path: Path) -> int:
 
 
 def count_rows(spool: Path) -> int:
-    """The rows of an answer. Only the heads of its batches are read."""
+    """Return the number of rows of an answer. Only the heads of its batches are read."""
     with _answer(spool) as reader:
         return sum(batch.num_rows for batch in reader)
 
 
 @contextlib.contextmanager
 def _answer(spool: Path) -> Iterator[pa.RecordBatchStreamReader]:
-    """A memory map: the pages of a batch are read where they are used, and dropped under pressure."""
+    """Yield a reader of an answer. The file is mapped: its pages are read as they are used, and dropped under pressure."""
     with pa.memory_map(str(spool)) as source, pa.ipc.open_stream(source) as reader:
         yield reader
 
 
 def _part_schema(wire: pa.Schema) -> pa.Schema:
-    """The wire's columns, with the prompt's id and index in the place of ``sequence``."""
+    """Return the schema of a part: the wire's, with the prompt's id and index in the place of ``sequence``."""
     labels = [
         pa.field("id", pa.string(), nullable=False),
         pa.field("prompt_index", pa.int64(), nullable=False),
@@ -112,7 +112,7 @@ def _part_schema(wire: pa.Schema) -> pa.Schema:
     return pa.schema([*labels, *(field for field in wire if field.name != "sequence")], wire.metadata)
 
 
-def _labelled(batch: pa.RecordBatch, prompt: Prompt) -> pa.RecordBatch:
+def _with_labels(batch: pa.RecordBatch, prompt: Prompt) -> pa.RecordBatch:
     rows = batch.num_rows
     names = pa.repeat(pa.scalar(prompt.id, pa.string()), rows)
     indices = pa.array(np.full(rows, prompt.index, np.int64))
@@ -121,7 +121,7 @@ def _labelled(batch: pa.RecordBatch, prompt: Prompt) -> pa.RecordBatch:
 
 
 def read_groups(paths: Iterable[Path], columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of Parquet files, a row group at a time."""
+    """Yield the rows of Parquet files, a row group at a time."""
     for path in paths:
         with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
@@ -129,7 +129,7 @@ def read_groups(paths: Iterable[Path], columns: list[str] | None = None) -> Iter
 
 
 def schema_of(paths: Iterable[Path]) -> pa.Schema | None:
-    """The schema of the first part that has columns."""
+    """Return the schema of the first part that has columns, or None."""
     for path in paths:
         schema = pq.read_schema(path)
         if len(schema):
@@ -138,7 +138,7 @@ def schema_of(paths: Iterable[Path]) -> pa.Schema | None:
 
 
 def write_parquet(parts: list[Path], schema: pa.Schema, path: Path) -> None:
-    """All parts as one file. Holds one row group."""
+    """Write all parts as one file. Memory holds one row group."""
     with ParquetSink(path, schema) as sink:
         for batch in read_groups(parts):
             sink.write(batch)
