@@ -23,7 +23,7 @@ from logitserve.protocol.base import RequestBody
 from logitserve.protocol.chat import ChatBody
 from logitserve.protocol.completions import CompletionBody
 from logitserve.protocol.logits import LogitsBody
-from logitserve.protocol.scores import EmbeddingsBody, PerplexityBody, PoolingBody, RewardsBody
+from logitserve.protocol.readouts import EmbeddingsBody, PerplexityBody, PoolingBody, RewardsBody
 from logitserve.protocol.tokens import DetokenizeBody, TokenizeBody
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
