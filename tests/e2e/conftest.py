@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from bad_requests import normal_answer
 from live_server import serving
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, PreTrainedModel
@@ -61,3 +63,18 @@ def tiny_float32(tiny_llama: Path) -> PreTrainedModel:
         tiny_llama, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     return model
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[httpx.Client]:
+    """A client of the server at ``url``, which a module names."""
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def unharmed(client: httpx.Client) -> Iterator[None]:
+    """Check that after every request of the module the same answer has the same bits as before."""
+    before = normal_answer(client)
+    yield
+    assert normal_answer(client) == before

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from bad_requests import COMPLETIONS, Bad, check_refusal, normal_answer
+from bad_requests import CHAT, COMPLETIONS, MESSAGES, Bad, check_refusal
 
-CHAT = "/v1/chat/completions"
 LOGITS = "/v1/logits"
 PERPLEXITY = "/v1/perplexity"
 REWARDS = "/v1/rewards"
@@ -20,7 +18,6 @@ READING = (LOGITS, PERPLEXITY, REWARDS, EMBEDDINGS, POOLING)
 VOCABULARY = 49152
 HIDDEN = 64
 CONTEXT = 512
-MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
 def logits(name: str, param: str | None, says: str = "", **fields: Any) -> Bad:
@@ -177,17 +174,9 @@ TABLE = [
 
 
 @pytest.fixture(scope="module")
-def client(tiny_url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=tiny_url, timeout=60) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def unharmed(client: httpx.Client) -> Iterator[None]:
-    """After every request of this module, the same bits as before."""
-    before = normal_answer(client)
-    yield
-    assert normal_answer(client) == before
+def url(tiny_url: str) -> str:
+    """The server that gets the bad requests."""
+    return tiny_url
 
 
 @pytest.mark.usefixtures("unharmed")

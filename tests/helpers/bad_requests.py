@@ -8,7 +8,9 @@ from typing import Any
 
 import httpx
 
+CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+MESSAGES = [{"role": "user", "content": "Hi"}]
 NORMAL = {
     "prompt": "The capital of France is",
     "max_tokens": 3,
