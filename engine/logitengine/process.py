@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 
+EXIT_SECONDS = 5.0
+"""How long an ending process waits until everything is sent, and again until the server has closed."""
+
 IDLE_SECONDS = 1.0
 """Interval at which an idle engine sends its statistics."""
 
@@ -107,7 +110,8 @@ class EngineLoop:
 
     def run(self, config: EngineConfig) -> int:
         """Load, then serve until the server closes the socket. Returns the process's exit status."""
-        threading.Thread(target=self._receive, name="receive", daemon=True).start()
+        receiving = threading.Thread(target=self._receive, name="receive", daemon=True)
+        receiving.start()
         try:
             self._serve(config)
             status = 0
@@ -118,7 +122,10 @@ class EngineLoop:
             status = 1
         self._heart.stop()
         gc.unfreeze()  # otherwise extension modules complain at exit that their objects still exist
-        self._channel.flush(timeout=5)
+        self._channel.flush(EXIT_SECONDS)
+        # Until the server has closed: an exit before it has read everything would fail its next write, and with that
+        # it would lose what it has not read.
+        receiving.join(EXIT_SECONDS)
         return status
 
     def _serve(self, config: EngineConfig) -> None:

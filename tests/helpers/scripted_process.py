@@ -86,6 +86,8 @@ def main() -> int:
         if not act(name, channel, connection):
             break
     channel.flush(timeout=5)
+    while channel.receive() is not None:
+        pass  # as the engine's own process, which reads until the server has closed
     return 0
 
 

@@ -231,9 +231,11 @@ class BlockingChannel(Generic[M]):
         return self._received.popleft()
 
     def flush(self, timeout: float) -> None:
-        """Wait up to ``timeout`` seconds until all messages have left. Nothing may be sent afterwards."""
+        """Wait up to ``timeout`` seconds until everything is sent, then tell the other side that nothing follows."""
         self._rests.put(None)
         self._sender.join(timeout)
+        with contextlib.suppress(OSError):  # the other side has closed
+            self._sock.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self._sock.close()
