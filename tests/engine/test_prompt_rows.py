@@ -48,7 +48,7 @@ def columns(prompt: Any) -> NDArray[Any]:
 
 @pytest.mark.parametrize("cached", [False, True], ids=["cold", "prefix-hit"])
 @pytest.mark.parametrize("chunk", [None, 1, 7, 64])
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 500])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 250])
 def test_prompt_rows_are_the_models_logits(
     float32_model: LoadedModel,
     smollm2_float32: PreTrainedModel,
@@ -68,13 +68,13 @@ def test_prompt_rows_are_the_models_logits(
         assert_rows(answers[name, 0], spec, expected)
 
 
-@pytest.mark.parametrize(("chunk", "spec"), [(None, FULL), (1, CHOSEN), (7, TOP), (64, FULL)])
-def test_prompt_rows_of_4000_tokens_are_the_models_logits(
+@pytest.mark.parametrize(("chunk", "spec"), [(None, FULL), (7, TOP), (64, CHOSEN)])
+def test_prompt_rows_of_2000_tokens_are_the_models_logits(
     float32_model: LoadedModel, smollm2_float32: PreTrainedModel, chunk: int | None, spec: LogitsSpec
 ) -> None:
     """Runs cold first, and then with the whole prompt in the prefix cache."""
-    prompt = english_tokens(float32_model.info.tokenizer_path, 4000, 100)
-    assert len(prompt) == 4000
+    prompt = english_tokens(float32_model.info.tokenizer_path, 2000, 100)
+    assert len(prompt) == 2000
     # The window is wide enough not to cut the full rows of one chunk.
     engine = make_engine(
         float32_model, max_prefill_chunk=chunk, max_num_batched_tokens=4096, logits_window_bytes=1 << 32
