@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ class ArrowAnswer:
     def __init__(self, job: Job, logits: LogitsSpec) -> None:
         self.id: str | None = None
         self.media_type = MEDIA_TYPE
+        self.inline_bytes = sys.maxsize  # nothing is copied
         self._job = job
         self._has_top = logits.top_k is not None
         self._num_generated = [0] * len(job.requests)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
-from logitserve.answers.answer import usage
+from logitserve.answers.answer import inline_bytes, usage
 from logitserve.answers.json_pieces import dumps
 from logitserve.answers.record import Record
 from logitserve.errors import ApiError
@@ -32,6 +32,7 @@ class ChoicesAnswer(ABC, Generic[R]):
         self.job = job
         self.id: str | None = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self.media_type = "text/event-stream" if job.answer.stream else "application/json"
+        self.inline_bytes = inline_bytes(job)
         self._created = int(time.time())
         self._begun: set[int] = set()
         self._records: list[R] = []
@@ -78,6 +79,7 @@ class ChoicesAnswer(ABC, Generic[R]):
         document["usage"] = usage(counts)
         for record in self._records:
             document.update(self.envelope_extras(record))
+        self._records = []  # what is sent is then held by nobody
         return dumps(document)
 
     def fail(self, error: ApiError) -> Sequence[bytes]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from logitserve.answers.answer import usage
+from logitserve.answers.answer import inline_bytes, usage
 from logitserve.answers.json_pieces import dumps
 from logitserve.answers.record import Record
 from logitserve.errors import ApiError
@@ -19,6 +19,7 @@ class LogitsAnswer:
     def __init__(self, job: Job) -> None:
         self.id: str | None = None
         self.media_type = "application/json"
+        self.inline_bytes = inline_bytes(job)
         self._job = job
         self._records = [Record(job, index) for index in range(job.num_choices)]
 
@@ -42,6 +43,7 @@ class LogitsAnswer:
             }
             for record in self._records
         ]
+        self._records = []  # what is sent is then held by nobody
         return dumps({"object": "list", "model": self._job.model_name, "data": data, "usage": usage(counts)})
 
     def fail(self, error: ApiError) -> None:

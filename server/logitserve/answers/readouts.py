@@ -11,6 +11,7 @@ import pybase64
 from logitengine.link.messages import PromptOutput
 from numpy.typing import NDArray
 
+from logitserve.answers.answer import INLINE_LIST_BYTES
 from logitserve.answers.json_pieces import dumps
 from logitserve.answers.row_blocks import to_numpy
 from logitserve.errors import ApiError, BadRequestError
@@ -49,6 +50,7 @@ class ReadoutsAnswer:
     ) -> None:
         self.id = answer_id
         self.media_type = "application/json"
+        self.inline_bytes = INLINE_LIST_BYTES
         self._job = job
         self._readouts = [new_readout() for _ in job.requests]
         self._extras = extras or {}

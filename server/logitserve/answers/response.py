@@ -28,10 +28,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-INLINE_BASE64_BYTES = 1 << 20
-INLINE_LIST_BYTES = 1 << 14
-"""Rows up to this size are encoded on the event loop: a thread would take longer to reach. Lists cost 40 times base64."""
-
 ENCODED_PER_BYTE = 2
 """Bytes reserved for each byte of a delta, before it is known how long it is when written."""
 
@@ -69,8 +65,6 @@ class _Body:
         self._running = running
         self._answer = answer
         self._state = state
-        as_list = "list" in (job.answer.logits_encoding, job.answer.hidden_states_encoding)
-        self._inline_bytes = INLINE_LIST_BYTES if as_list else INLINE_BASE64_BYTES
         self.headers: dict[str, str] = {}
 
     async def streamed(self) -> AsyncGenerator[Piece, None]:
@@ -84,7 +78,7 @@ class _Body:
             async with contextlib.aclosing(self._running.deltas()) as deltas:
                 async for delta in deltas:
                     for piece in await self._state.encode(
-                        partial(answer.add, delta), delta.nbytes, self._inline_bytes
+                        partial(answer.add, delta), delta.nbytes, answer.inline_bytes
                     ):
                         yield piece
                         has_begun = True
@@ -104,11 +98,11 @@ class _Body:
             async with contextlib.aclosing(self._running.deltas()) as deltas:
                 async for delta in deltas:
                     await held.reserve(ENCODED_PER_BYTE * delta.nbytes)
-                    await state.encode(partial(answer.add, delta), delta.nbytes, self._inline_bytes)
+                    await state.encode(partial(answer.add, delta), delta.nbytes, answer.inline_bytes)
                     held.settle(answer.nbytes)
                     self._check_size(answer.nbytes)
             end = partial(answer.end, self._running.counts)
-            pieces = deque(await state.encode(end, answer.nbytes, self._inline_bytes))
+            pieces = deque(await state.encode(end, answer.nbytes, answer.inline_bytes))
             num_bytes = sum(map(len, pieces))
             self.headers["Content-Length"] = str(num_bytes)
             for piece in joined(pieces):

@@ -13,7 +13,7 @@ from logitserve.state import get_state
 
 
 class Body(Protocol):
-    """A pydantic model with a check across its fields."""
+    """A pydantic model with a check across its fields. Its bounds are those of the server's options, its context."""
 
     @classmethod
     def model_validate(cls, obj: Any, /, *, context: Any) -> Self: ...
@@ -43,13 +43,13 @@ class JsonBody(Generic[B]):
         self._model = model
 
     async def __call__(self, request: Request) -> B:
+        config = get_state(request).config
         content = await request.body()
-        _check_values(content, get_state(request).config.max_body_values)
+        _check_values(content, config.max_body_values)
         try:
             document = orjson.loads(content)
         except orjson.JSONDecodeError as error:
             raise BadRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from None
-        config = request.app.state.server.config
         try:
             body = self._model.model_validate(document, context=config)
         except ValidationError as error:
