@@ -11,9 +11,9 @@ from msgspec.structs import replace
 from logitengine.config import EngineConfig
 from logitengine.errors import EngineOverloadedError, RequestRefusedError
 from logitengine.link.messages import EngineStats, GenerationRequest, ModelInfo, StepOutput
+from logitengine.link.row_bytes import prompt_row_nbytes
 from logitengine.model.loader import LoadedModel
 from logitengine.run.plan import StepPlan, plan_step
-from logitengine.run.rows import prompt_row_nbytes
 from logitengine.run.sampler import Sampler
 from logitengine.run.step_rows import StepRows
 from logitengine.schedule.block_manager import BlockManager

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitengine.link.messages import GenerationRequest, HiddenStatesSpec, LogitsSpec, SamplingParams
+from logitengine.link.row_bytes import prompt_row_nbytes
 from logitengine.model.loader import LoadedModel
 from logitengine.run.devices.cpu import CpuDevice
 from logitengine.run.prompt_states import HeldStates, PooledStates
-from logitengine.run.rows import compute_logprobs, prompt_row_nbytes, take_columns
+from logitengine.run.rows import compute_logprobs, take_columns
 from logitengine.schedule.sequence import Sequence
 from logitkernels import ReferenceKernels
 from support import make_engine, run, to_numpy

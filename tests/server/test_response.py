@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from logitengine.link.messages import (
     PromptOutput,
     StepOutput,
 )
+from logitserve.text.token_table import TokenTable
 from scripted_engine import App, OpenApp, Script, Step
 from tokenizers import Tokenizer
 
@@ -185,6 +187,37 @@ async def test_infinite_logprobs_are_numbers_that_json_has(open_app: OpenApp, pa
     logprobs = answer.json()["choices"][0]["logprobs"]
     told = logprobs["token_logprobs"] if path == COMPLETIONS else [logprobs["content"][0]["logprob"]]
     assert told == [-9999.0]
+
+
+async def test_many_log_probabilities_are_written_beside_the_event_loop(
+    open_app: OpenApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = 1000
+    threads: list[int] = []
+    text = TokenTable.text
+
+    def recorded(table: TokenTable, token_id: int) -> str:
+        threads.append(threading.get_ident())
+        return text(table, token_id)
+
+    def script(request: GenerationRequest) -> list[Step]:
+        count = len(request.prompt_token_ids) - 1
+        logprobs = Logprobs(
+            token_logprobs=[-1.0] * count,
+            ranks=[0] * count,
+            top_ids=[list(range(top))] * count,
+            top_logprobs=[[-1.0] * top] * count,
+        )
+        prompt = PromptOutput(offset=0, logprobs=logprobs)
+        return [StepOutput(request_id=request.request_id, index=0, prompt=prompt, finish_reason="length")]
+
+    monkeypatch.setattr(TokenTable, "text", recorded)
+    body = {"prompt": list(range(5, 55)), "max_tokens": 0, "prompt_logprobs": top}
+    async with open_app(script, max_prompt_logprobs=top) as app:
+        answer = await app.post(COMPLETIONS, body)
+    assert len(answer.json()["choices"][0]["prompt_logprobs"]) == 50
+    assert len(threads) >= 49 * top
+    assert threading.get_ident() not in threads
 
 
 async def test_prompt_blocks_join_and_keep_their_offsets(open_app: OpenApp) -> None:

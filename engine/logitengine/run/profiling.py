@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from logitengine.config import EngineConfig
 from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.link.row_bytes import logits_row_nbytes
 from logitengine.run.plan import plan_step
-from logitengine.run.rows import row_nbytes
 from logitengine.run.runner import ModelRunner
 from logitengine.run.sampler import Sampler
 from logitengine.schedule.scheduler import Chunk
@@ -29,7 +29,9 @@ def largest_step(
     if longest is not None:
         length = min(length, longest)
     rows_left = (
-        0 if vocab_size is None else max(1, config.logits_window_bytes // row_nbytes(SHOWN, vocab_size))
+        0
+        if vocab_size is None
+        else max(1, config.logits_window_bytes // logits_row_nbytes(SHOWN, vocab_size))
     )
     chunks = []
     for index in range(count):

@@ -8,37 +8,10 @@ import torch
 from logitkernels import Kernels
 from torch import Tensor
 
-from logitengine.link.messages import Array, LogitsRows, LogitsSpec, Logprobs, OutputSpec
+from logitengine.link.messages import Array, LogitsRows, LogitsSpec, Logprobs
 from logitengine.run.devices import Device
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def row_nbytes(spec: LogitsSpec, vocab_size: int) -> int:
-    """Return the bytes of one row of logits on the wire."""
-    itemsize = TORCH_DTYPES[spec.dtype].itemsize
-    if spec.top_k is not None:
-        return spec.top_k * (itemsize + 4)
-    if spec.token_ids is not None:
-        return len(spec.token_ids) * (itemsize + 4)
-    return vocab_size * itemsize
-
-
-def prompt_row_nbytes(
-    outputs: OutputSpec, vocab_size: int, hidden_size: int, head_sizes: dict[str, int]
-) -> int:
-    """Return the bytes that one prompt row of a request adds; 0 if nothing is sent per row."""
-    asked = outputs.of_prompt
-    total = 0
-    if asked.logits is not None:
-        total += row_nbytes(asked.logits, vocab_size)
-    if asked.prompt_logprobs is not None:
-        total += 8 * (2 + 2 * asked.prompt_logprobs)
-    if asked.hidden_states is not None:
-        total += hidden_size * TORCH_DTYPES[asked.hidden_states.dtype].itemsize
-    if asked.head is not None and asked.head.every_position:
-        total += 4 * head_sizes[asked.head.name]
-    return total
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,10 +23,14 @@ from logitserve.jobs.job import Job
 from logitserve.jobs.limits import answer_too_large
 from logitserve.jobs.run import RunningJob
 from logitserve.state import ServerState
+from logitserve.text.choice import Delta
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+LOGPROBS_WEIGHT = 16
+"""How much longer a byte of log-probabilities takes to write than a byte of rows."""
 
 ENCODED_PER_BYTE = 2
 """Bytes reserved for each byte of a delta, before it is known how long it is when written."""
@@ -77,9 +81,7 @@ class _Body:
         try:
             async with contextlib.aclosing(self._running.deltas()) as deltas:
                 async for delta in deltas:
-                    for piece in await self._state.encode(
-                        partial(answer.add, delta), delta.nbytes, answer.inline_bytes
-                    ):
+                    for piece in await self._add(delta):
                         yield piece
                         has_begun = True
             for piece in answer.end(self._running.counts):
@@ -98,7 +100,7 @@ class _Body:
             async with contextlib.aclosing(self._running.deltas()) as deltas:
                 async for delta in deltas:
                     await held.reserve(ENCODED_PER_BYTE * delta.nbytes)
-                    await state.encode(partial(answer.add, delta), delta.nbytes, answer.inline_bytes)
+                    await self._add(delta)
                     held.settle(answer.nbytes)
                     self._check_size(answer.nbytes)
             end = partial(answer.end, self._running.counts)
@@ -109,6 +111,14 @@ class _Body:
                 yield piece
                 num_bytes -= len(piece)
                 held.settle(num_bytes)
+
+    async def _add(self, delta: Delta) -> Iterable[Piece]:
+        """Hand the delta to the answer, on a thread where writing it would hold up the event loop."""
+        answer = self._answer
+        cost = delta.nbytes + LOGPROBS_WEIGHT * delta.logprobs_nbytes
+        if cost <= answer.inline_bytes:
+            return answer.add(delta)
+        return await self._state.encode(partial(answer.add, delta), cost, answer.inline_bytes)
 
     def _check_size(self, nbytes: int) -> None:
         if nbytes > self._state.config.max_answer_bytes:

@@ -6,17 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from logitengine.link.messages import LogitsSpec, OutputSpec
+from logitengine.link.row_bytes import RowSize, row_sizes
 
 from logitserve.config import ServerConfig
 from logitserve.errors import BadRequestError
 from logitserve.jobs.options import JobOptions
 from logitserve.protocol.limits import too_large
 from logitserve.state import Model
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-ID_BYTES = 4
-LOGPROB_BYTES = 8
-"""Bytes of each number of log-probabilities, as the engine counts them."""
 
 
 def require_generative(model: Model) -> None:
@@ -129,41 +125,6 @@ def _check_context(num_prompt_tokens: int, max_tokens: int | None, model: Model,
 
 
 @dataclass(frozen=True, slots=True)
-class _RowSize:
-    """Bytes of one row of one kind as the engine sends it, and at which positions there is one."""
-
-    nbytes: int
-    of_prompt: bool
-    of_generated: bool
-
-
-def _row_sizes(outputs: OutputSpec, model: Model) -> Iterator[_RowSize]:
-    logits, hidden_states, head = outputs.logits, outputs.hidden_states, outputs.head
-    if logits is not None:
-        yield _RowSize(_logits_nbytes(logits, model), logits.wants_prompt, logits.wants_generated)
-    if hidden_states is not None:
-        nbytes = model.info.hidden_size * ITEM_BYTES[hidden_states.dtype]
-        yield _RowSize(nbytes, hidden_states.wants_prompt, hidden_states.wants_generated)
-    if outputs.logprobs is not None:
-        yield _RowSize(LOGPROB_BYTES * (2 + 2 * outputs.logprobs), of_prompt=False, of_generated=True)
-    if outputs.prompt_logprobs is not None:
-        yield _RowSize(LOGPROB_BYTES * (2 + 2 * outputs.prompt_logprobs), of_prompt=True, of_generated=False)
-    if head is not None and head.every_position:
-        yield _RowSize(
-            ITEM_BYTES["float32"] * model.info.heads[head.name], of_prompt=True, of_generated=False
-        )
-
-
-def _logits_nbytes(logits: LogitsSpec, model: Model) -> int:
-    item = ITEM_BYTES[logits.dtype]
-    if logits.top_k is not None:
-        return logits.top_k * (item + ID_BYTES)
-    if logits.token_ids is not None:
-        return len(logits.token_ids) * (item + ID_BYTES)
-    return model.info.vocab_size * item
-
-
-@dataclass(frozen=True, slots=True)
 class RowBytes:
     """Most bytes of rows: that one ``position`` adds to a choice's outputs, and that any one ``request`` of a job makes."""
 
@@ -174,6 +135,11 @@ class RowBytes:
 def position_nbytes(outputs: OutputSpec, model: Model) -> int:
     """Most bytes that one position adds to the outputs of one choice."""
     return sum(size.nbytes for size in _row_sizes(outputs, model))
+
+
+def _row_sizes(outputs: OutputSpec, model: Model) -> Iterator[RowSize]:
+    info = model.info
+    return row_sizes(outputs, info.vocab_size, info.hidden_size, info.heads)
 
 
 def rows_nbytes(options: JobOptions, num_prompt_tokens: int, max_tokens: int, model: Model) -> int:

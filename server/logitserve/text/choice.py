@@ -44,6 +44,12 @@ class Delta:
         blocks = (self.logits, self.logprobs, self.hidden_states, self.prompt)
         return sum(block.nbytes for block in blocks if block is not None)
 
+    @property
+    def logprobs_nbytes(self) -> int:
+        """Bytes of its log-probabilities alone, those of the prompt included."""
+        blocks = (self.logprobs, None if self.prompt is None else self.prompt.logprobs)
+        return sum(block.nbytes for block in blocks if block is not None)
+
 
 class ChoiceText:
     """The text of one choice so far.
