@@ -10,16 +10,7 @@ from dataclasses import dataclass
 from logitengine.link.messages import GenerationRequest
 from msgspec.structs import replace
 
-from logitserve.jobs.limits import (
-    RowBytes,
-    check_answer_nbytes,
-    check_ids,
-    check_options,
-    parse_logit_bias,
-    position_nbytes,
-    rows_nbytes,
-    settle_max_tokens,
-)
+from logitserve.jobs.limits import RowBytes, check_options, settle_bounds
 from logitserve.jobs.options import AnswerOptions, JobOptions, TextOptions
 from logitserve.jobs.prompts import TokenizedPrompt, tokenize
 from logitserve.state import Model, ServerState
@@ -67,18 +58,11 @@ async def make_job(options: JobOptions, state: ServerState) -> Job:
     name = model.check_name(options.model)
     check_options(options, model)
     prompts = await tokenize(options.prompts, state)
-    for prompt in prompts:
-        # A tokenizer may know more tokens than the model, from other models of its family.
-        check_ids(prompt.token_ids, model, options.prompts.param)
-    limits = [settle_max_tokens(options, len(prompt.token_ids), model) for prompt in prompts]
-    sizes = [
-        rows_nbytes(options, len(prompt.token_ids), limit, model)
-        for prompt, limit in zip(prompts, limits, strict=True)
+    bounds = settle_bounds(options, [prompt.token_ids for prompt in prompts], model, state.config)
+    requests = [
+        _request(options, prompt, max_tokens, bounds.logit_bias)
+        for prompt, max_tokens in zip(prompts, bounds.max_tokens, strict=True)
     ]
-    if not options.answer.stream:
-        check_answer_nbytes(options, sum(sizes), state.config)
-    bias = parse_logit_bias(options.logit_bias, model)
-    requests = [_request(options, prompt, limit, bias) for prompt, limit in zip(prompts, limits, strict=True)]
     return Job(
         model=model,
         model_name=name,
@@ -86,7 +70,7 @@ async def make_job(options: JobOptions, state: ServerState) -> Job:
         requests=requests,
         text=options.text,
         answer=options.answer,
-        row_bytes=RowBytes(position_nbytes(options.outputs, model), max(sizes)),
+        row_bytes=bounds.row_bytes,
         rows_param=options.rows_param,
     )
 

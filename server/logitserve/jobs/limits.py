@@ -36,6 +36,41 @@ def check_options(options: JobOptions, model: Model) -> None:
         _check_columns(outputs.logits, options.columns_prefix, model)
 
 
+@dataclass(frozen=True, slots=True)
+class RowBytes:
+    """Most bytes of rows: that one ``position`` adds to a choice's outputs, and that any one ``request`` of a job makes."""
+
+    position: int
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class SettledBounds:
+    """What only the prompts decide: each one's ``max_tokens``, the bias by token id, and the bytes of rows."""
+
+    max_tokens: Sequence[int]
+    logit_bias: dict[int, float]
+    row_bytes: RowBytes
+
+
+def settle_bounds(
+    options: JobOptions, prompts: Sequence[Sequence[int]], model: Model, config: ServerConfig
+) -> SettledBounds:
+    """Check what the prompts' token ids decide. Raises BadRequestError."""
+    for token_ids in prompts:
+        # A tokenizer may know more tokens than the model, from other models of its family.
+        check_ids(token_ids, model, options.prompts.param)
+    limits = [_settle_max_tokens(options, len(token_ids), model) for token_ids in prompts]
+    sizes = [
+        _rows_nbytes(options, len(token_ids), limit, model)
+        for token_ids, limit in zip(prompts, limits, strict=True)
+    ]
+    if not options.answer.stream and sum(sizes) > config.max_answer_bytes:
+        raise answer_too_large(options.rows_param, f"up to {sum(sizes)} bytes of rows", config)
+    bias = _parse_logit_bias(options.logit_bias, model)
+    return SettledBounds(limits, bias, RowBytes(_position_nbytes(options.outputs, model), max(sizes)))
+
+
 def check_ids(token_ids: Sequence[int], model: Model, param: str) -> None:
     if token_ids and max(token_ids) >= model.info.vocab_size:
         raise BadRequestError(
@@ -61,7 +96,7 @@ def _check_columns(logits: LogitsSpec, prefix: str, model: Model) -> None:
         check_ids(logits.token_ids, model, f"{prefix}token_ids")
 
 
-def parse_logit_bias(logit_bias: dict[str, float], model: Model) -> dict[int, float]:
+def _parse_logit_bias(logit_bias: dict[str, float], model: Model) -> dict[int, float]:
     """The bias by token id. JSON's keys are strings, which must spell ids. Raises BadRequestError."""
     bias = {}
     for key, value in logit_bias.items():
@@ -72,7 +107,7 @@ def parse_logit_bias(logit_bias: dict[str, float], model: Model) -> dict[int, fl
     return bias
 
 
-def settle_max_tokens(options: JobOptions, num_prompt_tokens: int, model: Model) -> int:
+def _settle_max_tokens(options: JobOptions, num_prompt_tokens: int, model: Model) -> int:
     """The explicit limit if it fits, else the default or what is left of the context. Raises BadRequestError."""
     wanted = options.max_tokens
     if wanted == 0 and not (options.answer.echo or _reads_prompt(options.outputs)):
@@ -124,15 +159,7 @@ def _check_context(num_prompt_tokens: int, max_tokens: int | None, model: Model,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class RowBytes:
-    """Most bytes of rows: that one ``position`` adds to a choice's outputs, and that any one ``request`` of a job makes."""
-
-    position: int
-    request: int
-
-
-def position_nbytes(outputs: OutputSpec, model: Model) -> int:
+def _position_nbytes(outputs: OutputSpec, model: Model) -> int:
     """Most bytes that one position adds to the outputs of one choice."""
     return sum(size.nbytes for size in _row_sizes(outputs, model))
 
@@ -142,18 +169,12 @@ def _row_sizes(outputs: OutputSpec, model: Model) -> Iterator[RowSize]:
     return row_sizes(outputs, info.vocab_size, info.hidden_size, info.heads)
 
 
-def rows_nbytes(options: JobOptions, num_prompt_tokens: int, max_tokens: int, model: Model) -> int:
+def _rows_nbytes(options: JobOptions, num_prompt_tokens: int, max_tokens: int, model: Model) -> int:
     """Most bytes of rows that one prompt's answer can have: its own rows once, generated ones for each choice."""
     return sum(
         size.nbytes * (size.of_prompt * num_prompt_tokens + size.of_generated * options.n * max_tokens)
         for size in _row_sizes(options.outputs, model)
     )
-
-
-def check_answer_nbytes(options: JobOptions, nbytes: int, config: ServerConfig) -> None:
-    """Refuse a whole answer that would hold more rows than one may. Raises BadRequestError."""
-    if nbytes > config.max_answer_bytes:
-        raise answer_too_large(options.rows_param, f"up to {nbytes} bytes of rows", config)
 
 
 def answer_too_large(param: str, amount: str, config: ServerConfig) -> BadRequestError:
