@@ -54,9 +54,9 @@ class ServerConfig(BaseModel):
     )
     max_body_bytes: int = Field(8 << 20, ge=1, description="largest request body")
     max_body_values: int = Field(
-        1 << 18,
+        1 << 20,
         ge=1,
-        description="most values in a request body; every '[', '{' and ',' counts as one, those in strings too",
+        description="most values in a request body; every ',' counts as one, '[' and '{' as eight, those in strings too",
     )
     max_header_bytes: int = Field(32 << 10, ge=1024, description="largest request head")
     max_n: int = Field(32, ge=1, description="largest n")

@@ -7,11 +7,21 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from logitserve.errors import RETRY_AFTER_SECONDS, ApiError
+
 WINDOW_COST = 2
 """Bytes charged for each byte of a window: outputs overshoot it by a step, and one of them may be encoded beside it."""
 
+SMALL_PART = 4096
+"""The part of the budget that is small. Windows up to that size are granted whole, and an eighth of the budget is kept for
+them. Every whole answer may hold as much without waiting: text, log-probabilities and a few rows never wait for a large one.
+"""
+
 SMALLEST_SHARE = 16
-"""A window takes at most this part of what is left, so that there is always a smaller one for somebody else."""
+"""A larger window takes at most this part of what is left, so that there is always a smaller one for somebody else."""
+
+WAIT_SECONDS = 300.0
+"""How long an answer waits for others at most."""
 
 
 class Window:
@@ -32,18 +42,37 @@ class HeldBytes:
 
     Windows are granted or refused at once; they shrink as the budget does. Whole answers reserve bytes as they grow and
     wait for each other, but the oldest never waits: so one of them always goes on, and all end. It may exceed the budget
-    by the most that one answer may hold.
+    by the most that one answer may hold, and every other one by a small part.
+
+    Attributes:
+        small: bytes of that part.
+        windows_left: bytes that are left for windows.
     """
 
     def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.small = limit // SMALL_PART
         self.windows_left = limit // 2
         self._answers_left = limit - limit // 2
         self._answers: list[AnswerBytes] = []  # by age
 
-    def window(self, wanted: int, least: int) -> Window | None:
-        """A window of at most ``wanted`` bytes, and at least ``least`` where that is less; None if there is no room."""
-        nbytes = min(wanted, max(least, self.windows_left // (WINDOW_COST * SMALLEST_SHARE)))
+    def fits(self, nbytes: int) -> bool:
+        """Whether a window of this size could be granted if there were no others."""
+        return WINDOW_COST * nbytes <= self._limit // 2
+
+    def window(self, wanted: int, least: int, *, is_owed: bool = False) -> Window | None:
+        """A window of at most ``wanted`` bytes, and at least ``least`` where that is less; None if there is no room.
+
+        One that ``is_owed`` is granted whatever is left: whoever asks holds up others until it goes on.
+        """
+        least = min(wanted, least)
+        nbytes = wanted
+        if wanted > self.small:
+            left = self.windows_left - self._limit // 8
+            nbytes = min(wanted, max(least, self.small, left // (WINDOW_COST * SMALLEST_SHARE)))
         if WINDOW_COST * nbytes > self.windows_left:
+            nbytes = least
+        if WINDOW_COST * nbytes > self.windows_left and not is_owed:
             return None
         self.windows_left -= WINDOW_COST * nbytes
         return Window(self, nbytes)
@@ -77,7 +106,8 @@ class HeldBytes:
             waiting = answer.waiting
             if waiting is None or waiting.granted.cancelled():
                 continue
-            if answer is self._answers[0] or waiting.nbytes <= self._answers_left:
+            is_free = answer.nbytes + waiting.nbytes <= self.small
+            if is_free or answer is self._answers[0] or waiting.nbytes <= self._answers_left:
                 answer.waiting = None
                 self.take(answer, waiting.nbytes)
                 waiting.granted.set_result(None)
@@ -106,12 +136,20 @@ class AnswerBytes:
         self._held.forget(self)
 
     async def reserve(self, nbytes: int) -> None:
-        """Wait until there is room for ``nbytes`` more, or no older answer is left."""
+        """Wait until there is room for ``nbytes`` more, or no older answer is left. Raises ApiError 503 after WAIT_SECONDS."""
         reservation = _Reservation(nbytes, asyncio.get_running_loop().create_future())
         self.waiting = reservation
         self._held.grant()
         try:
-            await reservation.granted
+            async with asyncio.timeout(WAIT_SECONDS):
+                await reservation.granted
+        except TimeoutError:
+            raise ApiError(
+                503,
+                "Other answers take up --max-held-bytes. Stream the answer, or try again.",
+                code="too_many_bytes_held",
+                headers={"Retry-After": RETRY_AFTER_SECONDS},
+            ) from None
         finally:
             self.waiting = None
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 import pytest
+from logitserve.http.body import CONTAINER_WEIGHT
 from scripted_engine import OpenApp
 
 pytestmark = pytest.mark.anyio
@@ -54,7 +55,7 @@ async def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(
 async def test_a_body_of_as_many_values_as_are_allowed_is_parsed(
     open_app: OpenApp, parsed: list[bytes]
 ) -> None:
-    body = b"[" + b"0," * (LIMIT - 1) + b"0]"
+    body = b"[" + b"0," * (LIMIT - CONTAINER_WEIGHT) + b"0]"
     async with open_app(max_body_values=LIMIT) as app:
         parsed.clear()
         answer = await app.client.post("/v1/completions", content=body)

@@ -95,6 +95,45 @@ def test_every_answer_ends_and_the_budget_holds(clients: list[Whole | Stream]) -
     assert held.windows_left == LIMIT // 2
 
 
+def test_large_windows_shrink_and_leave_room_for_small_ones() -> None:
+    held = HeldBytes(1 << 30)
+    large = 16 << 20
+    sizes: list[int] = []
+    while (window := held.window(large, 1 << 20)) is not None and len(sizes) < 1000:
+        sizes.append(window.nbytes)
+    assert large // 2 < sizes[0] <= large
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == 1 << 20
+    assert len(sizes) > 64
+    assert held.windows_left < WINDOW_COST << 20
+    assert held.window(large, 1 << 20, is_owed=True) is not None
+
+
+def test_small_windows_are_granted_whole_to_a_thousand_requests() -> None:
+    held = HeldBytes(1 << 30)
+    windows = [held.window(held.small, 336) for _ in range(1024)]
+    assert [window.nbytes for window in windows if window is not None] == [held.small] * 1024
+
+
+def test_an_answer_without_rows_never_waits_for_a_large_one() -> None:
+    held = HeldBytes(1 << 20)
+
+    async def run() -> None:
+        with held.answer() as large:
+            await large.reserve(100 << 20)
+            with held.answer() as small:
+                async with asyncio.timeout(10):
+                    await small.reserve(0)
+                    await small.reserve(held.small)
+                waiting = asyncio.create_task(small.reserve(1))
+                await asyncio.sleep(0)
+                assert not waiting.done()
+                large.settle(0)
+                await waiting
+
+    asyncio.run(run())
+
+
 def test_a_cancelled_answer_gives_back_what_it_held_and_waited_for() -> None:
     held = HeldBytes(LIMIT)
 

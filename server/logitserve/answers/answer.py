@@ -25,11 +25,13 @@ class Answer(Protocol):
         media_type: of the body.
         inline_bytes: bytes of a delta up to which it is written on the event loop, since a thread would take longer to
             reach.
+        tells_errors: whether a body that has begun can tell of an error; else it is cut off.
     """
 
     id: str | None
     media_type: str
     inline_bytes: int
+    tells_errors: bool
 
     @property
     def nbytes(self) -> int:
@@ -41,8 +43,8 @@ class Answer(Protocol):
     def end(self, counts: Counts) -> Iterable[Piece]:
         """The rest of the body, once the job is done. The answer holds nothing of it any more."""
 
-    def fail(self, error: ApiError) -> Iterable[Piece] | None:
-        """How a body that has begun ends after an error; None if it can only be cut off."""
+    def tell(self, error: ApiError) -> Iterable[Piece]:
+        """How a body that has begun ends with an error, where ``tells_errors``."""
 
 
 def inline_bytes(job: Job) -> int:

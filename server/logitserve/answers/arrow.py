@@ -32,6 +32,7 @@ class ArrowAnswer:
     """An Answer of record batches; the engine's arrays are not copied."""
 
     nbytes = 0
+    tells_errors = False
 
     def __init__(self, job: Job, logits: LogitsSpec) -> None:
         self.id: str | None = None
@@ -64,8 +65,8 @@ class ArrowAnswer:
         self._writer.close()
         return self._pieces.take()
 
-    def fail(self, error: ApiError) -> None:
-        """Nothing: a stream of batches cannot tell of an error, so it is cut off."""
+    def tell(self, error: ApiError) -> Iterator[bytes | memoryview]:  # noqa: ARG002 - batches cannot tell of an error
+        return iter(())
 
     def _batch(
         self,

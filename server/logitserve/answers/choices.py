@@ -33,6 +33,8 @@ class ChoicesAnswer(ABC, Generic[R]):
         self.id: str | None = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self.media_type = "text/event-stream" if job.answer.stream else "application/json"
         self.inline_bytes = inline_bytes(job)
+        self.tells_errors = job.answer.stream
+        self.nbytes = 0
         self._created = int(time.time())
         self._begun: set[int] = set()
         self._records: list[R] = []
@@ -61,13 +63,9 @@ class ChoicesAnswer(ABC, Generic[R]):
 
     # As an Answer.
 
-    @property
-    def nbytes(self) -> int:
-        return sum(record.nbytes for record in self._records)
-
     def add(self, delta: Delta) -> Sequence[bytes]:
         if not self.job.answer.stream:
-            self._records[delta.index].add(delta)
+            self.nbytes += self._records[delta.index].add(delta)
             return ()
         return self._events(delta) if self._says_something(delta) else ()
 
@@ -82,7 +80,7 @@ class ChoicesAnswer(ABC, Generic[R]):
         self._records = []  # what is sent is then held by nobody
         return dumps(document)
 
-    def fail(self, error: ApiError) -> Sequence[bytes]:
+    def tell(self, error: ApiError) -> Sequence[bytes]:
         """One event with the error, and no [DONE]."""
         return [event(error.body())]
 

@@ -16,19 +16,18 @@ from logitserve.text.choice import Delta
 class LogitsAnswer:
     """An Answer with one object for each input."""
 
+    tells_errors = False
+
     def __init__(self, job: Job) -> None:
         self.id: str | None = None
         self.media_type = "application/json"
         self.inline_bytes = inline_bytes(job)
+        self.nbytes = 0
         self._job = job
         self._records = [Record(job, index) for index in range(job.num_choices)]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(record.nbytes for record in self._records)
-
     def add(self, delta: Delta) -> Sequence[bytes]:
-        self._records[delta.index].add(delta)
+        self.nbytes += self._records[delta.index].add(delta)
         return ()
 
     def end(self, counts: Counts) -> Sequence[bytes]:
@@ -46,5 +45,5 @@ class LogitsAnswer:
         self._records = []  # what is sent is then held by nobody
         return dumps({"object": "list", "model": self._job.model_name, "data": data, "usage": usage(counts)})
 
-    def fail(self, error: ApiError) -> None:
-        """Nothing: a whole body fails before it begins."""
+    def tell(self, error: ApiError) -> Sequence[bytes]:  # noqa: ARG002 - a whole body fails before it begins
+        return ()

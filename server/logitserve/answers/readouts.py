@@ -39,7 +39,7 @@ class ReadoutsAnswer:
         extras: members of the answer beside its ``data``.
     """
 
-    nbytes = 0
+    tells_errors = False
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class ReadoutsAnswer:
         self.id = answer_id
         self.media_type = "application/json"
         self.inline_bytes = INLINE_LIST_BYTES
+        self.nbytes = 0
         self._job = job
         self._readouts = [new_readout() for _ in job.requests]
         self._extras = extras or {}
@@ -58,6 +59,8 @@ class ReadoutsAnswer:
     def add(self, delta: Delta) -> Sequence[bytes]:
         if delta.prompt is not None:
             self._readouts[delta.index].add(delta.prompt)
+            kept = (delta.prompt.values, delta.prompt.pooled)
+            self.nbytes += sum(array.nbytes for array in kept if array is not None)
         return ()
 
     def end(self, counts: Counts) -> Sequence[bytes]:
@@ -67,8 +70,8 @@ class ReadoutsAnswer:
             {"object": "list", "model": self._job.model_name, **self._extras, "data": data, "usage": usage}
         )
 
-    def fail(self, error: ApiError) -> None:
-        """Nothing: a whole body fails before it begins."""
+    def tell(self, error: ApiError) -> Sequence[bytes]:  # noqa: ARG002 - a whole body fails before it begins
+        return ()
 
 
 class PerplexityReadout:

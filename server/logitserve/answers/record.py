@@ -36,7 +36,9 @@ class Record:
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
 
-    def add(self, delta: Delta) -> None:
+    def add(self, delta: Delta) -> int:
+        """Take in a delta; the bytes that the record holds since."""
+        before = self.nbytes
         self._text.append(delta.text)
         self.token_ids += delta.token_ids
         if delta.logprobs is not None and self._logprobs is not None:
@@ -49,6 +51,7 @@ class Record:
             self.add_prompt(delta.prompt)
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
+        return self.nbytes - before
 
     def add_prompt(self, prompt: PromptOutput) -> None:
         """Take in rows of the choice's prompt."""

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from logitserve.answers.answer import Answer, Piece
 from logitserve.answers.json_pieces import joined
 from logitserve.errors import ApiError, from_exception
+from logitserve.held_bytes import AnswerBytes
 from logitserve.http.request_log import LogFields
 from logitserve.jobs.job import Job
 from logitserve.jobs.limits import answer_too_large
@@ -87,22 +88,16 @@ class _Body:
             for piece in answer.end(self._running.counts):
                 yield piece
         except Exception as error:
-            told = answer.fail(from_exception(error)) if has_begun else None
-            if told is None:
+            if not (has_begun and answer.tells_errors):
                 raise
-            for piece in told:
+            for piece in answer.tell(from_exception(error)):
                 yield piece
 
     async def whole(self) -> AsyncGenerator[Piece, None]:
         """The body once all of it is there. What it holds is charged to the server's budget until it is sent."""
         state, answer = self._state, self._answer
         with state.held_bytes.answer() as held:
-            async with contextlib.aclosing(self._running.deltas()) as deltas:
-                async for delta in deltas:
-                    await held.reserve(ENCODED_PER_BYTE * delta.nbytes)
-                    await self._add(delta)
-                    held.settle(answer.nbytes)
-                    self._check_size(answer.nbytes)
+            await self._collect(held)
             end = partial(answer.end, self._running.counts)
             pieces = deque(await state.encode(end, answer.nbytes, answer.inline_bytes))
             num_bytes = sum(map(len, pieces))
@@ -111,6 +106,16 @@ class _Body:
                 yield piece
                 num_bytes -= len(piece)
                 held.settle(num_bytes)
+
+    async def _collect(self, held: AnswerBytes) -> None:
+        """Hand every delta to the answer, as the budget has room."""
+        answer = self._answer
+        async with contextlib.aclosing(self._running.deltas()) as deltas:
+            async for delta in deltas:
+                await held.reserve(ENCODED_PER_BYTE * delta.nbytes)
+                await self._add(delta)
+                held.settle(answer.nbytes)
+                self._check_size(answer.nbytes)
 
     async def _add(self, delta: Delta) -> Iterable[Piece]:
         """Hand the delta to the answer, on a thread where writing it would hold up the event loop."""

@@ -30,6 +30,9 @@ B = TypeVar("B", bound=Body)
 STRUCTURE = b"[{,"
 """Bytes that open a list or an object, or part two of its members. A document has at most one value more than these."""
 
+CONTAINER_WEIGHT = 8
+"""Values that a list or an object counts as, since making one takes as much longer than a number."""
+
 NOT_STRUCTURE = bytes(set(range(256)) - set(STRUCTURE))
 
 
@@ -60,10 +63,15 @@ class JsonBody(Generic[B]):
 
 def _check_values(content: bytes, limit: int) -> None:
     """Refuse a body that may hold too many values: bytes inside strings count too. Raises BadRequestError."""
-    if len(content) <= limit or len(content.translate(None, delete=NOT_STRUCTURE)) <= limit:
+    if len(content) * CONTAINER_WEIGHT <= limit:
+        return
+    structure = content.translate(None, delete=NOT_STRUCTURE)
+    num_containers = len(structure) - structure.count(b",")
+    if len(structure) + (CONTAINER_WEIGHT - 1) * num_containers <= limit:
         return
     raise BadRequestError(
-        f"The body may hold more than {limit} values (--max-body-values): every '[', '{{' and ',' counts as one.",
+        f"The body may hold more than {limit} values (--max-body-values): every ',' counts as one, every '[' and '{{' "
+        f"as {CONTAINER_WEIGHT}.",
         code="too_many_values",
     )
 

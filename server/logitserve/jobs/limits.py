@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from logitengine.link.messages import LogitsSpec, OutputSpec
 from logitengine.link.row_bytes import RowSize, row_sizes
+from msgspec.structs import replace
 
 from logitserve.config import ServerConfig
 from logitserve.errors import BadRequestError
@@ -62,11 +63,11 @@ def settle_bounds(
         check_ids(token_ids, model, options.prompts.param)
     limits = [_settle_max_tokens(options, len(token_ids), model) for token_ids in prompts]
     sizes = [
-        _rows_nbytes(options, len(token_ids), limit, model)
+        _rows_nbytes(options.outputs, options.n, len(token_ids), limit, model)
         for token_ids, limit in zip(prompts, limits, strict=True)
     ]
-    if not options.answer.stream and sum(sizes) > config.max_answer_bytes:
-        raise answer_too_large(options.rows_param, f"up to {sum(sizes)} bytes of rows", config)
+    if not options.answer.stream:
+        _check_answer_bytes(options, prompts, limits, model, config)
     bias = _parse_logit_bias(options.logit_bias, model)
     return SettledBounds(limits, bias, RowBytes(_position_nbytes(options.outputs, model), max(sizes)))
 
@@ -94,6 +95,27 @@ def _check_columns(logits: LogitsSpec, prefix: str, model: Model) -> None:
         if len(logits.token_ids) > vocab_size:
             raise too_large(f"{prefix}token_ids", len(logits.token_ids), vocab_size, "ids")
         check_ids(logits.token_ids, model, f"{prefix}token_ids")
+
+
+def _check_answer_bytes(
+    options: JobOptions,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    model: Model,
+    config: ServerConfig,
+) -> None:
+    """Refuse a whole answer whose rows alone may be too long when they are written. Raises BadRequestError."""
+    rows = replace(options.outputs, logprobs=None, prompt_logprobs=None, head=None)
+    nbytes = sum(
+        _rows_nbytes(rows, options.n, len(token_ids), limit, model)
+        for token_ids, limit in zip(prompts, limits, strict=True)
+    )
+    # Base64 is this much longer than the bytes; lists are longer still.
+    written = nbytes * 4 // 3
+    if written > config.max_answer_bytes:
+        raise answer_too_large(
+            options.rows_param, f"rows of up to {written} bytes as they are written", config
+        )
 
 
 def _parse_logit_bias(logit_bias: dict[str, float], model: Model) -> dict[int, float]:
@@ -169,11 +191,11 @@ def _row_sizes(outputs: OutputSpec, model: Model) -> Iterator[RowSize]:
     return row_sizes(outputs, info.vocab_size, info.hidden_size, info.heads)
 
 
-def _rows_nbytes(options: JobOptions, num_prompt_tokens: int, max_tokens: int, model: Model) -> int:
+def _rows_nbytes(outputs: OutputSpec, n: int, num_prompt_tokens: int, max_tokens: int, model: Model) -> int:
     """Most bytes of rows that one prompt's answer can have: its own rows once, generated ones for each choice."""
     return sum(
-        size.nbytes * (size.of_prompt * num_prompt_tokens + size.of_generated * options.n * max_tokens)
-        for size in _row_sizes(options.outputs, model)
+        size.nbytes * (size.of_prompt * num_prompt_tokens + size.of_generated * n * max_tokens)
+        for size in _row_sizes(outputs, model)
     )
 
 

@@ -128,6 +128,7 @@ def reading_options(body: InputBody | InputOrMessagesBody, outputs: OutputSpec) 
         max_tokens=0,
         outputs=outputs,
         cache_salt=body.cache_salt,
+        rows_param="input",
     )
 
 
@@ -203,8 +204,15 @@ def _generation_options(
             hidden_states_encoding="base64" if hidden_states is None else hidden_states.encoding or "base64",
         ),
         logprobs_param=logprobs_param,
-        rows_param="return_hidden_states" if logits is None else "return_logits",
+        rows_param=_rows_param(body, logprobs_param),
     )
+
+
+def _rows_param(body: GenerationBody, logprobs_param: str) -> str:
+    """The field that makes the answer long."""
+    if body.return_logits is not None:
+        return "return_logits"
+    return logprobs_param if body.return_hidden_states is None else "return_hidden_states"
 
 
 def _encoding(logits: ReturnLogits) -> Encoding:

@@ -12,6 +12,7 @@ from logitengine.link.engine_protocol import EngineProtocol
 from logitengine.link.messages import GenerationRequest, StepOutput
 from msgspec.structs import replace
 
+from logitserve.errors import BadRequestError
 from logitserve.held_bytes import HeldBytes
 from logitserve.jobs.limits import RowBytes
 
@@ -22,7 +23,8 @@ MOST_SEQUENCES = 512
 """Sequences of one job in the engine at a time: many times as many as compute, and half of the default queue."""
 
 WINDOW_BYTES = 16 << 20
-"""Most unread bytes of one request. A larger window makes no request faster."""
+WINDOW_STEPS = 64
+"""Most unread bytes of one request, and steps of decoding. A larger window makes no request faster."""
 
 RETRY_SECONDS = 0.1
 """Pause before an engine is asked again whose queue others have filled."""
@@ -48,14 +50,25 @@ async def outputs_of(
 
 
 async def _outputs(
-    engine: EngineProtocol, request: GenerationRequest, row_bytes: RowBytes, held: HeldBytes
+    engine: EngineProtocol,
+    request: GenerationRequest,
+    row_bytes: RowBytes,
+    held: HeldBytes,
+    *,
+    is_owed: bool = False,
 ) -> AsyncGenerator[StepOutput, None]:
-    """One request's outputs, within a window of its own. Raises EngineError."""
-    window = held.window(min(WINDOW_BYTES, row_bytes.request), request.n * row_bytes.position)
+    """One request's outputs, within a window of its own. Raises EngineError, and BadRequestError where none is possible."""
+    step = request.n * row_bytes.position
+    wanted = min(WINDOW_BYTES, row_bytes.request, max(held.small, WINDOW_STEPS * step))
+    if not held.fits(min(step, wanted)):
+        raise BadRequestError(f"A step's rows are {step} bytes, more than --max-held-bytes has room for.")
+    window = held.window(wanted, step, is_owed=is_owed)
     if window is None:
         raise EngineOverloadedError("unread rows of other requests take up --max-held-bytes")
     try:
-        windowed = replace(request, window_bytes=window.nbytes or None)
+        # A window for all of the request's rows bounds nothing.
+        bound = window.nbytes if window.nbytes < row_bytes.request else None
+        windowed = replace(request, window_bytes=bound)
         async with contextlib.aclosing(engine.generate(windowed)) as stream:
             async for output in stream:
                 yield output
@@ -119,8 +132,10 @@ class _Interleaving:
     def _start(self) -> None:
         while self._unstarted and len(self._streams) < self._room:
             number = self._unstarted.popleft()
+            # A job that has begun may be what others wait for, so one of its requests always runs.
+            is_owed = self._has_begun and not self._streams
             self._streams[number] = _outputs(
-                self._engine, self._requests[number], self._row_bytes, self._held
+                self._engine, self._requests[number], self._row_bytes, self._held, is_owed=is_owed
             )
             self._ask(number)
 
