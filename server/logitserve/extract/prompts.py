@@ -12,11 +12,15 @@ from typing import Any, Self
 import orjson
 from pydantic import Field, StrictInt, ValidationError, model_validator
 
+from logitserve.config import LARGEST_ID, ServerConfig
 from logitserve.errors import from_validation
 from logitserve.extract.errors import UsageError
 from logitserve.protocol.base import StrictModel
 from logitserve.protocol.chat import Message
 from logitserve.protocol.rows import TokenId
+
+UNBOUNDED = ServerConfig(max_messages=LARGEST_ID)
+"""Options to validate a line with: the server that is asked has bounds of its own."""
 
 
 class _Line(StrictModel):
@@ -86,7 +90,7 @@ def _parse(line: bytes, index: int) -> Prompt:
         if not isinstance(raw, dict):
             msg = f"line {index + 1}: not a JSON object"
             raise UsageError(msg)
-        checked = _Line.model_validate(raw)
+        checked = _Line.model_validate(raw, context=UNBOUNDED)
     except orjson.JSONDecodeError as error:
         msg = f"line {index + 1}: not valid JSON: {error}" if line.strip() else f"line {index + 1}: empty"
         raise UsageError(msg) from None
