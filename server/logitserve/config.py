@@ -78,6 +78,9 @@ class ServerConfig(BaseModel):
     max_answer_bytes: int = Field(
         1 << 30, ge=1, description="most bytes that one answer may hold that is sent whole and not streamed"
     )
+    max_stream_bytes: int = Field(
+        2 << 30, ge=1, description="most bytes of rows that one streamed answer may ask for"
+    )
     write_timeout: float = Field(
         60.0, gt=0, description="seconds after which a client that takes nothing of its answer is dropped"
     )

@@ -89,6 +89,7 @@ async def _start(engine_config: EngineConfig, listener: socket.socket, log: Path
         "drain_timeout": 0,
         "log_level": "warning",
         "max_answer_bytes": ENDLESS,
+        "max_stream_bytes": ENDLESS,
         "max_body_values": ENDLESS,
     }
     with log.open("wb") as output:

@@ -66,8 +66,7 @@ def settle_bounds(
         _rows_nbytes(options.outputs, options.n, len(token_ids), limit, model)
         for token_ids, limit in zip(prompts, limits, strict=True)
     ]
-    if not options.answer.stream:
-        _check_answer_bytes(options, prompts, limits, model, config)
+    _check_answer_bytes(options, prompts, limits, model, config)
     bias = _parse_logit_bias(options.logit_bias, model)
     return SettledBounds(limits, bias, RowBytes(_position_nbytes(options.outputs, model), max(sizes)))
 
@@ -104,12 +103,21 @@ def _check_answer_bytes(
     model: Model,
     config: ServerConfig,
 ) -> None:
-    """Refuse a whole answer whose rows alone may be too long when they are written. Raises BadRequestError."""
+    """Refuse an answer that may have too many rows: a whole one is held as it is written. Raises BadRequestError."""
     rows = replace(options.outputs, logprobs=None, prompt_logprobs=None, head=None)
     nbytes = sum(
         _rows_nbytes(rows, options.n, len(token_ids), limit, model)
         for token_ids, limit in zip(prompts, limits, strict=True)
     )
+    if options.answer.stream:
+        if nbytes > config.max_stream_bytes:
+            raise BadRequestError(
+                f"'{options.rows_param}' asks for up to {nbytes} bytes of rows in all; this server streams "
+                f"{config.max_stream_bytes} in one answer (--max-stream-bytes).",
+                param=options.rows_param,
+                code="answer_too_large",
+            )
+        return
     # Base64 is this much longer than the bytes; lists are longer still.
     written = nbytes * 4 // 3
     if written > config.max_answer_bytes:
