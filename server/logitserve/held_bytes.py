@@ -55,6 +55,7 @@ class HeldBytes:
         self.windows_left = limit // 2
         self._answers_left = limit - limit // 2
         self._answers: list[AnswerBytes] = []  # by age
+        self._num_waiting = 0
 
     def fits(self, nbytes: int) -> bool:
         """Whether a window of this size could be granted if there were no others."""
@@ -100,15 +101,31 @@ class HeldBytes:
         self.take(answer, -answer.nbytes)
         self.grant()
 
+    def allows(self, answer: AnswerBytes, nbytes: int) -> bool:
+        """Whether the answer may hold ``nbytes`` more."""
+        is_small = answer.nbytes + nbytes <= self.small
+        return is_small or answer is self._answers[0] or nbytes <= self._answers_left
+
+    async def wait(self, answer: AnswerBytes, nbytes: int) -> None:
+        """Charge ``nbytes`` once that is allowed. Raises TimeoutError after WAIT_SECONDS."""
+        reservation = answer.waiting = _Reservation(nbytes, asyncio.get_running_loop().create_future())
+        self._num_waiting += 1
+        try:
+            async with asyncio.timeout(WAIT_SECONDS):
+                await reservation.granted
+        finally:
+            answer.waiting = None
+            self._num_waiting -= 1
+
     def grant(self) -> None:
         """Serve reservations, the oldest answer's first; one that does not fit holds up nobody."""
+        if not self._num_waiting:
+            return  # as at nearly every delta of every answer
         for answer in self._answers:
             waiting = answer.waiting
-            if waiting is None or waiting.granted.cancelled():
+            if waiting is None or waiting.granted.done():
                 continue
-            is_free = answer.nbytes + waiting.nbytes <= self.small
-            if is_free or answer is self._answers[0] or waiting.nbytes <= self._answers_left:
-                answer.waiting = None
+            if self.allows(answer, waiting.nbytes):
                 self.take(answer, waiting.nbytes)
                 waiting.granted.set_result(None)
 
@@ -137,12 +154,11 @@ class AnswerBytes:
 
     async def reserve(self, nbytes: int) -> None:
         """Wait until there is room for ``nbytes`` more, or no older answer is left. Raises ApiError 503 after WAIT_SECONDS."""
-        reservation = _Reservation(nbytes, asyncio.get_running_loop().create_future())
-        self.waiting = reservation
-        self._held.grant()
+        if self._held.allows(self, nbytes):
+            self._held.take(self, nbytes)
+            return
         try:
-            async with asyncio.timeout(WAIT_SECONDS):
-                await reservation.granted
+            await self._held.wait(self, nbytes)
         except TimeoutError:
             raise ApiError(
                 503,
@@ -150,8 +166,6 @@ class AnswerBytes:
                 code="too_many_bytes_held",
                 headers={"Retry-After": RETRY_AFTER_SECONDS},
             ) from None
-        finally:
-            self.waiting = None
 
     def settle(self, nbytes: int) -> None:
         """Hold ``nbytes`` in all: what was reserved and not used goes back."""
