@@ -10,7 +10,7 @@ import orjson
 import pytest
 from logitengine.link.messages import Array, GenerationRequest, LogitsRows, PromptOutput, StepOutput
 from logitserve.http.connection import EXTENSION
-from logitserve.http.write_timeout import CHECKS, SLICE_BYTES
+from logitserve.http.middleware.write_timeout import CHECKS, SLICE_BYTES
 from scripted_engine import OpenApp, Script, Step
 from starlette.websockets import WebSocket
 from websocket_scope import connect

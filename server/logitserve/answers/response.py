@@ -19,7 +19,7 @@ from logitserve.answers.answer import Answer, Piece
 from logitserve.answers.json_pieces import joined
 from logitserve.errors import ApiError, from_exception
 from logitserve.held_bytes import AnswerBytes
-from logitserve.http.request_log import LogFields
+from logitserve.http.middleware.request_log import LogFields
 from logitserve.jobs.job import Job
 from logitserve.jobs.limits import answer_too_large
 from logitserve.jobs.run import RunningJob

@@ -12,12 +12,12 @@ from logitengine.link.engine_protocol import EngineProtocol
 from logitserve import __version__
 from logitserve.config import ServerConfig
 from logitserve.errors import install_error_handlers
-from logitserve.http.body_limit import BodyLimit
-from logitserve.http.drain_gate import DrainGate
-from logitserve.http.key_gate import KeyGate
-from logitserve.http.lingering_close import LingeringClose
-from logitserve.http.request_log import RequestLog
-from logitserve.http.write_timeout import WriteTimeout
+from logitserve.http.middleware.body_limit import BodyLimit
+from logitserve.http.middleware.drain_gate import DrainGate
+from logitserve.http.middleware.key_gate import KeyGate
+from logitserve.http.middleware.lingering_close import LingeringClose
+from logitserve.http.middleware.request_log import RequestLog
+from logitserve.http.middleware.write_timeout import WriteTimeout
 from logitserve.routes import (
     chat,
     completions,

@@ -1,0 +1,1 @@
+"""The middlewares, one a file. They wrap HTTP requests and WebSockets alike."""
