@@ -34,16 +34,19 @@ def _open_socket(fd: int) -> int:
     return fd
 
 
-class ServerConfig(BaseModel):
-    """The server's options. Every bound on what a request may ask for is here; the rest follows from the model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Listening(BaseModel):
+    """Where the server listens."""
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
     fd: Annotated[int, AfterValidator(_open_socket)] | None = Field(
         None, description="file descriptor of a bound socket to listen on, in place of host and port"
     )
+
+
+class Access(BaseModel):
+    """Who may call, and by which names."""
+
     served_model_name: Annotated[list[str], NoDecode, BeforeValidator(split_commas)] = Field(
         [],
         description="names that requests may call the model by, comma-separated; default: the checkpoint's own",
@@ -52,6 +55,11 @@ class ServerConfig(BaseModel):
         [],
         description="keys, comma-separated, one of which every request but /health and /ready must then bear",
     )
+
+
+class RequestBounds(BaseModel):
+    """What one request may ask for."""
+
     max_body_bytes: int = Field(8 << 20, ge=1, description="largest request body")
     max_body_values: int = Field(
         1 << 20,
@@ -70,6 +78,11 @@ class ServerConfig(BaseModel):
     max_stop: int = Field(16, ge=1, description="most stop strings, and most stop token ids")
     max_stop_length: int = Field(256, ge=1, description="longest stop string, in characters")
     max_logit_bias: int = Field(1024, ge=1, description="most entries of logit_bias")
+
+
+class AnswerBounds(BaseModel):
+    """What answers may hold."""
+
     max_held_bytes: int = Field(
         1 << 30,
         ge=1 << 20,
@@ -81,6 +94,11 @@ class ServerConfig(BaseModel):
     max_stream_bytes: int = Field(
         2 << 30, ge=1, description="most bytes of rows that one streamed answer may ask for"
     )
+
+
+class Times(BaseModel):
+    """How long things may take."""
+
     write_timeout: float = Field(
         60.0, gt=0, description="seconds after which a client that takes nothing of its answer is dropped"
     )
@@ -92,6 +110,17 @@ class ServerConfig(BaseModel):
     drain_timeout: float = Field(
         30.0, ge=0, description="seconds that running requests get to end after SIGTERM"
     )
+
+
+class Logging(BaseModel):
+    """What is logged."""
+
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe line logged"
     )
+
+
+class ServerConfig(Listening, Access, RequestBounds, AnswerBounds, Times, Logging):
+    """The server's options: every bound on what clients may ask for or use up is one of its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
