@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
+import socket
 from pathlib import Path
 
 from logitengine.config import EngineConfig
@@ -13,6 +13,7 @@ from logitengine.link.engine_protocol import EngineProtocol
 from uvloop import new_event_loop
 
 from logitserve.config import ServerConfig
+from logitserve.http.listener import bind
 from logitserve.logs import configure_logging
 
 
@@ -22,21 +23,19 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
     names = server_config.served_model_name or [display_name(engine_config.model)]
     config = server_config.model_copy(update={"served_model_name": names})
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(_serve(EngineClient(engine_config), config))
+        return runner.run(_serve(EngineClient(engine_config), config, bind(config)))
 
 
-async def _serve(engine: EngineProtocol, config: ServerConfig) -> int:
+async def _serve(engine: EngineProtocol, config: ServerConfig, listeners: list[socket.socket]) -> int:
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())  # until uvicorn takes them
-    if config.fd is not None:
-        os.set_inheritable(config.fd, False)  # the engine's process is not to hold the port
     await engine.start()
     try:
         # These imports take half a second, and nobody waits for the event loop yet.
         from logitserve.http.uvicorn_server import run_app
 
-        return await run_app(engine, config, stopped)
+        return await run_app(engine, config, listeners, stopped)
     finally:
         await engine.close()
 

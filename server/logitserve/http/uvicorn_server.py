@@ -133,8 +133,6 @@ def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
 def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        host=config.host,
-        port=config.port,
         http=bounded_protocol(config.max_header_bytes),
         ws="none",
         log_config=None,
@@ -145,8 +143,10 @@ def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
     )
 
 
-async def run_app(engine: EngineProtocol, config: ServerConfig, stopped: asyncio.Event) -> int:
-    """Serve until a signal, or not at all if ``stopped`` is set.
+async def run_app(
+    engine: EngineProtocol, config: ServerConfig, listeners: list[socket.socket], stopped: asyncio.Event
+) -> int:
+    """Serve on bound sockets until a signal, or not at all if ``stopped`` is set.
 
     Returns the exit code: 0, or 1 when the model could not be loaded.
     """
@@ -154,5 +154,5 @@ async def run_app(engine: EngineProtocol, config: ServerConfig, stopped: asyncio
     state: ServerState = app.state.server
     server = DrainingServer(uvicorn_config(app, config), state, config.drain_timeout, stopped)
     state.on_load_error = server.stop
-    await server.serve(None if config.fd is None else [socket.socket(fileno=config.fd)])
+    await server.serve(listeners)
     return 0 if state.load_error is None else 1
