@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# Without a GPU the Triton kernels run in Triton's interpreter, chosen when Triton is imported. transformers
-# imports it.
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton chooses it when transformers imports
+# Triton below.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -19,21 +19,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 def pytest_configure() -> None:
-    # Without job control a shell starts background commands with SIGINT ignored. Commands that tests start,
-    # and stop with SIGINT, would inherit that.
+    # A shell without job control starts background commands with SIGINT ignored. The commands that tests
+    # start and stop with SIGINT would inherit that setting.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def smollm2() -> Checkpoint:
-    """The default model's files, converted once per machine."""
+    """Return the default model's files, converted once per machine."""
     return resolve_checkpoint("smollm2")
 
 
 @pytest.fixture(scope="session")
 def smollm2_float32(smollm2: Checkpoint) -> PreTrainedModel:
-    """transformers' own float32 model on the same weights: the reference."""
+    """Return transformers' own float32 model on the same weights, as the reference."""
     model: PreTrainedModel = LlamaForCausalLM.from_pretrained(
         smollm2.path, dtype=torch.float32, attn_implementation="sdpa"
     )
@@ -43,7 +43,7 @@ def smollm2_float32(smollm2: Checkpoint) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: Checkpoint) -> Path:
-    """A random two-layer Llama with SmolLM2's tokenizer, small enough for a fast start."""
+    """Save a random two-layer Llama with SmolLM2's tokenizer, small enough for a fast start."""
     directory = tmp_path_factory.mktemp("tiny-llama")
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py runs whole in Triton's interpreter, so that it works on a rented GPU at the first try."""
+"""A whole run of benchmarks/gpu.py in Triton's interpreter: it must work on a rented GPU at the first try."""
 
 from __future__ import annotations
 

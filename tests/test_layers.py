@@ -1,6 +1,7 @@
-"""Imports run one way: server -> engine -> kernels.
+"""The direction of imports, which run one way: server -> engine -> kernels.
 
-This holds inside the packages too. The client imports none of them, and only the server's extract imports the client.
+Imports between the engine's rooms run one way too. The client imports none of the three packages, and only
+the server's extract imports the client.
 """
 
 import ast
@@ -24,7 +25,7 @@ ROOMS = {
     "link": {"schedule", "model", "run", "engine", "process"},
     "schedule": {"model", "run", "engine", "process"},
 }
-"""Rooms of the engine that are free of torch, and the engine's modules that they must not import."""
+"""Rooms of the engine that are free of torch, each with the modules that it must not import."""
 
 UNSAFE = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 

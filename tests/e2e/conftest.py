@@ -1,4 +1,4 @@
-"""Real servers, each started once: the default model, and a tiny one with two value heads."""
+"""Fixtures that start real servers once: the default model, and a tiny one with two value heads."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The base URL of ``logitserve serve`` with all defaults but the port."""
+    """Serve with all defaults but the port, and yield the base URL."""
     with serving(tmp_path_factory.mktemp("server") / "server.log") as server:
         yield server.url
 
 
 @pytest.fixture(scope="session")
 def value_heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """``helpful``: one output, as TRL saves it. ``kind``: three, a plain linear. For the tiny model."""
+    """Save two heads for the tiny model and return their paths.
+
+    ``helpful`` has one output, as TRL saves it. ``kind`` is a plain linear layer with three.
+    """
     directory = tmp_path_factory.mktemp("heads")
     generator = torch.Generator().manual_seed(3)
     weights = {
@@ -47,7 +50,7 @@ def value_heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def tiny_url(
     tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, value_heads: dict[str, Path]
 ) -> Iterator[str]:
-    """The base URL of the tiny model in float32, with both heads."""
+    """Serve the tiny model in float32 with both heads, and yield the base URL."""
     flags = [flag for name, path in value_heads.items() for flag in ("--value-head", f"{name}={path}")]
     log = tmp_path_factory.mktemp("tiny-server") / "server.log"
     with serving(
@@ -58,7 +61,7 @@ def tiny_url(
 
 @pytest.fixture(scope="session")
 def tiny_float32(tiny_llama: Path) -> PreTrainedModel:
-    """transformers' own tiny model: the reference."""
+    """Return transformers' own tiny model, as the reference."""
     model: PreTrainedModel = LlamaForCausalLM.from_pretrained(
         tiny_llama, dtype=torch.float32, attn_implementation="eager"
     ).eval()
@@ -67,14 +70,14 @@ def tiny_float32(tiny_llama: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def client(url: str) -> Iterator[httpx.Client]:
-    """A client of the server at ``url``, which a module names."""
+    """Yield a client of the server at ``url``, a fixture of the test's module."""
     with httpx.Client(base_url=url, timeout=60) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def unharmed(client: httpx.Client) -> Iterator[None]:
-    """Check that after every request of the module the same answer has the same bits as before."""
+    """Check that a normal answer has the same bits before and after all requests of the module."""
     before = normal_answer(client)
     yield
     assert normal_answer(client) == before

@@ -1,4 +1,4 @@
-"""Malformed and hostile requests: each gets OpenAI's error object, and none changes what the next request is told."""
+"""Malformed and hostile requests: each gets OpenAI's error object, and none changes another answer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def raw(name: str, data: bytes, path: str = CHAT, param: str | None = None) -> B
 VOCABULARY = 49152
 CONTEXT = 8192
 TABLE = [
-    # Not JSON, or not an object.
+    # Bodies that are not JSON, or not an object.
     raw("empty body", b""),
     raw("truncated JSON", b'{"messages": ['),
     raw("invalid UTF-8", b'{"prompt": "\xff\xfe"}', COMPLETIONS),
@@ -51,7 +51,7 @@ TABLE = [
     raw("a form", b"prompt=Hi&max_tokens=3", COMPLETIONS),
     raw("NUL bytes", b"\x00" * 100),
     raw("a byte order mark", b'\xef\xbb\xbf{"prompt": "Hi"}', COMPLETIONS),
-    # The wrong place, method or size.
+    # Wrong paths, methods and sizes.
     Bad("unknown path", "/v1/chat/complétions", status=404, raw=b"{}"),
     Bad("path with dots", "/v1/../../etc/passwd", status=404, method="GET"),
     Bad("trailing slash", CHAT + "/", status=404, body={}),
@@ -161,7 +161,7 @@ TABLE = [
     completion("stop id outside the vocabulary", "stop_token_ids", stop_token_ids=[VOCABULARY]),
     completion("negative stop id", "stop_token_ids[0]", stop_token_ids=[-1]),
     completion("too many stop ids", "stop_token_ids", stop_token_ids=list(range(1000))),
-    # Reports.
+    # Logprobs, streams, echo and salts.
     completion("logprobs over five", "logprobs", logprobs=6),
     completion("logprobs as bool", "logprobs", logprobs=True),
     chat("logprobs as number", "logprobs", logprobs=1),
@@ -217,7 +217,7 @@ TABLE = [
 
 @pytest.fixture(scope="module")
 def url(server_url: str) -> str:
-    """The server that gets the bad requests."""
+    """Return the URL of the server that gets the bad requests."""
     return server_url
 
 
@@ -244,7 +244,7 @@ def test_a_chunked_body_is_counted_as_it_comes(client: httpx.Client) -> None:
 
 
 def exchange(server_url: str, data: bytes) -> bytes:
-    """Send bytes that no HTTP client would, and read until the server closes."""
+    """Send bytes that no HTTP client would send, and read until the server closes the connection."""
     address = urlsplit(server_url)
     assert address.hostname is not None
     assert address.port is not None

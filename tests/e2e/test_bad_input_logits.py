@@ -1,4 +1,4 @@
-"""Malformed and hostile requests to the endpoints that give numbers: each refused, and nobody else told otherwise."""
+"""Malformed and hostile requests to the numeric endpoints: each is refused, and none changes another answer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def hidden(name: str, param: str | None, value: Any, says: str = "", **fields: A
 
 
 def everywhere(name: str, param: str | None, says: str = "", **fields: Any) -> list[Bad]:
-    """The same fault at every endpoint that reads an ``input``."""
+    """Return requests with the same fault, one for every endpoint that reads an ``input``."""
     head = {REWARDS: {"head": "helpful"}, POOLING: {"head": "helpful"}}
     return [
         Bad(f"{path}: {name}", path, {**head.get(path, {}), **fields}, param=param, says=says)
@@ -85,7 +85,7 @@ TABLE = [
         for path in (LOGITS, PERPLEXITY, EMBEDDINGS)
     ),
     *(Bad(f"{path}: GET", path, status=405, method="GET") for path in READING),
-    # Input or messages.
+    # Inputs and messages.
     logits("input and messages", "input", "Exactly one", messages=MESSAGES),
     logits("empty messages", "messages", input=None, messages=[]),
     rewards("input and messages", "input", "Exactly one", messages=MESSAGES),
@@ -175,7 +175,7 @@ TABLE = [
 
 @pytest.fixture(scope="module")
 def url(tiny_url: str) -> str:
-    """The server that gets the bad requests."""
+    """Return the URL of the server that gets the bad requests."""
     return tiny_url
 
 

@@ -1,4 +1,4 @@
-"""Jobs of more prompts than the engine's queue holds."""
+"""Jobs with more prompts than the engine's queue holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine process is killed in the middle of eight streams; the server survives it."""
+"""The death of the engine process in the middle of eight streams, which the server survives."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def body(max_tokens: int, *, stream: bool) -> dict[str, object]:
 
 
 async def read_until_it_ends(client: httpx.AsyncClient, url: str, started: asyncio.Barrier) -> list[str]:
-    """The data lines of one stream; says at the barrier that its first one has come."""
+    """Return the data lines of one stream. Wait at the barrier when the first line has come."""
     lines: list[str] = []
     async with client.stream("POST", f"{url}/v1/completions", json=body(450, stream=True)) as response:
         assert response.status_code == 200

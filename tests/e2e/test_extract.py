@@ -1,4 +1,4 @@
-"""`logitserve extract` against real servers: its rows, its stops, and what a kill costs."""
+"""`logitserve extract` against real servers: its rows, its stops, and the cost of a kill."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_rows_are_those_of_the_endpoint_in_the_order_of_the_prompts(
     assert order == sorted(order)
 
 
-def test_a_set_that_is_killed_and_resumed_is_the_same_file(tiny_url: str, tmp_path: Path) -> None:
+def test_a_killed_and_resumed_run_writes_the_same_file(tiny_url: str, tmp_path: Path) -> None:
     lines = [{"prompt": [5 + index] * 100} for index in range(24)]
     prompts = write_prompts(tmp_path / "prompts.jsonl", lines)
     options: dict[str, Any] = {"positions": "all", "max_tokens": 2, "concurrency": 1}
@@ -125,11 +125,11 @@ def test_a_set_that_is_killed_and_resumed_is_the_same_file(tiny_url: str, tmp_pa
             wait_until(lambda count=count: len(list(parts.glob("part-*.parquet"))) >= count, process)  # type: ignore[misc]
             process.kill()
         assert not out.exists()
-        # What was finished before the last kill is not computed again.
+        # Parts that were finished before the last kill are not computed again.
         assert all(path.stat().st_mtime_ns == stamp for path, stamp in made.items())
         made = {path: path.stat().st_mtime_ns for path in parts.glob("part-*.parquet")}
         assert count <= len(made) < 12
-    # Leftovers as a kill in the middle of a write leaves them.
+    # A kill in the middle of a write leaves files like these.
     (parts / "part-00011.parquet.tmp").write_bytes(b"PAR1")
     out.with_name("killed.parquet.tmp").write_bytes(b"PAR1")
     extract(prompts, out, tiny_url, **options)
@@ -198,7 +198,7 @@ def test_safetensors_hold_the_same_numbers(tiny_url: str, prompts: Path, tmp_pat
     assert (metadata["dtype"], metadata["model"]) == (dtype, "tiny")
 
 
-def test_a_server_of_its_own_ends_with_a_killed_run(
+def test_the_server_that_extract_started_ends_with_a_killed_run(
     tiny_llama: Path, tiny_url: str, prompts: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.parquet"
@@ -240,7 +240,7 @@ def test_a_stopped_run_stops_its_server(
     assert left_beside(out) == []
 
 
-def test_a_model_that_cannot_be_loaded_is_told(prompts: Path, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_loaded_is_reported(prompts: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out.parquet"
     arguments = command(prompts, out, "--model", str(tmp_path / "empty"))

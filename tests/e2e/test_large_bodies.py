@@ -1,4 +1,4 @@
-"""Bodies that are refused before they are read: the client still reads why, over a real connection."""
+"""Bodies that are refused before they are read, over a real connection: the client still reads the reason."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SECONDS = 60
 
 
 def pieces(count: int = NUM_PIECES) -> Iterator[bytes]:
-    """A body, by default of 65 MB. The server's limit is 8."""
+    """Yield the pieces of a body, by default of 65 MB. The server's limit is 8 MiB."""
     for _ in range(count):
         yield PIECE
 
 
 def post(url: str, body: Iterable[bytes], headers: dict[str, str]) -> tuple[int, dict[str, str], Any]:
-    """Status, headers and error object, as urllib reads them: when all of the body is sent, and never before."""
+    """Return status, headers and error object as urllib reads them, after it has sent the whole body."""
     request = urllib.request.Request(  # noqa: S310 - the address of the tests' own server
         url, data=body, headers={"content-type": "application/json", **headers}, method="POST"
     )
@@ -69,7 +69,7 @@ def test_the_answer_does_not_wait_for_the_body_and_the_connection_is_closed_afte
         assert connection.recv(1) == b""
 
 
-def test_a_client_that_asks_before_it_sends_is_not_invited(tiny_url: str) -> None:
+def test_a_client_that_expects_100_continue_gets_the_refusal_at_once(tiny_url: str) -> None:
     head = (
         f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: {10**12}\r\n\r\n"
     )

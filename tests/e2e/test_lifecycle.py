@@ -1,4 +1,4 @@
-"""Losing clients, and stopping: what a supervisor and a load balancer rely on."""
+"""Clients that go away, and stopping: the behaviour that a supervisor and a load balancer rely on."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ OPTIONS = ("--dtype", "float32", "--num-threads", "1")
 
 @pytest.fixture(scope="module")
 def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Its cache holds two long requests and no more, so that blocks which are not freed are missed at once."""
+    """Serve with a cache that holds just two long requests, so that leaked blocks show at once."""
     log = tmp_path_factory.mktemp("lifecycle") / "server.log"
     with serving(log, str(tiny_llama), *OPTIONS, "--num-blocks", "64", "--no-prefix-caching") as server:
         yield server
 
 
 async def first_token(client: httpx.AsyncClient, body: dict[str, Any]) -> tuple[httpx.Response, Any]:
-    """A stream that has begun, and its lines."""
+    """Return a stream that has begun, and its lines."""
     request = client.build_request("POST", COMPLETIONS, json={**body, "stream": True})
     response = await client.send(request, stream=True)
     assert response.status_code == 200
@@ -99,13 +99,13 @@ async def test_a_model_that_cannot_be_loaded_ends_the_server_with_1(tmp_path: Pa
 def test_a_signal_while_the_server_starts_ends_it_and_its_engine(
     tiny_llama: Path, number: signal.Signals
 ) -> None:
-    """Sent as soon as the engine's socket is there, when the server has not taken its own signals yet."""
+    """The signal comes when the engine's socket appears, before the server has installed its handlers."""
     with (
         tempfile.TemporaryDirectory(dir="/tmp") as directory,
         subprocess.Popen(
             [sys.executable, "-m", "logitserve", "serve", str(tiny_llama), "--port", "0"],
             env={**os.environ, "TMPDIR": directory},
-            stderr=subprocess.PIPE,  # the engine's too: read to its end, both have gone
+            stderr=subprocess.PIPE,  # the engine writes to it too, so its end means that both have gone
         ) as process,
     ):
         try:

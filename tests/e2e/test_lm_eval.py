@@ -1,4 +1,4 @@
-"""EleutherAI's lm-eval, through the server and through its own hf model on the same weights, agrees with itself."""
+"""EleutherAI's lm-eval, whose results through the server must equal those of its own hf model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ def float32_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def evaluated(float32_url: str, smollm2: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What lm-eval finds with each model, in a process of its own: it is not made to run under warnings as errors."""
+    """Return lm-eval's results for each model.
+
+    lm-eval runs in a separate process, because it is not made to run with warnings as errors.
+    """
     served = {
         "base_url": f"{float32_url}/v1/completions",
         "model": "smollm2",
@@ -86,7 +89,7 @@ def evaluated(float32_url: str, smollm2: Checkpoint, tmp_path_factory: pytest.Te
 
 
 def numbers(scores: Any) -> list[float]:
-    """Every log-likelihood in nested lists, in order."""
+    """Return every log-likelihood in nested lists, in order."""
     if isinstance(scores, list):
         return [number for item in scores for number in numbers(item)]
     return [] if isinstance(scores, bool | str) else [float(scores)]

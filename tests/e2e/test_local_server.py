@@ -1,4 +1,4 @@
-"""The server that `logitserve extract` starts: nobody else can take its port and read the prompts."""
+"""The server that `logitserve extract` starts, whose port nobody else can take to read the prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from logitserve.extract.local_server import local_server
 
 
 def squat(port: int) -> None:
-    """Listen on a port as a stranger would who hopes for what others send to it."""
+    """Listen on a port, as a stranger would to read other people's requests."""
     with socket.socket() as squatter:
         squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         squatter.bind(("127.0.0.1", port))
@@ -23,7 +23,7 @@ def squat(port: int) -> None:
 
 
 class NotStartedError(Exception):
-    """Raised in place of a start."""
+    """Error raised in place of a start."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,7 @@
-"""/v1/logits and hidden states of a real server against transformers' float32, read by pyarrow while they arrive."""
+"""Rows of /v1/logits and hidden states of a real server, compared with transformers' float32.
+
+pyarrow reads the rows while they arrive.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ def post(client: httpx.Client, path: str, **body: Any) -> Any:
 
 
 def block_rows(block: dict[str, Any], name: str = "data") -> NDArray[Any]:
-    """A base64 block of float32 as an array."""
+    """Return a base64 block of float32 as an array."""
     assert (block["dtype"], block["encoding"]) == ("float32", "base64")
     return np.frombuffer(base64.b64decode(block[name]), np.float32).reshape(block["shape"])
 
@@ -53,7 +56,7 @@ def log_softmax(rows: NDArray[Any]) -> NDArray[np.float64]:
     return scores
 
 
-def test_every_row_of_a_prompt_arrives_with_its_token_and_score(
+def test_every_row_of_a_prompt_arrives_with_its_token_and_logprob(
     tiny_url: str, tiny_float32: PreTrainedModel
 ) -> None:
     table = read_logits(tiny_url, input=PROMPT)
@@ -76,7 +79,7 @@ def test_every_row_of_a_prompt_arrives_with_its_token_and_score(
     }
 
 
-def test_generated_rows_follow_the_prompts_and_score_what_was_drawn(
+def test_generated_rows_follow_the_prompts_with_the_logprobs_of_drawn_tokens(
     tiny_url: str, tiny_float32: PreTrainedModel
 ) -> None:
     table = read_logits(tiny_url, input=PROMPT, positions="all", max_tokens=4, temperature=0, ignore_eos=True)
@@ -153,7 +156,7 @@ def test_a_cached_prefix_loses_no_row_and_changes_no_bit(tiny_url: str) -> None:
 
 
 def test_processed_rows_are_what_the_sampler_drew_from(tiny_url: str) -> None:
-    """A bias that leaves one token to draw, and everything else filtered away."""
+    """The bias and top_p leave one token to draw, and every other logit is filtered."""
     asked = {"input": PROMPT, "positions": "generated", "max_tokens": 3, "ignore_eos": True}
     drawn = {"logit_bias": {"77": 100}, "top_p": 0.5, "seed": 1}
     table = read_logits(tiny_url, **asked, **drawn, stage="processed")
@@ -201,7 +204,7 @@ def test_json_holds_the_same_bits(tiny_url: str, client: httpx.Client) -> None:
         ("application/json, application/vnd.apache.arrow.stream", "application/vnd.apache.arrow.stream"),
     ],
 )
-def test_json_is_for_those_who_ask_for_it(client: httpx.Client, accept: str, kind: str) -> None:
+def test_json_is_sent_only_to_clients_that_prefer_it(client: httpx.Client, accept: str, kind: str) -> None:
     answer = client.post("/v1/logits", json={"input": [5], "top_k": 1}, headers={"accept": accept})
     assert answer.headers["content-type"] == kind
 
@@ -213,7 +216,7 @@ def test_messages_go_through_the_chat_template(client: httpx.Client) -> None:
 
 
 def test_a_batch_can_be_read_before_the_last_one_is_made(tiny_url: str) -> None:
-    """400 rows of 192 KiB are five windows: the engine cannot have made them all while none is read."""
+    """400 rows of 192 KiB are five windows, so the engine cannot make them all while none is read."""
     with open_logits(tiny_url, input=list(range(3, 403))) as reader:
         first = reader.read_next_batch()
         assert first["position"][0].as_py() == 1
@@ -246,7 +249,7 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("path", ENDPOINTS)
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_hidden_states_of_an_answer_whole_and_streamed(
+def test_hidden_states_are_the_models_and_the_same_whole_and_streamed(
     client: httpx.Client, tiny_float32: PreTrainedModel, path: str, dtype: str
 ) -> None:
     asked = {
@@ -288,7 +291,7 @@ def test_hidden_states_of_an_answer_whole_and_streamed(
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-def test_no_tokens_and_only_the_prompts_hidden_states(client: httpx.Client, path: str) -> None:
+def test_zero_max_tokens_give_only_the_prompts_hidden_states(client: httpx.Client, path: str) -> None:
     asked = {
         **ENDPOINTS[path],
         "max_tokens": 0,
@@ -302,7 +305,7 @@ def test_no_tokens_and_only_the_prompts_hidden_states(client: httpx.Client, path
     assert len(choice["hidden_states"]["prompt"]["data"]) == answer["usage"]["prompt_tokens"]
 
 
-def test_logits_and_hidden_states_together_for_every_choice(client: httpx.Client) -> None:
+def test_every_choice_has_both_logits_and_hidden_states(client: httpx.Client) -> None:
     asked = {
         "prompt": PROMPT,
         "max_tokens": 2,

@@ -1,4 +1,4 @@
-"""What 1.6 GB of rows may cost: nothing in the engine beyond a few steps' rows, and nothing at all for the others."""
+"""The memory of 1.6 GB of rows: the engine holds a few steps' rows, and other requests lose nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WINDOW = 2 * MIB
 
 @pytest.fixture(scope="module")
 def long_llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
-    """The tiny model with SmolLM2's context."""
+    """Save the tiny model with SmolLM2's context."""
     directory = tmp_path_factory.mktemp("long") / "llama"
     shutil.copytree(tiny_llama, directory)
     config = json.loads((directory / "config.json").read_text())
@@ -38,14 +38,14 @@ def long_llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Pa
 
 
 def peak_bytes(pid: int) -> int:
-    """The most memory that the process has held resident."""
+    """Return the most resident memory that the process has held, in bytes."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found is not None
     return int(found[1]) << 10
 
 
 async def engine_peak(model: Path, logits: LogitsSpec | None) -> int:
-    """Peak memory of a fresh engine that reads a full context, with a neighbour that decodes meanwhile."""
+    """Return the peak memory of a fresh engine that reads a full context while a neighbour decodes."""
     client = EngineClient(EngineConfig(model=str(model), dtype="float32", kv_cache_bytes=16 * MIB))
     await client.start()
     try:
@@ -90,17 +90,17 @@ async def test_every_row_of_a_full_context_costs_the_engine_at_most_64_mib(long_
 
 @pytest.fixture(scope="module")
 def server(long_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Its cache holds one long request and a few short ones, so that blocks which are not freed are missed at once."""
+    """Serve with a cache for one long request and a few short ones, so that leaked blocks show at once."""
     options = ("--logits-window-bytes", str(WINDOW), "--num-blocks", "540", "--no-prefix-caching")
     log = tmp_path_factory.mktemp("long-server") / "server.log"
     with serving(log, str(long_llama), "--dtype", "float32", *options) as server:
-        # What any first request takes, of memory too.
+        # The first request takes memory that later ones reuse, which the tests do not measure.
         read_logits(server.url, input=[5] * 500)
         yield server
 
 
 def family(server: LiveServer) -> list[int]:
-    """The server's process id and its engine's."""
+    """Return the process ids of the server and its engine."""
     process = psutil.Process(server.process.pid)
     return [process.pid, *(child.pid for child in process.children(recursive=True))]
 
@@ -114,7 +114,7 @@ def test_a_client_that_stops_reading_holds_up_nobody_and_nothing(server: LiveSer
         return choice["text"]
 
     def read_prompt(client: httpx.Client) -> None:
-        """All of the cache, so that it can only be had when it is free."""
+        """Send a prompt that takes the whole cache, which succeeds only when every block is free."""
         body = {"prompt": prompt, "max_tokens": 1, "temperature": 0}
         client.post("/v1/completions", json=body).raise_for_status()
 
@@ -124,12 +124,12 @@ def test_a_client_that_stops_reading_holds_up_nobody_and_nothing(server: LiveSer
         before = {pid: peak_bytes(pid) for pid in family(server)}
         with open_logits(server.url, input=prompt) as reader:
             assert reader.read_next_batch().num_rows * ROW_BYTES <= WINDOW
-            # 320 steps in which rows could be made, 500 MB and more, if nothing held them back.
+            # In these 320 steps 500 MB of rows and more could be made, if nothing held them back.
             for _ in range(10):
                 assert short(client) == expected
             grown = {pid: peak_bytes(pid) - peak for pid, peak in before.items()}
         assert len(grown) == 2
-        # A window, a step's rows on their way through each buffer, and what any request takes.
+        # The bound allows for a window, a step's rows in each buffer, and the memory of any request.
         assert max(grown.values()) <= WINDOW + 14 * MIB, {
             pid: f"{n / MIB:.1f} MiB" for pid, n in grown.items()
         }
@@ -163,7 +163,7 @@ async def test_many_whole_answers_at_once_are_served_within_the_budget(
     length = 200 * ROW_BYTES * 4 // 3
 
     async def answer(client: httpx.AsyncClient) -> int:
-        """The status; nothing of a body is kept."""
+        """Return the status of an answer, whose body is read and not kept."""
         async with client.stream("POST", "/v1/completions", json=body) as response:
             received = 0
             async for piece in response.aiter_raw():

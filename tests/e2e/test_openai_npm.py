@@ -1,4 +1,4 @@
-"""Packages of npm drive the real server: openai the API, apache-arrow the stream of rows."""
+"""Packages of npm against the real server: openai reads the API, apache-arrow the stream of rows."""
 
 from __future__ import annotations
 

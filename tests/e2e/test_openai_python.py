@@ -1,4 +1,4 @@
-"""The openai Python package drives the real server."""
+"""The openai Python package against the real server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def client(server_url: str) -> Iterator[OpenAI]:
 
 
 def extra(choice: Any, name: str) -> Any:
-    """A field beyond OpenAI's, as the package hands it over."""
+    """Return a field that OpenAI's API lacks, as the package gives it."""
     return choice.model_extra[name]
 
 
@@ -150,7 +150,7 @@ def test_a_stop_string_is_held_back_from_a_stream(client: OpenAI) -> None:
     assert chunks[-1].finish_reason == "stop"
 
 
-def test_echo_scores_the_prompt(client: OpenAI) -> None:
+def test_echo_gives_the_logprobs_of_the_prompt(client: OpenAI) -> None:
     prompt = "The capital of France is"
     answer = client.completions.create(
         model=MODEL, prompt=prompt, max_tokens=2, temperature=0, echo=True, logprobs=2

@@ -1,4 +1,4 @@
-"""Clients that ask for much and read little or nothing: who is dropped, who never is, and that nobody else waits for them."""
+"""Clients that request much and read little or nothing: some are dropped, and nobody else waits for them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ GREEDY = {"prompt": [5, 6, 7], "temperature": 0, "ignore_eos": True}
 LONG = {**GREEDY, "max_tokens": 480}
 RECEIVE_BUFFER = 4 << 10
 SEGMENT = 1 << 10
-"""Bytes of a slow network's segment: loopback's own segments are so large that a client takes nothing, and then 64 KiB."""
+"""Bytes of a slow network's segment.
+
+With loopback's large segments a client would take nothing, and then 64 KiB at once.
+"""
 
 
 def asked(server: LiveServer, path: str, body: dict[str, Any], request_id: str = "x") -> socket.socket:
-    """A connection on which a request was sent and nothing is read; whatever the kernels take is little."""
+    """Send a request and return its connection unread. With small buffers the kernels take few bytes."""
     address = urlsplit(server.url)
     assert address.hostname is not None
     assert address.port is not None
@@ -48,7 +51,7 @@ def asked(server: LiveServer, path: str, body: dict[str, Any], request_id: str =
 
 
 def read_to_end(connection: socket.socket, pause: float = 0.0) -> bytes:
-    """Everything that comes, a receive buffer and then a pause at a time."""
+    """Return all bytes that come, read a receive buffer at a time with a pause after each."""
     received = b""
     while piece := connection.recv(RECEIVE_BUFFER):
         received += piece
@@ -58,7 +61,7 @@ def read_to_end(connection: socket.socket, pause: float = 0.0) -> bytes:
 
 @pytest.fixture(scope="module")
 def impatient(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Its cache holds two long requests and no more, so that blocks which are not freed are missed at once."""
+    """Serve with a cache that holds just two long requests, so that leaked blocks show at once."""
     log = tmp_path_factory.mktemp("readers") / "server.log"
     cache = ("--num-blocks", "64", "--no-prefix-caching")
     with serving(log, str(tiny_llama), *OPTIONS, *cache, "--write-timeout", "2") as server:
@@ -91,8 +94,8 @@ async def test_a_client_that_never_reads_is_dropped_and_frees_what_it_held(
             read_to_end(connection)
 
 
-def test_slow_clients_are_told_everything(impatient: LiveServer) -> None:
-    """At 80 KiB a second at most, a slice of a body takes them longer than the timeout."""
+def test_slow_clients_receive_everything(impatient: LiveServer) -> None:
+    """The clients read 80 KiB a second at most, so a slice of a body takes them longer than the timeout."""
     body = {**GREEDY, "max_tokens": 2, "return_logits": True}
 
     def read_slowly(*, stream: bool) -> bytes:
@@ -113,7 +116,7 @@ def test_slow_clients_are_told_everything(impatient: LiveServer) -> None:
 async def test_a_newcomer_is_served_beside_64_streams_that_nobody_reads(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """As many as a step holds; they are there to stay."""
+    """The 64 streams fill every place of a step and stay open."""
     body = {**LONG, "return_logits": True, "stream": True}
     with (
         serving(tmp_path / "server.log", str(tiny_llama), *OPTIONS) as server,

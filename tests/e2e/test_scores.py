@@ -1,4 +1,4 @@
-"""Perplexity, rewards, embeddings and pooling of a real server against transformers' and TRL's own computation."""
+"""Perplexity, rewards, embeddings and pooling of a real server, compared with transformers and TRL."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def post(client: httpx.Client, path: str, **body: Any) -> Any:
 
 @torch.inference_mode()
 def hidden_states(model: PreTrainedModel, token_ids: list[int]) -> torch.Tensor:
-    """[T, H], after the final norm."""
+    """Return the hidden states [T, H] after the final norm."""
     hidden: torch.Tensor = model.model(torch.tensor([token_ids])).last_hidden_state[0]
     return hidden
 
 
 class ValueHead(nn.Module):
-    """A value head as TRL's AutoModelForCausalLMWithValueHead has it: ``summary`` on the last hidden states."""
+    """Value head of TRL's AutoModelForCausalLMWithValueHead: ``summary`` on the last hidden states."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class ValueHead(nn.Module):
 
 @torch.inference_mode()
 def reference_nll(model: PreTrainedModel, token_ids: list[int]) -> float:
-    """transformers' own loss, which is the mean over the scored tokens."""
+    """Return the negative log-likelihood by transformers' loss, a mean over all tokens but the first."""
     ids = torch.tensor([token_ids])
     return float(model(ids, labels=ids).loss) * (len(token_ids) - 1)
 
@@ -171,8 +171,8 @@ def test_pooling_gives_a_heads_values(client: httpx.Client) -> None:
         assert (entry["object"], entry["data"]) == ("pooling", reward["reward"])
 
 
-def test_the_same_prompt_scores_the_same_a_second_time(client: httpx.Client) -> None:
-    """The second time its prefix is cached."""
+def test_the_same_prompt_has_the_same_values_a_second_time(client: httpx.Client) -> None:
+    """The prompt's prefix is cached the second time."""
     for path, asked in (
         ("/v1/perplexity", {}),
         ("/v1/rewards", {"head": "helpful", "return_values": True}),

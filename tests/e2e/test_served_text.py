@@ -1,4 +1,7 @@
-"""What the server says is what transformers generates from the same GGUF file, chat template and special tokens included."""
+"""The server's text, which must be what transformers generates from the same GGUF file.
+
+The chat template and special tokens are compared too.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def packaged_gguf() -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """transformers' own reading of the GGUF file, not of our converted copy."""
+    """Return the tokenizer that transformers reads from the GGUF file, not from our converted copy."""
     gguf = packaged_gguf()
     return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 
@@ -64,7 +67,7 @@ def test_greedy_chat_equals_transformers_generate(
 
 
 def test_streamed_rows_are_the_models_logits(float32_url: str, tokenizer: Any, smollm2_float32: Any) -> None:
-    """2e-3 absolute, 1e-4 mean, over the wire."""
+    """Rows over the wire are within 2e-3 of transformers' logits, and within 1e-4 on average."""
     body = {"messages": MESSAGES, "temperature": 0, "max_tokens": 12, "stream": True, "return_logits": True}
     token_ids: list[int] = []
     rows = []
@@ -89,7 +92,7 @@ def test_streamed_rows_are_the_models_logits(float32_url: str, tokenizer: Any, s
 
 
 def test_the_converted_copy_holds_the_files_weights(smollm2_float32: Any) -> None:
-    """Bit for bit what transformers dequantises from the GGUF file."""
+    """Weights are, bit for bit, those that transformers dequantises from the GGUF file."""
     gguf = packaged_gguf()
     direct = LlamaForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     converted = smollm2_float32.state_dict()

@@ -11,7 +11,7 @@ from support import Collected, to_numpy
 
 
 def told(answer: Collected) -> dict[str, list[Any]]:
-    """Return every number of an answer by name, independent of its split into outputs, in order of position."""
+    """Return every number of an answer by name and in order of position, however the answer was split."""
     found: dict[str, list[Any]] = {}
     for output in answer.outputs:
         prompt = output.prompt
@@ -44,12 +44,12 @@ def _add(
 
 
 def assert_same(answer: Collected, expected: Collected, tolerance: float = 2e-3) -> None:
-    """Check equal token ids and endings, and numbers within ``tolerance``, wherever the outputs were split."""
+    """Check that ids and endings are equal and numbers within ``tolerance``, however outputs were split."""
     assert (answer.token_ids, answer.finish_reason) == (expected.token_ids, expected.finish_reason)
     assert answer.outputs[-1].stop_token_id == expected.outputs[-1].stop_token_id
     found, wanted = told(answer), told(expected)
     assert found.keys() == wanted.keys()
     for name, rows in found.items():
-        # Logits that differ by less than rounding may change places.
+        # Tokens whose logits differ by less than rounding may change places.
         allowed = 2 if name.endswith("ranks") else tolerance
         np.testing.assert_allclose(np.array(rows), np.array(wanted[name]), atol=allowed, err_msg=name)

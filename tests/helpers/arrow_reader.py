@@ -1,4 +1,4 @@
-"""A reader of /v1/logits like any Arrow program: pyarrow over the socket, while the answer arrives."""
+"""A reader of /v1/logits like any Arrow program: pyarrow reads from the socket while the answer arrives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 @contextlib.contextmanager
 def open_logits(url: str, **body: Any) -> Iterator[pa.RecordBatchStreamReader]:
-    """Open a reader over the live response. Leaving the context closes the connection."""
+    """Open a reader over the live response. The connection closes at the end of the context."""
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
     try:
@@ -30,7 +30,7 @@ def open_logits(url: str, **body: Any) -> Iterator[pa.RecordBatchStreamReader]:
 
 
 def read_logits(url: str, **body: Any) -> pa.Table:
-    """Return the whole answer."""
+    """Return the whole answer as one table."""
     with open_logits(url, **body) as reader:
         return reader.read_all()
 

@@ -1,4 +1,4 @@
-"""Requests that must be refused, and the required contents of each refusal."""
+"""Requests that the server must refuse, and the required contents of each refusal."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def normal_answer(client: httpx.Client) -> dict[str, Any]:
 
 
 def check_refusal(client: httpx.Client, bad: Bad) -> None:
-    """Send the request and check that it gets OpenAI's error object, which names the field at fault."""
+    """Send the request and check that the answer is OpenAI's error object and names the field at fault."""
     content = bad.raw if bad.raw is not None else json.dumps(bad.body).encode()
     headers = {"content-type": "application/json"}
     if bad.method != "POST":

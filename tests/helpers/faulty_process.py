@@ -1,6 +1,6 @@
 """The real engine process, whose steps obey files in the directory LOGITSERVE_FAULTS.
 
-hold     a step does not end while this file exists; ``held`` appears in the meantime
+hold     a step does not end while this file exists, and creates ``held`` in the meantime
 fault    the next step that has begun a request raises, once
 """
 

@@ -1,4 +1,4 @@
-"""``logitserve serve`` in a separate process, as a user starts it."""
+"""A ``logitserve serve`` process, started as a user starts it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STOP_SECONDS = 60
 
 @dataclass(frozen=True)
 class LiveServer:
-    """A server that has been ready."""
+    """A server process that was ready after its start."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -42,7 +42,7 @@ class LiveServer:
         pytest.fail(f"the server was not ready within {seconds} s:\n{self.tail()}")
 
     async def logged(self, request_id: str) -> dict[str, Any]:
-        """Return the log line of a request, once it is over."""
+        """Return the log line of a request, once the request is over."""
         async with asyncio.timeout(30):
             while True:
                 for line in self.log.read_text().splitlines():
@@ -64,7 +64,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def serving(log: Path, *arguments: str) -> Iterator[LiveServer]:
-    """Run a ready server with these arguments. If it still runs at the end, it gets SIGTERM and must exit with 0."""
+    """Run a server with these arguments and wait until it is ready.
+
+    A server that still runs at the end gets SIGTERM and must exit with 0.
+    """
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""A host device that behaves like a GPU to the engine: results need a wait, and steps are recorded."""
+"""A host device that the engine treats like a GPU: results need a wait, and steps are recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 class LoopbackDevice(CpuDevice):
-    """Fetched tensors read as garbage until a later mark has been waited for; a recorded function is run again."""
+    """Device on the host whose fetched tensors hold garbage until somebody waits for a later mark.
+
+    A replay of a recorded function calls the function again.
+    """
 
     upload = Device.upload
 

@@ -1,4 +1,4 @@
-"""Rows to sample from, for the tests of every backend's sampling."""
+"""Rows and sampling parameters for the sampling tests of every backend."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """An engine that follows a test's script, behind the real app.
 
-It shows behaviour that a real engine cannot show on demand.
+The script makes it behave as a real engine cannot on demand.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Script = Callable[[GenerationRequest], list[Step]]
 
 
 class ScriptedEngine(EngineProtocol):
-    """Yields the outputs that ``script`` returns for a request, raises its errors and awaits its awaitables."""
+    """Engine that yields the outputs of ``script``, raises its errors and awaits its awaitables."""
 
     def __init__(self, info: ModelInfo, script: Script) -> None:
         self._info: ModelInfo | None = info
@@ -48,10 +48,10 @@ class ScriptedEngine(EngineProtocol):
         self._info = info
 
     async def start(self) -> None:
-        """There is no process."""
+        """Do nothing, since there is no process."""
 
     async def close(self) -> None:
-        """There is no process."""
+        """Do nothing, since there is no process."""
 
     async def wait_located(self) -> str:
         assert self.info is not None
@@ -104,7 +104,10 @@ class App:
         send: Callable[[Any], Awaitable[None]],
         **scope: Any,
     ) -> None:
-        """POST (GET without a body) without an HTTP library, from a client that stays. Returns when the app returns."""
+        """Call the app with a POST, or a GET without a body, from a client that stays connected.
+
+        No HTTP library is involved. Returns when the app returns.
+        """
         content = b"" if body is None else json.dumps(body).encode()
         told = [{"type": "http.request", "body": content, "more_body": False}]
 

@@ -1,16 +1,16 @@
-"""An engine process without an engine: ready at once, it acts on the names of its requests. Free of torch.
+"""An engine process without an engine and without torch. It is ready at once and acts on its requests' names.
 
     answer …            one token, and the choice is over
     score …             the same without a token
     begin …             one token, and nothing more
         later …             nothing in the first process of a directory, as answer in the others
         beat STEP LONGEST   a heartbeat with these seconds (STEP may be None), then as answer
-        fail ID …           a step fails after it had begun these requests and this one
-        hang up             the socket is closed; the process stays
+        fail ID …           a step fails that had begun these requests and this one
+        hang up             the socket closes, and the process stays
     exit                the process ends
 
-Any other name does nothing. If the directory that its configuration calls the model has a file ``broken``,
-the process ends before it is ready.
+Any other name does nothing. The process ends before it is ready if the model's directory has a file
+``broken``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COMMAND = (sys.executable, __file__)
 
 
 def model_info() -> ModelInfo:
-    """Describe the model. ``num_blocks`` is the process's id, so that each life has its own."""
+    """Describe the model. ``num_blocks`` is the process's id, which tells one process from the next."""
     return ModelInfo(
         model_path="/models/scripted",
         tokenizer_path="/models/scripted",
@@ -87,12 +87,12 @@ def main() -> int:
             break
     channel.flush(timeout=5)
     while channel.receive() is not None:
-        pass  # as the engine's own process, which reads until the server has closed
+        pass  # the real engine process also reads until the server has closed
     return 0
 
 
 def act(request_id: str, channel: BlockingChannel[ToEngine], connection: socket.socket) -> bool:
-    """Act on the request's name. Returns False if the process should end."""
+    """Act on the request's name. Return False if the process should end."""
 
     def say(token_ids: list[int], finish_reason: FinishReason | None) -> None:
         output = StepOutput(request_id=request_id, index=0, token_ids=token_ids, finish_reason=finish_reason)

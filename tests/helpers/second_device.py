@@ -1,4 +1,4 @@
-"""A simulated second device: its tensors refuse to meet those of the host, like CUDA's."""
+"""A simulated second device: its tensors, like CUDA's, cannot be mixed with tensors of the host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("meta")
-"""Device that such tensors report."""
+"""Device that tensors of the second device report."""
 
 FACTORIES = {torch.tensor, torch.empty, torch.zeros, torch.full, torch.arange}
 
@@ -19,7 +19,7 @@ ALLOWED_TO_MEET = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default
 
 
 class PlacedTensor(torch.Tensor):
-    """Computes on a host tensor of its own, ``held``."""
+    """Tensor of the second device, computed on a host tensor of its own, ``held``."""
 
     held: Tensor
 
@@ -42,7 +42,10 @@ class PlacedTensor(torch.Tensor):
 
 
 def on_host(func: Any, arguments: Any) -> Any:
-    """Return the arguments of a function as host tensors. Raises RuntimeError if some were and some were not."""
+    """Return the arguments of a function as host tensors.
+
+    Raises RuntimeError if tensors of both devices are among them.
+    """
     strangers = [
         leaf
         for leaf in tree_leaves(arguments)
@@ -55,7 +58,7 @@ def on_host(func: Any, arguments: Any) -> Any:
 
 
 class SecondDevice(TorchFunctionMode):
-    """Mode in which tensors made for `DEVICE` or moved there are such tensors."""
+    """Mode in which tensors made for `DEVICE` or moved to it are placed tensors."""
 
     def __torch_function__(
         self,

@@ -1,4 +1,4 @@
-"""Helpers of several tests: make requests, run an engine until it is done, read arrays."""
+"""Helpers that several tests share: make requests, run an engine until it is done, read arrays."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVERY_ROW = LogitsSpec(positions="all")
 
 
 def to_numpy(array: Array) -> NDArray[Any]:
-    """Return the array's numbers; bfloat16 is widened to float32."""
+    """Return the array's numbers, with bfloat16 widened to float32."""
     if array.dtype == "bfloat16":
         bits = np.frombuffer(array.data, dtype="<u2").astype(np.uint32) << 16
         return bits.view(np.float32).reshape(array.shape)
@@ -103,7 +103,7 @@ def finish(engine: Engine) -> dict[tuple[str, int], Collected]:
 
 @cache
 def english_tokens(tokenizer_path: str, count: int, start: int = 0) -> list[int]:
-    """Return ``count`` tokens of real text, prose and code: a module of the standard library."""
+    """Return ``count`` tokens of a standard library module, which holds prose and code."""
     tokenizer = Tokenizer.from_file(f"{tokenizer_path}/tokenizer.json")
     text = Path(argparse.__file__).read_text()
     ids: list[int] = tokenizer.encode(text).ids
@@ -111,7 +111,7 @@ def english_tokens(tokenizer_path: str, count: int, start: int = 0) -> list[int]
 
 
 def reference_logits(model: torch.nn.Module, token_ids: list[int]) -> NDArray[np.float32]:
-    """Return transformers' own logits for a whole sequence, [T, V]. Computed once per sequence."""
+    """Return transformers' own logits [T, V] for a whole sequence, computed once per sequence."""
     return _reference_logits(model, tuple(token_ids))
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models, saved as directories that an engine loads quickly, without their own tokenizer."""
+"""Tiny random models, saved without a tokenizer in directories that an engine loads quickly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import (
 )
 
 NAN_TOKEN = 299
-"""Id whose embedding is NaN in models saved with ``has_nan``; the rows after it have no distribution."""
+"""Id whose embedding is NaN in models saved with ``has_nan``. Rows after this token have no distribution."""
 
 _COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
@@ -29,9 +29,9 @@ _COMMON: dict[str, Any] = {
 
 
 def save_llama(directory: Path, *, vocab_size: int, has_nan: bool = False, **options: Any) -> Path:
-    """Save a model of two layers of the Llama family, unless ``options`` of its config say otherwise.
+    """Save a model of the Llama family and return ``directory``.
 
-    Returns ``directory``.
+    The model has two layers unless ``options``, fields of its config, say otherwise.
     """
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
     config = LlamaConfig(**{**_COMMON, **shape, **options}, vocab_size=vocab_size)
@@ -39,7 +39,10 @@ def save_llama(directory: Path, *, vocab_size: int, has_nan: bool = False, **opt
 
 
 def save_gemma3(directory: Path, *, vocab_size: int) -> Path:
-    """Save three layers of Gemma 3, two with a sliding window: norms everywhere, two rotary embeddings, GELU."""
+    """Save three layers of Gemma 3, two of them with a sliding window, and return ``directory``.
+
+    The family differs from Llama in its many norms, two rotary embeddings and GELU.
+    """
     config = Gemma3TextConfig(
         **{**_COMMON, "initializer_range": 0.2},
         vocab_size=vocab_size,
@@ -70,6 +73,6 @@ def _save(
         embedding: Any = model.get_input_embeddings()
         embedding.weight.data[NAN_TOKEN] = torch.nan
     model.save_pretrained(directory)
-    # The engine reads token ids and only checks that this file exists.
+    # The engine is given token ids and only checks that this file exists.
     (directory / "tokenizer.json").write_text("{}")
     return directory

@@ -1,4 +1,4 @@
-"""A WebSocket without a server: the messages that an app sends to a client that connects and says nothing."""
+"""A WebSocket without a server: the messages of an app to a client that connects and stays silent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ async def connect(
     http_response: bool = False,
     send: Send | None = None,
 ) -> list[Message]:
-    """All that the app sent when it has returned, if not to another ``send``.
+    """Run the app until it returns, and return its messages, unless ``send`` took them.
 
     With ``http_response`` the server can answer a handshake with an HTTP response.
     """

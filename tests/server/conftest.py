@@ -1,4 +1,4 @@
-"""The app over ASGI, in front of a scripted engine."""
+"""Fixtures that open the app over ASGI, in front of a scripted engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Arrow answer in front of a scripted engine: what is sent when, and how a failure shows."""
+"""The Arrow answer in front of a scripted engine: the order of its messages, and the signs of a failure."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def prompt_output(request: GenerationRequest, offset: int, count: int, *, last: 
 async def asgi_post(
     app: App, body: dict[str, Any], on_body: Callable[[bytes], Any] = lambda _: None
 ) -> list[dict[str, Any]]:
-    """POST /v1/logits without an HTTP library in between: the messages that the app sent, ``on_body`` awaited at each."""
+    """POST /v1/logits without an HTTP library, and return the messages that the app sent.
+
+    ``on_body`` gets every piece of the body, and its result is awaited.
+    """
     sent: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:
@@ -70,7 +73,7 @@ def content(sent: list[dict[str, Any]]) -> bytes:
     return b"".join(bytes(message.get("body", b"")) for message in sent)
 
 
-async def test_a_batch_for_every_block_and_an_end(open_app: OpenApp) -> None:
+async def test_every_block_is_a_batch_and_the_stream_has_an_end(open_app: OpenApp) -> None:
     def script(request: GenerationRequest) -> list[Step]:
         return [prompt_output(request, 0, 3), prompt_output(request, 3, 1, last=True)]
 
@@ -116,7 +119,7 @@ async def test_a_failure_after_the_first_row_leaves_stream_and_body_without_thei
 
 
 async def test_the_next_rows_are_asked_for_when_the_last_ones_have_left(open_app: OpenApp) -> None:
-    """An output counts against the engine's window until then."""
+    """An output counts against the engine's window until the next output is requested."""
     asked: list[int] = []
     seen: list[int] = []
 
@@ -135,14 +138,14 @@ async def test_the_next_rows_are_asked_for_when_the_last_ones_have_left(open_app
 
     async with open_app(script) as app:
         await asgi_post(app, BODY, slow_reader)
-    # The batches' pieces leave one after the other; while those of batch i do, output i + 1 is not asked for.
+    # Batches leave piece by piece. Output i + 1 is not requested while pieces of batch i leave.
     assert sorted(set(seen)) == [1, 2, 3, 4]
     assert seen == sorted(seen)
     assert seen[0] == 1
 
 
-async def test_inputs_run_side_by_side_as_far_as_their_rows_may_be_held(open_app: OpenApp) -> None:
-    """An answer of 64 rows of the whole vocabulary is 12 MiB: five at once, of twenty."""
+async def test_concurrent_inputs_are_bounded_by_the_bytes_of_their_rows(open_app: OpenApp) -> None:
+    """Each of the twenty inputs has 64 rows of the whole vocabulary, 12 MiB, so five run at once."""
     most = 0
 
     def script(request: GenerationRequest) -> list[Step]:

@@ -1,4 +1,7 @@
-"""Bodies of more values than are parsed: a parser holds up every other request for as long as it makes objects."""
+"""Bodies with more values than the server parses.
+
+A parser holds up every other request for as long as it makes objects.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ LIMIT = 100
 
 @pytest.fixture
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The bodies that the parser was given."""
+    """Record the bodies that the parser gets."""
     given: list[bytes] = []
     loads = orjson.loads
 

@@ -1,4 +1,4 @@
-"""Bodies that are large and wrong: their lists are bounded before their items, and one error is enough."""
+"""Bodies that are large and wrong: a list's length is checked before its items, and one error is enough."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ MESSAGE = {"role": "user", "content": "Hi"}
 
 
 def schemas(node: Any, kind: str) -> Iterator[dict[str, Any]]:
-    """Every part of a core schema that is of this kind."""
+    """Yield every part of a core schema that is of this kind."""
     if isinstance(node, dict):
         if node.get("type") == kind:
             yield node
-        # These describe what is documented or written, and validate nothing.
+        # These parts describe documentation and serialization, and validate nothing.
         for name in node.keys() - {"metadata", "json_schema_input_schema", "serialization"}:
             yield from schemas(node[name], kind)
     elif isinstance(node, list | tuple):
@@ -51,7 +51,7 @@ def test_every_list_of_a_body_stops_at_its_first_error(body: type[RequestBody]) 
         assert schema.get("fail_fast") is True, f"{body.__name__}: {schema}"
 
 
-def test_every_body_is_looked_at() -> None:
+def test_every_body_class_is_in_the_list() -> None:
     def leaves(kind: type[RequestBody]) -> Iterator[type[RequestBody]]:
         for child in kind.__subclasses__():
             yield from leaves(child) if child.__subclasses__() else (child,)

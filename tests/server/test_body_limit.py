@@ -1,4 +1,4 @@
-"""Bodies over the limit."""
+"""Bodies over the byte limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What depends on the model and not on a flag: nothing over the vocabulary reaches the engine, whatever is allowed."""
+"""Bounds that the model sets: nothing over its vocabulary reaches the engine, whatever the flags allow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FLAGS = {"max_logprobs": LARGEST_ID, "max_prompt_logprobs": LARGEST_ID}
 
 
 def with_vocabulary(app: App, size: int) -> None:
-    """Let the app believe that the model has this many tokens, fewer than the tokenizer."""
+    """Give the model a vocabulary of ``size`` tokens, smaller than the tokenizer's."""
     app.engine.info = msgspec.structs.replace(app.state.model().info, vocab_size=size)
 
 
@@ -46,7 +46,7 @@ async def refused(app: App, path: str, body: dict[str, Any], param: str, says: s
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-async def test_more_of_the_likeliest_tokens_than_there_are_is_refused(
+async def test_a_top_count_over_the_vocabulary_is_refused(
     open_app: OpenApp, path: str, body: dict[str, Any], param: str
 ) -> None:
     async with open_app(**FLAGS) as app:
@@ -60,7 +60,7 @@ async def test_completions_of_a_tiny_vocabulary_are_bound_by_it(open_app: OpenAp
 
 
 async def test_text_with_tokens_that_the_model_lacks_is_refused(open_app: OpenApp) -> None:
-    """A tokenizer may know more than the model that it stands beside."""
+    """A tokenizer may know more tokens than the model beside it."""
     async with open_app() as app:
         with_vocabulary(app, 3)
         for path, body, param in (

@@ -1,4 +1,4 @@
-"""Flags, variables and defaults of `logitserve serve`, and how bad ones end."""
+"""Flags, variables and defaults of `logitserve serve`, and the exit codes of bad ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Started = list[tuple[ServerConfig, EngineConfig]]
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Started:
-    """What would be served."""
+    """Record the options that would be served, in place of a server."""
     calls: Started = []
 
     def serve(server: ServerConfig, engine: EngineConfig) -> int:
@@ -101,7 +101,7 @@ def test_a_bad_variable_exits_with_2(started: Started, monkeypatch: pytest.Monke
     assert not started
 
 
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(["--version"])
     assert exit_.value.code == 0

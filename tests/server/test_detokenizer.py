@@ -1,4 +1,4 @@
-"""Incremental detokenisation against the tokenizers library's decoding of the whole."""
+"""Incremental detokenisation, compared with the tokenizers library's decoding of the whole sequence."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def byte_level(smollm2: Checkpoint) -> tuple[Tokenizer, TokenTable]:
 
 
 def sentencepiece(*, strip: bool) -> Tokenizer:
-    """A tokenizer with the decoder of Llama 2 (``strip``) or of Gemma."""
+    """Return a tokenizer with the decoder of Llama 2 (``strip``) or of Gemma."""
     vocabulary = {token: token_id for token_id, token in enumerate(["<unk>", *BYTES, *WORDS])}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -66,7 +66,7 @@ def test_pieces_of_random_tokens_join_to_the_whole_text(
 def test_pieces_of_random_bytes_join_to_the_whole_text(
     byte_level: tuple[Tokenizer, TokenTable], data: list[int]
 ) -> None:
-    """Single-byte tokens in any order: broken, overlong and unfinished characters."""
+    """Single-byte tokens in any order give broken, overlong and unfinished characters."""
     tokenizer, table = byte_level
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     ids = [token_id for byte in data if (token_id := tokenizer.token_to_id(alphabet[byte])) is not None]
@@ -78,7 +78,7 @@ def test_pieces_of_random_bytes_join_to_the_whole_text(
 def test_a_text_survives_and_no_piece_splits_a_character(
     byte_level: tuple[Tokenizer, TokenTable], text: str
 ) -> None:
-    """But for the few control characters that this tokenizer has no token for."""
+    """The reference is the decoded text, since the tokenizer lacks tokens for a few control characters."""
     tokenizer, table = byte_level
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     whole = tokenizer.decode(ids, skip_special_tokens=False)
@@ -90,7 +90,10 @@ def test_a_text_survives_and_no_piece_splits_a_character(
 @pytest.mark.parametrize("strip", [True, False])
 @given(data=st.data())
 def test_sentencepiece_pieces_join_to_the_whole_text(data: st.DataObject, *, strip: bool) -> None:
-    """Words and whole characters in byte tokens. (Broken byte runs decode piece by piece here, all at once there.)"""
+    """The ids are words and whole characters in byte tokens.
+
+    Broken runs of bytes are left out: our decoding replaces each piece, the library's the whole run.
+    """
     tokenizer = sentencepiece(strip=strip)
     words = st.sampled_from([[id_of(tokenizer, word)] for word in [*WORDS, "<s>"]])
     characters = st.sampled_from("é日😀 a").map(lambda char: [1 + byte for byte in char.encode()])

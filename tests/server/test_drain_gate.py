@@ -1,4 +1,4 @@
-"""Requests that run while the server ends, requests that come too late, and what the probes say."""
+"""Requests that run while the server ends, requests that come too late, and the answers of the probes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def one_token(request: GenerationRequest) -> list[Step]:
     return [StepOutput(request_id=request.request_id, index=0, token_ids=[33], finish_reason="length")]
 
 
-async def test_a_draining_server_ends_what_runs_and_takes_no_more(open_app: OpenApp) -> None:
+async def test_a_draining_server_finishes_running_requests_and_refuses_others(open_app: OpenApp) -> None:
     release = asyncio.Event()
 
     def script(request: GenerationRequest) -> list[Step]:
@@ -40,7 +40,7 @@ async def test_a_draining_server_ends_what_runs_and_takes_no_more(open_app: Open
         assert app.state.idle.is_set()
 
 
-async def test_a_draining_server_ends_an_open_websocket_and_accepts_no_more(open_app: OpenApp) -> None:
+async def test_a_draining_server_keeps_an_open_websocket_and_refuses_others(open_app: OpenApp) -> None:
     accepted, release = asyncio.Event(), asyncio.Event()
 
     async def talk(websocket: WebSocket) -> None:

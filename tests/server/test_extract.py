@@ -1,4 +1,4 @@
-"""What `logitserve extract` refuses before it computes, how it asks again, and what a folder of parts survives."""
+"""Refusals of `logitserve extract` before it computes, its retries, and the folder of parts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Calls = list[tuple[Path, Path, ExtractConfig, EngineConfig]]
 
 @pytest.fixture
 def extracted(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """What would be extracted."""
+    """Record the arguments of extract, in place of a run."""
     calls: Calls = []
 
     def extract(*call: Any) -> int:
@@ -72,7 +72,7 @@ def test_every_option_is_a_flag_and_a_variable(
     assert config.api_key.get_secret_value() == "secret"
 
 
-def test_engine_flags_are_for_a_server_of_ones_own(extracted: Calls) -> None:
+def test_engine_flags_configure_the_server_that_extract_starts(extracted: Calls) -> None:
     cli.main(
         ["extract", "in", "out", "--model", "some/model", "--dtype", "float32", "--logits-dtype", "bfloat16"]
     )
@@ -157,7 +157,7 @@ def test_a_malformed_line_is_named_before_anything_is_made(tmp_path: Path, line:
         ("there.parquet", b'{"prompt": "a"}\n', "exists"),
     ],
 )
-def test_what_cannot_be_made_exits_with_2(
+def test_an_unusable_input_or_output_exits_with_2(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -192,7 +192,7 @@ def test_two_processes_cannot_hold_one_folder(folder: PartsFolder) -> None:
 
 
 @pytest.mark.parametrize("is_made_again", [False, True])
-def test_a_lock_on_a_folder_that_was_removed_meanwhile_is_none(
+def test_a_lock_on_a_folder_that_was_removed_meanwhile_is_refused(
     folder: PartsFolder, monkeypatch: pytest.MonkeyPatch, is_made_again: bool
 ) -> None:
     real = fcntl.flock
@@ -209,7 +209,7 @@ def test_a_lock_on_a_folder_that_was_removed_meanwhile_is_none(
         pass
 
 
-def test_another_set_is_refused_by_what_differs(folder: PartsFolder) -> None:
+def test_another_manifest_is_refused_and_the_difference_named(folder: PartsFolder) -> None:
     manifest = {"input": {"sha256": "a"}, "options": {"top_k": 3, "seed": 0}, "model": {"id": "m"}}
     with folder.locked():
         folder.check(manifest)
@@ -257,7 +257,7 @@ def test_row_groups_depend_on_the_rows_and_not_on_how_they_arrive(tmp_path: Path
 
 
 class Server:
-    """Answers in turn; the last answer again and again. Time passes only while the source sleeps."""
+    """Server that gives its answers in turn and repeats the last. Time passes only in the source's sleeps."""
 
     def __init__(self, *answers: httpx.Response | Exception) -> None:
         self._answers = list(answers)
@@ -306,7 +306,7 @@ async def test_a_busy_or_failing_server_is_asked_again(tmp_path: Path) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("answer", [refusal(503, "loading"), httpx.ConnectError("nobody")])
-async def test_patience_ends(tmp_path: Path, answer: httpx.Response | Exception) -> None:
+async def test_retries_end_after_retry_seconds(tmp_path: Path, answer: httpx.Response | Exception) -> None:
     server = Server(answer)
     with pytest.raises(ExtractError, match=r"still busy after 60 s: loading|line 4: .*nobody"):
         await server.source(retry_seconds=60).fetch(PROMPT, tmp_path / "spool")
@@ -314,7 +314,7 @@ async def test_patience_ends(tmp_path: Path, answer: httpx.Response | Exception)
 
 
 @pytest.mark.anyio
-async def test_what_the_server_refuses_is_not_asked_again(tmp_path: Path) -> None:
+async def test_a_refused_request_is_not_sent_again(tmp_path: Path) -> None:
     server = Server(refusal(400, "'input' is too long."))
     with pytest.raises(RefusedPromptError, match=r"line 4: .*'input' is too long"):
         await server.source().fetch(PROMPT, tmp_path / "spool")
@@ -338,7 +338,7 @@ async def test_what_the_server_refuses_is_not_asked_again(tmp_path: Path) -> Non
         ({"id": "someone else's"}, {}, "does not answer as logitserve does"),
     ],
 )
-async def test_a_model_that_cannot_give_it_is_told_at_once(
+async def test_a_model_that_cannot_give_the_rows_is_refused_at_once(
     card: dict[str, Any], options: dict[str, Any], says: str
 ) -> None:
     server = Server(httpx.Response(200, json={"data": [card]}))
@@ -347,7 +347,7 @@ async def test_a_model_that_cannot_give_it_is_told_at_once(
 
 
 @pytest.mark.anyio
-async def test_the_model_is_known_by_what_decides_its_rows() -> None:
+async def test_the_manifest_names_the_model_by_the_fields_that_decide_its_rows() -> None:
     server = Server(
         refusal(503, "loading"), httpx.Response(200, json={"data": [{**MODEL, "kernels": "cpu"}]})
     )

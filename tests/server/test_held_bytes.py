@@ -1,4 +1,4 @@
-"""The budget of answers: who waits, who is refused, and that all end."""
+"""The budget of answers: which of them wait, which are refused, and that all of them end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scripted_engine import OpenApp, Step
 
 LIMIT = 1000
 TURNS_OF_A_TIMEOUT = 50
-"""A silent reader is dropped after so many turns of the event loop."""
+"""Turns of the event loop after which a silent reader is dropped."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream: the window it wants, the least that it can do with, and how many turns it takes."""
+    """A stream: the window that it wants, the smallest that it accepts, and the turns that it lasts."""
 
     wanted: int
     least: int
@@ -44,7 +44,7 @@ streams = st.builds(Stream, st.integers(0, 400), st.integers(0, 100), st.integer
 @given(clients=st.lists(wholes | streams, max_size=20))
 def test_every_answer_ends_and_the_budget_holds(clients: list[Whole | Stream]) -> None:  # noqa: C901 - three roles
     held = HeldBytes(LIMIT)
-    # A delta is reserved twice over, until it is known how long it is when written.
+    # An answer reserves twice a delta's bytes until its written length is known.
     growths = [client.grows for client in clients if isinstance(client, Whole) and client.grows]
     largest = max((sum(grows) + max(grows) for grows in growths), default=0)
     refused = 0
@@ -156,8 +156,6 @@ def test_a_cancelled_answer_gives_back_what_it_held_and_waited_for() -> None:
     asyncio.run(run())
 
 
-# Through the app.
-
 COLUMNS = 1000
 ROW = LogitsRows(values=Array("float32", (1, COLUMNS), np.ones(COLUMNS, "<f4").tobytes()))
 BODY: dict[str, Any] = {"prompt": "Hi", "max_tokens": 20, "return_logits": {"top_k": COLUMNS}}
@@ -180,8 +178,8 @@ def rows(count: int) -> Any:
 
 
 @pytest.mark.anyio
-async def test_an_answer_that_grows_beyond_the_most_is_told_to_stream(open_app: OpenApp) -> None:
-    """Lists are longer than their bytes, so how long they are is only known when they are written."""
+async def test_an_answer_over_its_limit_is_refused_with_the_advice_to_stream(open_app: OpenApp) -> None:
+    """Written lists are longer than their raw bytes, so their length is known only after the writing."""
     body = {**BODY, "return_logits": {"top_k": COLUMNS, "encoding": "list"}, "max_tokens": 10}
     async with open_app(rows(10), max_answer_bytes=100_000) as app:
         raw = 10 * COLUMNS * 8
@@ -213,7 +211,7 @@ async def test_an_answer_that_grows_beyond_the_most_is_told_to_stream(open_app: 
 
 
 @pytest.mark.anyio
-async def test_what_is_surely_too_large_is_refused_before_it_is_queued(open_app: OpenApp) -> None:
+async def test_an_answer_that_is_surely_too_large_is_refused_before_it_is_queued(open_app: OpenApp) -> None:
     async with open_app(rows(20), max_answer_bytes=20 * COLUMNS * 8 - 1) as app:
         whole = await app.post("/v1/completions", BODY)
         assert app.engine.requests == []
@@ -223,7 +221,7 @@ async def test_what_is_surely_too_large_is_refused_before_it_is_queued(open_app:
 
 
 @pytest.mark.anyio
-async def test_a_stream_without_room_for_a_single_row_is_told_to_come_back(open_app: OpenApp) -> None:
+async def test_a_stream_without_room_for_a_single_row_gets_429_and_retry_after(open_app: OpenApp) -> None:
     async with open_app(rows(20), max_held_bytes=1 << 20) as app:
         held = app.state.held_bytes
         window = held.window(held.windows_left // WINDOW_COST, held.windows_left // WINDOW_COST)

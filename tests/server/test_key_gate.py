@@ -1,4 +1,4 @@
-"""Every path but the probes needs a key."""
+"""The API key, which every path but the probes needs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_every_path_but_the_probes_needs_the_key(open_app: OpenApp, path: 
         assert (await app.client.get("/ready")).status_code == 200
 
 
-async def test_a_key_in_other_letters_is_refused_and_breaks_nothing(open_app: OpenApp) -> None:
+async def test_a_key_outside_ascii_is_refused_and_breaks_nothing(open_app: OpenApp) -> None:
     async with open_app(api_key=["right"]) as app:
         answer = await app.client.get("/version", headers={b"authorization": "Bearer ключ".encode()})
     assert answer.status_code == 401

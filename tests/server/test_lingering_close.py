@@ -1,4 +1,4 @@
-"""The rest of a body whose request is already answered: how long it is listened to, and that nothing of it is kept."""
+"""The rest of a body whose request is already answered: the limits of its reading, without keeping any."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ CHUNKED = [(b"transfer-encoding", b"chunked")]
 
 
 async def refusing(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers without a look at the body."""
+    """Answer without a look at the body."""
     await PlainTextResponse("no", 413)(scope, receive, send)
 
 
 async def reading(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers when it has read the body."""
+    """Answer after the whole body is read."""
     while (await receive())["more_body"]:
         pass
     await PlainTextResponse("yes")(scope, receive, send)
 
 
 class Piece(bytearray):
-    """Bytes that can be watched."""
+    """Bytes that allow a weak reference."""
 
 
 class Client:
-    """Sends pieces of a body that has no end, and after ``count`` of them nothing more. Keeps what it is told."""
+    """Client that sends ``count`` pieces of an endless body, then nothing, and keeps the app's messages."""
 
     def __init__(self, count: int, *, more_body: bool = True) -> None:
         self._count = count
@@ -62,7 +62,7 @@ class Client:
     async def ask(
         self, app: ASGIApp, headers: list[tuple[bytes, bytes]], **limits: Any
     ) -> list[tuple[bytes, bool]]:
-        """The answer's messages, as their bytes and whether more was to come."""
+        """Return the body of each of the answer's messages, and whether more was to come."""
         scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
         await LingeringClose(app, **limits)(scope, self.receive, self.send)
         return [(message["body"], message.get("more_body", False)) for message in self.told[1:]]
@@ -103,7 +103,7 @@ async def test_other_answers_pass_as_they_are(app: ASGIApp, headers: list[tuple[
 
 
 async def test_an_answer_without_a_length_ends_at_once() -> None:
-    """Its client learns from the end that it is whole."""
+    """The client of such an answer learns from its end that it is whole."""
 
     async def streaming(scope: Scope, receive: Receive, send: Send) -> None:
         async def parts() -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""Several requests of one job, started as the engine's queue has room."""
+"""Jobs of several requests, which start as the engine's queue has room."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Turn:
-    """Lets others have their turn, then does something. Unlike a coroutine it may be left alone."""
+    """Step that lets other tasks run and then calls ``then``. Unlike a coroutine, it may stay unawaited."""
 
     def __init__(self, then: Callable[[], None] = lambda: None) -> None:
         self._then = then
@@ -31,7 +31,7 @@ class Turn:
 
 
 class Queue:
-    """The script of an engine that has room for so many sequences; ``others`` of them are somebody else's."""
+    """Script of an engine with room for ``room`` sequences, of which other clients take ``others``."""
 
     def __init__(self, room: int, *, others: int = 0, steps: int = 1) -> None:
         self.room = room
@@ -67,7 +67,7 @@ def requests(count: int, n: int) -> list[GenerationRequest]:
 
 
 async def answered(engine: ScriptedEngine, wanted: list[GenerationRequest]) -> Counter[int]:
-    """How often each request's end was told."""
+    """Return how often each request ended."""
     ends: Counter[int] = Counter()
     async for number, output in outputs_of(engine, wanted, RowBytes(0, 0), HeldBytes(1 << 20)):
         assert output.request_id == wanted[number].request_id
@@ -97,7 +97,7 @@ def test_prompts_that_the_queue_refuses_are_started_when_others_end(
 
 
 async def test_a_job_that_has_begun_waits_while_somebody_else_fills_the_queue(model_info: ModelInfo) -> None:
-    """Nothing of its own runs when it is refused, so nothing of its own tells it when there is room."""
+    """No request of the job runs after the refusal, so no end of one signals that there is room."""
     queue = Queue(3)
     wanted = requests(6, 1)
 
@@ -115,7 +115,7 @@ async def test_a_job_that_has_begun_waits_while_somebody_else_fills_the_queue(mo
     assert sorted(told) == list(range(6))
 
 
-async def test_a_job_of_which_nothing_has_begun_is_refused(model_info: ModelInfo) -> None:
+async def test_a_job_without_a_begun_request_is_refused_by_a_full_queue(model_info: ModelInfo) -> None:
     engine = ScriptedEngine(model_info, Queue(3, others=3).script)
     with pytest.raises(EngineOverloadedError):
         await answered(engine, requests(6, 2))

@@ -1,4 +1,4 @@
-"""Request ids and log lines."""
+"""Request ids and log lines of HTTP requests and WebSockets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def test_a_log_line_has_the_id_and_the_tokens_and_no_text(
     assert "secret" not in caplog.text
 
 
-async def test_a_websocket_has_an_id_and_a_log_line_and_is_told_of_a_fault(
+async def test_a_websocket_has_an_id_and_a_log_line_and_is_closed_on_a_fault(
     open_app: OpenApp, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def refuse(websocket: WebSocket) -> None:

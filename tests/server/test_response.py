@@ -1,4 +1,4 @@
-"""From the engine's outputs to the wire: what is held back, what is never dropped, and how failures are told."""
+"""The way from the engine's outputs to the wire: text that is held back, rows that are not, and failures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tokenizer(model_info: ModelInfo) -> Tokenizer:
 
 
 def row(value: float) -> LogitsRows:
-    """One row with one column, by which a test tells it from the others."""
+    """Return one row with one column, whose value tells the row from others."""
     return LogitsRows(
         values=Array("float32", (1, 1), np.array([value], "<f4").tobytes()),
         token_ids=Array("int32", (1, 1), np.array([7], "<i4").tobytes()),
@@ -51,7 +51,7 @@ def row(value: float) -> LogitsRows:
 
 
 def telling(token_ids: list[int], *, finish: str | None = "length", index: int = 0) -> Script:
-    """A script that draws these tokens, token i with the row [i]."""
+    """Return a script that draws these tokens, token i with the row [i]."""
 
     def script(request: GenerationRequest) -> list[Step]:
         return [
@@ -126,7 +126,7 @@ async def test_a_stop_string_aborts_the_choice_and_keeps_the_rows_up_to_it(
     assert len(choice["logits"]["generated"]["values"]) == 4
 
 
-async def test_text_held_back_for_a_stop_string_that_never_comes_is_told(
+async def test_text_held_back_for_a_stop_string_that_never_comes_is_sent_at_the_end(
     open_app: OpenApp, tokenizer: Tokenizer
 ) -> None:
     async with open_app(telling(tokenizer.encode("one two").ids)) as app:
@@ -142,7 +142,7 @@ async def test_stop_strings_wait_for_min_tokens(open_app: OpenApp, tokenizer: To
     assert answer.json()["choices"][0]["text"] == "a a a"
 
 
-async def test_a_stop_token_is_told_as_id_and_not_as_text(open_app: OpenApp, tokenizer: Tokenizer) -> None:
+async def test_a_stop_token_is_sent_as_id_and_not_as_text(open_app: OpenApp, tokenizer: Tokenizer) -> None:
     first, last = tokenizer.encode("yes.").ids
 
     def script(request: GenerationRequest) -> list[Step]:
@@ -275,7 +275,7 @@ async def test_a_failure_in_a_stream_is_one_error_event_and_the_end(open_app: Op
     assert whole.status_code == 503
 
 
-async def test_an_unforeseen_failure_tells_nothing_of_its_cause(open_app: OpenApp) -> None:
+async def test_the_answer_to_an_unforeseen_failure_hides_its_cause(open_app: OpenApp) -> None:
     def script(_: GenerationRequest) -> list[Step]:
         raise RuntimeError("a secret path")
 
@@ -300,7 +300,7 @@ async def test_logits_that_are_not_finite_are_an_error_and_no_text(open_app: Ope
 async def test_a_client_that_goes_away_closes_its_requests(
     open_app: OpenApp, prompts: int, *, streamed: bool
 ) -> None:
-    """Driven below HTTP: the disconnect comes once every request runs."""
+    """The test drives the app below HTTP, and disconnects once every request runs."""
 
     def script(request: GenerationRequest) -> list[Step]:
         return [

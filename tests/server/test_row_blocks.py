@@ -15,7 +15,7 @@ from logitserve.answers.json_pieces import dumps
 from logitserve.answers.row_blocks import BlockWriter
 from logitserve.protocol.rows import Encoding
 
-# All of them survive bfloat16.
+# bfloat16 holds each of these numbers exactly.
 VALUES = [[0.5, -2.0, 3.0], [1.5, 0.0, -0.25]]
 
 
@@ -29,7 +29,7 @@ def array_of(values: Any, dtype: str) -> Array:
 
 
 def written(parts: list[LogitsRows], encoding: Encoding) -> dict[str, Any]:
-    """The block as a client parses it."""
+    """Return the block of these parts as a client parses it."""
     writer = BlockWriter(encoding)
     for part in parts:
         writer.add(part)
@@ -73,7 +73,7 @@ def test_chosen_columns_have_ids_and_values_and_no_data() -> None:
 def test_rows_added_piece_by_piece_are_the_same_block(
     sizes: list[int], width: int, encoding: Encoding, dtype: str
 ) -> None:
-    """Pieces whose bytes are no multiple of three among them, which base64 cannot simply join."""
+    """Base64 cannot simply join pieces whose bytes are no multiple of three, which are among these."""
     numbers = np.arange(sum(sizes) * width, dtype=np.float32).reshape(-1, width)
     pieces = np.split(numbers, np.cumsum(sizes)[:-1])
     whole = written([LogitsRows(values=array_of(numbers, dtype))], encoding)

@@ -1,4 +1,4 @@
-"""The engine's streams merged into one, and closed with it."""
+"""The engine's streams, merged into one and closed together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 
 def script(request: GenerationRequest) -> list[Step]:
-    """One token at once, then nothing for ever."""
+    """Give one token at once, then nothing for ever."""
     first = StepOutput(request_id=request.request_id, index=0, token_ids=[33], num_cached_tokens=1)
     return [first, asyncio.get_running_loop().create_future()]
 
@@ -30,7 +30,7 @@ async def job_of(app: App, **body: object) -> Job:
 
 @pytest.mark.parametrize("prompts", [1, 3])
 async def test_closing_the_deltas_closes_every_request(open_app: OpenApp, prompts: int) -> None:
-    """Also one whose next output nobody waits for."""
+    """A request whose next output nobody waits for is closed too."""
     async with open_app(script) as app:
         running = RunningJob(await job_of(app, prompt=["Hi"] * prompts), app.engine, app.state.held_bytes)
         deltas = running.deltas()
@@ -53,7 +53,7 @@ async def test_unseeded_prompts_of_a_batch_draw_their_own_seeds(open_app: OpenAp
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_request_whose_bans_leave_no_token_is_at_fault_itself(
+async def test_a_request_whose_bans_leave_no_token_gets_an_invalid_request_error(
     open_app: OpenApp, *, stream: bool
 ) -> None:
     def script(request: GenerationRequest) -> list[Step]:

@@ -1,4 +1,4 @@
-"""What the routes share: the model as it is served at the moment, and what becomes of one that cannot be loaded."""
+"""The state that the routes share: the model that is served, and the failure of a load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Unloadable(ScriptedEngine):
-    """Its model cannot be loaded, for a reason of any kind."""
+    """Engine whose model cannot be loaded, because of ``error``."""
 
     def __init__(self, info: ModelInfo, error: Exception) -> None:
         super().__init__(info, lambda _: [])
@@ -36,7 +36,7 @@ class Unloadable(ScriptedEngine):
     ],
     ids=lambda error: type(error).__name__,
 )
-async def test_whatever_fails_while_loading_is_told_and_ends_the_server(
+async def test_any_failure_to_load_is_reported_and_ends_the_server(
     model_info: ModelInfo, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     state = ServerState(Unloadable(model_info, error), ServerConfig())

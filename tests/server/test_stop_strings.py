@@ -1,4 +1,4 @@
-"""Stop strings: the same cut wherever the tokens' borders fall."""
+"""Stop strings, which cut a text in the same place wherever the borders of tokens fall."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logitserve.text.stop_strings import StopStrings
 
-# Few letters, so that matches, near matches and overlaps are common.
+# A small alphabet makes matches, near matches and overlaps common.
 texts = st.text(alphabet="abé", max_size=30)
 stop_lists = st.lists(st.text(alphabet="abé", min_size=1, max_size=4), min_size=1, max_size=4)
 
 
 def naive_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """Read character by character; at the first character that ends a stop string, cut before the longest."""
+    """Cut the text before the stop string that ends first, and before the longest of those that end there."""
     for end in range(1, len(text) + 1):
         whole = [stop for stop in stops if text[:end].endswith(stop)]
         if whole:

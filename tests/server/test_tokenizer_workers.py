@@ -1,4 +1,4 @@
-"""Prompts that take too long to tokenize, and the innocent ones that wait behind them."""
+"""Prompts that take too long to tokenize, and the innocent prompts that wait behind them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECONDS = 0.05
 
 @pytest.fixture
 def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Until it is set, encoding "slow" does not end."""
+    """Return an event. Encoding "slow" does not end until the event is set."""
     released = threading.Event()
     encode = ModelTokenizer.encode
 

@@ -1,4 +1,4 @@
-"""Clients that stop reading, below HTTP: what is dropped, what never is, and how bodies are cut so that this can be told."""
+"""Clients that stop reading, below HTTP: which are dropped, and the slices that show their progress."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROWS = {"input": [5, 6], "token_ids": [1, 2]}
 
 
 class FakeConnection:
-    """Stands for a client that takes a byte between any two looks, until ``takes`` are gone."""
+    """Connection whose client takes a byte between any two looks, until ``takes`` bytes are taken."""
 
     def __init__(self, takes: int = 0) -> None:
         self.untaken = takes
@@ -43,7 +43,7 @@ class FakeConnection:
 
 
 def script(request: GenerationRequest) -> list[Step]:
-    """A row or a token at once, then nothing for ever."""
+    """Give a row or a token at once, then nothing for ever."""
     prompt = None
     if request.sampling.max_tokens == 0:
         values = Array("float32", (1, 2), np.zeros(2, np.float32).tobytes())
@@ -89,7 +89,7 @@ async def test_a_client_that_takes_nothing_ends_its_request(
 
 
 async def test_a_client_that_takes_little_is_not_dropped_while_one_piece_leaves(open_app: OpenApp) -> None:
-    """The send lasts many timeouts."""
+    """The send of the one piece lasts many timeouts."""
     connection = FakeConnection(takes=10 * CHECKS)
     sent: list[bytes] = []
 
@@ -122,8 +122,8 @@ async def test_a_client_with_nothing_to_take_is_not_dropped(open_app: OpenApp) -
     assert b"".join(sent).endswith(b"data: [DONE]\n\n")
 
 
-async def test_a_long_body_leaves_in_views_of_itself_and_ends_by_itself(open_app: OpenApp) -> None:
-    """So that each waits until there is room for what came before it, the end too."""
+async def test_a_long_body_is_sent_in_views_of_itself_and_its_end_apart(open_app: OpenApp) -> None:
+    """Each message, the end included, waits until the server has room for the one before."""
     messages: list[Any] = []
 
     async def send(message: Any) -> None:
