@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,15 +63,18 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(log: Path, *arguments: str) -> Iterator[LiveServer]:
+def serving(
+    log: Path, *arguments: str, program: Sequence[str] = ("-m", "logitserve")
+) -> Iterator[LiveServer]:
     """Run a server with these arguments and wait until it is ready.
 
+    ``program`` is what Python runs, with the same arguments as ``logitserve``.
     A server that still runs at the end gets SIGTERM and must exit with 0.
     """
     port = free_port()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "logitserve", "serve", "--port", str(port), *arguments],
+            [sys.executable, *program, "serve", "--port", str(port), *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},

@@ -1,0 +1,35 @@
+"""`logitserve` with a second door: at SIGUSR1 it writes its engine's statistics to a file.
+
+python observed_server.py STATS_FILE serve MODEL --port 8000 ...
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+from logitengine.config import EngineConfig
+from logitengine.link.client import EngineClient
+from logitserve import cli, serve_command
+
+
+def main(stats_file: Path, arguments: list[str]) -> int:
+    class ObservedClient(EngineClient):
+        def __init__(self, config: EngineConfig) -> None:
+            super().__init__(config)
+            signal.signal(signal.SIGUSR1, lambda *_: self._write())
+
+        def _write(self) -> None:
+            fresh = stats_file.with_suffix(".new")
+            fresh.write_bytes(msgspec.json.encode(msgspec.structs.asdict(self.stats)))
+            os.replace(fresh, stats_file)  # a reader never sees half of it
+
+    serve_command.EngineClient = ObservedClient  # type: ignore[misc]
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
