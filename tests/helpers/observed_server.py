@@ -5,7 +5,6 @@ python observed_server.py STATS_FILE serve MODEL --port 8000 ...
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ def main(stats_file: Path, arguments: list[str]) -> int:
         def _write(self) -> None:
             fresh = stats_file.with_suffix(".new")
             fresh.write_bytes(msgspec.json.encode(msgspec.structs.asdict(self.stats)))
-            os.replace(fresh, stats_file)  # a reader never sees half of it
+            fresh.replace(stats_file)  # a reader never sees half of it
 
     serve_command.EngineClient = ObservedClient  # type: ignore[misc]
     return cli.main(arguments)
