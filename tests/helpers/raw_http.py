@@ -57,16 +57,21 @@ class RawClient:
         self.socket.sendall(data)
         return self
 
-    def answer(self) -> Answer:
-        """Read one response with a length, or in chunks, and nothing of the next one."""
+    def head(self) -> Answer:
+        """Read the head of a response."""
         line = self._file.readline()
         assert line.startswith(b"HTTP/1.1 "), line
-        headers = {name.lower(): value for name, value in http.client.parse_headers(self._file).items()}
-        if headers.get("transfer-encoding") == "chunked":
+        headers = http.client.parse_headers(self._file).items()
+        return Answer(int(line.split()[1]), {name.lower(): value for name, value in headers}, b"")
+
+    def answer(self) -> Answer:
+        """Read one response with a length, or in chunks, and nothing of the next one."""
+        head = self.head()
+        if head.headers.get("transfer-encoding") == "chunked":
             body = self._chunks()
         else:
-            body = self._file.read(int(headers["content-length"]))
-        return Answer(int(line.split()[1]), headers, body)
+            body = self._file.read(int(head.headers["content-length"]))
+        return Answer(head.status, head.headers, body)
 
     def rest(self) -> bytes:
         """Read to the end of the connection."""
