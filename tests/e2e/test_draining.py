@@ -50,7 +50,7 @@ def wait_refused(url: str) -> None:
 def test_whoever_has_connected_is_answered_and_whoever_comes_later_is_refused(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    with server(tiny_llama, tmp_path) as live:
+    with server(tiny_llama, tmp_path, "--drain-timeout", "1000") as live:
         with huge_stream(live) as stream, RawClient(live.url) as idle, RawClient(live.url) as slow:
             assert idle.send(get("/health")).answer().headers.get("connection") != "close"
             request = post(COMPLETIONS, SHORT)
@@ -144,7 +144,7 @@ class Visitors:
 
 def test_a_restart_under_load_loses_no_request(tiny_llama: Path, tmp_path: Path) -> None:
     """Each client either reads its answer or is refused a connection, so a balancer can ask another server."""
-    with server(tiny_llama, tmp_path) as live:
+    with server(tiny_llama, tmp_path, "--drain-timeout", "1000") as live:
         visitors = Visitors(live.url)
         visitors.wait_answered(200)
         live.process.send_signal(signal.SIGTERM)

@@ -110,8 +110,11 @@ class Decoded:
         assert scope["headers"] == [(b"x", b"y")]
         while not self.messages or self.messages[-1]["more_body"]:
             self.messages.append(await receive())
+        assert (await receive())["type"] == "http.disconnect"
 
     async def _receive(self) -> Message:
+        if not self._pieces:
+            return {"type": "http.disconnect"}
         piece = self._pieces.pop(0)
         return {"type": "http.request", "body": piece, "more_body": bool(self._pieces)}
 

@@ -68,6 +68,7 @@ class _DecodedBody:
         self._inflater = zlib.decompressobj(GZIP_WINDOW)
         self._has_begun = False
         self._more_body = True
+        self._has_ended = False
         self._pieces: Iterator[bytes] = iter(())
 
     async def receive(self) -> Message:
@@ -77,7 +78,7 @@ class _DecodedBody:
                 await asyncio.sleep(0)
                 if piece:
                     return {"type": "http.request", "body": piece, "more_body": True}
-            if not self._more_body:
+            if not self._more_body and not self._has_ended:
                 return self._end()
             message = await self._receive()
             if message["type"] != "http.request":
@@ -88,6 +89,7 @@ class _DecodedBody:
     def _end(self) -> Message:
         if not self._has_begun or not self._inflater.eof:
             raise _not_gzip("it ends too early")
+        self._has_ended = True
         return {"type": "http.request", "body": b"", "more_body": False}
 
     def _inflate(self, compressed: bytes) -> Iterator[bytes]:
