@@ -42,6 +42,9 @@ class Listening(BaseModel):
     fd: Annotated[int, AfterValidator(_open_socket)] | None = Field(
         None, description="file descriptor of a bound socket to listen on, in place of host and port"
     )
+    max_connections: int = Field(
+        4096, ge=1, description="most connections; more get 503, or the place of the oldest that said nothing"
+    )
 
 
 class Access(BaseModel):
@@ -67,6 +70,7 @@ class RequestBounds(BaseModel):
         description="most values in a request body; every ',' counts as one, '[' and '{' as eight, those in strings too",
     )
     max_header_bytes: int = Field(32 << 10, ge=1024, description="largest request head")
+    max_headers: int = Field(100, ge=1, description="most headers of a request")
     max_n: int = Field(32, ge=1, description="largest n")
     max_batch_prompts: int = Field(256, ge=1, description="most prompts or inputs in one request")
     max_messages: int = Field(
@@ -99,6 +103,15 @@ class AnswerBounds(BaseModel):
 class Times(BaseModel):
     """How long things may take."""
 
+    keep_alive: int = Field(
+        75, ge=1, description="seconds that an idle connection is kept for another request"
+    )
+    head_timeout: float = Field(
+        30.0, gt=0, description="seconds for a request's head, and for the first byte of a connection"
+    )
+    body_timeout: float = Field(
+        30.0, gt=0, description="seconds that must each time bring 64 KiB of a body, or its end"
+    )
     write_timeout: float = Field(
         60.0, gt=0, description="seconds after which a client that takes nothing of its answer is dropped"
     )
@@ -107,8 +120,13 @@ class Times(BaseModel):
         gt=0,
         description="seconds to render and tokenize one request's prompts, and to wait for a thread that does so",
     )
+    drain_delay: float = Field(
+        0.0,
+        ge=0,
+        description="seconds from SIGTERM to the end of listening, for balancers to see that /ready is 503",
+    )
     drain_timeout: float = Field(
-        30.0, ge=0, description="seconds that running requests get to end after SIGTERM"
+        30.0, ge=0, description="seconds that running requests get to end once nobody listens any more"
     )
 
 

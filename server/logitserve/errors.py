@@ -20,6 +20,7 @@ from logitengine.errors import (
     RequestRefusedError,
 )
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -33,10 +34,15 @@ STATUS_CODES = {
     401: "invalid_api_key",
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "request_too_large",
+    415: "unsupported_media_type",
     429: "rate_limit_exceeded",
+    431: "headers_too_large",
     500: "internal_error",
+    501: "not_implemented",
     503: "service_unavailable",
+    505: "http_version_not_supported",
 }
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -116,6 +122,8 @@ def from_exception(error: Exception) -> ApiError:
             return error
         case EngineError():
             return from_engine(error)
+        case ClientDisconnect():
+            return ApiError(400, "The client left before it had sent its request.", code="client_left")
         case _:
             logger.error("unforeseen error", exc_info=error)
             return ApiError(500, "Internal server error.")

@@ -70,7 +70,8 @@ class ServerState:
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._model: Model | None = None
         self.load_error: str | None = None
-        self.on_load_error: Callable[[], None] | None = None
+        self.engine_lost: str | None = None
+        self.stop_server: Callable[[], None] | None = None
         self.draining = False
         self.num_in_flight = 0
         self.idle = asyncio.Event()
@@ -89,13 +90,23 @@ class ServerState:
             self.load_error = f"the model could not be loaded: {reason}"
             # The engine has logged where its own errors come from.
             logger.error("%s", self.load_error, exc_info=None if foreseen else error)  # noqa: TRY400
-            if self.on_load_error is not None:
-                self.on_load_error()
+            self._stop_server()
             return
         self._model = Model(
             self.engine, tokenizer, self.config.served_model_name or [Path(info.model_path).name]
         )
         logger.info("ready", extra={"models": self._model.names, "max_model_len": info.max_model_len})
+
+    async def watch_engine(self) -> None:
+        """Stop the server when no engine will be started any more. Of a model that never loaded ``load`` tells."""
+        reason = await self.engine.wait_lost()
+        if self.engine.info is not None:
+            self.engine_lost = reason
+            self._stop_server()
+
+    def _stop_server(self) -> None:
+        if self.stop_server is not None:
+            self.stop_server()
 
     def not_ready_reason(self) -> str | None:
         """Return why requests are not served, or None when they are."""

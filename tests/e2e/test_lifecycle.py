@@ -62,22 +62,6 @@ async def test_clients_that_go_away_free_what_their_requests_held(
     assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [480, 480]
 
 
-async def test_sigterm_lets_a_stream_end_and_turns_others_away(tiny_llama: Path, tmp_path: Path) -> None:
-    with serving(tmp_path / "server.log", str(tiny_llama), *OPTIONS) as server:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-            _, lines = await first_token(client, {**LONG, "n": 8})
-            server.process.send_signal(signal.SIGTERM)
-            async with asyncio.timeout(10):
-                while (await client.get("/ready")).status_code == 200:
-                    pass
-            assert "draining" in (await client.get("/ready")).json()["error"]["message"]
-            refused = await client.post(COMPLETIONS, json=LONG)
-            assert refused.status_code == 503
-            assert refused.headers["retry-after"]
-            assert [line async for line in lines if line][-1] == "data: [DONE]"
-        assert server.process.wait(timeout=30) == 0
-
-
 async def test_a_model_that_cannot_be_loaded_ends_the_server_with_1(tmp_path: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,

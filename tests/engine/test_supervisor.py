@@ -12,6 +12,7 @@ import pytest
 import scripted_process
 from logitengine import EngineClient, EngineConfig, EngineDeadError, EngineNotReadyError
 from logitengine.errors import EngineError
+from logitengine.link import supervisor
 from support import Collected, greedy
 
 pytestmark = pytest.mark.anyio
@@ -190,3 +191,50 @@ async def test_a_process_that_scored_a_prompt_has_served(
         await client.wait_ready()
     pauses = [record.args for record in caplog.records if "starting another" in record.msg]
     assert pauses == [(0.1,), (0.1,)]
+
+
+@pytest.fixture
+def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "RESTART_SECONDS", (0.0, 0.0, 0.0))
+
+
+@pytest.mark.usefixtures("without_pauses")
+async def test_an_engine_that_dies_quickly_three_times_in_a_row_is_lost(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        lost = asyncio.create_task(client.wait_lost())
+        for _ in range(3):
+            await client.wait_ready()
+            assert not lost.done()
+            await error_of(client, "exit")
+        assert "died 3 times" in await lost
+        assert client.not_ready_reason() == lost.result()
+        with pytest.raises(EngineDeadError):
+            await client.wait_ready()
+
+
+@pytest.mark.usefixtures("without_pauses")
+async def test_an_engine_that_cannot_be_started_again_is_lost(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        (tmp_path / "broken").touch()
+        await error_of(client, "exit")
+        assert "died 3 times" in await client.wait_lost()
+
+
+@pytest.mark.usefixtures("without_pauses")
+@pytest.mark.parametrize("life", ["it answered", "it lived for long"])
+async def test_a_death_after_work_or_after_a_long_life_is_not_quick(tmp_path: Path, life: str) -> None:
+    clock = Clock()
+    async with running(tmp_path, clock) as client:
+        lost = asyncio.create_task(client.wait_lost())
+        for number in range(7):
+            await client.wait_ready()
+            if number % 3 == 2 and life == "it answered":
+                await ask(client, "answer")
+            elif number % 3 == 2:
+                clock.now += supervisor.QUICK_SECONDS + 1
+                async with aclosing(client.generate(greedy("begin", [1], 5))) as outputs:
+                    await anext(outputs)
+            await error_of(client, "exit")
+        await client.wait_ready()
+        assert not lost.done()
+        lost.cancel()

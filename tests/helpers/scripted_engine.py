@@ -30,6 +30,7 @@ class ScriptedEngine(EngineProtocol):
         self.script = script
         self.reason: str | None = None
         self.requests: list[GenerationRequest] = []
+        self.lost = asyncio.Event()
         self.aborted: list[tuple[str, int]] = []
         self.num_open = 0
         self._changed = asyncio.Condition()
@@ -60,6 +61,10 @@ class ScriptedEngine(EngineProtocol):
     async def wait_ready(self) -> ModelInfo:
         assert self.info is not None
         return self.info
+
+    async def wait_lost(self) -> str:
+        await self.lost.wait()
+        return "the engine died too often"
 
     def not_ready_reason(self) -> str | None:
         return self.reason

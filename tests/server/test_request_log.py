@@ -65,3 +65,32 @@ async def test_a_websocket_has_an_id_and_a_log_line_and_is_closed_on_a_fault(
     accepted, closed = sent["fail_late"]
     assert dict(accepted["headers"])[b"x-request-id"] == b"fail_late"
     assert (closed["type"], closed["code"]) == ("websocket.close", 1011)
+
+
+async def test_a_client_that_leaves_while_it_sends_its_body_is_no_error_of_ours(
+    open_app: OpenApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"x-request-id", b"leaver")],
+    }
+    told: list[Message] = [
+        {"type": "http.request", "body": b"{", "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> Message:
+        return told.pop(0)
+
+    async def send(_message: Message) -> None:
+        pass
+
+    async with open_app() as app:
+        with caplog.at_level(logging.INFO):
+            await app.asgi(scope, receive, send)
+    (line,) = [vars(record) for record in caplog.records if getattr(record, "request_id", "") == "leaver"]
+    assert line["status"] == 400
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -41,7 +41,7 @@ async def test_any_failure_to_load_is_reported_and_ends_the_server(
 ) -> None:
     state = ServerState(Unloadable(model_info, error), ServerConfig())
     ended: list[bool] = []
-    state.on_load_error = lambda: ended.append(True)
+    state.stop_server = lambda: ended.append(True)
     await state.load()
     assert ended == [True]
     assert "no such model" in (state.load_error or "")

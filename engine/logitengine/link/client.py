@@ -15,7 +15,8 @@ from logitengine.link.supervisor import ENGINE_COMMAND, Supervisor
 class EngineClient(EngineProtocol):
     """A supervised process and the streams to it.
 
-    When the process dies, every request in progress ends with EngineDeadError and another process is started.
+    When the process dies, every request in progress ends with EngineDeadError and another process is started, unless
+    three die quickly in a row (`wait_lost`).
     """
 
     def __init__(
@@ -54,6 +55,9 @@ class EngineClient(EngineProtocol):
 
     async def wait_ready(self) -> ModelInfo:
         return await self._supervisor.wait_ready()
+
+    async def wait_lost(self) -> str:
+        return await self._supervisor.wait_lost()
 
     def not_ready_reason(self) -> str | None:
         return self._supervisor.not_ready_reason()

@@ -30,6 +30,9 @@ class EngineProtocol(Protocol):
     async def wait_ready(self) -> ModelInfo:
         """Wait until requests can be served, also after a restart. Raises EngineDeadError if the model cannot load."""
 
+    async def wait_lost(self) -> str:
+        """Wait until no engine will be started any more, though nobody closed it, and return why."""
+
     def not_ready_reason(self) -> str | None:
         """Return None when requests can be served, else the reason why not."""
 

@@ -42,8 +42,11 @@ STUCK_SECONDS = 30.0
 STUCK_FACTOR = 10
 """A step is stuck when it takes longer than this many seconds and this many times the longest step before it."""
 
-RESTART_SECONDS = (0.1, 1.0, 5.0, 30.0)
-"""Pauses before the restarts that follow deaths without a served request in between."""
+QUICK_SECONDS = 30.0
+"""A process dies quickly if it has answered no request and it is not this long since it was ready."""
+
+RESTART_SECONDS = (0.1, 1.0, 5.0)
+"""Pauses before the restart that follows this many quick deaths in a row. After one more no process is started."""
 
 EXIT_SECONDS = 5.0
 """Time for a process to exit by itself once its socket is closed."""
@@ -94,13 +97,15 @@ class Supervisor:
         self._located = asyncio.Event()
         self._tokenizer_path: str | None = None
         self._loaded = asyncio.Event()
+        self._lost = asyncio.Event()
         self._load_error: str | None = None
         self._unavailable: str | None = "not started"
         self._last_heard = clock()
         self._heartbeat = Heartbeat(None, 0.0)
         # State of the process that runs or ran last.
-        self._has_served = False
+        self._has_answered = False
         self._has_failed = False
+        self._ready_at: float | None = None
 
     async def start(self) -> None:
         """Spawn the engine; the model loads in the background. Does nothing if it was already started."""
@@ -129,6 +134,11 @@ class Supervisor:
             raise EngineDeadError(self._load_error or "the engine could not be started")
         return self.info
 
+    async def wait_lost(self) -> str:
+        """Implement `EngineProtocol.wait_lost`."""
+        await self._lost.wait()
+        return self._load_error or "the engine ended"
+
     async def close(self) -> None:
         """Stop the engine process."""
         self._closing = True
@@ -156,19 +166,31 @@ class Supervisor:
         return None
 
     async def _supervise(self) -> None:
-        deaths = 0
+        quick_deaths = 0
         while True:
-            self._has_served = self._has_failed = False
+            self._has_answered = self._has_failed = False
+            self._ready_at = None
             await self._run_process()
             if self.info is None:
                 # It never loaded, and another try would fail again, so everyone who waits for it is told.
                 self._give_up(self._load_error or "the engine died while it was loading")
                 return
-            deaths = 0 if self._has_served else deaths + 1
+            quick_deaths = quick_deaths + 1 if self._died_quickly() else 0
+            if quick_deaths == len(RESTART_SECONDS):
+                self._give_up(
+                    f"the engine died {quick_deaths} times in a row, each time at most {QUICK_SECONDS:g} s after it was "
+                    "ready and before it had answered a request; no other is started"
+                )
+                return
             self.stats = EngineStats()
-            pause = RESTART_SECONDS[min(deaths, len(RESTART_SECONDS) - 1)]
+            pause = RESTART_SECONDS[quick_deaths]
             logger.error("the engine process died; starting another in %.1f s", pause)
             await asyncio.sleep(pause)
+
+    def _died_quickly(self) -> bool:
+        """Look at the last process. It has said something every second while it lived."""
+        lived = 0.0 if self._ready_at is None else self._last_heard - self._ready_at
+        return not self._has_answered and lived <= QUICK_SECONDS
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         """Give up after a fault of the supervisor itself, which would else look like an engine that loads for ever."""
@@ -181,6 +203,7 @@ class Supervisor:
         self._turn_away(reason)
         self._located.set()
         self._loaded.set()
+        self._lost.set()
 
     def _turn_away(self, reason: str, begun: Collection[str] | None = None) -> None:
         """Reject requests for this reason; ``begun`` is that of `Streams.disconnect`."""
@@ -256,7 +279,7 @@ class Supervisor:
         match message:
             case StepOutputs(outputs, stats):
                 self.stats = stats
-                self._has_served = self._has_served or bool(outputs)
+                self._has_answered = self._has_answered or any(output.finish_reason for output in outputs)
                 self._streams.receive(message)
             case Refused():
                 self._streams.receive(message)
@@ -286,7 +309,7 @@ class Supervisor:
         channel = self._channel
         if channel is None:
             return  # the process is being reaped
-        self.info, self._unavailable = info, None
+        self.info, self._unavailable, self._ready_at = info, None, self._clock()
         self._heartbeat = Heartbeat(None, 0.0)
         self._streams.connect(channel)
         self._loaded.set()

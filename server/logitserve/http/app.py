@@ -13,7 +13,8 @@ from logitserve import __version__
 from logitserve.config import ServerConfig
 from logitserve.errors import install_error_handlers
 from logitserve.http.middleware.body_limit import BodyLimit
-from logitserve.http.middleware.drain_gate import DrainGate
+from logitserve.http.middleware.content_encoding import ContentEncoding
+from logitserve.http.middleware.head_as_get import HeadAsGet
 from logitserve.http.middleware.key_gate import KeyGate
 from logitserve.http.middleware.lingering_close import LingeringClose
 from logitserve.http.middleware.request_log import RequestLog
@@ -42,12 +43,16 @@ def create_app(engine: EngineProtocol, config: ServerConfig) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await engine.start()
-        loading = asyncio.create_task(state.load(), name="load-model")
+        tasks = [
+            asyncio.create_task(state.load(), name="load-model"),
+            asyncio.create_task(state.watch_engine(), name="watch-engine"),
+        ]
         try:
             yield
         finally:
-            loading.cancel()
-            await asyncio.gather(loading, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await engine.close()
             state.close()
 
@@ -66,9 +71,10 @@ def create_app(engine: EngineProtocol, config: ServerConfig) -> FastAPI:
         app.include_router(noun.router)
     install_error_handlers(app)
     # The last one added is the outermost.
+    app.add_middleware(HeadAsGet)
+    app.add_middleware(ContentEncoding, config=config)
     app.add_middleware(BodyLimit, config=config)
     app.add_middleware(KeyGate, config=config)
-    app.add_middleware(DrainGate, state=state)
     app.add_middleware(RequestLog, state=state)
     app.add_middleware(LingeringClose)
     app.add_middleware(WriteTimeout, config=config)

@@ -41,6 +41,17 @@ class Connection:
             in_kernel = 0
         return self._transport.get_write_buffer_size() + int(in_kernel)
 
+    def num_unread_bytes(self) -> int:
+        """Return the bytes that have come and that nobody has read from the kernel."""
+        if self._transport is None:
+            return 0
+        number = self._transport.get_extra_info("socket").fileno()
+        try:
+            (unread,) = struct.unpack("i", fcntl.ioctl(number, termios.FIONREAD, bytes(4)))
+        except OSError:
+            return 0
+        return int(unread)
+
     def limit_unsent(self, nbytes: int | None) -> None:
         """Make sending wait while this process holds more than ``nbytes``. None restores the usual limit."""
         if self._transport is not None:

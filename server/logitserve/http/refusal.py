@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import http
+from collections.abc import Iterable
+
+import orjson
 from starlette.types import Receive, Scope, Send
 
 from logitserve.errors import ApiError
@@ -23,3 +27,20 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) ->
         return
     code = CLOSE_CODES.get(error.status, INTERNAL_ERROR)
     await send({"type": "websocket.close", "code": code, "reason": error.code or ""})
+
+
+def raw_response(error: ApiError, headers: Iterable[tuple[bytes, bytes]] = ()) -> bytes:
+    """Return the bytes of ``error``'s response where there is no request to answer. The connection ends with it."""
+    body = orjson.dumps(error.body())
+    own = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        "connection": "close",
+        **error.headers,
+    }
+    lines = [
+        b"HTTP/1.1 %d %s" % (error.status, http.HTTPStatus(error.status).phrase.encode()),
+        *(b"%s: %s" % header for header in headers),
+        *(f"{name}: {value}".encode("latin-1") for name, value in own.items()),
+    ]
+    return b"\r\n".join([*lines, b"", body])

@@ -13,7 +13,7 @@ def is_request(scope: Scope) -> bool:
 
 
 def is_probe(scope: Scope) -> bool:
-    """Return whether the request passes without a key and while draining. No header can change the path."""
+    """Return whether the request passes without a key. No header can change the path."""
     return scope["type"] == "http" and scope["path"] in PROBES
 
 

@@ -1,22 +1,24 @@
-"""The server process: uvicorn with bounded request heads, and a shutdown that lets running requests end."""
+"""The server process: uvicorn with our HTTP protocol, and an end that loses no request."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-import signal
 import socket
+from collections.abc import Coroutine
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 from logitengine.link.engine_protocol import EngineProtocol
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from logitserve.config import ServerConfig
 from logitserve.http.app import create_app
-from logitserve.http.connection import EXTENSION, Connection
+from logitserve.http.backlog import accept_backlog
+from logitserve.http.http_protocol import HttpProtocol
+from logitserve.http.open_connections import OpenConnections, affordable_connections
 from logitserve.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -28,17 +30,26 @@ LAST_SECONDS = 2
 class DrainingServer(uvicorn.Server):
     """A uvicorn server that drains before it ends.
 
-    The first SIGINT or SIGTERM turns new requests away and waits for the running ones. The second ends the server.
+    At the first SIGINT or SIGTERM /ready turns to 503, and answers end their connections. After ``drain_delay`` whoever
+    had connected is accepted, and nobody listens any more. What was accepted is answered within ``drain_timeout``. The
+    second signal ends the server at once.
     """
 
     def __init__(
-        self, config: uvicorn.Config, state: ServerState, drain_timeout: float, stopped: asyncio.Event
+        self,
+        config: uvicorn.Config,
+        state: ServerState,
+        open_connections: OpenConnections,
+        listeners: list[socket.socket],
+        stopped: asyncio.Event,
     ) -> None:
         super().__init__(config)
+        self.servers = []  # uvicorn sets it when it listens, and a signal may come before
         self._stopped = stopped
         self._state = state
-        self._drain_timeout = drain_timeout
-        self._draining: asyncio.Task[None] | None = None
+        self._open_connections = open_connections
+        self._listeners = listeners
+        self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def serve(self, sockets: Any = None) -> None:
@@ -58,87 +69,47 @@ class DrainingServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         """Drain, or end at a second signal. uvicorn's own handler would raise the signal again and lose exit code 0."""
         if self._state.draining or self._loop is None:
-            self.force_exit = sig == signal.SIGINT
-            self.should_exit = True
+            self.force_exit = self.should_exit = True
             return
         self._state.draining = True
-        self._loop.call_soon_threadsafe(self._start_draining)
+        self._loop.call_soon_threadsafe(lambda: self._start(self._drain()))
 
-    def _start_draining(self) -> None:
-        self._draining = asyncio.create_task(self._drain())
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _drain(self) -> None:
+        config = self._state.config
         logger.info("draining", extra={"requests": self._state.num_in_flight})
+        self._open_connections.drain()
+        await asyncio.sleep(config.drain_delay)
+        await accept_backlog(self._listeners, are_ours=config.fd is None)
+        for server in self.servers:
+            server.close()
+        self._open_connections.end()
         try:
-            await asyncio.wait_for(self._state.idle.wait(), self._drain_timeout)
+            async with asyncio.timeout(config.drain_timeout):
+                await self._open_connections.none_left.wait()
+                await self._state.idle.wait()
         except TimeoutError:
-            logger.warning(
-                "still running after the drain timeout", extra={"requests": self._state.num_in_flight}
-            )
+            extra = {"requests": self._state.num_in_flight}
+            logger.warning("still running after the drain timeout", extra=extra)
+            self._start(self._state.engine.close())  # what runs ends with an error that its client reads
         self.should_exit = True
 
 
-class ConnectionProtocol(HttpToolsProtocol):
-    """uvicorn's httptools protocol, with a Connection in the scope of every request."""
-
-    _connection: Connection
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._connection = Connection(transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._connection.release()
-        super().connection_lost(exc)
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._connection.limit_unsent(None)
-        extensions: dict[str, Any] = {EXTENSION: self._connection}
-        self.scope["extensions"] = extensions
-
-
-def bounded_protocol(max_header_bytes: int) -> type[HttpToolsProtocol]:
-    """Return a protocol that refuses request heads over ``max_header_bytes``. uvicorn's own takes any size."""
-
-    class BoundedProtocol(ConnectionProtocol):
-        _head_bytes = 0
-        _in_head = True
-
-        def data_received(self, data: bytes) -> None:
-            if self._in_head:
-                self._head_bytes += len(data)
-            super().data_received(data)
-            # Bytes that came with the end of the head are body. A head without end is cut off here.
-            if self._in_head and self._head_bytes > max_header_bytes and not self.transport.is_closing():
-                self.send_400_response("Request head too large.")
-
-        def on_header(self, name: bytes, value: bytes) -> None:
-            super().on_header(name, value)
-            if sum(len(key) + len(text) for key, text in self.headers) > max_header_bytes:
-                msg = "request head too large"
-                raise ValueError(msg)
-
-        def on_headers_complete(self) -> None:
-            self._in_head = False
-            super().on_headers_complete()
-
-        def on_message_complete(self) -> None:
-            super().on_message_complete()
-            self._in_head, self._head_bytes = True, 0
-
-    return BoundedProtocol
-
-
-def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+def uvicorn_config(app: FastAPI, config: ServerConfig, open_connections: OpenConnections) -> uvicorn.Config:
+    protocol = functools.partial(HttpProtocol, options=config, open_connections=open_connections)
     return uvicorn.Config(
         app,
-        http=bounded_protocol(config.max_header_bytes),
+        http=cast("type[asyncio.Protocol]", protocol),  # uvicorn calls it, and does nothing else with it
         ws="none",
         log_config=None,
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        timeout_keep_alive=config.keep_alive,
         timeout_graceful_shutdown=LAST_SECONDS,
     )
 
@@ -148,11 +119,16 @@ async def run_app(
 ) -> int:
     """Serve on bound sockets until a signal, or not at all if ``stopped`` is set.
 
-    Returns the exit code: 0, or 1 when the model could not be loaded.
+    Returns the exit code: 0, or 1 when the model could not be loaded or its engine kept dying.
     """
     app = create_app(engine, config)
     state: ServerState = app.state.server
-    server = DrainingServer(uvicorn_config(app, config), state, config.drain_timeout, stopped)
-    state.on_load_error = server.stop
+    open_connections = OpenConnections(affordable_connections(config.max_connections))
+    server = DrainingServer(
+        uvicorn_config(app, config, open_connections), state, open_connections, listeners, stopped
+    )
+    state.stop_server = server.stop
     await server.serve(listeners)
-    return 0 if state.load_error is None else 1
+    if state.engine_lost is not None:
+        logger.error("the server ended: %s", state.engine_lost)
+    return 0 if state.load_error is None and state.engine_lost is None else 1

@@ -1,0 +1,57 @@
+"""A request and its answer on an HTTP/1 connection."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from logitserve.errors import ApiError
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGIReceiveEvent, ASGISendEvent
+
+
+class Exchange(RequestResponseCycle):
+    """uvicorn's exchange, whose body can fail: it was cut off by a timeout, or is no HTTP."""
+
+    _fault: ApiError | None = None
+    _is_told = False
+
+    def fail(self, fault: ApiError) -> None:
+        """End the body with an error. The connection ends with the answer."""
+        self._fault = fault
+        self.keep_alive = False
+        self.message_event.set()
+
+    async def receive(self) -> ASGIReceiveEvent:
+        """Return the next piece of the body. Raises the body's fault once, and then the client counts as gone."""
+        if not self._is_told:
+            message = await super().receive()
+            if self._fault is None or message["type"] == "http.disconnect":
+                return message
+            self._is_told = True
+            if not self.response_started:
+                raise self._fault
+        return {"type": "http.disconnect"}
+
+
+class Http10Exchange(Exchange):
+    """An exchange with an HTTP/1.0 client, which knows no chunks: an answer without a length ends with the connection.
+
+    uvicorn frames such an answer in chunks unless it takes it for one with a length. So it is told the length of each
+    piece, as if there were no others.
+    """
+
+    _has_length = False
+
+    async def send(self, message: ASGISendEvent) -> None:
+        # The types of a message's keys hang on its "type", which mypy cannot follow here.
+        event: Any = message
+        if event["type"] == "http.response.start":
+            self._has_length = any(name.lower() == b"content-length" for name, _ in event.get("headers", ()))
+            if not self._has_length:
+                self.chunked_encoding = False
+        elif not self._has_length:
+            self.expected_content_length = len(event.get("body", b""))
+        await super().send(message)

@@ -1,0 +1,398 @@
+"""HTTP/1 on one connection: uvicorn's httptools protocol, with bounds and timeouts, and refusals that say why."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import urllib.parse
+from typing import TYPE_CHECKING, Any
+
+import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from logitserve.config import ServerConfig
+from logitserve.errors import ApiError, BadRequestError
+from logitserve.http.connection import EXTENSION, Connection
+from logitserve.http.exchange import Exchange, Http10Exchange
+from logitserve.http.open_connections import OpenConnections
+from logitserve.http.refusal import raw_response
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application
+    from uvicorn.config import Config
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+    from uvicorn.server import ServerState
+
+logger = logging.getLogger(__name__)
+
+MOST_PIPELINED = 32
+"""Most requests that a client may send ahead of their answers."""
+
+LEAST_BODY_BYTES = 64 << 10
+"""Bytes that every ``body_timeout`` seconds must bring, unless they bring the body's end."""
+
+LINGER_SECONDS = 2.0
+MOST_DROPPED_BYTES = 16 << 20
+"""How long, and how far, a client is listened to that got a refusal: a closed socket would reset it before it reads."""
+
+NEWCOMER_SECONDS = 2.0
+"""Time from its start that a connection has for its first request when the server ends. It may come from the backlog."""
+
+
+class Stage(enum.Enum):
+    """What has come of the latest request on a connection."""
+
+    NOTHING = enum.auto()  # there has been no request
+    HEAD = enum.auto()
+    BODY = enum.auto()
+    ALL = enum.auto()
+
+
+class HttpProtocol(HttpToolsProtocol):
+    """One client's connection.
+
+    It differs from uvicorn's: heads are bounded, and both heads and bodies must come in time. An offer of another
+    protocol (h2c) is declined without loss of the body. An HTTP/1.0 client gets no chunks. Refusals are OpenAI's error
+    objects, and come after the answers that are owed.
+    """
+
+    _connection: Connection
+
+    def __init__(
+        self,
+        config: Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        options: ServerConfig,
+        open_connections: OpenConnections,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
+        self._options = options
+        self._open_connections = open_connections
+        self._started_at = self.loop.time()
+        self._stage = Stage.NOTHING
+        self._num_requests = 0
+        self._head_bytes = 0
+        self._num_headers = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._timed = (Stage.NOTHING, 0)
+        self._period_bytes = 0
+        self._was_paused = False
+        self._refusal: ApiError | None = None
+        self._is_deaf = False
+        self._num_dropped = 0
+
+    # The connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._connection = Connection(transport)
+        if not self._open_connections.add(self):
+            self._is_deaf = True
+            transport.write(raw_response(_too_many_connections(self._options.max_connections)))
+            transport.close()
+            return
+        self._timer = self.loop.call_later(self._options.head_timeout, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        self._open_connections.remove(self)
+        self._connection.release()
+        super().connection_lost(exc)
+
+    def drop(self) -> None:
+        """Implement `Member.drop`."""
+        self.transport.abort()
+
+    def drain(self) -> None:
+        """Implement `Member.drain`. Of pipelined answers the last one says so."""
+        if self.cycle is not None and not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
+    def end(self) -> None:
+        """Implement `Member.end`. A request that has begun to come, or waits in the kernel, is answered first."""
+        age = self.loop.time() - self._started_at
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+        elif self._stage is Stage.NOTHING and age < NEWCOMER_SECONDS:
+            self.loop.call_later(NEWCOMER_SECONDS - age, self.end)
+        elif self._stage is not Stage.HEAD and self._connection.num_unread_bytes() == 0:
+            self.transport.close()
+
+    # What the client sends
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            self._drop(data)
+            return
+        request = self._num_requests
+        was_head = self._stage is Stage.HEAD
+        self._feed(data)
+        if self._is_deaf:
+            return
+        # A header counts when it ends. One without end is counted here.
+        if was_head and self._stage is Stage.HEAD and self._num_requests == request:
+            self._head_bytes += len(data)
+            if self._head_bytes > self._options.max_header_bytes:
+                self._fail(self._head_too_large())
+                return
+        self._time_the_client()
+
+    def _feed(self, data: bytes) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                if self._should_upgrade():
+                    self.handle_websocket_upgrade()
+                    return
+                # The parser takes what follows for another protocol. A fresh one reads on, and never sees the offer.
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                self.parser = httptools.HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            except httptools.HttpParserError as error:
+                self._fail(_fault(error))
+                return
+            else:
+                return
+
+    def _head_without_upgrade(self) -> bytes:
+        line = b"%s %s HTTP/%s" % (
+            self.scope["method"].encode(),
+            self.url,
+            self.scope["http_version"].encode(),
+        )
+        headers = [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([line, *headers, b"", b""])
+
+    # The parser's callbacks. An ApiError that they raise is the request's refusal.
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        extensions: dict[str, Any] = {EXTENSION: self._connection}
+        self.scope["extensions"] = extensions
+        if self._stage is Stage.NOTHING:
+            self._open_connections.spoke(self)
+        self._unset_keepalive_if_required()
+        self._stage = Stage.HEAD
+        self._num_requests += 1
+        self._head_bytes = self._num_headers = 0
+
+    def on_url(self, url: bytes) -> None:
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._num_headers += 1
+        self._count_head(len(name) + len(value))
+        if self._num_headers > self._options.max_headers:
+            raise ApiError(
+                431, f"The request has more than {self._options.max_headers} headers (--max-headers)."
+            )
+        # A trailer comes after the body. As a header it would pass the checks that the head has passed already.
+        if self._stage is Stage.HEAD:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        version = self.parser.get_http_version()
+        method = self.parser.get_method().decode("ascii")
+        self.scope["method"], self.scope["http_version"] = method, version
+        _check_head(method, version, self.headers)
+        if self.parser.should_upgrade():
+            return
+        path, query = _target(self.url)
+        self.scope["raw_path"] = self.root_path.encode("ascii") + path
+        self.scope["path"] = self.root_path + urllib.parse.unquote(path.decode("ascii"))
+        self.scope["query_string"] = query
+        if len(self.pipeline) >= MOST_PIPELINED:
+            raise BadRequestError(f"More than {MOST_PIPELINED} requests were sent ahead of their answers.")
+        is_current = self.cycle is None or self.cycle.response_complete
+        self.cycle = self._exchange(version)
+        self._stage = Stage.BODY
+        if is_current:
+            self._start_asgi_task(self.cycle, self.app)
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
+
+    def _exchange(self, version: str) -> Exchange:
+        is_1_1 = version == "1.1"
+        kind = Exchange if is_1_1 else Http10Exchange
+        return kind(
+            scope=self.scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=self.expect_100_continue and is_1_1,
+            keep_alive=is_1_1 and self.parser.should_keep_alive(),
+            on_response=self.on_response_complete,
+        )
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        if self._open_connections.is_draining and not self.pipeline:
+            cycle.keep_alive = False
+        self._connection.limit_unsent(None)
+        super()._start_asgi_task(cycle, app)
+
+    def on_body(self, body: bytes) -> None:
+        self._period_bytes += len(body)
+        if self.cycle.response_complete:
+            return
+        self.cycle.body += body
+        if len(self.cycle.body) > HIGH_WATER_LIMIT:
+            self.flow.pause_reading()
+            self._was_paused = True
+        self.cycle.message_event.set()
+
+    def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
+        self._stage = Stage.ALL
+        super().on_message_complete()
+
+    def _count_head(self, nbytes: int) -> None:
+        self._head_bytes += nbytes
+        if self._head_bytes > self._options.max_header_bytes:
+            raise self._head_too_large()
+
+    def _head_too_large(self) -> ApiError:
+        limit = self._options.max_header_bytes
+        return ApiError(431, f"The request's head is larger than {limit} bytes (--max-header-bytes).")
+
+    # Refusals
+
+    def _fail(self, fault: ApiError) -> None:
+        """Read no more. A request whose head has come gets the fault from its body; without one it is the answer."""
+        self._is_deaf = True
+        self._stop_timer()
+        if self._stage is not Stage.BODY:
+            self._refusal = fault
+            if self.cycle is None or self.cycle.response_complete:
+                self._refuse(fault)
+        elif isinstance(self.cycle, Exchange) and not self.cycle.response_complete:
+            self.cycle.fail(fault)
+        else:
+            self.transport.close()
+
+    def _refuse(self, fault: ApiError) -> None:
+        self._unset_keepalive_if_required()
+        logger.info(
+            "refused unread: %s",
+            fault.message,
+            extra={"status": fault.status, "client": self.client and self.client[0]},
+        )
+        self.transport.write(raw_response(fault, self.server_state.default_headers))
+        self.transport.write_eof()
+        self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def _drop(self, data: bytes) -> None:
+        self._num_dropped += len(data)
+        if self._num_dropped > MOST_DROPPED_BYTES:
+            self.transport.abort()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing() or not self.cycle.response_complete:
+            return
+        if self._refusal is not None:
+            self._refuse(self._refusal)
+        elif self._stage is not Stage.ALL:  # the next request has begun, or this one's body goes on
+            self._unset_keepalive_if_required()
+
+    # Timeouts
+
+    def _time_the_client(self) -> None:
+        """Set the timer for what is to come, once for each head and for each body. Most come whole and need none."""
+        timed = (self._stage, self._num_requests)
+        if timed == self._timed or self.transport.is_closing():
+            return
+        self._timed = timed
+        self._stop_timer()
+        match self._stage:
+            case Stage.HEAD:
+                self._timer = self.loop.call_later(self._options.head_timeout, self._on_slow_head)
+            case Stage.BODY:
+                self._start_period()
+            case Stage.ALL if self.cycle.response_complete:  # the rest of a body that was answered early
+                self.timeout_keep_alive_task = self.loop.call_later(
+                    self.timeout_keep_alive, self.timeout_keep_alive_handler
+                )
+
+    def _on_slow_head(self) -> None:
+        seconds = self._options.head_timeout
+        self._fail(ApiError(408, f"The request's head took longer than {seconds:g} s (--head-timeout)."))
+
+    def _start_period(self) -> None:
+        self._period_bytes = 0
+        self._was_paused = self.flow.read_paused
+        self._timer = self.loop.call_later(self._options.body_timeout, self._on_period)
+
+    def _on_period(self) -> None:
+        """Look at what a period has brought. One in which this server paused the client does not count."""
+        if self._was_paused or self._period_bytes >= LEAST_BODY_BYTES:
+            self._start_period()
+            return
+        seconds = self._options.body_timeout
+        message = f"{seconds:g} s brought less than {LEAST_BODY_BYTES} bytes of the body, and not its end (--body-timeout)."
+        self._fail(ApiError(408, message))
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _fault(error: httptools.HttpParserError) -> ApiError:
+    """Return what a callback raised, or the parser's own complaint."""
+    match error.__context__:
+        case ApiError() as fault:
+            return fault
+        case None:
+            return BadRequestError(f"The request is not valid HTTP/1.1: {error}.", code="invalid_http")
+        case unforeseen:
+            logger.error("unforeseen error in a request's head", exc_info=unforeseen)
+            return ApiError(500, "Internal server error.")
+
+
+def _check_head(method: str, version: str, headers: list[tuple[bytes, bytes]]) -> None:
+    """Refuse what the parser lets pass and others may read otherwise. Raises ApiError."""
+    if version not in {"1.0", "1.1"}:
+        raise ApiError(505, f"This server speaks HTTP/1.1, not HTTP/{version}.")
+    if method == "CONNECT":
+        raise ApiError(405, "This server is no proxy: CONNECT is not allowed.")
+    hosts = sum(name == b"host" for name, _ in headers)
+    if hosts > 1 or (hosts == 0 and version == "1.1"):
+        raise BadRequestError("A request has one Host header.", code="invalid_http")
+    codings = [value for name, value in headers if name == b"transfer-encoding"]
+    if codings and version == "1.0":
+        raise BadRequestError("HTTP/1.0 has no Transfer-Encoding.", code="invalid_http")
+    if codings and [coding.lower() for coding in codings] != [b"chunked"]:
+        raise ApiError(501, "The only transfer encoding that this server reads is 'chunked'.")
+
+
+def _target(url: bytes) -> tuple[bytes, bytes]:
+    """Return the path and the query of a request's target, which may be a whole URL. Raises BadRequestError."""
+    try:
+        target = httptools.parse_url(url)
+    except httptools.HttpParserInvalidURLError:
+        target = None
+    if target is None or not url.isascii():
+        raise BadRequestError("The request's target is not a valid path.", code="invalid_http")
+    return target.path or b"/", target.query or b""
+
+
+def _too_many_connections(limit: int) -> ApiError:
+    return ApiError(
+        503,
+        f"The server has as many connections as it takes, at most {limit} (--max-connections).",
+        code="too_many_connections",
+        headers={"Retry-After": "1"},
+    )
