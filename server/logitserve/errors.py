@@ -31,9 +31,12 @@ RETRY_AFTER_SECONDS = "1"
 LONGEST_PATH = 100
 STATUS_CODES = {
     401: "invalid_api_key",
+    403: "foreign_origin",
     404: "not_found",
     405: "method_not_allowed",
     413: "request_too_large",
+    415: "unsupported_media_type",
+    421: "foreign_host",
     429: "rate_limit_exceeded",
     500: "internal_error",
     503: "service_unavailable",

@@ -65,3 +65,25 @@ async def test_a_websocket_has_an_id_and_a_log_line_and_is_told_of_a_fault(
     accepted, closed = sent["fail_late"]
     assert dict(accepted["headers"])[b"x-request-id"] == b"fail_late"
     assert (closed["type"], closed["code"]) == ("websocket.close", 1011)
+
+
+@pytest.mark.parametrize(
+    ("client", "told"),
+    [
+        (("192.0.2.7", 5), "192.0.2.7"),
+        (("2001:DB8:0::7", 0), "2001:db8::7"),
+        (("\x1b[2J" * 20, 0), "unknown"),  # what a trusted proxy passed on
+        (None, None),
+    ],
+)
+async def test_a_log_line_has_the_clients_address(
+    open_app: OpenApp, caplog: pytest.LogCaptureFixture, client: tuple[str, int] | None, told: str | None
+) -> None:
+    async def send(_message: Message) -> None:
+        pass
+
+    with caplog.at_level(logging.INFO):
+        async with open_app() as app:
+            await app.asgi_post("/version", None, send, client=client)
+    (line,) = [vars(record) for record in caplog.records if record.name == "logitserve.access"]
+    assert line["client"] == told

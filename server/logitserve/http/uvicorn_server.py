@@ -17,6 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from logitserve.config import ServerConfig
 from logitserve.http.app import create_app
 from logitserve.http.connection import EXTENSION, Connection
+from logitserve.http.listener import on_loopback
 from logitserve.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,8 @@ def uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         ws="none",
         log_config=None,
         access_log=False,
-        proxy_headers=False,
+        proxy_headers=bool(config.forwarded_allow_ips),
+        forwarded_allow_ips=config.forwarded_allow_ips,
         server_header=False,
         timeout_graceful_shutdown=LAST_SECONDS,
     )
@@ -150,9 +152,11 @@ async def run_app(
 
     Returns the exit code: 0, or 1 when the model could not be loaded.
     """
-    app = create_app(engine, config)
+    app = create_app(engine, config, on_loopback=on_loopback(listeners))
     state: ServerState = app.state.server
     server = DrainingServer(uvicorn_config(app, config), state, config.drain_timeout, stopped)
     state.on_load_error = server.stop
+    if config.api_key_file is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, state.keys.reload)
     await server.serve(listeners)
     return 0 if state.load_error is None else 1
