@@ -7,7 +7,7 @@ import re
 from fastapi.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from logitserve.access.origins import Host, OriginRules
+from logitserve.access.origins import Host, Origin, OriginRules
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError
 from logitserve.http.refusal import refuse
@@ -68,7 +68,7 @@ class OriginGate:
         if origins:
             origin = origins[0].decode("latin-1")
             if not self._rules.admits(origin, host):
-                raise _foreign_origin(origin)
+                raise _foreign_origin(origin, host)
         elif (
             self._on_loopback and host is not None and not is_probe(scope) and not self._rules.is_known(host)
         ):
@@ -94,13 +94,12 @@ def _host(scope: Scope) -> Host | None:
     return host
 
 
-def _foreign_origin(origin: str) -> ApiError:
-    told = origin[:LONGEST_TOLD]
-    return ApiError(
-        403,
-        f"Pages of the origin '{told}' may not call this server: start it with --cors-origin {told} to let them, or "
-        "with --allowed-host if the page is its own.",
-    )
+def _foreign_origin(text: str, host: Host | None) -> ApiError:
+    told, origin = text[:LONGEST_TOLD], Origin.parse(text)
+    message = f"Pages of the origin '{told}' may not call this server: start it with --cors-origin {told} to let them"
+    if origin is not None and host is not None and origin.name == host.name and not host.is_address:
+        message += f", or with --allowed-host {host.name[:LONGEST_TOLD]} if that is its own name"
+    return ApiError(403, f"{message}.")
 
 
 def _asked(scope: Scope, what: bytes) -> bytes:
