@@ -52,8 +52,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def guarded(tiny_llama: Path, keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """A server behind a proxy of this machine, with a key for each of two tenants, and open to one web app."""
-    flags = ("--api-key-file", str(keys), "--cors-origin", APP, "--root-path", ROOT)
-    flags += ("--forwarded-allow-ips", "127.0.0.1")
+    flags = ["--api-key-file", str(keys), "--cors-origin", APP, "--root-path", ROOT]
+    flags += ["--forwarded-allow-ips", "127.0.0.1"]
     log = tmp_path_factory.mktemp("guarded") / "server.log"
     with serving(log, str(tiny_llama), *OPTIONS, *flags) as server:
         yield server

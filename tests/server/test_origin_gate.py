@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import orjson
 import pytest
 from logitengine.link.messages import GenerationRequest, StepOutput
@@ -247,7 +249,7 @@ async def test_a_listed_origin_may_read_every_answer(open_app: OpenApp) -> None:
 
     async with open_app(script, api_key=["right"], cors_origin=[APP], max_body_bytes=1000) as app:
         key = {"authorization": "Bearer right"}
-        asked = [
+        asked: list[tuple[int, str, dict[str, Any], dict[str, str]]] = [
             (200, COMPLETIONS, {**BODY, "stream": True}, key),
             (401, COMPLETIONS, BODY, {}),
             (400, COMPLETIONS, {"nonsense": 1}, key),
