@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
+
+from logitserve.access.keys import check_key, check_key_file, split_keys
+from logitserve.access.origins import check_hosts, check_origins
+from logitserve.access.proxies import check_root_path, check_trusted_proxies
 
 ENV_PREFIX = "LOGITSERVE_"
 
@@ -45,6 +50,15 @@ class Listening(BaseModel):
     max_connections: int = Field(
         4096, ge=1, description="most connections; more get 503, or the place of the oldest that said nothing"
     )
+    root_path: Annotated[str, AfterValidator(check_root_path)] = Field(
+        "", description="path under which a proxy offers this server, whether or not it takes it off"
+    )
+    forwarded_allow_ips: Annotated[
+        list[str], NoDecode, BeforeValidator(split_commas), AfterValidator(check_trusted_proxies)
+    ] = Field(
+        [],
+        description="addresses and networks of proxies, comma-separated, whose X-Forwarded-For is believed; '*': all",
+    )
 
 
 class Access(BaseModel):
@@ -54,10 +68,35 @@ class Access(BaseModel):
         [],
         description="names that requests may call the model by, comma-separated; default: the checkpoint's own",
     )
-    api_key: Annotated[list[SecretStr], NoDecode, BeforeValidator(split_commas)] = Field(
+    api_key: Annotated[
+        list[Annotated[SecretStr, AfterValidator(check_key)]], NoDecode, BeforeValidator(split_keys)
+    ] = Field(
         [],
         description="keys, comma-separated, one of which every request but /health and /ready must then bear",
     )
+    api_key_file: Annotated[Path, AfterValidator(check_key_file)] | None = Field(
+        None, description="file of such keys, one a line, in place of --api-key; read again on SIGHUP"
+    )
+    cors_origin: Annotated[
+        list[str], NoDecode, BeforeValidator(split_commas), AfterValidator(check_origins)
+    ] = Field(
+        [],
+        description="origins of web pages that may call, comma-separated, as https://app.example; "
+        "app://*: a scheme's all; *: all",
+    )
+    allowed_host: Annotated[
+        list[str], NoDecode, BeforeValidator(split_commas), AfterValidator(check_hosts)
+    ] = Field(
+        [],
+        description="names of this server beside localhost and its addresses, comma-separated; *: any",
+    )
+
+    @model_validator(mode="after")
+    def _one_source_of_keys(self) -> Self:
+        if self.api_key and self.api_key_file is not None:
+            msg = "--api-key and --api-key-file exclude each other"
+            raise ValueError(msg)
+        return self
 
 
 class RequestBounds(BaseModel):

@@ -32,11 +32,13 @@ RETRY_AFTER_SECONDS = "1"
 LONGEST_PATH = 100
 STATUS_CODES = {
     401: "invalid_api_key",
+    403: "foreign_origin",
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
     413: "request_too_large",
     415: "unsupported_media_type",
+    421: "foreign_host",
     429: "rate_limit_exceeded",
     431: "headers_too_large",
     500: "internal_error",

@@ -15,6 +15,7 @@ from logitengine.errors import EngineError
 from logitengine.link.engine_protocol import EngineProtocol
 from logitengine.link.messages import ModelInfo
 
+from logitserve.access.keys import KeyRing
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError, not_ready
 from logitserve.held_bytes import HeldBytes
@@ -65,6 +66,7 @@ class ServerState:
     def __init__(self, engine: EngineProtocol, config: ServerConfig) -> None:
         self.engine = engine
         self.config = config
+        self.keys = KeyRing(config.api_key, config.api_key_file)
         self.tokenizer_workers = TokenizerWorkers(config.tokenize_timeout)
         self.held_bytes = HeldBytes(config.max_held_bytes)
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")

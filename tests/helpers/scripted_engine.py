@@ -129,7 +129,7 @@ class App:
             "raw_path": path.encode(),
             "query_string": b"",
             "root_path": "",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"host", b"test"), (b"content-type", b"application/json")],
             "client": ("test", 1),
             "server": ("test", 80),
             **scope,

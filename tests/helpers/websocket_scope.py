@@ -41,7 +41,7 @@ async def connect(
         "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
-        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+        "headers": [(name.encode(), value.encode()) for name, value in {"host": "test", **headers}.items()],
         "client": ("test", 1),
         "server": ("test", 80),
         "subprotocols": [],

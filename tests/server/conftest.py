@@ -45,9 +45,11 @@ def model_info(smollm2: Checkpoint) -> ModelInfo:
 @pytest.fixture
 def open_app(model_info: ModelInfo) -> OpenApp:
     @contextlib.asynccontextmanager
-    async def opened(script: Script = lambda _: [], **options: Any) -> AsyncIterator[App]:
+    async def opened(
+        script: Script = lambda _: [], *, on_loopback: bool = False, **options: Any
+    ) -> AsyncIterator[App]:
         engine = ScriptedEngine(model_info, script)
-        app = create_app(engine, ServerConfig(**options))
+        app = create_app(engine, ServerConfig(**options), on_loopback=on_loopback)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with (
             app.router.lifespan_context(app),

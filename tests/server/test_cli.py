@@ -106,3 +106,63 @@ def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--version"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out.startswith("logitserve ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--api-key", "a secret"], "--api-key"),
+        (["--api-key", "geheimnü"], "--api-key"),
+        (["--api-key", ""], "holds no key"),
+        (["--api-key", " , "], "holds no key"),
+        (["--api-key-file", "/nope"], "cannot be read"),
+        (["--api-key-file", "/"], "no regular file"),
+        (["--api-key-file", "/dev/null"], "no regular file"),
+        (["--cors-origin", "https://app.example/"], "--cors-origin"),
+        (["--cors-origin", "app.example"], "--cors-origin"),
+        (["--allowed-host", "https://api.example"], "--allowed-host"),
+        (["--allowed-host", "api.example:8000"], "--allowed-host"),
+        (["--allowed-host", "*.example"], "--allowed-host"),
+        (["--root-path", "models"], "--root-path"),
+        (["--root-path", "/v1"], "--root-path"),
+        (["--forwarded-allow-ips", "proxy.example"], "--forwarded-allow-ips"),
+        (["--forwarded-allow-ips", "10.0.0.1/8"], "--forwarded-allow-ips"),
+        (["--forwarded-allow-ips", "*,10.0.0.1"], "--forwarded-allow-ips"),
+    ],
+)
+def test_access_options_that_could_not_work_are_refused(
+    started: Started, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["serve", *arguments])
+    assert exit_.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert says in told
+    assert "secret" not in told
+    assert "geheim" not in told
+    assert not started
+
+
+def test_an_empty_variable_does_not_open_the_server(
+    started: Started, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOGITSERVE_API_KEY", "")
+    with pytest.raises(SystemExit):
+        cli.main(["serve"])
+    assert "holds no key" in capsys.readouterr().err
+    assert not started
+
+
+def test_keys_come_from_one_place(
+    started: Started, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text("key-1\n")
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--api-key", "key-2", "--api-key-file", str(path)])
+    told = capsys.readouterr().err
+    assert "--api-key and --api-key-file exclude each other" in told
+    assert "key-2" not in told
+    cli.main(["serve", "--api-key-file", str(path)])
+    ((server, _),) = started
+    assert server.api_key_file == path

@@ -94,3 +94,25 @@ async def test_a_client_that_leaves_while_it_sends_its_body_is_no_error_of_ours(
     (line,) = [vars(record) for record in caplog.records if getattr(record, "request_id", "") == "leaver"]
     assert line["status"] == 400
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize(
+    ("client", "told"),
+    [
+        (("192.0.2.7", 5), "192.0.2.7"),
+        (("2001:DB8:0::7", 0), "2001:db8::7"),
+        (("\x1b[2J" * 20, 0), "unknown"),  # what a trusted proxy passed on
+        (None, None),
+    ],
+)
+async def test_a_log_line_has_the_clients_address(
+    open_app: OpenApp, caplog: pytest.LogCaptureFixture, client: tuple[str, int] | None, told: str | None
+) -> None:
+    async def send(_message: Message) -> None:
+        pass
+
+    with caplog.at_level(logging.INFO):
+        async with open_app() as app:
+            await app.asgi_post("/version", None, send, client=client)
+    (line,) = [vars(record) for record in caplog.records if record.name == "logitserve.access"]
+    assert line["client"] == told

@@ -329,7 +329,13 @@ async def test_a_client_that_goes_away_closes_its_requests(
             "raw_path": b"",
             "query_string": b"",
         }
-        scope |= {"headers": [], "app": app.asgi, "http_version": "1.1", "scheme": "http", "root_path": ""}
+        scope |= {
+            "headers": [(b"host", b"test")],
+            "app": app.asgi,
+            "http_version": "1.1",
+            "scheme": "http",
+            "root_path": "",
+        }
         async with asyncio.timeout(10):
             await app.asgi(scope, receive, send)
         assert len(app.engine.requests) == prompts

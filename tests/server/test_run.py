@@ -7,6 +7,7 @@ import asyncio
 import msgspec
 import pytest
 from logitengine.link.messages import GenerationRequest, StepOutput
+from logitserve.access.caller import Caller
 from logitserve.answers.answer import usage
 from logitserve.jobs.job import Job, make_job
 from logitserve.jobs.options import completion_options
@@ -25,7 +26,7 @@ def script(request: GenerationRequest) -> list[Step]:
 
 async def job_of(app: App, **body: object) -> Job:
     validated = CompletionBody.model_validate(body, context=app.state.config)
-    return await make_job(completion_options(validated), app.state)
+    return await make_job(completion_options(validated), app.state, Caller())
 
 
 @pytest.mark.parametrize("prompts", [1, 3])

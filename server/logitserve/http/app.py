@@ -17,7 +17,9 @@ from logitserve.http.middleware.content_encoding import ContentEncoding
 from logitserve.http.middleware.head_as_get import HeadAsGet
 from logitserve.http.middleware.key_gate import KeyGate
 from logitserve.http.middleware.lingering_close import LingeringClose
+from logitserve.http.middleware.origin_gate import OriginGate
 from logitserve.http.middleware.request_log import RequestLog
+from logitserve.http.middleware.root_path import RootPath
 from logitserve.http.middleware.write_timeout import WriteTimeout
 from logitserve.routes import (
     chat,
@@ -33,10 +35,11 @@ from logitserve.routes import (
 from logitserve.state import ServerState
 
 
-def create_app(engine: EngineProtocol, config: ServerConfig) -> FastAPI:
+def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: bool = False) -> FastAPI:
     """Return an app that serves ``engine``'s model. Its lifespan starts the engine, if nobody has, and closes it.
 
-    The app answers from the start. Until the model is loaded everything but the probes gets 503.
+    The app answers from the start. Until the model is loaded everything but the probes gets 503. ``on_loopback`` says that
+    it listens on loopback addresses alone.
     """
     state = ServerState(engine, config)
 
@@ -74,8 +77,11 @@ def create_app(engine: EngineProtocol, config: ServerConfig) -> FastAPI:
     app.add_middleware(HeadAsGet)
     app.add_middleware(ContentEncoding, config=config)
     app.add_middleware(BodyLimit, config=config)
-    app.add_middleware(KeyGate, config=config)
+    app.add_middleware(KeyGate, keys=state.keys)
+    app.add_middleware(OriginGate, config=config, on_loopback=on_loopback)
     app.add_middleware(RequestLog, state=state)
     app.add_middleware(LingeringClose)
     app.add_middleware(WriteTimeout, config=config)
+    if config.root_path:
+        app.add_middleware(RootPath, root_path=config.root_path)
     return app

@@ -9,6 +9,7 @@ from fastapi import Request
 from pydantic import ValidationError
 
 from logitserve.errors import BadRequestError, from_validation
+from logitserve.http.content_type import check_content_type
 from logitserve.state import get_state
 
 
@@ -46,6 +47,7 @@ class JsonBody(Generic[B]):
         self._model = model
 
     async def __call__(self, request: Request) -> B:
+        check_content_type(request.scope)
         config = get_state(request).config
         content = await request.body()
         _check_values(content, config.max_body_values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import socket
 
@@ -39,3 +40,17 @@ def _addresses(host: str) -> list[tuple[socket.AddressFamily, socket.SocketKind,
     return list(
         dict.fromkeys((family, kind, protocol, str(ip[0])) for family, kind, protocol, _, ip in found)
     )
+
+
+def on_loopback(listeners: list[socket.socket]) -> bool:
+    """Return whether only this machine can connect, by an address."""
+    return all(
+        listener.family in (socket.AF_INET, socket.AF_INET6) and _is_loopback(listener.getsockname()[0])
+        for listener in listeners
+    )
+
+
+def _is_loopback(text: str) -> bool:
+    address = ipaddress.ip_address(text)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback

@@ -13,7 +13,7 @@ from logitserve.errors import ApiError
 HTTP_RESPONSE = "websocket.http.response"
 """The ASGI extension by which a server lets a WebSocket's handshake be answered with an HTTP response."""
 
-CLOSE_CODES = {401: 1008, 503: 1013}
+CLOSE_CODES = {400: 1008, 401: 1008, 403: 1008, 421: 1008, 503: 1013}
 """The close code of a refused WebSocket by its status: RFC 6455's "policy violation", IANA's "try again later"."""
 
 INTERNAL_ERROR = 1011

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from starlette._utils import get_route_path
 from starlette.types import Scope
 
 PROBES = frozenset({"/health", "/ready"})
@@ -13,11 +14,25 @@ def is_request(scope: Scope) -> bool:
 
 
 def is_probe(scope: Scope) -> bool:
-    """Return whether the request passes without a key. No header can change the path."""
-    return scope["type"] == "http" and scope["path"] in PROBES
+    """Return whether the request passes without a key. No header can change the path.
+
+    The path is the one that routes are matched by, the root path taken off by the same function.
+    """
+    return scope["type"] == "http" and get_route_path(scope) in PROBES
 
 
 def header(scope: Scope, name: bytes) -> bytes:
     """Return the first header of this name (in lower case), or nothing."""
     value: bytes = next((value for key, value in scope["headers"] if key == name), b"")
     return value
+
+
+def headers(scope: Scope, name: bytes) -> list[bytes]:
+    """Return every header of this name (in lower case)."""
+    return [value for key, value in scope["headers"] if key == name]
+
+
+def reply_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
+    """Return the headers that the answer's head will get, whoever writes it. A middleware may add to the list."""
+    added: list[tuple[bytes, bytes]] = scope["logitserve.reply_headers"]
+    return added

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import signal
 import socket
 from collections.abc import Coroutine
 from types import FrameType
@@ -18,6 +19,7 @@ from logitserve.config import ServerConfig
 from logitserve.http.app import create_app
 from logitserve.http.backlog import accept_backlog
 from logitserve.http.http_protocol import HttpProtocol
+from logitserve.http.listener import on_loopback
 from logitserve.http.open_connections import OpenConnections, affordable_connections
 from logitserve.state import ServerState
 
@@ -107,7 +109,8 @@ def uvicorn_config(app: FastAPI, config: ServerConfig, open_connections: OpenCon
         ws="none",
         log_config=None,
         access_log=False,
-        proxy_headers=False,
+        proxy_headers=bool(config.forwarded_allow_ips),
+        forwarded_allow_ips=config.forwarded_allow_ips,
         server_header=False,
         timeout_keep_alive=config.keep_alive,
         timeout_graceful_shutdown=LAST_SECONDS,
@@ -121,13 +124,15 @@ async def run_app(
 
     Returns the exit code: 0, or 1 when the model could not be loaded or its engine kept dying.
     """
-    app = create_app(engine, config)
+    app = create_app(engine, config, on_loopback=on_loopback(listeners))
     state: ServerState = app.state.server
     open_connections = OpenConnections(affordable_connections(config.max_connections))
     server = DrainingServer(
         uvicorn_config(app, config, open_connections), state, open_connections, listeners, stopped
     )
     state.stop_server = server.stop
+    if config.api_key_file is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, state.keys.reload)
     await server.serve(listeners)
     if state.engine_lost is not None:
         logger.error("the server ended: %s", state.engine_lost)

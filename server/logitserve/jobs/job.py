@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from logitengine.link.messages import GenerationRequest
 from msgspec.structs import replace
 
+from logitserve.access.caller import Caller
 from logitserve.jobs.limits import RowBytes, check_options, settle_bounds
 from logitserve.jobs.options import AnswerOptions, JobOptions, TextOptions
 from logitserve.jobs.prompts import TokenizedPrompt, tokenize
@@ -52,15 +53,16 @@ class Job:
         return self.requests[0].logits is not None or self.requests[0].hidden_states is not None
 
 
-async def make_job(options: JobOptions, state: ServerState) -> Job:
-    """Check and tokenize. Raises ApiError."""
+async def make_job(options: JobOptions, state: ServerState, caller: Caller) -> Job:
+    """Check and tokenize. The prompts' cached prefixes are the caller's own. Raises ApiError."""
     model = state.model()
     name = model.check_name(options.model)
     check_options(options, model)
     prompts = await tokenize(options.prompts, state)
     bounds = settle_bounds(options, [prompt.token_ids for prompt in prompts], model, state.config)
+    cache_salt = caller.cache_salt(options.cache_salt)
     requests = [
-        _request(options, prompt, max_tokens, bounds.logit_bias)
+        _request(options, prompt, max_tokens, bounds.logit_bias, cache_salt)
         for prompt, max_tokens in zip(prompts, bounds.max_tokens, strict=True)
     ]
     return Job(
@@ -76,7 +78,11 @@ async def make_job(options: JobOptions, state: ServerState) -> Job:
 
 
 def _request(
-    options: JobOptions, prompt: TokenizedPrompt, max_tokens: int, bias: dict[int, float]
+    options: JobOptions,
+    prompt: TokenizedPrompt,
+    max_tokens: int,
+    bias: dict[int, float],
+    cache_salt: str | None,
 ) -> GenerationRequest:
     """The engine's request. Without a seed each prompt of a batch draws its own: equal prompts then differ."""
     seed = secrets.randbits(64) if options.seed is None else options.seed % 2**64
@@ -86,7 +92,7 @@ def _request(
         prompt_token_ids=prompt.token_ids,
         sampling=replace(options.sampling, max_tokens=max_tokens, logit_bias=bias, seed=seed),
         n=options.n,
-        cache_salt=options.cache_salt,
+        cache_salt=cache_salt,
         logprobs=outputs.logprobs,
         prompt_logprobs=outputs.prompt_logprobs,
         logits=outputs.logits,

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from logitserve.access.caller import Caller
 from logitserve.answers.chat import ChatAnswer
 from logitserve.answers.response import respond
 from logitserve.http.body import JsonBody, documented
@@ -23,5 +24,5 @@ async def create_chat_completion(
     body: Annotated[ChatBody, Depends(JsonBody(ChatBody))], state: StateDep, request: Request
 ) -> Response:
     """Continue a conversation."""
-    job = await make_job(chat_options(body), state)
+    job = await make_job(chat_options(body), state, Caller.of(request.scope))
     return await respond(job, ChatAnswer(job), state, request)

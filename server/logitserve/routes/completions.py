@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from logitserve.access.caller import Caller
 from logitserve.answers.completion import CompletionAnswer
 from logitserve.answers.response import respond
 from logitserve.http.body import JsonBody, documented
@@ -23,5 +24,5 @@ async def create_completion(
     body: Annotated[CompletionBody, Depends(JsonBody(CompletionBody))], state: StateDep, request: Request
 ) -> Response:
     """Continue one or more prompts as they are, without a chat template."""
-    job = await make_job(completion_options(body), state)
+    job = await make_job(completion_options(body), state, Caller.of(request.scope))
     return await respond(job, CompletionAnswer(job), state, request)

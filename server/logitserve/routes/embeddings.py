@@ -11,6 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from logitengine.link.messages import OutputSpec
 
+from logitserve.access.caller import Caller
 from logitserve.answers.readouts import (
     EmbeddingReadout,
     HeadValues,
@@ -38,7 +39,9 @@ async def create_embeddings(
     hidden_size = state.model().info.hidden_size
     if body.dimensions is not None and body.dimensions > hidden_size:
         raise too_large("dimensions", body.dimensions, hidden_size)
-    job = await make_job(reading_options(body, OutputSpec(pooling=body.pooling)), state)
+    job = await make_job(
+        reading_options(body, OutputSpec(pooling=body.pooling)), state, Caller.of(request.scope)
+    )
     new_readout = partial(EmbeddingReadout, body.dimensions, body.encoding_format, normalize=body.normalize)
     return await respond(job, ReadoutsAnswer(job, new_readout), state, request)
 
@@ -54,7 +57,7 @@ async def create_pooling(
         outputs, source = OutputSpec(pooling="last"), PooledStates
     else:
         outputs, source = head_outputs(choose_head(body.head, model)), HeadValues
-    job = await make_job(reading_options(body, outputs), state)
+    job = await make_job(reading_options(body, outputs), state, Caller.of(request.scope))
     answer_id = f"pool-{uuid.uuid4().hex}"
     extras = {"id": answer_id, "created": int(time.time())}
     new_readout = partial(PoolingReadout, source, body.encoding_format)

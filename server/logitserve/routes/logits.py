@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from logitserve.access.caller import Caller
 from logitserve.answers import arrow
 from logitserve.answers.answer import Answer
 from logitserve.answers.arrow import ArrowAnswer
@@ -27,7 +28,7 @@ async def create_logits(
 ) -> Response:
     """The logits of what is read and of what is generated: an Arrow stream, or JSON where ``Accept`` asks for it."""
     options = logits_options(body, as_arrow=not prefers_json(request.headers.get("accept", "")))
-    job = await make_job(options, state)
+    job = await make_job(options, state, Caller.of(request.scope))
     logits = job.requests[0].logits
     answer: Answer = LogitsAnswer(job)
     if job.answer.stream and logits is not None:

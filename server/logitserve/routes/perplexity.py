@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from logitengine.link.messages import OutputSpec
 
+from logitserve.access.caller import Caller
 from logitserve.answers.readouts import PerplexityReadout, ReadoutsAnswer
 from logitserve.answers.response import respond
 from logitserve.http.body import JsonBody, documented
@@ -24,5 +25,7 @@ async def create_perplexity(
     body: Annotated[PerplexityBody, Depends(JsonBody(PerplexityBody))], state: StateDep, request: Request
 ) -> Response:
     """How likely the model finds each input."""
-    job = await make_job(reading_options(body, OutputSpec(prompt_logprobs=0)), state)
+    job = await make_job(
+        reading_options(body, OutputSpec(prompt_logprobs=0)), state, Caller.of(request.scope)
+    )
     return await respond(job, ReadoutsAnswer(job, PerplexityReadout), state, request)

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from logitserve.access.caller import Caller
 from logitserve.answers.readouts import ReadoutsAnswer, RewardReadout, choose_head
 from logitserve.answers.response import respond
 from logitserve.http.body import JsonBody, documented
@@ -26,6 +27,6 @@ async def create_rewards(
     """What a value head or classifier makes of each input."""
     name = choose_head(body.head, state.model())
     outputs = head_outputs(name, every_position=body.return_values)
-    job = await make_job(reading_options(body, outputs), state)
+    job = await make_job(reading_options(body, outputs), state, Caller.of(request.scope))
     new_readout = partial(RewardReadout, return_values=body.return_values)
     return await respond(job, ReadoutsAnswer(job, new_readout, {"head": name}), state, request)

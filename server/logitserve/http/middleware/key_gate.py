@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-import hmac
-
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from logitserve.config import ServerConfig
+from logitserve.access.caller import Caller
+from logitserve.access.keys import KeyRing
 from logitserve.errors import ApiError
 from logitserve.http.refusal import refuse
 from logitserve.http.scope import header, is_probe, is_request
 
 
 class KeyGate:
-    """Asks for a bearer key everywhere but at the probes, where keys are configured."""
+    """Asks for a key everywhere but at the probes, where keys are configured, and puts its Caller into the scope."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self._app = app
-        self._keys = [key.get_secret_value().encode() for key in config.api_key]
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._keys or not is_request(scope) or is_probe(scope) or self._admits(scope):
-            await self._app(scope, receive, send)
-            return
-        error = ApiError(
-            401,
-            "A valid API key is needed: send 'Authorization: Bearer KEY'.",
-            headers={"WWW-Authenticate": "Bearer"},
-        )
-        await refuse(error, scope, receive, send)
+        if is_request(scope):
+            caller = self._caller(scope)
+            if caller is None:
+                await refuse(_no_key(), scope, receive, send)
+                return
+            caller.enter(scope)
+        await self._app(scope, receive, send)
 
-    def _admits(self, scope: Scope) -> bool:
-        scheme, _, given = header(scope, b"authorization").partition(b" ")
-        # Every key is compared, so that the time taken does not tell which one was near.
-        matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)
+    def _caller(self, scope: Scope) -> Caller | None:
+        """Return whose request it is, or None when it must not pass."""
+        if self._keys.is_empty or is_probe(scope):
+            return Caller()
+        candidates = [header(scope, b"x-api-key").strip()]
+        scheme, _, bearer = header(scope, b"authorization").partition(b" ")
+        if scheme.lower() == b"bearer":
+            candidates.append(bearer.strip())
+        tenant = self._keys.find(candidates)
+        return None if tenant is None else Caller(tenant)
+
+
+def _no_key() -> ApiError:
+    return ApiError(
+        401,
+        "A valid API key is needed (--api-key, --api-key-file): send 'Authorization: Bearer KEY' or 'x-api-key: KEY'.",
+        headers={"WWW-Authenticate": "Bearer"},
+    )

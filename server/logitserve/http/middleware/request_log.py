@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import re
 import time
@@ -67,7 +68,8 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         fields = scope["logitserve.log"] = LogFields(_request_id(scope))
-        reply = _Reply(send, fields.request_id)
+        headers = scope["logitserve.reply_headers"] = [(b"x-request-id", fields.request_id.encode())]
+        reply = _Reply(send, headers)
         started = time.perf_counter()
         if not is_probe(scope):
             self._state.request_started()
@@ -86,11 +88,11 @@ class RequestLog:
 
 
 class _Reply:
-    """Passes an answer on, puts the request's id into its head and remembers its status."""
+    """Passes an answer on, adds the reply headers to its head and remembers its status."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self._send = send
-        self._request_id = request_id.encode()
+        self._headers = headers
         self.status = 0
         """Zero until the answer begins. An accepted WebSocket has 101, a closed handshake the 403 that servers send."""
         self.is_open_websocket = False
@@ -99,16 +101,16 @@ class _Reply:
         match message["type"]:
             case "http.response.start" | "websocket.http.response.start":
                 self.status = message["status"]
-                self._add_id(message)
+                self._add_headers(message)
             case "websocket.accept":
                 self.status, self.is_open_websocket = SWITCHING_PROTOCOLS, True
-                self._add_id(message)
+                self._add_headers(message)
             case "websocket.close":
                 self.status, self.is_open_websocket = self.status or FORBIDDEN, False
         await self._send(message)
 
-    def _add_id(self, message: Message) -> None:
-        message["headers"] = [*message.get("headers", ()), (b"x-request-id", self._request_id)]
+    def _add_headers(self, message: Message) -> None:
+        message["headers"] = [*message.get("headers", ()), *self._headers]
 
 
 def _request_id(scope: Scope) -> str:
@@ -117,9 +119,21 @@ def _request_id(scope: Scope) -> str:
     return value if REQUEST_ID.fullmatch(value) else uuid.uuid4().hex
 
 
+def _client(scope: Scope) -> str | None:
+    """Return the client's address, or "unknown" where a trusted proxy gave none. A Unix socket's clients have none."""
+    client = scope.get("client")
+    if not client:
+        return None
+    try:
+        return str(ipaddress.ip_address(client[0]))
+    except ValueError:
+        return "unknown"
+
+
 def _log(scope: Scope, fields: LogFields, status: int, seconds: float) -> None:
     line: dict[str, Any] = {
         "request_id": fields.request_id,
+        "client": _client(scope),
         "method": scope.get("method", "GET"),  # a WebSocket's handshake is a GET
         "path": scope["path"][:LONGEST_LOGGED_PATH],
         "status": status,

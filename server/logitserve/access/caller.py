@@ -1,0 +1,36 @@
+"""Whose request it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from starlette.types import Scope
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A request's caller, as far as its key tells.
+
+    Attributes:
+        tenant: the key's digest; empty where no key is asked for.
+    """
+
+    tenant: str = ""
+
+    @classmethod
+    def of(cls, scope: Scope) -> Self:
+        """Return the caller that the key gate put into the scope."""
+        caller: Self = scope["logitserve.caller"]
+        return caller
+
+    def enter(self, scope: Scope) -> None:
+        """Put the caller into the scope."""
+        scope["logitserve.caller"] = self
+
+    def cache_salt(self, chosen: str | None) -> str | None:
+        """Return the salt of a request's prefixes from the one that it chose. Two keys never share a prefix.
+
+        Digests have one length, so no choice of one caller makes the salt of another.
+        """
+        return f"{self.tenant}:{chosen or ''}" if self.tenant else chosen

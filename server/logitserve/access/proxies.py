@@ -1,0 +1,38 @@
+"""What a proxy in front says and does: the prefix of the paths, and the client's address."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+_ROOT_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*")
+
+OWN_PREFIX = "/v1/"
+
+
+def check_root_path(root_path: str) -> str:
+    """Return --root-path without the slash at its end. Raises ValueError for one that cannot be told from our own paths."""
+    root_path = root_path.removesuffix("/")
+    if _ROOT_PATH.fullmatch(root_path) is None:
+        msg = "must be a path such as /models/small: letters, digits, '-', '.', '_' and '~' between slashes"
+        raise ValueError(msg)
+    if f"{root_path}/".startswith(OWN_PREFIX):
+        # Of /v1/models nobody could say whether the proxy has taken the prefix off.
+        msg = f"must not begin with {OWN_PREFIX}, as the server's own paths do"
+        raise ValueError(msg)
+    return root_path
+
+
+def check_trusted_proxies(addresses: list[str]) -> list[str]:
+    """Return --forwarded-allow-ips. Raises ValueError for what is no address or network: it would never match."""
+    if "*" in addresses:
+        if len(addresses) > 1:
+            msg = "'*' trusts everybody and stands alone"
+            raise ValueError(msg)
+        return addresses
+    for address in addresses:
+        try:
+            ipaddress.ip_network(address)
+        except ValueError as error:
+            raise ValueError(str(error)) from None
+    return addresses
