@@ -263,12 +263,12 @@ def exchange(server_url: str, data: bytes) -> bytes:
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /health HTTP/1.1\r\nhost: x\r\nx-big: " + b"a" * 200_000 + b"\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"x-many: 1\r\n" * 20_000 + b"\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-big: " + b"a" * 200_000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"x-many: 1\r\n" * 20_000 + b"\r\n",
         b"GET /health HTTP/1.1\r\nx-endless: " + b"a" * 5_000_000,
-        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nhost: localhost\r\n\r\n",
         b"\x16\x03\x01 this is no HTTP \r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: " + b"9" * 30 + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: " + b"9" * 30 + b"\r\n\r\n",
     ],
     ids=[
         "one huge header",

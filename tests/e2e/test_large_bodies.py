@@ -57,7 +57,7 @@ def test_urllib_reads_why_a_request_was_refused_whose_body_is_not_too_long(tiny_
 
 
 def test_the_answer_does_not_wait_for_the_body_and_the_connection_is_closed_after_it(tiny_url: str) -> None:
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {LENGTH}\r\n\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {LENGTH}\r\n\r\n"
     with connect(tiny_url) as connection:
         connection.sendall(head.encode())
         answer = http.client.HTTPResponse(connection)
@@ -71,7 +71,7 @@ def test_the_answer_does_not_wait_for_the_body_and_the_connection_is_closed_afte
 
 def test_a_client_that_expects_100_continue_gets_the_refusal_at_once(tiny_url: str) -> None:
     head = (
-        f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: {10**12}\r\n\r\n"
+        f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {10**12}\r\n\r\n"
     )
     with connect(tiny_url) as connection, connection.makefile("rb") as lines:
         connection.sendall(head.encode())

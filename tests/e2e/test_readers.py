@@ -43,7 +43,7 @@ def asked(server: LiveServer, path: str, body: dict[str, Any], request_id: str =
     connection.connect((address.hostname, address.port))
     content = json.dumps(body).encode()
     head = (
-        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nx-request-id: {request_id}\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nx-request-id: {request_id}\r\n"
         f"connection: close\r\ncontent-length: {len(content)}\r\n\r\n"
     )
     connection.sendall(head.encode() + content)
