@@ -72,10 +72,11 @@ async def test_a_client_that_leaves_while_it_sends_its_body_is_no_error_of_ours(
 ) -> None:
     scope = {
         "type": "http",
+        "http_version": "1.1",
         "method": "POST",
         "path": "/v1/completions",
         "query_string": b"",
-        "headers": [(b"content-type", b"application/json"), (b"x-request-id", b"leaver")],
+        "headers": [(b"host", b"test"), (b"content-type", b"application/json"), (b"x-request-id", b"leaver")],
     }
     told: list[Message] = [
         {"type": "http.request", "body": b"{", "more_body": True},
