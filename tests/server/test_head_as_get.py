@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from fastapi.routing import APIRoute
 from scripted_engine import OpenApp
 
 pytestmark = pytest.mark.anyio
@@ -13,8 +12,8 @@ VARYING = {"x-request-id"}
 
 async def test_head_has_the_head_of_get(open_app: OpenApp) -> None:
     async with open_app() as app:
-        routes = [route for route in app.asgi.routes if isinstance(route, APIRoute)]
-        paths = [route.path for route in routes if "GET" in route.methods]
+        document = (await app.client.get("/openapi.json")).json()
+        paths = [path for path, operations in document["paths"].items() if "get" in operations]
         assert "/health" in paths
         for path in [*paths, "/openapi.json", "/nope"]:
             got = await app.client.get(path)
