@@ -70,9 +70,7 @@ def test_the_answer_does_not_wait_for_the_body_and_the_connection_is_closed_afte
 
 
 def test_a_client_that_expects_100_continue_gets_the_refusal_at_once(tiny_url: str) -> None:
-    head = (
-        f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {10**12}\r\n\r\n"
-    )
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {10**12}\r\n\r\n"
     with connect(tiny_url) as connection, connection.makefile("rb") as lines:
         connection.sendall(head.encode())
         assert lines.readline().startswith(b"HTTP/1.1 413 ")

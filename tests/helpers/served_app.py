@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import uvicorn
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError
-from logitserve.http.open_connections import OpenConnections
+from logitserve.http.http1.open_connections import OpenConnections
 from logitserve.http.uvicorn_server import uvicorn_config
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvloop import new_event_loop

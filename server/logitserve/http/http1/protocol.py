@@ -15,8 +15,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError, BadRequestError
 from logitserve.http.connection import EXTENSION, Connection
-from logitserve.http.exchange import Exchange, Http10Exchange
-from logitserve.http.open_connections import OpenConnections
+from logitserve.http.http1.exchange import Exchange, Http10Exchange
+from logitserve.http.http1.open_connections import OpenConnections
+from logitserve.http.http1.read_timer import ReadTimer
+from logitserve.http.http1.request_head import check_head, split_target
 from logitserve.http.refusal import raw_response
 
 if TYPE_CHECKING:
@@ -29,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 MOST_PIPELINED = 32
 """Most requests that a client may send ahead of their answers."""
-
-LEAST_BODY_BYTES = 64 << 10
-"""Bytes that every ``body_timeout`` seconds must bring, unless they bring the body's end."""
 
 LINGER_SECONDS = 2.0
 MOST_DROPPED_BYTES = 16 << 20
@@ -78,10 +77,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._num_requests = 0
         self._head_bytes = 0
         self._num_headers = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer = ReadTimer(self.loop, options, self._fail, lambda: self.flow.read_paused)
         self._timed = (Stage.NOTHING, 0)
-        self._period_bytes = 0
-        self._was_paused = False
         self._refusal: ApiError | None = None
         self._is_deaf = False
         self._num_dropped = 0
@@ -96,10 +93,10 @@ class HttpProtocol(HttpToolsProtocol):
             transport.write(raw_response(_too_many_connections(self._options.max_connections)))
             transport.close()
             return
-        self._timer = self.loop.call_later(self._options.head_timeout, transport.close)
+        self._timer.call_later(self._options.head_timeout, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._timer.stop()
         self._open_connections.remove(self)
         self._connection.release()
         super().connection_lost(exc)
@@ -201,10 +198,10 @@ class HttpProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version()
         method = self.parser.get_method().decode("ascii")
         self.scope["method"], self.scope["http_version"] = method, version
-        _check_head(method, version, self.headers)
+        check_head(method, version, self.headers)
         if self.parser.should_upgrade():
             return
-        path, query = _target(self.url)
+        path, query = split_target(self.url)
         self.scope["raw_path"] = self.root_path.encode("ascii") + path
         self.scope["path"] = self.root_path + urllib.parse.unquote(path.decode("ascii"))
         self.scope["query_string"] = query
@@ -243,13 +240,13 @@ class HttpProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
-        self._period_bytes += len(body)
+        self._timer.count_body(len(body))
         if self.cycle.response_complete:
             return
         self.cycle.body += body
         if len(self.cycle.body) > HIGH_WATER_LIMIT:
             self.flow.pause_reading()
-            self._was_paused = True
+            self._timer.paused()
         self.cycle.message_event.set()
 
     def on_message_complete(self) -> None:
@@ -272,7 +269,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _fail(self, fault: ApiError) -> None:
         """Read no more. A request whose head has come gets the fault from its body; without one it is the answer."""
         self._is_deaf = True
-        self._stop_timer()
+        self._timer.stop()
         if self._stage is not Stage.BODY:
             self._refusal = fault
             if self.cycle is None or self.cycle.response_complete:
@@ -291,7 +288,7 @@ class HttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(raw_response(fault, self.server_state.default_headers))
         self.transport.write_eof()
-        self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        self._timer.call_later(LINGER_SECONDS, self.transport.close)
 
     def _drop(self, data: bytes) -> None:
         self._num_dropped += len(data)
@@ -307,47 +304,22 @@ class HttpProtocol(HttpToolsProtocol):
         elif self._stage is not Stage.ALL:  # the next request has begun, or this one's body goes on
             self._unset_keepalive_if_required()
 
-    # Timeouts
-
     def _time_the_client(self) -> None:
         """Set the timer for what is to come, once for each head and for each body. Most come whole and need none."""
         timed = (self._stage, self._num_requests)
         if timed == self._timed or self.transport.is_closing():
             return
         self._timed = timed
-        self._stop_timer()
+        self._timer.stop()
         match self._stage:
             case Stage.HEAD:
-                self._timer = self.loop.call_later(self._options.head_timeout, self._on_slow_head)
+                self._timer.expect_head()
             case Stage.BODY:
-                self._start_period()
+                self._timer.expect_body()
             case Stage.ALL if self.cycle.response_complete:  # the rest of a body that was answered early
                 self.timeout_keep_alive_task = self.loop.call_later(
                     self.timeout_keep_alive, self.timeout_keep_alive_handler
                 )
-
-    def _on_slow_head(self) -> None:
-        seconds = self._options.head_timeout
-        self._fail(ApiError(408, f"The request's head took longer than {seconds:g} s (--head-timeout)."))
-
-    def _start_period(self) -> None:
-        self._period_bytes = 0
-        self._was_paused = self.flow.read_paused
-        self._timer = self.loop.call_later(self._options.body_timeout, self._on_period)
-
-    def _on_period(self) -> None:
-        """Look at what a period has brought. One in which this server paused the client does not count."""
-        if self._was_paused or self._period_bytes >= LEAST_BODY_BYTES:
-            self._start_period()
-            return
-        seconds = self._options.body_timeout
-        message = f"{seconds:g} s brought less than {LEAST_BODY_BYTES} bytes of the body, and not its end (--body-timeout)."
-        self._fail(ApiError(408, message))
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
 
 def _fault(error: httptools.HttpParserError) -> ApiError:
@@ -360,33 +332,6 @@ def _fault(error: httptools.HttpParserError) -> ApiError:
         case unforeseen:
             logger.error("unforeseen error in a request's head", exc_info=unforeseen)
             return ApiError(500, "Internal server error.")
-
-
-def _check_head(method: str, version: str, headers: list[tuple[bytes, bytes]]) -> None:
-    """Refuse what the parser lets pass and others may read otherwise. Raises ApiError."""
-    if version not in {"1.0", "1.1"}:
-        raise ApiError(505, f"This server speaks HTTP/1.1, not HTTP/{version}.")
-    if method == "CONNECT":
-        raise ApiError(405, "This server is no proxy: CONNECT is not allowed.")
-    hosts = sum(name == b"host" for name, _ in headers)
-    if hosts > 1 or (hosts == 0 and version == "1.1"):
-        raise BadRequestError("A request has one Host header.", code="invalid_http")
-    codings = [value for name, value in headers if name == b"transfer-encoding"]
-    if codings and version == "1.0":
-        raise BadRequestError("HTTP/1.0 has no Transfer-Encoding.", code="invalid_http")
-    if codings and [coding.lower() for coding in codings] != [b"chunked"]:
-        raise ApiError(501, "The only transfer encoding that this server reads is 'chunked'.")
-
-
-def _target(url: bytes) -> tuple[bytes, bytes]:
-    """Return the path and the query of a request's target, which may be a whole URL. Raises BadRequestError."""
-    try:
-        target = httptools.parse_url(url)
-    except httptools.HttpParserInvalidURLError:
-        target = None
-    if target is None or not url.isascii():
-        raise BadRequestError("The request's target is not a valid path.", code="invalid_http")
-    return target.path or b"/", target.query or b""
 
 
 def _too_many_connections(limit: int) -> ApiError:
