@@ -18,14 +18,9 @@ from logitengine.link.engine_protocol import EngineProtocol
 from logitserve.config import ServerConfig
 from logitserve.http.app import create_app
 from logitserve.http.backlog import accept_backlog
-<<<<<<< HEAD
-from logitserve.http.http_protocol import HttpProtocol
-from logitserve.http.listener import on_loopback
-from logitserve.http.open_connections import OpenConnections, affordable_connections
-=======
 from logitserve.http.http1.open_connections import OpenConnections, affordable_connections
 from logitserve.http.http1.protocol import HttpProtocol
->>>>>>> w17-a
+from logitserve.http.listener import on_loopback
 from logitserve.state import ServerState
 
 logger = logging.getLogger(__name__)
