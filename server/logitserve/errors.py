@@ -37,6 +37,7 @@ STATUS_CODES = {
     429: "rate_limit_exceeded",
     500: "internal_error",
     503: "service_unavailable",
+    504: "timeout",
 }
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 

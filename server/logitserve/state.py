@@ -18,6 +18,7 @@ from logitengine.link.messages import ModelInfo
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError, not_ready
 from logitserve.held_bytes import HeldBytes
+from logitserve.request_queue import RequestQueue
 from logitserve.text.tokenizer import ModelTokenizer
 from logitserve.text.tokenizer_workers import TokenizerWorkers
 
@@ -67,6 +68,7 @@ class ServerState:
         self.config = config
         self.tokenizer_workers = TokenizerWorkers(config.tokenize_timeout)
         self.held_bytes = HeldBytes(config.max_held_bytes)
+        self.queue = RequestQueue(config.max_queued_requests, config.max_queued_tokens)
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._model: Model | None = None
         self.load_error: str | None = None

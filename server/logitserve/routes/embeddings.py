@@ -40,7 +40,7 @@ async def create_embeddings(
         raise too_large("dimensions", body.dimensions, hidden_size)
     job = await make_job(reading_options(body, OutputSpec(pooling=body.pooling)), state)
     new_readout = partial(EmbeddingReadout, body.dimensions, body.encoding_format, normalize=body.normalize)
-    return await respond(job, ReadoutsAnswer(job, new_readout), state, request)
+    return respond(job, ReadoutsAnswer(job, new_readout), state, request)
 
 
 @router.post("/pooling", openapi_extra=documented(PoolingBody))
@@ -58,4 +58,4 @@ async def create_pooling(
     answer_id = f"pool-{uuid.uuid4().hex}"
     extras = {"id": answer_id, "created": int(time.time())}
     new_readout = partial(PoolingReadout, source, body.encoding_format)
-    return await respond(job, ReadoutsAnswer(job, new_readout, extras, answer_id), state, request)
+    return respond(job, ReadoutsAnswer(job, new_readout, extras, answer_id), state, request)

@@ -25,4 +25,4 @@ async def create_perplexity(
 ) -> Response:
     """How likely the model finds each input."""
     job = await make_job(reading_options(body, OutputSpec(prompt_logprobs=0)), state)
-    return await respond(job, ReadoutsAnswer(job, PerplexityReadout), state, request)
+    return respond(job, ReadoutsAnswer(job, PerplexityReadout), state, request)
