@@ -36,7 +36,7 @@ def pinging_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def blocks(events: list[dict[str, Any]], part: str) -> NDArray[np.float32]:
-    found = []
+    found: list[NDArray[np.float32]] = []
     for event in events:
         (choice,) = event["choices"]
         block = choice.get("logits", {}).get(part)
@@ -45,7 +45,7 @@ def blocks(events: list[dict[str, Any]], part: str) -> NDArray[np.float32]:
         if part == "generated":
             assert block["shape"][0] == len(choice["token_ids"])
         else:
-            assert block["offset"] == sum(len(rows) for rows in found)
+            assert block["offset"] == sum(map(len, found))
         found.append(np.frombuffer(base64.b64decode(block["data"]), np.float32).reshape(block["shape"]))
     return np.concatenate(found)
 

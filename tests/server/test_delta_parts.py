@@ -126,11 +126,10 @@ def test_the_parts_joined_are_the_delta(delta: Delta) -> None:
 @given(delta=deltas())
 def test_no_part_has_rows_of_more_than_one_token_or_position(delta: Delta) -> None:
     for part in smallest_parts(delta):
-        prompt = part.prompt
+        blocks = [part.logits, None if part.prompt is None else part.prompt.logits]
         assert len(part.token_ids) <= 1
         assert part.prompt is None or not part.token_ids
-        for block in (part.logits, prompt and prompt.logits):
-            assert block is None or block.values.shape[0] <= 1
+        assert all(block.values.shape[0] == 1 for block in blocks if block is not None)
 
 
 @given(delta=deltas())
