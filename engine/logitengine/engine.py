@@ -206,10 +206,11 @@ class Engine:
         return output
 
     def _prompt_output(self, chunk: Chunk, rows: StepRows) -> StepOutput | None:
-        """Report a chunk that drew nothing: its prompt rows, if any, and the end of a prompt-only request."""
+        """Report a chunk that drew nothing: its prompt rows, the end of a prompt-only request, and a request's beginning."""
         sequence = chunk.sequence
         is_complete = sequence.sampling.max_tokens == 0 and chunk.is_prompt_done
-        if not is_complete and sequence not in rows.prompts:
+        begins = sequence.index == 0 and chunk.start == sequence.num_cached
+        if not (is_complete or begins or sequence in rows.prompts):
             return None
         output = rows.prompt_output(sequence)
         return replace(output, finish_reason="length") if is_complete else output
@@ -260,4 +261,6 @@ class Engine:
         if request.request_id in self._requests:
             raise RequestRefusedError(f"request id {request.request_id!r} is in use")
         if len(self._scheduler.waiting) >= self.config.max_waiting:
-            raise EngineOverloadedError(f"{self.config.max_waiting} sequences are waiting already")
+            raise EngineOverloadedError(
+                f"{self.config.max_waiting} sequences are waiting already (--max-waiting)"
+            )

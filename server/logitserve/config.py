@@ -139,6 +139,17 @@ class AnswerBounds(BaseModel):
     )
 
 
+class QueueBounds(BaseModel):
+    """How many requests may wait."""
+
+    max_queued_requests: int = Field(
+        1024, ge=1, description="requests that wait to be tokenized or to begin before others get 429"
+    )
+    max_queued_tokens: int = Field(
+        1 << 20, ge=1, description="tokens of the prompts that wait before other requests get 429"
+    )
+
+
 class Times(BaseModel):
     """How long things may take."""
 
@@ -151,6 +162,20 @@ class Times(BaseModel):
     body_timeout: float = Field(
         30.0, gt=0, description="seconds that must each time bring 64 KiB of a body, or its end"
     )
+    ping_interval: float = Field(
+        15.0,
+        ge=0,
+        description="seconds of silence after which a stream begins, and sends a comment; 0: it stays silent",
+    )
+    queue_timeout: float = Field(
+        300.0, ge=0, description="seconds that a request may wait for the engine to begin it; 0: no limit"
+    )
+    request_timeout: float = Field(
+        0.0,
+        ge=0,
+        description="seconds that a request may take, less the time in which its client does not read; 0: no limit",
+    )
+
     write_timeout: float = Field(
         60.0, gt=0, description="seconds after which a client that takes nothing of its answer is dropped"
     )
@@ -177,7 +202,7 @@ class Logging(BaseModel):
     )
 
 
-class ServerConfig(Listening, Access, RequestBounds, AnswerBounds, Times, Logging):
+class ServerConfig(Listening, Access, RequestBounds, AnswerBounds, QueueBounds, Times, Logging):
     """The server's options: every bound on what clients may ask for or use up is one of its fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -35,7 +35,7 @@ STATUS_CODES = {
     403: "foreign_origin",
     404: "not_found",
     405: "method_not_allowed",
-    408: "request_timeout",
+    408: "request_too_slow",
     413: "request_too_large",
     415: "unsupported_media_type",
     421: "foreign_host",
@@ -44,6 +44,7 @@ STATUS_CODES = {
     500: "internal_error",
     501: "not_implemented",
     503: "service_unavailable",
+    504: "timeout",
     505: "http_version_not_supported",
 }
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

@@ -19,6 +19,7 @@ from logitserve.access.keys import KeyRing
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError, not_ready
 from logitserve.held_bytes import HeldBytes
+from logitserve.request_queue import RequestQueue
 from logitserve.text.tokenizer import ModelTokenizer
 from logitserve.text.tokenizer_workers import TokenizerWorkers
 
@@ -69,6 +70,7 @@ class ServerState:
         self.keys = KeyRing(config.api_key, config.api_key_file)
         self.tokenizer_workers = TokenizerWorkers(config.tokenize_timeout)
         self.held_bytes = HeldBytes(config.max_held_bytes)
+        self.queue = RequestQueue(config.max_queued_requests, config.max_queued_tokens)
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._model: Model | None = None
         self.load_error: str | None = None

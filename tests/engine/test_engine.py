@@ -177,6 +177,20 @@ def test_nothing_ends_an_answer_before_min_tokens(tiny_model: LoadedModel) -> No
     assert stop not in held.token_ids[:3]
 
 
+def test_the_first_output_tells_that_the_request_has_begun(tiny_model: LoadedModel) -> None:
+    """It comes after the first chunk of a prompt that takes several, and not before there is a place."""
+    engine = make_engine(tiny_model, max_num_batched_tokens=3, max_num_seqs=1)
+    engine.add(greedy("a", PROMPT, 2))
+    engine.add(greedy("b", PROMPT[::-1], 2))
+    told: list[tuple[str, list[int]]] = []
+    while engine.has_work:
+        told += [(output.request_id, output.token_ids) for output in engine.step()]
+    assert [(name, len(ids)) for name, ids in told] == [
+        *[("a", 0), ("a", 1), ("a", 1)],
+        *[("b", 0), ("b", 1), ("b", 1)],
+    ]
+
+
 def test_prompt_rows_stay_within_the_window(tiny_model: LoadedModel) -> None:
     window = 16 * 4 * 49152
     engine = make_engine(tiny_model, logits_window_bytes=window)

@@ -216,7 +216,7 @@ def test_a_head_that_does_not_end_is_refused(hasty: ServedApp, before: bytes) ->
         if before:
             assert client.send(before).answer().status == 200
         answer = client.send(b"GET / HTTP/1.1\r\nhost: x\r\nx: y").answer()
-        assert (answer.status, answer.error["code"]) == (408, "request_timeout")
+        assert (answer.status, answer.error["code"]) == (408, "request_too_slow")
         assert "--head-timeout" in answer.error["message"]
         assert client.is_closed()
 

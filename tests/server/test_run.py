@@ -33,7 +33,7 @@ async def job_of(app: App, **body: object) -> Job:
 async def test_closing_the_deltas_closes_every_request(open_app: OpenApp, prompts: int) -> None:
     """A request whose next output nobody waits for is closed too."""
     async with open_app(script) as app:
-        running = RunningJob(await job_of(app, prompt=["Hi"] * prompts), app.engine, app.state.held_bytes)
+        running = RunningJob(await job_of(app, prompt=["Hi"] * prompts), app.state)
         deltas = running.deltas()
         seen = {(await anext(deltas)).index for _ in range(prompts)}
         assert seen == set(range(prompts))

@@ -99,7 +99,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk(Choice):
-    """A part of one choice: the text, tokens and rows of one step.
+    """A part of one choice: the text, tokens and rows of one step, or of a part of it where the rows are long.
 
     A prompt's rows and logprobs come before its first token, over several chunks where the prompt is long.
     """

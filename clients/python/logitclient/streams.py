@@ -79,11 +79,13 @@ def _is_filled(chunk: Chunk) -> bool:
     has_tokens = chunk.token_ids is not None and len(chunk.token_ids) > 0
     # A token that ends within a character has logprobs before it has text.
     has_logprobs = bool(chunk.prompt_logprobs or chunk.raw.get("logprobs"))
+    has_prompt = bool(chunk.raw.get("prompt_token_ids"))
     return bool(
         chunk.text
         or chunk.finish_reason
         or has_tokens
         or has_logprobs
+        or has_prompt
         or any(part is not None for part in rows)
     )
 

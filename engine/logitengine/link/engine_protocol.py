@@ -39,6 +39,8 @@ class EngineProtocol(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
         """Stream the outputs of all ``n`` choices, interleaved, until each has a finish reason.
 
+        The first output tells that the request has left the queue. It holds nothing where more of the prompt is to be
+        computed.
         Closing the generator early (``aclose``, cancellation) aborts the request and frees its blocks. An output's
         arrays count against the request's window until the next output is requested.
 

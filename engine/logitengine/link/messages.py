@@ -220,10 +220,10 @@ class PromptOutput(Struct, frozen=True, kw_only=True, array_like=True):
 class StepOutput(Struct, frozen=True, kw_only=True, array_like=True):
     """Result of one step for one choice of one request.
 
-    ``token_ids`` holds the tokens drawn in this step (none while only prompt rows were computed). ``logits``,
-    ``logprobs`` and ``hidden_states`` have one row for each. ``stop_token_id`` is set when a stop or EOS
-    token ended the choice; that token is the last of ``token_ids``. ``finish_reason`` is set on the last
-    output of a choice.
+    ``token_ids`` holds the tokens drawn in this step (none while only prompt rows were computed, or while a
+    prompt of several steps has only begun). ``logits``, ``logprobs`` and ``hidden_states`` have one row for
+    each. ``stop_token_id`` is set when a stop or EOS token ended the choice; that token is the last of
+    ``token_ids``. ``finish_reason`` is set on the last output of a choice.
     """
 
     request_id: str

@@ -43,6 +43,9 @@ class Answer(Protocol):
     def end(self, counts: Counts) -> Iterable[Piece]:
         """The rest of the body, once the job is done. The answer holds nothing of it any more."""
 
+    def fill_silence(self) -> Iterable[Piece]:
+        """What a stream may send while it has nothing to say, so that nobody takes its connection for dead."""
+
     def tell(self, error: ApiError) -> Iterable[Piece]:
         """How a body that has begun ends with an error, where ``tells_errors``."""
 

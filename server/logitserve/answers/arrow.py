@@ -42,6 +42,7 @@ class ArrowAnswer:
         self._has_top = logits.top_k is not None
         self._num_generated = [0] * len(job.requests)
         self._schema = _schema(job, logits)
+        self._has_begun = False
         self._pieces = _Pieces()
         self._writer = pa.ipc.new_stream(self._pieces, self._schema)
 
@@ -64,6 +65,15 @@ class ArrowAnswer:
         """The end-of-stream marker."""
         self._writer.close()
         return self._pieces.take()
+
+    def fill_silence(self) -> Sequence[bytes]:
+        """The schema, once: the format has nothing else that says nothing."""
+        if self._has_begun:
+            return ()
+        self._has_begun = True
+        schema: bytes = self._schema.serialize().to_pybytes()
+        self._pieces.skip(len(schema))  # the writer writes the same before its first batch
+        return [schema]
 
     def tell(self, error: ApiError) -> Iterator[bytes | memoryview]:  # noqa: ARG002 - batches cannot tell of an error
         return iter(())
@@ -91,6 +101,7 @@ class ArrowAnswer:
         columns.append(_fixed_lists(logits.values))
         if hidden_states is not None:
             columns.append(_fixed_lists(hidden_states))
+        self._has_begun = True
         self._writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         return self._pieces.take()
 
@@ -102,10 +113,20 @@ class _Pieces:
 
     def __init__(self) -> None:
         self._pieces: list[bytes | pa.Buffer] = []
+        self._num_skipped = 0
 
     def write(self, piece: bytes | pa.Buffer) -> int:
-        self._pieces.append(piece)
+        if self._num_skipped:
+            rest = bytes(piece)[self._num_skipped :]
+            self._num_skipped -= len(piece) - len(rest)
+            self._pieces.append(rest)
+        else:
+            self._pieces.append(piece)
         return len(piece)
+
+    def skip(self, nbytes: int) -> None:
+        """Drop the next bytes that are written."""
+        self._num_skipped = nbytes
 
     def flush(self) -> None:
         """Do nothing: what is written is kept as it is."""

@@ -22,18 +22,19 @@ class ChatAnswer(ChoicesAnswer[Record]):
             self.job, index, ChatLogprobs(self.job.model.tokenizer.table) if with_logprobs else None
         )
 
-    def opening_choice(self, index: int) -> dict[str, Any]:
+    def opening_choices(self, record: Record) -> list[dict[str, Any]]:
         """The role, in a chunk without tokens as OpenAI sends it: its npm package counts a first chunk's logprobs twice."""
         delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        choice = {"index": record.index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return [{**choice, **record.prompt_token_ids()}]
 
-    def chunk_choice(self, record: Record, *, is_first: bool) -> dict[str, Any]:  # noqa: ARG002 - completions' need
+    def chunk_choice(self, record: Record) -> dict[str, Any]:
         delta = {"content": record.text} if record.text else {}
         return {"index": record.index, "delta": delta, **_tail(record)}
 
     def whole_choice(self, record: Record) -> dict[str, Any]:
         message = {"role": "assistant", "content": record.text, "refusal": None}
-        return {"index": record.index, "message": message, **_tail(record)}
+        return {"index": record.index, "message": message, **_tail(record), **record.prompt_token_ids()}
 
     def envelope_extras(self, record: Record) -> dict[str, Any]:
         return record.prompt_logprobs()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 from logitserve.answers.answer import inline_bytes, usage
+from logitserve.answers.delta_parts import halves
 from logitserve.answers.json_pieces import dumps
 from logitserve.answers.record import Record
 from logitserve.errors import ApiError
@@ -17,6 +18,13 @@ from logitserve.jobs.run import Counts
 from logitserve.text.choice import Delta
 
 DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+
+LONGEST_EVENT = 400_000
+"""Bytes of an event that holds more than one row. A widely used client reads lines of at most 512 KiB."""
+
+WRITTEN_PER_BYTE = 4 / 3
+"""Base64's length for each byte; lists and log-probabilities are longer."""
 
 R = TypeVar("R", bound=Record)
 
@@ -46,16 +54,16 @@ class ChoicesAnswer(ABC, Generic[R]):
         """What will be known of a choice."""
 
     @abstractmethod
-    def chunk_choice(self, record: R, *, is_first: bool) -> dict[str, Any]:
-        """A chunk's choice; ``is_first`` for the first chunk of that choice."""
+    def opening_choices(self, record: R) -> list[dict[str, Any]]:
+        """The choices of chunks that go before the first one of a choice, whose empty record this is."""
+
+    @abstractmethod
+    def chunk_choice(self, record: R) -> dict[str, Any]:
+        """A chunk's choice."""
 
     @abstractmethod
     def whole_choice(self, record: R) -> dict[str, Any]:
         """A whole answer's choice."""
-
-    def opening_choice(self, index: int) -> dict[str, Any] | None:  # noqa: ARG002 - for subclasses
-        """The choice of a chunk that goes before the first of choice ``index``, where the shape has one."""
-        return None
 
     def envelope_extras(self, record: R) -> dict[str, Any]:  # noqa: ARG002 - for subclasses
         """Members beside ``choices`` that a choice's record brings."""
@@ -80,6 +88,10 @@ class ChoicesAnswer(ABC, Generic[R]):
         self._records = []  # what is sent is then held by nobody
         return dumps(document)
 
+    def fill_silence(self) -> Sequence[bytes]:
+        """A comment, which clients skip."""
+        return [PING]
+
     def tell(self, error: ApiError) -> Sequence[bytes]:
         """One event with the error, and no [DONE]."""
         return [event(error.body())]
@@ -93,15 +105,36 @@ class ChoicesAnswer(ABC, Generic[R]):
         return bool(delta.parts or delta.finish_reason or delta.prompt or (with_tokens and delta.token_ids))
 
     def _events(self, delta: Delta) -> list[bytes]:
-        """The delta as a chunk, after the choice's opening chunk if it is the first."""
-        is_first = delta.index not in self._begun
-        self._begun.add(delta.index)
-        opening = self.opening_choice(delta.index) if is_first else None
+        """The delta as a chunk, or as several where one would be too long; the choice's opening chunks before its first."""
+        events = [] if delta.index in self._begun else self._opening(delta.index)
+        pending = [delta]
+        while pending:
+            part = pending.pop()
+            written = None if self._is_long(part) else self._event(part)
+            if written is None or len(written) > LONGEST_EVENT:
+                two = halves(part)
+                if two is not None:
+                    pending += reversed(two)
+                    continue
+            events.append(self._event(part) if written is None else written)
+        return events
+
+    def _opening(self, index: int) -> list[bytes]:
+        self._begun.add(index)
+        return [event(self._chunk(choice)) for choice in self.opening_choices(self.record(index))]
+
+    def _event(self, delta: Delta) -> bytes:
         record = self.record(delta.index)
         record.add(delta)
-        chunk = self._chunk(self.chunk_choice(record, is_first=is_first))
+        chunk = self._chunk(self.chunk_choice(record))
         chunk.update(self.envelope_extras(record))
-        return [event(chunk)] if opening is None else [event(self._chunk(opening)), event(chunk)]
+        return event(chunk)
+
+    def _is_long(self, delta: Delta) -> bool:
+        """Whether an event of it is expected to be too long, so that it need not be written to be measured."""
+        if delta.prompt is None and len(delta.token_ids) < 2:
+            return False  # as nearly every delta of every stream
+        return WRITTEN_PER_BYTE * delta.nbytes > LONGEST_EVENT
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
         envelope = self._envelope(self.chunk_object, [choice])

@@ -16,6 +16,9 @@ from logitserve.jobs.prompts import TokenizedPrompt
 from logitserve.text.detokenizer import Detokenizer
 from logitserve.text.token_table import TokenTable
 
+ECHOED_CHARACTERS = 60_000
+"""Characters of an echoed prompt in one event: JSON writes none of them in more than six bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Echo:
@@ -92,17 +95,24 @@ class CompletionAnswer(ChoicesAnswer[CompletionRecord]):
         prompt = None if self._echoes is None else self._echoes[index // self.job.n]
         return CompletionRecord(self.job, index, prompt, self._top)
 
-    def chunk_choice(self, record: CompletionRecord, *, is_first: bool) -> dict[str, Any]:
+    def opening_choices(self, record: CompletionRecord) -> list[dict[str, Any]]:
+        """The prompt's ids, and its text where that is not echoed with log-probabilities: in pieces, as it may be long."""
+        text = "" if record.echo is None or record.echo_logprobs is not None else record.echo.text
+        pieces = [text[start : start + ECHOED_CHARACTERS] for start in range(0, len(text), ECHOED_CHARACTERS)]
+        choices = [_choice(record, piece, None) for piece in pieces]
+        ids = record.prompt_token_ids()
+        return [{**_choice(record, "", None), **ids}, *choices] if ids else choices
+
+    def chunk_choice(self, record: CompletionRecord) -> dict[str, Any]:
         text = record.echoed_text + record.text
-        if record.echo is not None and record.echo_logprobs is None and is_first:
-            text = record.echo.text + text
         return _choice(record, text, record.logprobs_after(record.echo_logprobs))
 
     def whole_choice(self, record: CompletionRecord) -> dict[str, Any]:
         text = record.text if record.echo is None else record.echo.text + record.text
         # Every choice repeats the prompt; the engine gives its log-probabilities once, to the prompt's first choice.
         first = self._records[record.index - record.index % self.job.n]
-        return _choice(record, text, record.logprobs_after(first.echo_logprobs))
+        choice = _choice(record, text, record.logprobs_after(first.echo_logprobs))
+        return {**choice, **record.prompt_token_ids()}
 
 
 def _choice(record: CompletionRecord, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:

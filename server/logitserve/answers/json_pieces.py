@@ -6,11 +6,15 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import orjson
 from numpy.typing import NDArray
 
 PLACE = b"\0"
 """Stands for a piecewise member in what orjson writes, which never holds this byte: in strings it is escaped."""
+
+LINE_BREAKS = {"\u2028": b"\\u2028", "\u2029": b"\\u2029", "\u0085": b"\\u0085"}
+"""Characters that JSON need not escape, and at which readers of lines such as httpx's split."""
 
 LONGEST_JOINED = 256 << 10
 """Bytes up to which neighbouring pieces are sent as one."""
@@ -35,7 +39,8 @@ class JsonArray:
     def extend(self, items: Sequence[Any] | NDArray[Any]) -> None:
         """Append ``items``, or an array's rows. Numbers that JSON lacks become null."""
         if len(items):
-            self._add(orjson.dumps(items, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1])
+            written = orjson.dumps(items, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1]
+            self._add(written if isinstance(items, np.ndarray) else on_one_line(written))
 
     def extend_from(self, other: JsonArray) -> None:
         """Append what another array holds."""
@@ -51,8 +56,17 @@ class JsonArray:
         self.nbytes += len(piece) + 1
 
 
+def on_one_line(text: bytes) -> bytes:
+    """JSON whose strings hold nothing at which a reader may break a line."""
+    if text.isascii():
+        return text
+    for character, escape in LINE_BREAKS.items():
+        text = text.replace(character.encode(), escape)
+    return text
+
+
 def dumps(document: Any) -> list[bytes]:
-    """The document's text in pieces; those of its JsonPieces are not copied."""
+    """The document's text in pieces, on one line; those of its JsonPieces are not copied, and not looked through."""
     members: list[JsonPieces] = []
 
     def place(value: object) -> orjson.Fragment:
@@ -61,10 +75,11 @@ def dumps(document: Any) -> list[bytes]:
         members.append(value)
         return orjson.Fragment(PLACE)
 
-    first, *others = orjson.dumps(document, default=place, option=orjson.OPT_SERIALIZE_NUMPY).split(PLACE)
+    text = orjson.dumps(document, default=place, option=orjson.OPT_SERIALIZE_NUMPY)
+    first, *others = on_one_line(text).split(PLACE)
     pieces = [first]
-    for member, text in zip(members, others, strict=True):
-        pieces += [*member.pieces, text]
+    for member, between in zip(members, others, strict=True):
+        pieces += [*member.pieces, between]
     return pieces
 
 

@@ -45,5 +45,8 @@ class LogitsAnswer:
         self._records = []  # what is sent is then held by nobody
         return dumps({"object": "list", "model": self._job.model_name, "data": data, "usage": usage(counts)})
 
+    def fill_silence(self) -> Sequence[bytes]:
+        return ()
+
     def tell(self, error: ApiError) -> Sequence[bytes]:  # noqa: ARG002 - a whole body fails before it begins
         return ()

@@ -70,6 +70,9 @@ class ReadoutsAnswer:
             {"object": "list", "model": self._job.model_name, **self._extras, "data": data, "usage": usage}
         )
 
+    def fill_silence(self) -> Sequence[bytes]:
+        return ()
+
     def tell(self, error: ApiError) -> Sequence[bytes]:  # noqa: ARG002 - a whole body fails before it begins
         return ()
 

@@ -88,6 +88,12 @@ class Record:
             return {}
         return {"prompt_logprobs": self._prompt_logprobs.finish()}
 
+    def prompt_token_ids(self) -> dict[str, Any]:
+        """The member ``prompt_token_ids``, which the first choice of a prompt has once."""
+        if self._job.answer.return_token_ids and self.is_first_of_prompt:
+            return {"prompt_token_ids": self.prompt.token_ids}
+        return {}
+
     def rows(self) -> dict[str, Any]:
         """The members ``logits`` and ``hidden_states``, if there are any."""
         rows: dict[str, Any] = {}
@@ -105,6 +111,4 @@ class Record:
         extras: dict[str, Any] = {"stop_reason": self.stop_reason}
         if job.answer.return_token_ids or job.returns_rows:
             extras["token_ids"] = self.token_ids
-        if job.answer.return_token_ids and self.is_first_of_prompt:
-            extras["prompt_token_ids"] = self.prompt.token_ids
         return {**extras, **self.rows()}

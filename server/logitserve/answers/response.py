@@ -6,17 +6,18 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Iterable
+from collections.abc import Coroutine, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import Response
-from logitengine.errors import EngineError
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from logitserve.answers.answer import Answer, Piece
 from logitserve.answers.json_pieces import joined
+from logitserve.answers.outlet import Outlet
+from logitserve.answers.time_limit import TimeLimit
 from logitserve.errors import ApiError, from_exception
 from logitserve.held_bytes import AnswerBytes
 from logitserve.http.middleware.request_log import LogFields
@@ -44,68 +45,90 @@ class ClientDisconnectedError(Exception):
     """Nobody waits for the answer any more."""
 
 
-async def respond(job: Job, answer: Answer, state: ServerState, request: Request) -> Response:
-    """Run the job and answer. Raises EngineError or ApiError while nothing has been sent."""
-    running = RunningJob(job, state.engine, state.held_bytes)
+def respond(job: Job, answer: Answer, state: ServerState, request: Request) -> Response:
+    """Return the response that runs the job, and answers. It raises EngineError or ApiError while nothing has been sent."""
+    running = RunningJob(job, state)
     fields = LogFields.of(request.scope)
     fields.answer_id, fields.counts = answer.id, running.counts
-    body = _Body(job, running, answer, state)
-    pieces = body.streamed() if job.answer.stream else body.whole()
-
-    async def begin() -> Piece:
-        return await anext(pieces)
-
-    try:
-        first = await until_disconnect(request.receive, begin())
-    except ClientDisconnectedError:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return PiecesResponse(first, pieces, answer.media_type, body.headers)
+    return AnswerResponse(job, running, answer, state)
 
 
-class _Body:
-    """The pieces of one response's body. ``headers`` are its own by the time the first piece is there."""
+class AnswerResponse(Response):
+    """Runs a job while its client waits, and sends its answer's pieces as they come.
+
+    The next delta is asked for when the pieces of this one have left, so a slow reader slows its own request. A failure after
+    the head is told in the answer's own way. One that cannot be told leaves the body without its end, so that the client's
+    HTTP library sees that it is not whole.
+    """
 
     def __init__(self, job: Job, running: RunningJob, answer: Answer, state: ServerState) -> None:
+        super().__init__(media_type=answer.media_type, headers=STREAM_HEADERS if job.answer.stream else None)
+        del self.headers["Content-Length"]  # Starlette's, of a body that it does not know
         self._job = job
         self._running = running
         self._answer = answer
         self._state = state
-        self.headers: dict[str, str] = {}
 
-    async def streamed(self) -> AsyncGenerator[Piece, None]:
-        """Each delta's pieces as they come. A failure after the first one is told in the answer's own way.
-
-        The next delta is asked for when the pieces of this one have left, so a slow reader slows its own request.
-        """
-        self.headers.update(STREAM_HEADERS)
-        answer, has_begun = self._answer, False
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        config, answer = self._state.config, self._answer
+        if self._job.answer.stream:
+            outlet = Outlet(send, self._head, config.ping_interval, answer.fill_silence)
+            work = self._stream(outlet)
+        else:
+            outlet = Outlet(send, self._head)
+            work = self._send_whole(outlet)
         try:
-            async with contextlib.aclosing(self._running.deltas()) as deltas:
-                async for delta in deltas:
-                    for piece in await self._add(delta):
-                        yield piece
-                        has_begun = True
-            for piece in answer.end(self._running.counts):
-                yield piece
-        except Exception as error:
-            if not (has_begun and answer.tells_errors):
-                raise
-            for piece in answer.tell(from_exception(error)):
-                yield piece
+            await until_disconnect(receive, work)
+        except ClientDisconnectedError:
+            if not outlet.has_begun:
+                await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
 
-    async def whole(self) -> AsyncGenerator[Piece, None]:
+    def _head(self) -> Message:
+        return {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+
+    async def _stream(self, outlet: Outlet) -> None:
+        async with outlet:
+            try:
+                with TimeLimit(self._state.config.request_timeout, outlet):
+                    await self._send_deltas(outlet)
+            except Exception as error:
+                if not outlet.has_begun:
+                    raise
+                await self._tell(from_exception(error), outlet)
+                return
+            await outlet.close()
+
+    async def _send_deltas(self, outlet: Outlet) -> None:
+        async with contextlib.aclosing(self._running.deltas()) as deltas:
+            async for delta in deltas:
+                for piece in await self._add(delta):
+                    await outlet.write(piece)
+        for piece in self._answer.end(self._running.counts):
+            await outlet.write(piece)
+
+    async def _tell(self, error: ApiError, outlet: Outlet) -> None:
+        if not self._answer.tells_errors:
+            logger.warning("a stream was cut off: %s", error)
+            return
+        for piece in self._answer.tell(error):
+            await outlet.write(piece)
+        await outlet.close()
+
+    async def _send_whole(self, outlet: Outlet) -> None:
         """The body once all of it is there. What it holds is charged to the server's budget until it is sent."""
         state, answer = self._state, self._answer
         with state.held_bytes.answer() as held:
-            await self._collect(held)
-            end = partial(answer.end, self._running.counts)
-            pieces = deque(await state.encode(end, answer.nbytes, answer.inline_bytes))
+            with TimeLimit(state.config.request_timeout, outlet):
+                await self._collect(held)
+                end = partial(answer.end, self._running.counts)
+                pieces = deque(await state.encode(end, answer.nbytes, answer.inline_bytes))
             num_bytes = sum(map(len, pieces))
             self.headers["Content-Length"] = str(num_bytes)
             for piece in joined(pieces):
-                yield piece
+                await outlet.write(piece)
                 num_bytes -= len(piece)
                 held.settle(num_bytes)
+            await outlet.close()
 
     async def _collect(self, held: AnswerBytes) -> None:
         """Hand every delta to the answer, as the budget has room."""
@@ -128,46 +151,6 @@ class _Body:
     def _check_size(self, nbytes: int) -> None:
         if nbytes > self._state.config.max_answer_bytes:
             raise answer_too_large(self._job.rows_param, f"{nbytes} bytes and more", self._state.config)
-
-
-class PiecesResponse(Response):
-    """Sends pieces as they come, and waits while the client does not read.
-
-    ``pieces`` is closed however it ends. A failure leaves the body without its end, so that the client's HTTP library sees
-    that it is not whole.
-    """
-
-    def __init__(
-        self, first: Piece, pieces: AsyncGenerator[Piece, None], media_type: str, headers: dict[str, str]
-    ) -> None:
-        super().__init__(media_type=media_type, headers=headers)
-        if "Content-Length" not in headers:
-            del self.headers["Content-Length"]  # Starlette's, of a body that it does not know
-        self._first: Piece | None = first
-        self._pieces = pieces
-
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        async with contextlib.aclosing(self._pieces):
-            with contextlib.suppress(ClientDisconnectedError):
-                await until_disconnect(receive, self._send_all(send))
-
-    async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            async for piece in self._with_first():
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-        except (EngineError, ApiError) as error:
-            logger.warning("a stream was cut off: %s", error)
-            return
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _with_first(self) -> AsyncGenerator[Piece, None]:
-        first, self._first = self._first, None
-        if first is not None:
-            yield first
-        del first
-        async for piece in self._pieces:
-            yield piece
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -29,10 +29,13 @@ WINDOW_STEPS = 64
 RETRY_SECONDS = 0.1
 """Pause before an engine is asked again whose queue others have filled."""
 
+NumberedOutput = tuple[int, StepOutput]
+"""An output, and which of the job's requests it belongs to."""
+
 
 async def outputs_of(
     engine: EngineProtocol, requests: Sequence[GenerationRequest], row_bytes: RowBytes, held: HeldBytes
-) -> AsyncGenerator[tuple[int, StepOutput], None]:
+) -> AsyncGenerator[NumberedOutput, None]:
     """Every request's outputs as they come, each with its request's number. Raises EngineError.
 
     An output counts against its request's window until the next one is asked for, so a slow reader holds at most a window
@@ -98,7 +101,7 @@ class _Interleaving:
         self._streams: dict[int, AsyncGenerator[StepOutput, None]] = {}
         self._calls: dict[asyncio.Future[StepOutput], int] = {}
 
-    async def outputs(self) -> AsyncGenerator[tuple[int, StepOutput], None]:
+    async def outputs(self) -> AsyncGenerator[NumberedOutput, None]:
         """Outputs with their requests' numbers; the next request starts when one ends. One output of each is held back."""
         try:
             while self._calls or self._unstarted:

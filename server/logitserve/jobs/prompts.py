@@ -10,6 +10,9 @@ from typing import Any, ClassVar
 from logitserve.errors import BadRequestError
 from logitserve.state import Model, ServerState
 
+CHARACTERS_PER_TOKEN = 4
+"""Characters that a token has by custom: what text that waits to be tokenized counts as."""
+
 
 @dataclass(frozen=True, slots=True)
 class Texts:
@@ -48,11 +51,16 @@ async def tokenize(source: PromptSource, state: ServerState) -> list[TokenizedPr
     if isinstance(source, Texts):
         texts = [prompt for prompt in source.prompts if isinstance(prompt, str)]
         _check_length(max(map(len, texts), default=0), model, source.param)
+        num_ids = sum(len(prompt) for prompt in source.prompts if not isinstance(prompt, str))
+        num_tokens = num_ids + sum(map(len, texts)) // CHARACTERS_PER_TOKEN
         work = partial(_from_texts, source, model)
     else:
-        _check_length(sum(len(message["content"]) for message in source.messages), model, source.param)
+        num_characters = sum(len(message["content"]) for message in source.messages)
+        _check_length(num_characters, model, source.param)
+        num_tokens = num_characters // CHARACTERS_PER_TOKEN
         work = partial(_from_messages, source, model)
-    return await state.tokenizer_workers.run(work, param=source.param)
+    with state.queue.enter(num_tokens):
+        return await state.tokenizer_workers.run(work, param=source.param)
 
 
 def _from_texts(source: Texts, model: Model) -> list[TokenizedPrompt]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from logitengine.link.engine_protocol import EngineProtocol
-from logitengine.link.messages import DrawError, GenerationRequest
+from logitengine.errors import EngineOverloadedError
+from logitengine.link.messages import DrawError, GenerationRequest, StepOutput
 
 from logitserve.errors import ApiError, BadRequestError
-from logitserve.held_bytes import HeldBytes
 from logitserve.jobs.job import Job
-from logitserve.jobs.outputs import outputs_of
+from logitserve.jobs.outputs import NumberedOutput, outputs_of
+from logitserve.state import ServerState
 from logitserve.text.choice import ChoiceText, Delta
 from logitserve.text.detokenizer import Detokenizer
 from logitserve.text.parser import PlainText
@@ -31,40 +32,64 @@ class Counts:
 class RunningJob:
     """A job that the engine works on. Closing its ``deltas`` aborts what still runs."""
 
-    def __init__(self, job: Job, engine: EngineProtocol, held: HeldBytes) -> None:
+    def __init__(self, job: Job, state: ServerState) -> None:
         self._job = job
-        self._engine = engine
-        self._held = held
+        self._state = state
+        self._with_cached: set[int] = set()
         self.counts = Counts(job.num_prompt_tokens)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Choices are numbered prompt by prompt: choice j of prompt i is ``i * n + j``. Raises EngineError, ApiError."""
-        job = self._job
+        job, engine = self._job, self._state.engine
         choices = [self._choice(request) for request in job.requests for _ in range(job.n)]
         num_open = len(choices)
-        with_cached: set[int] = set()
         async with contextlib.aclosing(
-            outputs_of(self._engine, job.requests, job.row_bytes, self._held)
+            outputs_of(engine, job.requests, job.row_bytes, self._state.held_bytes)
         ) as outputs:
-            async for prompt, output in outputs:
+            numbered = await self._first(outputs)
+            while num_open and numbered is not None:
+                prompt, output = numbered
                 index = prompt * job.n + output.index
                 choice = choices[index]
-                if choice.finish_reason is not None:
-                    continue
-                if output.finish_reason == "error":
-                    raise _not_drawn(output.error)
-                delta = choice.advance(output, index)
-                self.counts.completion += len(output.token_ids)
-                if output.index == 0 and prompt not in with_cached:
-                    with_cached.add(prompt)
-                    self.counts.cached += output.num_cached_tokens
-                if delta.finish_reason is not None:
-                    num_open -= 1
-                    if output.finish_reason is None:
-                        self._engine.abort_choice(output.request_id, output.index)
-                yield delta
-                if num_open == 0:
-                    return
+                if choice.finish_reason is None:
+                    if output.finish_reason == "error":
+                        raise _not_drawn(output.error)
+                    delta = choice.advance(output, index)
+                    self._count(prompt, output)
+                    if delta.finish_reason is not None:
+                        num_open -= 1
+                        if output.finish_reason is None:
+                            engine.abort_choice(output.request_id, output.index)
+                    yield delta
+                numbered = await anext(outputs, None) if num_open else None
+
+    async def _first(self, outputs: AsyncGenerator[NumberedOutput, None]) -> NumberedOutput | None:
+        """Wait in the queue until the engine has begun the job. Raises EngineError, ApiError."""
+        queue, seconds = self._state.queue, self._state.config.queue_timeout
+        with queue.stay(self.counts.prompt) as place:
+            try:
+                async with asyncio.timeout(seconds or None) as limit:
+                    first = await anext(outputs, None)
+            except EngineOverloadedError as error:
+                raise queue.full(str(error)) from error
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                place.begin()  # the wait tells others how long they might wait
+                raise ApiError(
+                    503,
+                    f"The request did not begin within {seconds:g} s (--queue-timeout); try again.",
+                    code="queue_timeout",
+                    headers=queue.retry_after,
+                ) from None
+            place.begin()
+            return first
+
+    def _count(self, prompt: int, output: StepOutput) -> None:
+        self.counts.completion += len(output.token_ids)
+        if output.index == 0 and prompt not in self._with_cached:
+            self._with_cached.add(prompt)
+            self.counts.cached += output.num_cached_tokens
 
     def _choice(self, request: GenerationRequest) -> ChoiceText:
         text = self._job.text

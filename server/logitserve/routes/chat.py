@@ -25,4 +25,4 @@ async def create_chat_completion(
 ) -> Response:
     """Continue a conversation."""
     job = await make_job(chat_options(body), state, Caller.of(request.scope))
-    return await respond(job, ChatAnswer(job), state, request)
+    return respond(job, ChatAnswer(job), state, request)

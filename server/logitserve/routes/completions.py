@@ -25,4 +25,4 @@ async def create_completion(
 ) -> Response:
     """Continue one or more prompts as they are, without a chat template."""
     job = await make_job(completion_options(body), state, Caller.of(request.scope))
-    return await respond(job, CompletionAnswer(job), state, request)
+    return respond(job, CompletionAnswer(job), state, request)

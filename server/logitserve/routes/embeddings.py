@@ -43,7 +43,7 @@ async def create_embeddings(
         reading_options(body, OutputSpec(pooling=body.pooling)), state, Caller.of(request.scope)
     )
     new_readout = partial(EmbeddingReadout, body.dimensions, body.encoding_format, normalize=body.normalize)
-    return await respond(job, ReadoutsAnswer(job, new_readout), state, request)
+    return respond(job, ReadoutsAnswer(job, new_readout), state, request)
 
 
 @router.post("/pooling", openapi_extra=documented(PoolingBody))
@@ -61,4 +61,4 @@ async def create_pooling(
     answer_id = f"pool-{uuid.uuid4().hex}"
     extras = {"id": answer_id, "created": int(time.time())}
     new_readout = partial(PoolingReadout, source, body.encoding_format)
-    return await respond(job, ReadoutsAnswer(job, new_readout, extras, answer_id), state, request)
+    return respond(job, ReadoutsAnswer(job, new_readout, extras, answer_id), state, request)

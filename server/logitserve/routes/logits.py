@@ -33,7 +33,7 @@ async def create_logits(
     answer: Answer = LogitsAnswer(job)
     if job.answer.stream and logits is not None:
         answer = ArrowAnswer(job, logits)
-    return await respond(job, answer, state, request)
+    return respond(job, answer, state, request)
 
 
 def prefers_json(accept: str) -> bool:

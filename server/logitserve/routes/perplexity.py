@@ -28,4 +28,4 @@ async def create_perplexity(
     job = await make_job(
         reading_options(body, OutputSpec(prompt_logprobs=0)), state, Caller.of(request.scope)
     )
-    return await respond(job, ReadoutsAnswer(job, PerplexityReadout), state, request)
+    return respond(job, ReadoutsAnswer(job, PerplexityReadout), state, request)

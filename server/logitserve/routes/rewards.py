@@ -29,4 +29,4 @@ async def create_rewards(
     outputs = head_outputs(name, every_position=body.return_values)
     job = await make_job(reading_options(body, outputs), state, Caller.of(request.scope))
     new_readout = partial(RewardReadout, return_values=body.return_values)
-    return await respond(job, ReadoutsAnswer(job, new_readout, {"head": name}), state, request)
+    return respond(job, ReadoutsAnswer(job, new_readout, {"head": name}), state, request)

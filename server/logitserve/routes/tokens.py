@@ -42,8 +42,6 @@ async def detokenize(
     if len(body.tokens) > model.info.max_model_len:
         raise too_large("tokens", len(body.tokens), model.info.max_model_len, "ids")
     check_ids(body.tokens, model, "tokens")
-    return {
-        "prompt": await state.tokenizer_workers.run(
-            lambda: model.tokenizer.decode(body.tokens), param="tokens"
-        )
-    }
+    with state.queue.enter(len(body.tokens)):
+        text = await state.tokenizer_workers.run(lambda: model.tokenizer.decode(body.tokens), param="tokens")
+    return {"prompt": text}
