@@ -6,6 +6,8 @@ import os
 import stat
 from typing import Annotated, Any, Literal
 
+from logitengine.logs import LogFormat
+from logitengine.option_types import Bytes, Seconds, Word
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 from pydantic_settings import NoDecode
 
@@ -37,9 +39,11 @@ def _open_socket(fd: int) -> int:
 class Listening(BaseModel):
     """Where the server listens."""
 
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
-    fd: Annotated[int, AfterValidator(_open_socket)] | None = Field(
+    host: Annotated[str, Word("HOST")] = Field("127.0.0.1", description="address to listen on")
+    port: Annotated[int, Word("PORT")] = Field(
+        8000, ge=0, le=65535, description="port to listen on; 0: any free one"
+    )
+    fd: Annotated[int, AfterValidator(_open_socket), Word("FD")] | None = Field(
         None, description="file descriptor of a bound socket to listen on, in place of host and port"
     )
 
@@ -47,11 +51,11 @@ class Listening(BaseModel):
 class Access(BaseModel):
     """Who may call, and by which names."""
 
-    served_model_name: Annotated[list[str], NoDecode, BeforeValidator(split_commas)] = Field(
+    served_model_name: Annotated[list[str], NoDecode, BeforeValidator(split_commas), Word("NAMES")] = Field(
         [],
         description="names that requests may call the model by, comma-separated; default: the checkpoint's own",
     )
-    api_key: Annotated[list[SecretStr], NoDecode, BeforeValidator(split_commas)] = Field(
+    api_key: Annotated[list[SecretStr], NoDecode, BeforeValidator(split_commas), Word("KEYS")] = Field(
         [],
         description="keys, comma-separated, one of which every request but /health and /ready must then bear",
     )
@@ -60,13 +64,13 @@ class Access(BaseModel):
 class RequestBounds(BaseModel):
     """What one request may ask for."""
 
-    max_body_bytes: int = Field(8 << 20, ge=1, description="largest request body")
+    max_body_bytes: Bytes = Field(8 << 20, ge=1, description="largest request body")
     max_body_values: int = Field(
         1 << 20,
         ge=1,
         description="most values in a request body; every ',' counts as one, '[' and '{' as eight, those in strings too",
     )
-    max_header_bytes: int = Field(32 << 10, ge=1024, description="largest request head")
+    max_header_bytes: Bytes = Field(32 << 10, ge=1024, description="largest request head")
     max_n: int = Field(32, ge=1, description="largest n")
     max_batch_prompts: int = Field(256, ge=1, description="most prompts or inputs in one request")
     max_messages: int = Field(
@@ -83,15 +87,15 @@ class RequestBounds(BaseModel):
 class AnswerBounds(BaseModel):
     """What answers may hold."""
 
-    max_held_bytes: int = Field(
+    max_held_bytes: Bytes = Field(
         1 << 30,
         ge=1 << 20,
         description="most bytes of rows and written answers held in all, half of them for streams",
     )
-    max_answer_bytes: int = Field(
+    max_answer_bytes: Bytes = Field(
         1 << 30, ge=1, description="most bytes that one answer may hold that is sent whole and not streamed"
     )
-    max_stream_bytes: int = Field(
+    max_stream_bytes: Bytes = Field(
         2 << 30, ge=1, description="most bytes of rows that one streamed answer may ask for"
     )
 
@@ -99,15 +103,15 @@ class AnswerBounds(BaseModel):
 class Times(BaseModel):
     """How long things may take."""
 
-    write_timeout: float = Field(
+    write_timeout: Seconds = Field(
         60.0, gt=0, description="seconds after which a client that takes nothing of its answer is dropped"
     )
-    tokenize_timeout: float = Field(
+    tokenize_timeout: Seconds = Field(
         10.0,
         gt=0,
         description="seconds to render and tokenize one request's prompts, and to wait for a thread that does so",
     )
-    drain_timeout: float = Field(
+    drain_timeout: Seconds = Field(
         30.0, ge=0, description="seconds that running requests get to end after SIGTERM"
     )
 
@@ -117,6 +121,9 @@ class Logging(BaseModel):
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe line logged"
+    )
+    log_format: LogFormat = Field(
+        "auto", description="lines for people, or a JSON object a line; auto: text on a terminal, else json"
     )
 
 
