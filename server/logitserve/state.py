@@ -71,6 +71,7 @@ class ServerState:
         self._model: Model | None = None
         self.load_error: str | None = None
         self.on_load_error: Callable[[], None] | None = None
+        self.on_ready: Callable[[Model], None] | None = None
         self.draining = False
         self.num_in_flight = 0
         self.idle = asyncio.Event()
@@ -95,7 +96,8 @@ class ServerState:
         self._model = Model(
             self.engine, tokenizer, self.config.served_model_name or [Path(info.model_path).name]
         )
-        logger.info("ready", extra={"models": self._model.names, "max_model_len": info.max_model_len})
+        if self.on_ready is not None:
+            self.on_ready(self._model)
 
     def not_ready_reason(self) -> str | None:
         """Return why requests are not served, or None when they are."""

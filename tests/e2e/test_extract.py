@@ -241,10 +241,21 @@ def test_a_stopped_run_stops_its_server(
 
 
 def test_a_model_that_cannot_be_loaded_is_told(prompts: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
+    model = tmp_path / "model"
+    model.mkdir()
+    for name, content in (
+        ("config.json", '{"model_type": "nonesuch"}'),
+        ("model.safetensors", ""),
+        ("tokenizer.json", "{}"),
+    ):
+        (model / name).write_text(content)
     out = tmp_path / "out.parquet"
-    arguments = command(prompts, out, "--model", str(tmp_path / "empty"))
+    arguments = command(prompts, out, "--model", str(model))
     ended = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=SECONDS)
     assert ended.returncode == 1
-    assert "could not be loaded" in ended.stderr
+    told = ended.stderr.splitlines()[-1]
+    assert told.startswith(
+        "logitserve extract: error: the server ended with 1: the model could not be loaded"
+    )
+    assert "nonesuch" in told
     assert left_beside(out) == []

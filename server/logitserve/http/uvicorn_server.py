@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from logitengine.link.engine_protocol import EngineProtocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from logitserve.banner import announce
 from logitserve.config import ServerConfig
 from logitserve.http.app import create_app
 from logitserve.http.connection import EXTENSION, Connection
@@ -154,5 +155,6 @@ async def run_app(
     state: ServerState = app.state.server
     server = DrainingServer(uvicorn_config(app, config), state, config.drain_timeout, stopped)
     state.on_load_error = server.stop
+    state.on_ready = lambda model: announce(model, config, listeners)
     await server.serve(listeners)
     return 0 if state.load_error is None else 1
