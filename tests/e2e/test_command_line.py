@@ -36,15 +36,16 @@ def without_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models that cannot be served, each by the name of what it lacks."""
     folder = tmp_path_factory.mktemp("models")
-    complete = {"config.json": "{}", "model.safetensors": "", "tokenizer.json": "{}"}
-    for name, files in {
+    complete: dict[str, str | None] = {"config.json": "{}", "model.safetensors": "", "tokenizer.json": "{}"}
+    lacking: dict[str, dict[str, str | None]] = {
         "no-config": {},
         "no-weights": {**complete, "model.safetensors": None},
         "no-tokenizer": {**complete, "tokenizer.json": None},
         "bad-config": {**complete, "config.json": "{"},
         "listed-config": {**complete, "config.json": "[]"},
         "unknown-type": {**complete, "config.json": '{"model_type": "nonesuch"}'},
-    }.items():
+    }
+    for name, files in lacking.items():
         (folder / name).mkdir()
         for file, content in files.items():
             if content is not None:

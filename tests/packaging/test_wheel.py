@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.installs, pytest.mark.timeout(SECONDS)]
 
 def build(project: Path, folder: Path) -> Path:
     """Build the wheel of a project."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, project]
-    subprocess.run(command, check=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--wheel-dir", str(folder), str(project)], check=True)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -60,8 +60,10 @@ class Installation:
         self.install("--constraint", str(ROOT / "constraints.txt"), str(wheel))
 
     def install(self, *arguments: str) -> None:
-        command = [self._bin / "python", "-m", "pip", "install", "--quiet", *arguments]
-        subprocess.run(command, check=True)  # with the variables that name an index, if there are some
+        pip = [str(self._bin / "python"), "-m", "pip", "install", "--quiet"]
+        subprocess.run(
+            [*pip, *arguments], check=True
+        )  # with the variables that name an index, if there are some
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
