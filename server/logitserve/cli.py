@@ -7,7 +7,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
@@ -56,16 +56,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given:
         parser.print_help(sys.stderr)
         return 2
-    if not given[0].startswith("-") and given[0] not in runs:
-        meant = difflib.get_close_matches(given[0], runs, n=1) or runs
-        parser.error(f"unknown command {given[0]!r}; did you mean {' or '.join(meant)}?")
+    if given[0] not in {*runs, "-h", "--help", "--version"}:
+        _refuse_first(parser, given[0], list(runs))
     arguments, unknown = parser.parse_known_args(given)
-    if arguments.command is None:
-        parser.error(f"unknown option {unknown[0]}; options follow the command, {' or '.join(runs)}")
     command = built[arguments.command]
     if unknown:
         command.refuse_unknown(unknown)
     return runs[arguments.command](command, arguments)
+
+
+def _refuse_first(parser: Parser, word: str, commands: list[str]) -> NoReturn:
+    if word.startswith("-"):
+        parser.error(f"unknown option {word}; options follow the command, {' or '.join(commands)}")
+    meant = difflib.get_close_matches(word, commands, n=1) or commands
+    parser.error(f"unknown command {word!r}; did you mean {' or '.join(meant)}?")
 
 
 def _serve_command(commands: Any) -> Command:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,15 +241,9 @@ def test_a_stopped_run_stops_its_server(
     assert left_beside(out) == []
 
 
-def test_a_model_that_cannot_be_loaded_is_told(prompts: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    for name, content in (
-        ("config.json", '{"model_type": "nonesuch"}'),
-        ("model.safetensors", ""),
-        ("tokenizer.json", "{}"),
-    ):
-        (model / name).write_text(content)
+def test_a_model_that_cannot_be_loaded_is_told(tiny_llama: Path, prompts: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "config.json").write_text('{"model_type": "nonesuch"}')
     out = tmp_path / "out.parquet"
     arguments = command(prompts, out, "--model", str(model))
     ended = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=SECONDS)
