@@ -46,6 +46,9 @@ HEARTBEAT_SECONDS = 1.0
 EXIT_SECONDS = 5.0
 """How long an ending process waits until everything is sent, and again until the server has closed."""
 
+PROGRESS_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+"""Variables that turn off the bars of libraries, which are no lines of JSON."""
+
 IDLE_SECONDS = 1.0
 """Interval at which an idle engine sends its statistics."""
 
@@ -59,7 +62,8 @@ def main() -> int:
     arguments = parser.parse_args()
     configure_logging(arguments.log_level, arguments.log_format)
     if resolve_format(arguments.log_format) == "json":
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        for name in PROGRESS_BARS:
+            os.environ.setdefault(name, "1")
     # Ctrl-C reaches the whole process group: the server drains first and then closes our socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from pathlib import Path
@@ -18,6 +19,8 @@ from uvloop import new_event_loop
 from logitserve.config import ServerConfig
 from logitserve.http.listener import bind
 
+logger = logging.getLogger(__name__)
+
 
 def serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
     """Serve until a signal. Returns the exit code: 0, or 1 when the model could not be loaded.
@@ -30,6 +33,7 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
     listeners = bind(server_config)
     names = server_config.served_model_name or [display_name(engine_config.model)]
     config = server_config.model_copy(update={"served_model_name": names})
+    logger.info("starting the engine", extra={"model": engine_config.model})
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_serve(EngineClient(engine_config, command=_command(config)), config, listeners))
 
