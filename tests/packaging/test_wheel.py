@@ -60,7 +60,7 @@ class Installation:
         self.install("--constraint", str(ROOT / "constraints.txt"), str(wheel))
 
     def install(self, *arguments: str) -> None:
-        pip = [str(self._bin / "python"), "-m", "pip", "install", "--quiet"]
+        pip = [str(self._bin / "python"), "-m", "pip", "install", "--quiet", "--no-compile"]
         subprocess.run(
             [*pip, *arguments], check=True
         )  # with the variables that name an index, if there are some
