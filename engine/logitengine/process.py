@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gc
 import logging
+import os
 import queue
 import signal
 import socket
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from logitengine.config import EngineConfig
-from logitengine.errors import EngineError, EngineOverloadedError
+from logitengine.errors import CheckpointError, EngineError, EngineOverloadedError
 from logitengine.link.channel import BlockingChannel, TransportError
 from logitengine.link.messages import (
     Abort,
@@ -32,6 +33,7 @@ from logitengine.link.messages import (
     StepOutputs,
     ToEngine,
 )
+from logitengine.logs import configure_logging, join_loggers, resolve_format
 
 if TYPE_CHECKING:
     from logitengine.engine import Engine
@@ -44,6 +46,9 @@ HEARTBEAT_SECONDS = 1.0
 EXIT_SECONDS = 5.0
 """How long an ending process waits until everything is sent, and again until the server has closed."""
 
+PROGRESS_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
+"""Variables that turn off the bars of libraries, which are no lines of JSON."""
+
 IDLE_SECONDS = 1.0
 """Interval at which an idle engine sends its statistics."""
 
@@ -52,8 +57,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The engine process; started by the server.")
     parser.add_argument("--socket", required=True, help="Unix socket on which the server listens")
     parser.add_argument("--config", required=True, help="EngineConfig as JSON")
+    parser.add_argument("--log-level", default="info", help="least severe line logged")
+    parser.add_argument("--log-format", default="auto", help="text, json or auto")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    configure_logging(arguments.log_level, arguments.log_format)
+    if resolve_format(arguments.log_format) == "json":
+        for name in PROGRESS_BARS:
+            os.environ.setdefault(name, "1")
     # Ctrl-C and a closed terminal reach the whole process group: the server decides, and closes our socket when it ends.
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -116,6 +126,9 @@ class EngineLoop:
         try:
             self._serve(config)
             status = 0
+        except CheckpointError as error:
+            self._send(Failed(str(error), []))  # foreseen: the server says it
+            status = 1
         except Exception as error:
             logger.exception("the engine cannot go on")
             begun = [] if self._engine is None else sorted(self._engine.begun_request_ids)
@@ -137,12 +150,15 @@ class EngineLoop:
         # silence.
         from logitengine.model.checkpoint import resolve_checkpoint
 
+        join_loggers()
         checkpoint = resolve_checkpoint(config.model)
         self._send(Located(str(checkpoint.tokenizer_path)))
         from logitengine.engine import Engine
         from logitengine.model.loader import load
         from logitengine.run.pages import PageTaker
 
+        join_loggers()
+        logger.info("loading %s", config.model)
         loaded = load(config, checkpoint=checkpoint)
         loaded.kernels.pin_threads()
         engine = self._engine = Engine(config, loaded)

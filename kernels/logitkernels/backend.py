@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 
@@ -38,6 +39,8 @@ def _load(name: str, device: str, *, batch_invariant: bool) -> Kernels:
             "kernels=triton on device 'cpu' runs only in Triton's interpreter, for tests: set TRITON_INTERPRET=1"
         )
     if name == "triton" or (name == "auto" and device == "cuda"):
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("kernels=triton needs the package triton, which torch's CUDA builds bring along")
         from logitkernels.triton import TritonKernels
 
         return TritonKernels(batch_invariant=batch_invariant)

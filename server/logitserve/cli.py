@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 from logitengine.config import EngineConfig
-from pydantic import ValidationError
-from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+from logitengine.errors import CheckpointError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from logitserve import __version__
+from logitserve.cli_flags import Command, Parser, flag_of
 from logitserve.config import ENV_PREFIX, ServerConfig
 from logitserve.extract.config import ExtractConfig
+from logitserve.http.listener import ListenError
 
-S = TypeVar("S", bound=BaseSettings)
-
-_SOURCES = SettingsConfigDict(
-    env_prefix=ENV_PREFIX,
-    cli_kebab_case=True,
-    cli_implicit_flags=True,
-    cli_hide_none_type=True,
-    cli_avoid_json=True,
-)
+_SOURCES = SettingsConfigDict(env_prefix=ENV_PREFIX)
 
 
 class ServerSettings(BaseSettings, ServerConfig):
@@ -44,56 +40,48 @@ class ExtractSettings(BaseSettings, ExtractConfig):
     model_config = _SOURCES
 
 
-class Command:
-    """A subcommand whose flags are the fields of its settings."""
-
-    def __init__(self, parser: argparse.ArgumentParser, settings: Sequence[type[BaseSettings]]) -> None:
-        self.parser = parser
-        self._flags: dict[type[BaseSettings], Any] = {
-            kind: CliSettingsSource(kind, root_parser=parser) for kind in settings
-        }
-
-    def read(self, kind: type[S], arguments: argparse.Namespace) -> S:
-        """Return the settings: flags win over variables, and variables over defaults. Exits with 2 on an invalid one."""
-        try:
-            return kind(_cli_settings_source=self._flags[kind](parsed_args=arguments))
-        except ValidationError as error:
-            self._refuse(error)
-        except SettingsError as error:
-            self.parser.error(f"{error} (a flag that names something is written --flag NAME=VALUE)")
-
-    def _refuse(self, error: ValidationError) -> NoReturn:
-        fault = error.errors(include_url=False)[0]
-        message = fault["msg"].removeprefix("Value error, ")
-        if not fault["loc"]:
-            self.parser.error(message)
-        flag = str(fault["loc"][0]).replace("_", "-")
-        self.parser.error(f"--{flag}: {message} (got {fault['input']!r})")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns 0, for a server that a signal ended too, or 1 for a failure. Bad options exit with 2."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="logitserve",
+        usage="logitserve COMMAND ...",
         description="An OpenAI-compatible inference server whose first-class output is logits.",
+        epilog="logitserve COMMAND --help lists a command's options.",
     )
     parser.add_argument("--version", action="version", version=f"logitserve {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog=parser.prog)
     runs = {"serve": _serve, "extract": _extract}
     built = {"serve": _serve_command(commands), "extract": _extract_command(commands)}
-    arguments = parser.parse_args(argv)
-    return runs[arguments.command](built[arguments.command], arguments)
+    given = sys.argv[1:] if argv is None else list(argv)
+    if not given:
+        parser.print_help(sys.stderr)
+        return 2
+    if given[0] not in {*runs, "-h", "--help", "--version"}:
+        _refuse_first(parser, given[0], list(runs))
+    arguments, unknown = parser.parse_known_args(given)
+    command = built[arguments.command]
+    if unknown:
+        command.refuse_unknown(unknown)
+    return runs[arguments.command](command, arguments)
+
+
+def _refuse_first(parser: Parser, word: str, commands: list[str]) -> NoReturn:
+    if word.startswith("-"):
+        parser.error(f"unknown option {word}; options follow the command, {' or '.join(commands)}")
+    meant = difflib.get_close_matches(word, commands, n=1) or commands
+    parser.error(f"unknown command {word!r}; did you mean {' or '.join(meant)}?")
 
 
 def _serve_command(commands: Any) -> Command:
     parser = commands.add_parser(
         "serve",
         help="serve a model over HTTP",
-        description="Serve a model over HTTP. Every flag is also a variable: --max-n is LOGITSERVE_MAX_N.",
-        allow_abbrev=False,
+        usage="logitserve serve [MODEL] [options]",
+        description="Serve a model over HTTP. Every flag is also a variable: --max-n is LOGITSERVE_MAX_N. "
+        "Sizes in BYTES may be written 512MiB or 2GiB.",
     )
     parser.add_argument("model_argument", metavar="MODEL", nargs="?", help="the same as --model")
-    return Command(parser, (ServerSettings, EngineSettings))
+    return Command(parser, (EngineSettings, ServerSettings))
 
 
 def _serve(command: Command, arguments: argparse.Namespace) -> int:
@@ -106,16 +94,19 @@ def _serve(command: Command, arguments: argparse.Namespace) -> int:
 
     from logitserve.serve_command import serve
 
-    return serve(server_config, engine_config)
+    try:
+        return serve(server_config, engine_config)
+    except (CheckpointError, ListenError) as error:
+        command.parser.error(str(error))
 
 
 def _extract_command(commands: Any) -> Command:
     parser = commands.add_parser(
         "extract",
         help="write the logits of a file of prompts to a file",
+        usage="logitserve extract PROMPTS.jsonl OUT [options]",
         description="Write the logits of prompts to a Parquet or safetensors file. A run that was stopped goes on "
         "where it was when the same command is given again.",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "prompts", metavar="PROMPTS.jsonl", type=Path, help="a prompt or messages on each line"
@@ -133,7 +124,7 @@ def _extract(command: Command, arguments: argparse.Namespace) -> int:
         needs = (
             "needs --url" if config.url is None else "is for a server that is started here: leave out --url"
         )
-        command.parser.error(f"--{name.replace('_', '-')} {needs}")
+        command.parser.error(f"{flag_of(name)} {needs}")
 
     from logitserve.extract.run import extract
 

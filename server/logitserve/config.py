@@ -7,6 +7,8 @@ import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+from logitengine.logs import LogFormat
+from logitengine.option_types import Bytes, Seconds, Word
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
@@ -42,19 +44,25 @@ def _open_socket(fd: int) -> int:
 class Listening(BaseModel):
     """Where the server listens."""
 
-    host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
-    fd: Annotated[int, AfterValidator(_open_socket)] | None = Field(
+    host: Annotated[str, Word("HOST")] = Field("127.0.0.1", description="address to listen on")
+    port: Annotated[int, Word("PORT")] = Field(
+        8000, ge=0, le=65535, description="port to listen on; 0: any free one"
+    )
+    fd: Annotated[int, AfterValidator(_open_socket), Word("FD")] | None = Field(
         None, description="file descriptor of a bound socket to listen on, in place of host and port"
     )
     max_connections: int = Field(
         4096, ge=1, description="most connections; more get 503, or the place of the oldest that said nothing"
     )
-    root_path: Annotated[str, AfterValidator(check_root_path)] = Field(
+    root_path: Annotated[str, AfterValidator(check_root_path), Word("PATH")] = Field(
         "", description="path under which a proxy offers this server, whether or not it takes it off"
     )
     forwarded_allow_ips: Annotated[
-        list[str], NoDecode, BeforeValidator(split_commas), AfterValidator(check_trusted_proxies)
+        list[str],
+        NoDecode,
+        BeforeValidator(split_commas),
+        AfterValidator(check_trusted_proxies),
+        Word("ADDRESSES"),
     ] = Field(
         [],
         description="addresses and networks of proxies, comma-separated, whose X-Forwarded-For is believed; '*': all",
@@ -64,12 +72,15 @@ class Listening(BaseModel):
 class Access(BaseModel):
     """Who may call, and by which names."""
 
-    served_model_name: Annotated[list[str], NoDecode, BeforeValidator(split_commas)] = Field(
+    served_model_name: Annotated[list[str], NoDecode, BeforeValidator(split_commas), Word("NAMES")] = Field(
         [],
         description="names that requests may call the model by, comma-separated; default: the checkpoint's own",
     )
     api_key: Annotated[
-        list[Annotated[SecretStr, AfterValidator(check_key)]], NoDecode, BeforeValidator(split_keys)
+        list[Annotated[SecretStr, AfterValidator(check_key)]],
+        NoDecode,
+        BeforeValidator(split_keys),
+        Word("KEYS"),
     ] = Field(
         [],
         description="keys, comma-separated, one of which every request but /health and /ready must then bear",
@@ -78,14 +89,14 @@ class Access(BaseModel):
         None, description="file of such keys, one a line, in place of --api-key; read again on SIGHUP"
     )
     cors_origin: Annotated[
-        list[str], NoDecode, BeforeValidator(split_commas), AfterValidator(check_origins)
+        list[str], NoDecode, BeforeValidator(split_commas), AfterValidator(check_origins), Word("ORIGINS")
     ] = Field(
         [],
         description="origins of web pages that may call, comma-separated, as https://app.example; "
         "app://*: a scheme's all; *: all",
     )
     allowed_host: Annotated[
-        list[str], NoDecode, BeforeValidator(split_commas), AfterValidator(check_hosts)
+        list[str], NoDecode, BeforeValidator(split_commas), AfterValidator(check_hosts), Word("HOSTS")
     ] = Field(
         [],
         description="names of this server beside localhost and its addresses, comma-separated; *: any",
@@ -102,13 +113,13 @@ class Access(BaseModel):
 class RequestBounds(BaseModel):
     """What one request may ask for."""
 
-    max_body_bytes: int = Field(8 << 20, ge=1, description="largest request body")
+    max_body_bytes: Bytes = Field(8 << 20, ge=1, description="largest request body")
     max_body_values: int = Field(
         1 << 20,
         ge=1,
         description="most values in a request body; every ',' counts as one, '[' and '{' as eight, those in strings too",
     )
-    max_header_bytes: int = Field(32 << 10, ge=1024, description="largest request head")
+    max_header_bytes: Bytes = Field(32 << 10, ge=1024, description="largest request head")
     max_headers: int = Field(100, ge=1, description="most headers of a request")
     max_n: int = Field(32, ge=1, description="largest n")
     max_batch_prompts: int = Field(256, ge=1, description="most prompts or inputs in one request")
@@ -126,15 +137,15 @@ class RequestBounds(BaseModel):
 class AnswerBounds(BaseModel):
     """What answers may hold."""
 
-    max_held_bytes: int = Field(
+    max_held_bytes: Bytes = Field(
         1 << 30,
         ge=1 << 20,
         description="most bytes of rows and written answers held in all, half of them for streams",
     )
-    max_answer_bytes: int = Field(
+    max_answer_bytes: Bytes = Field(
         1 << 30, ge=1, description="most bytes that one answer may hold that is sent whole and not streamed"
     )
-    max_stream_bytes: int = Field(
+    max_stream_bytes: Bytes = Field(
         2 << 30, ge=1, description="most bytes of rows that one streamed answer may ask for"
     )
 
@@ -153,43 +164,42 @@ class QueueBounds(BaseModel):
 class Times(BaseModel):
     """How long things may take."""
 
-    keep_alive: int = Field(
+    keep_alive: Annotated[int, Word("SECONDS")] = Field(
         75, ge=1, description="seconds that an idle connection is kept for another request"
     )
-    head_timeout: float = Field(
+    head_timeout: Seconds = Field(
         30.0, gt=0, description="seconds for a request's head, and for the first byte of a connection"
     )
-    body_timeout: float = Field(
+    body_timeout: Seconds = Field(
         30.0, gt=0, description="seconds that must each time bring 64 KiB of a body, or its end"
     )
-    ping_interval: float = Field(
+    ping_interval: Seconds = Field(
         15.0,
         ge=0,
         description="seconds of silence after which a stream begins, and sends a comment; 0: it stays silent",
     )
-    queue_timeout: float = Field(
+    queue_timeout: Seconds = Field(
         300.0, ge=0, description="seconds that a request may wait for the engine to begin it; 0: no limit"
     )
-    request_timeout: float = Field(
+    request_timeout: Seconds = Field(
         0.0,
         ge=0,
         description="seconds that a request may take, less the time in which its client does not read; 0: no limit",
     )
-
-    write_timeout: float = Field(
+    write_timeout: Seconds = Field(
         60.0, gt=0, description="seconds after which a client that takes nothing of its answer is dropped"
     )
-    tokenize_timeout: float = Field(
+    tokenize_timeout: Seconds = Field(
         10.0,
         gt=0,
         description="seconds to render and tokenize one request's prompts, and to wait for a thread that does so",
     )
-    drain_delay: float = Field(
+    drain_delay: Seconds = Field(
         0.0,
         ge=0,
         description="seconds from SIGTERM to the end of listening, for balancers to see that /ready is 503",
     )
-    drain_timeout: float = Field(
+    drain_timeout: Seconds = Field(
         30.0, ge=0, description="seconds that running requests get to end once nobody listens any more"
     )
 
@@ -199,6 +209,9 @@ class Logging(BaseModel):
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe line logged"
+    )
+    log_format: LogFormat = Field(
+        "auto", description="lines for people, or a JSON object a line; auto: text on a terminal, else json"
     )
 
 

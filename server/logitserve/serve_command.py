@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 from pathlib import Path
@@ -10,20 +11,37 @@ from pathlib import Path
 from logitengine.config import EngineConfig
 from logitengine.link.client import EngineClient
 from logitengine.link.engine_protocol import EngineProtocol
+from logitengine.link.supervisor import ENGINE_COMMAND
+from logitengine.logs import configure_logging, resolve_format
+from logitengine.model.files import check_model
 from uvloop import new_event_loop
 
 from logitserve.config import ServerConfig
 from logitserve.http.listener import bind
-from logitserve.logs import configure_logging
+
+logger = logging.getLogger(__name__)
 
 
 def serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
-    """Serve until a signal. Returns the exit code: 0, or 1 when the model could not be loaded."""
-    configure_logging(server_config.log_level)
+    """Serve until a signal. Returns the exit code: 0, or 1 when the model could not be loaded.
+
+    Raises CheckpointError for a model whose files show that it cannot be served, and ListenError for an address that
+    cannot be listened on, before anything is started.
+    """
+    configure_logging(server_config.log_level, server_config.log_format)
+    check_model(engine_config)
+    listeners = bind(server_config)
     names = server_config.served_model_name or [display_name(engine_config.model)]
     config = server_config.model_copy(update={"served_model_name": names})
+    logger.info("starting the engine", extra={"model": engine_config.model})
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        return runner.run(_serve(EngineClient(engine_config), config, bind(config)))
+        return runner.run(_serve(EngineClient(engine_config, command=_command(config)), config, listeners))
+
+
+def _command(config: ServerConfig) -> list[str]:
+    """Return the engine process's command. It logs as this process does."""
+    log_format = resolve_format(config.log_format)
+    return [*ENGINE_COMMAND, "--log-level", config.log_level, "--log-format", log_format]
 
 
 async def _serve(engine: EngineProtocol, config: ServerConfig, listeners: list[socket.socket]) -> int:

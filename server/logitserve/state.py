@@ -76,6 +76,7 @@ class ServerState:
         self.load_error: str | None = None
         self.engine_lost: str | None = None
         self.stop_server: Callable[[], None] | None = None
+        self.on_ready: Callable[[Model], None] | None = None
         self.draining = False
         self.num_in_flight = 0
         self.idle = asyncio.Event()
@@ -99,7 +100,8 @@ class ServerState:
         self._model = Model(
             self.engine, tokenizer, self.config.served_model_name or [Path(info.model_path).name]
         )
-        logger.info("ready", extra={"models": self._model.names, "max_model_len": info.max_model_len})
+        if self.on_ready is not None:
+            self.on_ready(self._model)
 
     async def watch_engine(self) -> None:
         """Stop the server when no engine will be started any more. Of a model that never loaded ``load`` tells."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,11 +241,16 @@ def test_a_stopped_run_stops_its_server(
     assert left_beside(out) == []
 
 
-def test_a_model_that_cannot_be_loaded_is_reported(prompts: Path, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
+def test_a_model_that_cannot_be_loaded_is_reported(tiny_llama: Path, prompts: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "config.json").write_text('{"model_type": "nonesuch"}')
     out = tmp_path / "out.parquet"
-    arguments = command(prompts, out, "--model", str(tmp_path / "empty"))
+    arguments = command(prompts, out, "--model", str(model))
     ended = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=SECONDS)
     assert ended.returncode == 1
-    assert "could not be loaded" in ended.stderr
+    told = ended.stderr.splitlines()[-1]
+    assert told.startswith(
+        "logitserve extract: error: the server ended with 1: the model could not be loaded"
+    )
+    assert "nonesuch" in told
     assert left_beside(out) == []

@@ -62,23 +62,6 @@ async def test_clients_that_go_away_free_what_their_requests_held(
     assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [480, 480]
 
 
-async def test_a_model_that_cannot_be_loaded_ends_the_server_with_1(tmp_path: Path) -> None:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "logitserve",
-        "serve",
-        str(tmp_path),
-        "--port",
-        "0",
-        stderr=asyncio.subprocess.PIPE,
-    )
-    async with asyncio.timeout(60):
-        _, errors = await process.communicate()
-    assert process.returncode == 1
-    assert b"config.json" in errors
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_server_starts_ends_it_and_its_engine(
     tiny_llama: Path, number: signal.Signals

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from logitengine.config import EngineConfig
-from logitengine.model.checkpoint import CheckpointError
+from logitengine.errors import CheckpointError
 from logitengine.model.loader import load
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run
 

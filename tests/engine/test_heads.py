@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from logitengine.config import EngineConfig
-from logitengine.errors import RequestRefusedError
+from logitengine.errors import CheckpointError, RequestRefusedError
 from logitengine.link.messages import (
     GenerationRequest,
     HeadSpec,
@@ -20,7 +20,6 @@ from logitengine.link.messages import (
     Pooling,
     SamplingParams,
 )
-from logitengine.model.checkpoint import CheckpointError
 from logitengine.model.loader import LoadedModel, load
 from logitengine.model.value_heads import load_value_head
 from logitkernels import ReferenceKernels

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from logitengine.config import EngineConfig
-from logitengine.model.checkpoint import CheckpointError
+from logitengine.errors import CheckpointError
 from logitengine.model.loader import LoadedModel, load
 from tiny_models import save_llama
 from transformers import CohereConfig, CohereForCausalLM

@@ -10,7 +10,8 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from logitengine.config import EngineConfig
-from logitengine.model.checkpoint import Checkpoint, CheckpointError
+from logitengine.errors import CheckpointError
+from logitengine.model.checkpoint import Checkpoint
 from logitengine.model.loader import load
 from logitengine.model.weight_sources import Int8Weights, load_stored_blocks
 from logitkernels import BlockWeight

@@ -54,9 +54,11 @@ def model_info() -> ModelInfo:
         dtype="float32",
         device="cpu",
         kernels="reference",
+        weights="dense",
         batch_invariant=False,
         block_size=16,
         num_blocks=os.getpid(),
+        kv_cache_bytes=1 << 20,
         can_generate=True,
         heads={},
     )

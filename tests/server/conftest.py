@@ -34,9 +34,11 @@ def model_info(smollm2: Checkpoint) -> ModelInfo:
         dtype="float32",
         device="cpu",
         kernels="reference",
+        weights="dense",
         batch_invariant=False,
         block_size=16,
         num_blocks=64,
+        kv_cache_bytes=1 << 20,
         can_generate=True,
         heads={},
     )

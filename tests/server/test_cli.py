@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from logitengine.config import EngineConfig
 from logitserve import cli, serve_command
 from logitserve.config import ServerConfig
+from logitserve.extract.config import ExtractConfig
 
 Started = list[tuple[ServerConfig, EngineConfig]]
 
@@ -76,28 +78,116 @@ def test_value_heads_are_repeated_flags_or_json(started: Started, monkeypatch: p
         (["serve", "--port", "99999"], "--port"),
         (["serve", "--dtype", "float8"], "--dtype"),
         (["serve", "--max-n", "many"], "--max-n"),
-        (["serve", "--no-such-flag"], "--no-such-flag"),
+        (["serve", "--no-such-flag"], "unknown option --no-such-flag"),
+        (["serve", "--prot", "80"], "unknown option --prot; did you mean --port?"),
+        (["serve", "--kv-cache-byte=1GiB"], "did you mean --kv-cache-bytes?"),
+        (["serve", "--port"], "--port"),
         (["serve", "a", "--model", "b"], "differ"),
-        (["serve", "a", "b"], "b"),
-        ([], "COMMAND"),
-        (["dance"], "dance"),
+        (["serve", "a", "b"], "unexpected argument 'b'"),
+        (["serve", "--value-head", "helpful"], "--value-head: should be NAME=PATH"),
+        (["serve", "--value-head", "a=1", "--value-head", "a=2"], "'a' is named twice"),
+        (["serve", "--max-body-bytes", "2G"], "--max-body-bytes: should be a number of bytes"),
+        (["serve", "--max-held-bytes", "1KiB"], "--max-held-bytes"),
+        (["extract", "in.jsonl"], "OUT"),
+        (["extract", "in.jsonl", "out.parquet", "--topk", "3"], "did you mean --top-k?"),
+        (["extract", "in.jsonl", "out.parquet", "--api-key", "k"], "--api-key needs --url"),
+        (["--port", "80"], "unknown option --port; options follow the command"),
+        (["sevre"], "did you mean serve?"),
     ],
 )
-def test_bad_options_exit_with_2_and_say_which(
+def test_bad_options_exit_with_2_and_say_which_in_one_line(
     started: Started, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
     assert exit_.value.code == 2
-    assert says in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("logitserve")
+    assert says in line
     assert not started
 
 
-def test_a_bad_variable_exits_with_2(started: Started, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_command_shows_what_there_is_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    shown = capsys.readouterr().err
+    assert "serve " in shown
+    assert "extract " in shown
+    assert len(shown.splitlines()) < 20
+
+
+@pytest.mark.parametrize(
+    ("written", "nbytes"),
+    [
+        ("4194304", 4 << 20),
+        ("4MiB", 4 << 20),
+        ("4 mib", 4 << 20),
+        ("1.5GiB", 3 << 29),
+        ("64KiB", 64 << 10),
+        ("70kB", 70_000),
+        ("2TB", 2 * 10**12),
+    ],
+)
+def test_sizes_may_be_written_with_a_unit(
+    started: Started, monkeypatch: pytest.MonkeyPatch, written: str, nbytes: int
+) -> None:
+    monkeypatch.setenv("LOGITSERVE_MAX_BODY_BYTES", written)
+    cli.main(["serve", "--logits-window-bytes", written])
+    ((server, engine),) = started
+    assert (server.max_body_bytes, engine.logits_window_bytes) == (nbytes, nbytes)
+
+
+ALL_FIELDS = {
+    name: (kind, command)
+    for command, kinds in {"serve": (ServerConfig, EngineConfig), "extract": (ExtractConfig,)}.items()
+    for kind in kinds
+    for name in kind.model_fields
+}
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["serve", "extract"])
+def test_help_has_words_for_values_and_no_names_of_types(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    shown = help_of(command, capsys)
+    flags = [line.strip() for line in shown.splitlines() if line.startswith("  --")]
+    assert "--model MODEL" in shown
+    for line in flags:
+        words = re.split(r"\W+", line.split("  ")[0])
+        assert not {"str", "int", "list", "SecretStr", "VALUE"}.intersection(words), line
+    for name, (_, of) in ALL_FIELDS.items():
+        word = "BYTES" if name.endswith("_bytes") else "SECONDS"
+        if of == command and name.endswith(("_bytes", "_timeout", "_seconds", "_interval", "_delay")):
+            assert f"--{name.replace('_', '-')} {word}" in shown
+
+
+def test_help_stands_in_groups_and_shows_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = " ".join(help_of("serve", capsys).split())
+    assert (
+        shown.index("What the KV cache may hold:")
+        < shown.index("--kv-cache-bytes")
+        < shown.index("Where the server listens:")
+        < shown.index("--port PORT")
+        < shown.index("(default: 8000)")
+        < shown.index("What one request may ask for:")
+        < shown.index("(default: 8MiB)")
+    )
+    assert "(default: on)" in shown
+
+
+def test_a_bad_variable_exits_with_2_and_is_named(
+    started: Started, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LOGITSERVE_PORT", "x")
     with pytest.raises(SystemExit) as exit_:
         cli.main(["serve"])
     assert exit_.value.code == 2
+    assert "LOGITSERVE_PORT: " in capsys.readouterr().err
     assert not started
 
 

@@ -40,6 +40,8 @@ from logitclient.results import (
 )
 from logitclient.rows import Rows
 
+__version__ = "0.1.0"
+
 __all__ = [
     "APIError",
     "AsyncClient",

@@ -262,9 +262,12 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     dtype: str
     device: str
     kernels: str
+    weights: str
+    """How the linear layers' weights are stored: dense, or the formats of their blocks."""
     batch_invariant: bool
     block_size: int
     num_blocks: int
+    kv_cache_bytes: int
     hidden_size: int
     can_generate: bool
     """False for a sequence classifier, which has hidden states and heads but no logits over a vocabulary."""

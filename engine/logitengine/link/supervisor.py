@@ -294,7 +294,8 @@ class Supervisor:
                 self._on_failed(reason, begun)
 
     def _on_failed(self, reason: str, begun: list[str]) -> None:
-        logger.error("the engine failed: %s", reason)
+        if self.info is not None:  # whoever waits for the first load is told by wait_ready, and tells it
+            logger.error("the engine failed: %s", reason)
         was_ready = self._unavailable is None
         self._has_failed = True
         if self.info is None:
@@ -309,8 +310,9 @@ class Supervisor:
         channel = self._channel
         if channel is None:
             return  # the process is being reaped
+        if self.info is not None:
+            logger.info("the engine is ready again")
         self.info, self._unavailable, self._ready_at = info, None, self._clock()
         self._heartbeat = Heartbeat(None, 0.0)
         self._streams.connect(channel)
         self._loaded.set()
-        logger.info("engine ready: %s, %s, %s kernels", info.architecture, info.dtype, info.kernels)

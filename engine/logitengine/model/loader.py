@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from logitengine.config import EngineConfig
+from logitengine.errors import CheckpointError
 from logitengine.link.messages import ModelInfo
-from logitengine.model.checkpoint import Checkpoint, CheckpointError, resolve_checkpoint
+from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
 from logitengine.model.fuse import Packer, fuse
 from logitengine.model.layer_shapes import probe_layers
 from logitengine.model.network import Network
@@ -28,6 +30,7 @@ from logitengine.model.weight_sources import (
     load_stored_blocks,
 )
 from logitengine.run.devices import Device, choose_device
+from logitengine.run.kv_cache import bytes_per_block
 from logitengine.run.rows import TORCH_DTYPES
 from logitengine.run.runner import ModelRunner
 from logitengine.run.sizing import RunnerFactory
@@ -52,6 +55,7 @@ def load(
 
     Raises CheckpointError for a model that cannot be served, with the reason.
     """
+    started = time.monotonic()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     checkpoint = checkpoint or resolve_checkpoint(config.model)
@@ -74,7 +78,9 @@ def load(
         weights = Int8Weights(model)
     elif blocks is not None:
         weights = StoredWeights(blocks, weights)
-    return prepare(config, checkpoint, model, kernels, device, weights)
+    loaded = prepare(config, checkpoint, model, kernels, device, weights)
+    logger.info("loaded %s", config.model, extra={"seconds": round(time.monotonic() - started, 1)})
+    return loaded
 
 
 def prepare(
@@ -129,14 +135,26 @@ def prepare(
         dtype=str(dtype).removeprefix("torch."),
         device=str(device.torch_device),
         kernels=kernels.name,
+        weights=_stored_as(weights),
         batch_invariant=kernels.batch_invariant and network.is_fused,
         block_size=config.block_size,
         num_blocks=runner.kv_cache.num_blocks,
+        kv_cache_bytes=runner.kv_cache.num_blocks * bytes_per_block(shapes, config.block_size, dtype),
         hidden_size=text_config.hidden_size,
         can_generate=can_generate,
         heads={name: head.num_outputs for name, head in heads.items()},
     )
     return LoadedModel(info, runner, kernels, device)
+
+
+def _stored_as(weights: WeightSource | None) -> str:
+    match weights:
+        case Int8Weights():
+            return "int8 (Q8_0)"
+        case StoredWeights():
+            return f"stored ({', '.join(weights.formats)})"
+        case _:
+            return "dense"
 
 
 def _stored_blocks(

@@ -14,8 +14,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from logitengine.errors import CheckpointError
 from logitengine.model.attention import ATTENTION_NAME, register_attention
-from logitengine.model.checkpoint import Checkpoint, CheckpointError
+from logitengine.model.checkpoint import Checkpoint
 
 
 def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from logitengine.model.checkpoint import CheckpointError
+from logitengine.errors import CheckpointError
 
 CLASSIFIER_HEAD = "score"
 

@@ -62,6 +62,11 @@ class StoredWeights:
         self._blocks = blocks
         self._otherwise = otherwise
 
+    @property
+    def formats(self) -> list[str]:
+        """The formats of the blocks."""
+        return sorted({weight.format for weight in self._blocks.values()})
+
     def get(self, name: str) -> Weight:
         return self._blocks.get(name) or self._otherwise.get(name)
 

@@ -8,7 +8,7 @@ import torch
 from logitkernels import Kernels
 
 from logitengine.config import EngineConfig
-from logitengine.model.checkpoint import CheckpointError
+from logitengine.errors import CheckpointError
 from logitengine.model.layer_shapes import LayerShape
 from logitengine.model.network import Network
 from logitengine.model.value_heads import ValueHead

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import torch  # noqa: F401  loads the OpenMP runtime that the library then shares
+
+logger = logging.getLogger(__name__)
 
 FLAGS = (
     "-std=c++20",
@@ -125,7 +129,10 @@ def build(march: str = "native") -> Path:
     target = cache_directory() / f"logitkernels-{digest.hexdigest()[:24]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
+        logger.info("compiling the native kernels, once")
+        started = time.monotonic()
         _compile([compiler, *flags], [f for f in files if f.suffix == ".cpp"], target)
+        logger.info("compiled the native kernels", extra={"seconds": round(time.monotonic() - started, 1)})
     return target
 
 

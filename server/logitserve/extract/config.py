@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
+from logitengine.option_types import Seconds, Word
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
@@ -40,15 +41,18 @@ def _server_address(value: Any) -> Any:
     return value.rstrip("/").removesuffix("/v1")
 
 
-class ExtractConfig(BaseModel):
-    """The options of ``logitserve extract``."""
+class Source(BaseModel):
+    """Which server is asked."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    url: Annotated[str | None, BeforeValidator(_server_address)] = Field(
+    url: Annotated[str | None, BeforeValidator(_server_address), Word("URL")] = Field(
         None, description="a running server; default: one is started for the model, and stopped at the end"
     )
-    api_key: SecretStr | None = Field(None, description="the key for --url")
+    api_key: Annotated[SecretStr, Word("KEY")] | None = Field(None, description="the key for --url")
+
+
+class Content(BaseModel):
+    """What is written of each prompt."""
+
     positions: Literal["prompt", "generated", "all"] = Field("prompt", description="which rows")
     stage: Literal["raw", "processed"] = Field(
         "raw", description="the head's logits, or what the sampler drew from"
@@ -57,12 +61,19 @@ class ExtractConfig(BaseModel):
         None, ge=1, description="columns: the highest k of each row; default: the vocabulary"
     )
     token_ids: Annotated[
-        list[Annotated[int, Field(ge=0, le=LARGEST_ID)]], NoDecode, BeforeValidator(split_commas)
+        list[Annotated[int, Field(ge=0, le=LARGEST_ID)]], NoDecode, BeforeValidator(split_commas), Word("IDS")
     ] = Field([], description="columns: these ids, comma-separated; default: the vocabulary")
     logits_dtype: Literal["float32", "float16", "bfloat16"] = Field(
         "float16", description="of the logits and hidden states that are written"
     )
     hidden_states: bool = Field(False, description="write the hidden states of the same rows too")
+
+
+class Reading(BaseModel):
+    """How prompts are read, and what is generated."""
+
+    add_special_tokens: bool = Field(True, description="give text prompts the tokenizer's special tokens")
+    add_generation_prompt: bool = Field(True, description="open the assistant's turn after messages")
     max_tokens: int = Field(
         0, ge=0, le=LARGEST_ID, description="tokens to generate, for positions generated and all"
     )
@@ -70,18 +81,27 @@ class ExtractConfig(BaseModel):
     seed: int = Field(
         0, ge=0, lt=2**63, description="of sampling; prompt i draws with seed + i, so that runs repeat"
     )
-    add_special_tokens: bool = Field(True, description="give text prompts the tokenizer's special tokens")
-    add_generation_prompt: bool = Field(True, description="open the assistant's turn after messages")
+
+
+class Running(BaseModel):
+    """How the work is done."""
+
     prompts_per_part: int = Field(
         16, ge=1, description="consecutive prompts that are kept together: what a kill can lose"
     )
     concurrency: int = Field(4, ge=1, le=256, description="requests under way at once")
-    retry_seconds: float = Field(
+    retry_seconds: Seconds = Field(
         600.0, ge=0, description="how long a busy, restarting or failing server is asked again"
     )
     skip_refused: bool = Field(
         False, description="record prompts that the server refuses in OUT.refused.jsonl and go on"
     )
+
+
+class ExtractConfig(Source, Content, Reading, Running):
+    """The options of ``logitserve extract``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

@@ -61,8 +61,7 @@ class LocalServer:
             await self.process.wait()
 
     def _ended(self) -> ExtractError:
-        lines = self.log.read_text(errors="replace").splitlines()[-5:]
-        return ExtractError("\n".join([f"the server ended with {self.process.returncode}:", *lines]))
+        return ExtractError(f"the server ended with {self.process.returncode}: {_last_error(self.log)}")
 
 
 @contextlib.asynccontextmanager
@@ -88,6 +87,7 @@ async def _start(engine_config: EngineConfig, listener: socket.socket, log: Path
         "fd": listener.fileno(),
         "drain_timeout": 0,
         "log_level": "warning",
+        "log_format": "json",
         "max_answer_bytes": ENDLESS,
         "max_stream_bytes": ENDLESS,
         "max_body_values": ENDLESS,
@@ -108,6 +108,17 @@ async def _start(engine_config: EngineConfig, listener: socket.socket, log: Path
             start_new_session=True,
         )
     return LocalServer(f"http://127.0.0.1:{listener.getsockname()[1]}", api_key, process, log)
+
+
+def _last_error(log: Path) -> str:
+    """Return the message of a log's last error, or its last line if it has none."""
+    lines = log.read_text(errors="replace").splitlines()
+    for line in reversed(lines):
+        with contextlib.suppress(orjson.JSONDecodeError):
+            entry = orjson.loads(line)
+            if isinstance(entry, dict) and entry.get("level") == "error":
+                return str(entry["message"])
+    return lines[-1] if lines else "it said nothing"
 
 
 def _environment(options: Mapping[str, object]) -> dict[str, str]:

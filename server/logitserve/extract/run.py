@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import sys
 from contextlib import AsyncExitStack
@@ -11,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from logitengine.config import EngineConfig
+from logitengine.errors import CheckpointError
+from logitengine.logs import configure_logging
+from logitengine.model.files import check_model
 
 from logitserve.extract.atomic_files import write_atomically
 from logitserve.extract.collector import Collector
@@ -23,7 +25,6 @@ from logitserve.extract.progress import Progress, say
 from logitserve.extract.prompts import PromptFile
 from logitserve.extract.safetensors import check_ids, write_safetensors
 from logitserve.extract.source import LogitsSource, open_connections
-from logitserve.logs import configure_logging
 
 PARQUET, SAFETENSORS = ".parquet", ".safetensors"
 SIGNALLED = 128
@@ -33,11 +34,12 @@ SIGNALLED = 128
 def extract(prompts: Path, out: Path, config: ExtractConfig, engine_config: EngineConfig) -> int:
     """Run ``logitserve extract``. Returns the exit code."""
     configure_logging("warning" if sys.stderr.isatty() else "info")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         Extraction(prompts, out, config, engine_config).run()
     except ExtractError as error:
         return _ended(f"error: {error}", error.exit_code)
+    except CheckpointError as error:
+        return _ended(f"error: {error}", UsageError.exit_code)
     except OSError as error:
         return _ended(f"error: {error}", 1)
     except KeyboardInterrupt:
@@ -48,7 +50,7 @@ def extract(prompts: Path, out: Path, config: ExtractConfig, engine_config: Engi
 
 
 def _ended(message: str, exit_code: int) -> int:
-    sys.stderr.write(f"logitserve extract: {message}\n")
+    sys.stderr.write(f"logitserve extract: {' '.join(message.split())}\n")
     return exit_code
 
 
@@ -78,7 +80,7 @@ class Extraction:
         }
 
     def run(self) -> None:
-        """Compute the missing parts, and join all. Raises ExtractError."""
+        """Compute the missing parts, and join all. Raises ExtractError, or CheckpointError for the model."""
         if self._out.exists() and not self._folder.path.exists():
             msg = f"{self._out} exists: remove it, or choose another name"
             raise UsageError(msg)
@@ -98,6 +100,8 @@ class Extraction:
         self._folder.sweep()
         missing = self._folder.missing()
         if missing:
+            if self._config.url is None:
+                check_model(self._engine_config)
             _run(self._collect(missing))
         say("joining the parts")
         self._join()

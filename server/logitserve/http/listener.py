@@ -3,43 +3,96 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
+import logging
 import os
 import socket
+from typing import Any
 
 from logitserve.config import Listening
 
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+"""Connections that wait to be accepted, as uvicorn has it."""
+
+_ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+"""Errors of an address that this machine does not have. A host name may stand for one, where IPv6 is off."""
+
+
+class ListenError(Exception):
+    """The server cannot listen where it was told to; the message says why, and names the flag."""
+
 
 def bind(config: Listening) -> list[socket.socket]:
-    """Return a bound socket for each address of the host, or the one that ``--fd`` names. Nobody can connect yet.
+    """Return a bound socket for each address of the host, or the one that ``--fd`` names.
 
-    With port 0 every address gets the port that the first one was given. Raises OSError when an address is not ours, is
-    taken, or cannot be resolved.
+    They listen already, because a port that is only bound can be bound by another server too. Who connects waits until
+    the app accepts. With port 0 every address gets the port that the first one was given.
+
+    Raises ListenError when an address is taken or forbidden, and when a host is unknown or none of its addresses is ours.
     """
     if config.fd is not None:
-        os.set_inheritable(config.fd, False)  # the engine's process must not hold the port
-        return [socket.socket(fileno=config.fd)]
+        return [_given(config.fd)]
     with contextlib.ExitStack() as opened:
         sockets: list[socket.socket] = []
+        absent: list[OSError] = []
         port = config.port
-        for family, kind, protocol, address in _addresses(config.host):
-            listener = opened.enter_context(socket.socket(family, kind, protocol))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listener.bind((address, port))
+        for family, address in _addresses(config.host):
+            try:
+                listener = opened.enter_context(_listen(family, (address[0], port, *address[2:])))
+            except OSError as error:
+                if error.errno not in _ABSENT:
+                    raise ListenError(_reason(error, address[0], port)) from error
+                absent.append(error)
+                logger.debug("not listening on %s: %s", address[0], error.strerror)
+                continue
             port = listener.getsockname()[1]
             sockets.append(listener)
+        if not sockets:
+            raise ListenError(f"--host {config.host} is no address of this machine") from absent[0]
         opened.pop_all()
         return sockets
 
 
-def _addresses(host: str) -> list[tuple[socket.AddressFamily, socket.SocketKind, int, str]]:
+def _given(fd: int) -> socket.socket:
+    os.set_inheritable(fd, False)  # the engine's process must not hold the port
+    listener = socket.socket(fileno=fd)
+    if listener.type != socket.SOCK_STREAM:
+        listener.detach()
+        raise ListenError(f"--fd {fd} is no stream socket")
+    return listener
+
+
+def _listen(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.socket:
+    with contextlib.ExitStack() as opened:
+        listener = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        opened.pop_all()
+        return listener
+
+
+def _reason(error: OSError, address: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} of {address} is taken; choose another by --port, or any free one by --port 0"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"this user may not listen on port {port}; choose one above 1023 by --port"
+    return f"--host {address} and --port {port} cannot be listened on: {error.strerror}"
+
+
+def _addresses(host: str) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
     """Return the distinct addresses that a host name stands for."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    return list(
-        dict.fromkeys((family, kind, protocol, str(ip[0])) for family, kind, protocol, _, ip in found)
-    )
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:  # what IDNA cannot encode is a UnicodeError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ListenError(f"--host {host!r} is no address and cannot be resolved: {reason}") from error
+    return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
 
 
 def on_loopback(listeners: list[socket.socket]) -> bool:

@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from logitengine.link.engine_protocol import EngineProtocol
 
+from logitserve.banner import announce
 from logitserve.config import ServerConfig
 from logitserve.http.app import create_app
 from logitserve.http.backlog import accept_backlog
@@ -133,6 +134,7 @@ async def run_app(
     state.stop_server = server.stop
     if config.api_key_file is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, state.keys.reload)
+    state.on_ready = lambda model: announce(model, config, listeners)
     await server.serve(listeners)
     if state.engine_lost is not None:
         logger.error("the server ended: %s", state.engine_lost)

