@@ -9,8 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import CacheSalt, RequestBody, StrictModel
-from logitserve.protocol.limits import at_most, at_most_items, config_of, too_large
-from logitserve.protocol.rows import ReturnHiddenStates, ReturnLogits, TokenId, all_or_nothing
+from logitserve.protocol.limits import at_most, at_most_items, at_most_members, config_of, too_large
+from logitserve.protocol.rows import ReturnHiddenStates, ReturnLogits, TokenId, all_or
 
 SMALLEST_SEED = -(2**63)
 LARGEST_SEED = 2**64 - 1
@@ -27,13 +27,13 @@ def _bounded_length(stop: list[str], info: ValidationInfo) -> list[str]:
     return stop
 
 
-StopStrings = Annotated[
+_Strings = Annotated[
     list[str],
     Field(fail_fast=True),
     AfterValidator(_bounded_length),
     at_most_items("max_stop", "strings"),
-    BeforeValidator(_one_or_many),
 ]
+StopStrings = Annotated[_Strings, BeforeValidator(_one_or_many, json_schema_input_type=str | _Strings)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -57,7 +57,7 @@ class SamplingBody(RequestBody):
     min_p: float = Field(0.0, ge=0, le=1)
     stop: StopStrings = Field([])
     seed: int | None = Field(None, ge=SMALLEST_SEED, le=LARGEST_SEED)
-    logit_bias: Annotated[dict[str, Bias], at_most_items("max_logit_bias", "entries")] = Field({})
+    logit_bias: Annotated[dict[str, Bias], at_most_members("max_logit_bias", "entries")] = Field({})
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
@@ -84,8 +84,8 @@ class GenerationBody(SamplingBody):
     skip_special_tokens: bool = True
     return_token_ids: bool = False
     prompt_logprobs: Annotated[int | None, at_most("max_prompt_logprobs")] = Field(None, ge=0)
-    return_logits: Annotated[ReturnLogits | None, BeforeValidator(all_or_nothing)] = None
-    return_hidden_states: Annotated[ReturnHiddenStates | None, BeforeValidator(all_or_nothing)] = None
+    return_logits: Annotated[ReturnLogits | None, all_or(ReturnLogits)] = None
+    return_hidden_states: Annotated[ReturnHiddenStates | None, all_or(ReturnHiddenStates)] = None
 
     @property
     def include_usage(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
@@ -19,11 +19,15 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True), at_most_of(MOST_TOKEN
 Encoding = Literal["base64", "list"]
 
 
-def all_or_nothing(value: Any) -> Any:
-    """``true`` asks for all defaults, ``false`` for nothing."""
+def _all_or_nothing(value: Any) -> Any:
     if value is True:
         return {}
     return None if value is False else value
+
+
+def all_or(members: type[StrictModel]) -> BeforeValidator:
+    """``true`` asks for all defaults, ``false`` for nothing, an object chooses."""
+    return BeforeValidator(_all_or_nothing, json_schema_input_type=bool | members | None)
 
 
 class RowFields(StrictModel):
