@@ -69,6 +69,4 @@ TOKENIZE: Examples = {
     "conversation": {"messages": _QUESTION},
 }
 
-DEPOOLING: Examples = {"text": {"input": _SENTENCE, "head": "helpful"}}
-
-TOKENIZE: Examples = {"tokens": {"tokens": [19556, 17]}}
+DETOKENIZE: Examples = {"tokens": {"tokens": [19556, 17]}}

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired
+from typing import Annotated, Literal, NotRequired
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from logitserve.http.openapi.answers.base import Finish, Usage, answer
 from logitserve.http.openapi.answers.logprobs import ChatLogprobs, CompletionLogprobs, PromptLogprobs
 from logitserve.http.openapi.answers.rows import HiddenStates, Logits
 
+StopReason = Annotated[
+    str | int | None, Field(description="The stop string or token id that ended the choice.")
+]
+TokenIds = Annotated[
+    list[int],
+    Field(
+        description="The choice's tokens, or the chunk's; present where they or their rows were asked for."
+    ),
+]
+PromptTokenIds = Annotated[
+    list[int],
+    Field(description="Tokens of the prompt, for return_token_ids, in the first choice of each prompt."),
+]
+
 
 @answer
 class _Tokens(TypedDict):
-    token_ids: NotRequired[list[int]]
-    """The choice's tokens, or the chunk's; present where they or their rows were asked for."""
-    prompt_token_ids: NotRequired[list[int]]
-    """Tokens of the prompt, for return_token_ids, in the first choice of each prompt."""
+    token_ids: NotRequired[TokenIds]
+    prompt_token_ids: NotRequired[PromptTokenIds]
     logits: NotRequired[Logits]
     hidden_states: NotRequired[HiddenStates]
 
@@ -38,8 +51,7 @@ class ChatChoice(_Tokens):
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: Finish
-    stop_reason: str | int | None
-    """The stop string or token id that ended it."""
+    stop_reason: StopReason
 
 
 @answer
@@ -71,7 +83,7 @@ class ChatChunkChoice(_Tokens):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: Finish | None
-    stop_reason: NotRequired[str | int | None]
+    stop_reason: NotRequired[StopReason]
 
 
 @answer
@@ -92,8 +104,7 @@ class _CompletionChoice(_Tokens):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    stop_reason: str | int | None
-    """The stop string or token id that ended it."""
+    stop_reason: StopReason
     prompt_logprobs: NotRequired[PromptLogprobs]
 
 
