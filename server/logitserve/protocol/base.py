@@ -50,9 +50,14 @@ MOST_MEMBERS = 100
 
 
 class StrictModel(BaseModel):
-    """No coercion: ``true`` is no integer, ``"1"`` no number, and NaN and infinity are no values."""
+    """No coercion: ``true`` is no integer, ``"1"`` no number, and NaN and infinity are no values.
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    A string under a field describes it in the OpenAPI document.
+    """
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod

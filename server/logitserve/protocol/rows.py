@@ -34,8 +34,10 @@ class RowFields(StrictModel):
     """Members that logits and hidden states have in common."""
 
     positions: Literal["generated", "prompt", "all"] = "generated"
+    """Whose rows: those that generated tokens were drawn from, those of the prompt, or both."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     encoding: Encoding | None = None
+    """base64 by default; list where columns are chosen."""
 
 
 class ReturnHiddenStates(RowFields):
@@ -46,8 +48,11 @@ class ReturnLogits(RowFields):
     """Which logits to return. ``top_k`` and ``token_ids`` exclude each other."""
 
     stage: Literal["raw", "processed"] = "raw"
+    """What the model's head returned, or what the sampler drew from."""
     top_k: int | None = Field(None, ge=1)
+    """Columns of each row: the largest."""
     token_ids: TokenIds | None = Field(None, min_length=1)
+    """Columns of each row: these, in this order."""
 
     @property
     def default_encoding(self) -> Encoding:
