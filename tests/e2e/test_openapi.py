@@ -41,11 +41,11 @@ ANSWERS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("create_completion", {**TEXT, "echo": True, "logprobs": 1, "n": 2}),
     ("create_completion", {**TEXT, "echo": True, "logprobs": 0, "stream": True}),
-    ("create_completion", {**TEXT, "prompt": ["Hi", [5, 7]], "prompt_logprobs": 0}),
+    ("create_completion", {**TEXT, "prompt": [[5], [5, 7]], "prompt_logprobs": 0}),
     ("create_logits", {"input": "Hi there"}),
     ("create_logits", {"input": ["Hi", "there"], "top_k": 2, "max_tokens": 2, "positions": "all"}),
     ("create_logits", {"input": "Hi there", "token_ids": [5], "hidden_states": True}),
-    ("create_perplexity", {"input": ["Hi there", [5]]}),
+    ("create_perplexity", {"input": [[5, 7], [5]]}),
     ("create_rewards", {"input": "Hi", "head": "helpful"}),
     ("create_rewards", {"input": ["Hi", "there"], "head": "helpful", "return_values": True}),
     ("create_rewards", {"messages": CHAT["messages"], "head": "kind", "return_values": True}),
@@ -73,7 +73,9 @@ CALLS = textwrap.dedent(
     from front_door import Client, models
     from front_door.types import Unset
 
-    api, client = "front_door.api", Client(base_url=sys.argv[2], raise_on_unexpected_status=True)
+    api, client = "front_door.api", Client(
+        base_url=sys.argv[2], headers={"accept": "application/json"}, raise_on_unexpected_status=True
+    )
     answers = {}
     for tag, name, body, kind in json.load(sys.stdin):
         operation = importlib.import_module(f"{api}.{tag}.{name}")
@@ -193,6 +195,7 @@ def generated_client(document: Document, tmp_path_factory: pytest.TempPathFactor
         cwd=directory, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert made.returncode == 0, made.stdout + made.stderr
+    assert made.stdout.strip() == "Generating front_door", "nothing is left out"
     return directory
 
 

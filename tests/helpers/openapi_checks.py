@@ -43,8 +43,9 @@ class Document:
             case "application/json":
                 self.validate(response.json(), schema)
             case "text/event-stream":
+                _, data = schema["properties"]["data"]["anyOf"]
                 for event in events(response.text):
-                    self.validate(event, schema)
+                    self.validate(event, data["contentSchema"])
             case _:
                 assert schema is None
 

@@ -60,7 +60,7 @@ class InputBody(RequestBody):
 
     model: str | None = None
     input: Prompts
-    """A text or its token ids; or a list of either."""
+    """A text or its token ids, or a list of texts or of lists of ids."""
     add_special_tokens: bool = True
     cache_salt: CacheSalt | None = None
 
@@ -75,7 +75,7 @@ class InputOrMessagesBody(RequestBody):
 
     model: str | None = None
     input: Prompts | None = None
-    """A text or its token ids; or a list of either. Either this or `messages` is needed."""
+    """A text or its token ids, or a list of texts or of lists of ids. Either this or `messages` is needed."""
     messages: Messages | None = Field(None, min_length=1)
     add_special_tokens: bool = True
     add_generation_prompt: bool = False

@@ -11,11 +11,11 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import Response
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import CoreSchema
+from pydantic_core.core_schema import WithDefaultSchema
 
 from logitserve.config import ServerConfig
 from logitserve.http.openapi.answers.base import ErrorAnswer
-from logitserve.http.openapi.operations import JSON, OPERATIONS, Operation
+from logitserve.http.openapi.operations import EVENTS, JSON, OPERATIONS, Operation
 from logitserve.http.openapi.refusals import HEADERS, REFUSALS, header_references, references
 from logitserve.protocol.json_schema import with_options
 
@@ -30,6 +30,7 @@ SECURITY_SCHEMES: Json = {
     "api_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
 }
 REFERENCE = "#/components/schemas/{model}"
+BODY = "body"
 
 
 class OpenApiDocument:
@@ -84,7 +85,7 @@ def _describe(route: Json, schemas: _Schemas) -> Json:
     }
     if operation.body is not None:
         examples = {key: {"value": value} for key, value in operation.requests.items()}
-        content = {"schema": schemas.reference(name, "body"), "examples": examples}
+        content = {"schema": schemas.reference(name, BODY), "examples": examples}
         described["requestBody"] = {"required": True, "content": {JSON: content}}
     described["responses"] = {"200": _success(name, operation, schemas), **references(operation.refusals)}
     if operation.is_open:
@@ -97,6 +98,8 @@ def _success(name: str, operation: Operation, schemas: _Schemas) -> Json:
         media_type: {} if answer is None else {"schema": schemas.reference(name, media_type)}
         for media_type, answer in operation.answers.items()
     }
+    if EVENTS in content:
+        content[EVENTS]["schema"] = _event(content[EVENTS]["schema"])
     response: Json = {
         "description": operation.description,
         "headers": header_references("X-Request-Id"),
@@ -105,31 +108,51 @@ def _success(name: str, operation: Operation, schemas: _Schemas) -> Json:
     return {**response, "links": operation.links} if operation.links else response
 
 
-class _Generator(GenerateJsonSchema):
-    """pydantic's, without titles of fields, which repeat their names."""
+def _event(data: Json) -> Json:
+    """Return the schema of one server-sent event, in OpenAPI 3.2's words for its fields."""
+    return {
+        "type": "object",
+        "description": "One event of the stream.",
+        "properties": {
+            "data": {
+                "anyOf": [
+                    {"type": "string", "enum": ["[DONE]"]},
+                    {"type": "string", "contentMediaType": JSON, "contentSchema": data},
+                ]
+            }
+        },
+        "required": ["data"],
+    }
 
-    def field_title_should_be_set(self, schema: CoreSchema) -> bool:  # noqa: ARG002
+
+class _Generator(GenerateJsonSchema):
+    """pydantic's, without titles of fields, which repeat their names, and without defaults that say "nothing"."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
         return False
+
+    def default_schema(self, schema: WithDefaultSchema) -> Json:
+        described = super().default_schema(schema)
+        if described.get("default") in (None, [], {}):
+            described.pop("default", None)  # openapi-python-client takes no empty object here
+        return described
 
 
 class _Schemas:
     """The schemas of all bodies and answers, made together so that they share components."""
 
     def __init__(self, config: ServerConfig) -> None:
-        types: list[tuple[tuple[str, str], Any]] = [(("", "error"), ErrorAnswer)]
+        types: dict[tuple[str, str], Any] = {}
         for name, operation in OPERATIONS.items():
             if operation.body is not None:
-                types.append(((name, "body"), operation.body))
-            types += [
-                ((name, kind), answer) for kind, answer in operation.answers.items() if answer is not None
-            ]
-        references, definitions = TypeAdapter.json_schemas(
-            [(key, "validation", TypeAdapter(kind)) for key, kind in types],
-            ref_template=REFERENCE,
-            schema_generator=_Generator,
-        )
-        self._references = {key: schema for (key, _), schema in references.items()}
-        self.components: Json = with_options(definitions["$defs"], config)
+                types[name, BODY] = operation.body
+            types.update({(name, kind): answer for kind, answer in operation.answers.items() if answer})
+        # As the items of one tuple every class is looked at once.
+        every: Any = tuple[(ErrorAnswer, *types.values())]  # type: ignore[misc]
+        schema = TypeAdapter(every).json_schema(ref_template=REFERENCE, schema_generator=_Generator)
+        _, *items = schema["prefixItems"]
+        self._references = dict(zip(types, items, strict=True))
+        self.components: Json = with_options(schema["$defs"], config)
 
     def reference(self, name: str, kind: str) -> Json:
         """Return the schema of an operation's body, or of its answer in a media type."""
