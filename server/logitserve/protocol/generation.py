@@ -64,7 +64,7 @@ class SamplingBody(RequestBody):
     """Token ids, as strings, and what is added to their logits before the draw."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     """Divides positive logits of tokens of the prompt and the answer, and multiplies negative ones."""
     min_tokens: int = Field(0, ge=0, le=LARGEST_ID)
     """Tokens before which nothing ends the answer."""
