@@ -21,6 +21,7 @@ from logitserve.http.middleware.origin_gate import OriginGate
 from logitserve.http.middleware.request_log import RequestLog
 from logitserve.http.middleware.root_path import RootPath
 from logitserve.http.middleware.write_timeout import WriteTimeout
+from logitserve.http.openapi.document import OpenApiDocument
 from logitserve.routes import (
     chat,
     completions,
@@ -65,13 +66,14 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
-        # The interactive pages load scripts from elsewhere; /openapi.json is enough.
-        docs_url=None,
-        redoc_url=None,
+        # The interactive pages, which load scripts from elsewhere, go with it: /openapi.json is our own.
+        openapi_url=None,
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.server = state
     for noun in (chat, completions, logits, perplexity, rewards, embeddings, models, tokens, health):
         app.include_router(noun.router)
+    app.add_route("/openapi.json", OpenApiDocument(app, config).respond, include_in_schema=False)
     install_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(HeadAsGet)

@@ -19,9 +19,6 @@ class Body(Protocol):
     @classmethod
     def model_validate(cls, obj: Any, /, *, context: Any) -> Self: ...
 
-    @classmethod
-    def model_json_schema(cls) -> dict[str, Any]: ...
-
     def check(self) -> None: ...
 
 
@@ -76,9 +73,3 @@ def _check_values(content: bytes, limit: int) -> None:
         f"as {CONTAINER_WEIGHT}.",
         code="too_many_values",
     )
-
-
-def documented(model: type[Body]) -> dict[str, Any]:
-    """Return the ``openapi_extra`` of a route whose body JsonBody reads."""
-    schema = model.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
 from logitserve.errors import BadRequestError
+from logitserve.protocol.json_schema import Schema, any_of, nullable
 
 IGNORED_FIELDS = {
     "user": "names the end user for OpenAI's abuse monitoring",
@@ -48,9 +50,14 @@ MOST_MEMBERS = 100
 
 
 class StrictModel(BaseModel):
-    """No coercion: ``true`` is no integer, ``"1"`` no number, and NaN and infinity are no values."""
+    """No coercion: ``true`` is no integer, ``"1"`` no number, and NaN and infinity are no values.
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    A string under a field describes it in the OpenAPI document.
+    """
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -78,12 +85,36 @@ class RequestBody(StrictModel):
             if name in cls.ignored or (value is None and name in known):
                 continue
             if name in cls.refused:
-                if value not in NEUTRAL_VALUES[name] and not (
-                    name == "best_of" and value == body.get("n", 1)
-                ):
+                if not cls._is_neutral(name, value, body):
                     raise BadRequestError(
                         f"'{name}' is not supported by this server.", param=name, code="unsupported_parameter"
                     )
                 continue
             kept[name] = value
         return kept
+
+    @classmethod
+    def _is_neutral(cls, name: str, value: Any, body: dict[str, Any]) -> bool:
+        """Whether a field that is not served holds a value that changes nothing."""
+        if name == "best_of":
+            return type(value) is int and value == body.get("n", 1)
+        return value in NEUTRAL_VALUES[name]
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
+        reference = handler(core_schema)
+        schema = handler.resolve_ref_schema(reference)
+        required = schema.get("required", [])
+        properties: dict[str, Schema] = {
+            name: field if name in required else nullable(field)
+            for name, field in schema["properties"].items()
+        }
+        for name in sorted(cls.ignored):
+            properties[name] = {"description": f"Changes nothing: {IGNORED_FIELDS[name]}."}
+        for name in sorted(cls.refused):
+            properties[name] = {
+                **(nullable({"type": "integer"}) if name == "best_of" else any_of(NEUTRAL_VALUES[name])),
+                "description": "Not served: only values that change nothing are taken.",
+            }
+        schema["properties"] = properties
+        return reference

@@ -26,16 +26,14 @@ def _as_parts(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+_Parts = Annotated[list[TextPart], Field(fail_fast=True), at_most_items("max_messages", "parts")]
+
+
 class Message(StrictModel):
     """One message. Text parts are joined by newlines before the chat template sees them."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[
-        list[TextPart],
-        Field(fail_fast=True),
-        at_most_items("max_messages", "parts"),
-        BeforeValidator(_as_parts),
-    ]
+    content: Annotated[_Parts, BeforeValidator(_as_parts, json_schema_input_type=str | _Parts)]
     name: str | None = None
     tool_call_id: str | None = None
 

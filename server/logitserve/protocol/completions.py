@@ -20,7 +20,9 @@ class CompletionBody(GenerationBody):
     refused: ClassVar[frozenset[str]] = frozenset(NEUTRAL_VALUES)
 
     prompt: Prompts
+    """A text or its token ids, or a list of texts or of lists of ids, with n choices for each."""
     echo: bool = False
+    """Begins every choice with its prompt."""
     logprobs: Annotated[int | None, at_most("max_completion_logprobs")] = Field(None, ge=0)
     add_special_tokens: bool = True
 

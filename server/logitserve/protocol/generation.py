@@ -9,8 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import CacheSalt, RequestBody, StrictModel
-from logitserve.protocol.limits import at_most, at_most_items, config_of, too_large
-from logitserve.protocol.rows import ReturnHiddenStates, ReturnLogits, TokenId, all_or_nothing
+from logitserve.protocol.limits import at_most, at_most_items, at_most_members, config_of, too_large
+from logitserve.protocol.rows import ReturnHiddenStates, ReturnLogits, TokenId, all_or
 
 SMALLEST_SEED = -(2**63)
 LARGEST_SEED = 2**64 - 1
@@ -27,13 +27,13 @@ def _bounded_length(stop: list[str], info: ValidationInfo) -> list[str]:
     return stop
 
 
-StopStrings = Annotated[
+_Strings = Annotated[
     list[str],
     Field(fail_fast=True),
     AfterValidator(_bounded_length),
     at_most_items("max_stop", "strings"),
-    BeforeValidator(_one_or_many),
 ]
+StopStrings = Annotated[_Strings, BeforeValidator(_one_or_many, json_schema_input_type=str | _Strings)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
@@ -51,22 +51,30 @@ class SamplingBody(RequestBody):
     """
 
     model: str | None = None
+    """One of the names that /v1/models lists; the first by default."""
     max_tokens: int | None = Field(None, ge=0, le=LARGEST_ID)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
+    """Smallest probability of a token to draw, as a share of the likeliest token's."""
     stop: StopStrings = Field([])
     seed: int | None = Field(None, ge=SMALLEST_SEED, le=LARGEST_SEED)
-    logit_bias: Annotated[dict[str, Bias], at_most_items("max_logit_bias", "entries")] = Field({})
+    """Requests that are equal, their seed included, draw equal tokens."""
+    logit_bias: Annotated[dict[str, Bias], at_most_members("max_logit_bias", "entries")] = Field({})
+    """Token ids, as strings, and what is added to their logits before the draw."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
+    """Divides positive logits of tokens of the prompt and the answer, and multiplies negative ones."""
     min_tokens: int = Field(0, ge=0, le=LARGEST_ID)
+    """Tokens before which nothing ends the answer."""
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True), at_most_items("max_stop", "ids")] = Field(
         []
     )
     ignore_eos: bool = False
+    """Goes on after the model's own end."""
     cache_salt: CacheSalt | None = None
+    """Cached prefixes are shared by requests with the same salt only."""
 
     def check(self) -> None:
         """Check what no single field shows. Raises BadRequestError with the field to change."""
@@ -81,11 +89,16 @@ class GenerationBody(SamplingBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
     top_k: int = Field(0, ge=-1, le=LARGEST_ID)
+    """Likeliest tokens to draw from; 0 and -1: all."""
     skip_special_tokens: bool = True
     return_token_ids: bool = False
+    """Adds `token_ids` to choices and `prompt_token_ids` to the first."""
     prompt_logprobs: Annotated[int | None, at_most("max_prompt_logprobs")] = Field(None, ge=0)
-    return_logits: Annotated[ReturnLogits | None, BeforeValidator(all_or_nothing)] = None
-    return_hidden_states: Annotated[ReturnHiddenStates | None, BeforeValidator(all_or_nothing)] = None
+    """Likely tokens to show at every position of the prompt, beside its own."""
+    return_logits: Annotated[ReturnLogits | None, all_or(ReturnLogits)] = None
+    """Adds the tokens' logits; `true` for every generated token's whole row, raw, in base64."""
+    return_hidden_states: Annotated[ReturnHiddenStates | None, all_or(ReturnHiddenStates)] = None
+    """Adds the last layer's output after the final norm."""
 
     @property
     def include_usage(self) -> bool:

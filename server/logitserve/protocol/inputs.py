@@ -10,8 +10,8 @@ from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import IGNORED_FIELDS, CacheSalt, RequestBody
 from logitserve.protocol.chat import Messages
-from logitserve.protocol.limits import config_of, too_large
-from logitserve.protocol.rows import MOST_TOKEN_IDS
+from logitserve.protocol.limits import at_most_items, at_most_of, config_of, too_large
+from logitserve.protocol.rows import MOST_TOKEN_IDS, TokenId
 
 Prompt = str | list[int]
 
@@ -42,7 +42,15 @@ def _as_prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
     raise ValueError(msg)
 
 
-Prompts = Annotated[list[Prompt], PlainValidator(_as_prompts)]
+_Ids = Annotated[list[TokenId], at_most_of(MOST_TOKEN_IDS, "ids")]
+_Batch = at_most_items("max_batch_prompts", "prompts")
+_OneOrMany = (
+    str
+    | Annotated[_Ids, Field(min_length=1)]
+    | Annotated[list[str], Field(min_length=1), _Batch]
+    | Annotated[list[_Ids], Field(min_length=1), _Batch]
+)
+Prompts = Annotated[list[Prompt], PlainValidator(_as_prompts, json_schema_input_type=_OneOrMany)]
 
 
 class InputBody(RequestBody):
@@ -52,6 +60,7 @@ class InputBody(RequestBody):
 
     model: str | None = None
     input: Prompts
+    """A text or its token ids, or a list of texts or of lists of ids."""
     add_special_tokens: bool = True
     cache_salt: CacheSalt | None = None
 
@@ -66,6 +75,7 @@ class InputOrMessagesBody(RequestBody):
 
     model: str | None = None
     input: Prompts | None = None
+    """A text or its token ids, or a list of texts or of lists of ids. Either this or `messages` is needed."""
     messages: Messages | None = Field(None, min_length=1)
     add_special_tokens: bool = True
     add_generation_prompt: bool = False

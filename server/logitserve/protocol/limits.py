@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, GetJsonSchemaHandler, ValidationInfo
+from pydantic_core import CoreSchema
 
 from logitserve.config import ServerConfig
 from logitserve.errors import BadRequestError
+from logitserve.protocol.json_schema import Schema, bounded
 
 
 def config_of(info: ValidationInfo) -> ServerConfig:
@@ -24,6 +26,27 @@ def too_large(param: str, value: int, limit: int, unit: str = "") -> BadRequestE
     return BadRequestError(f"'{param}' is {held}; this server allows at most {limit}.", param=param)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _NumberBound(AfterValidator):
+    """A bound on a number, and what the field's JSON Schema says of it."""
+
+    maximum: int | str
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
+        return bounded(handler(core_schema), "maximum", self.maximum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LengthBound(BeforeValidator):
+    """A bound on what a list or an object holds, and what the field's JSON Schema says of it."""
+
+    maximum: int | str
+    keyword: Literal["maxItems", "maxProperties"]
+
+    def __get_pydantic_json_schema__(self, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
+        return bounded(handler(core_schema), self.keyword, self.maximum)
+
+
 def at_most(option: str) -> AfterValidator:
     """A number that the server's ``option`` bounds."""
 
@@ -33,23 +56,29 @@ def at_most(option: str) -> AfterValidator:
             raise too_large(str(info.field_name), value, limit)
         return value
 
-    return AfterValidator(check)
+    return _NumberBound(check, maximum=option)
 
 
 def at_most_items(option: str, unit: str) -> BeforeValidator:
-    """A list or an object that holds no more ``unit`` than the server's ``option`` says."""
-    return _length(lambda info: getattr(config_of(info), option), unit)
+    """A list that holds no more ``unit`` than the server's ``option`` says."""
+    return _length(option, unit, "maxItems")
+
+
+def at_most_members(option: str, unit: str) -> BeforeValidator:
+    """An object that holds no more ``unit`` than the server's ``option`` says."""
+    return _length(option, unit, "maxProperties")
 
 
 def at_most_of(limit: int, unit: str) -> BeforeValidator:
-    """The same with a fixed bound, for lists whose true bound is the model's."""
-    return _length(lambda _info: limit, unit)
+    """A list with a fixed bound, where the true bound is the model's."""
+    return _length(limit, unit, "maxItems")
 
 
-def _length(limit_of: Callable[[ValidationInfo], int], unit: str) -> BeforeValidator:
+def _length(limit: int | str, unit: str, keyword: Literal["maxItems", "maxProperties"]) -> BeforeValidator:
     def check(value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, list | dict) and len(value) > (limit := limit_of(info)):
-            raise too_large(str(info.field_name), len(value), limit, unit)
+        most: int = getattr(config_of(info), limit) if isinstance(limit, str) else limit
+        if isinstance(value, list | dict) and len(value) > most:
+            raise too_large(str(info.field_name), len(value), most, unit)
         return value
 
-    return BeforeValidator(check)
+    return _LengthBound(check, maximum=limit, keyword=keyword)

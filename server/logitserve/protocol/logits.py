@@ -17,7 +17,9 @@ class LogitsBody(InputOrMessagesBody, SamplingBody, ReturnLogits):
 
     max_tokens: int = Field(0, ge=0, le=LARGEST_ID)
     positions: Literal["generated", "prompt", "all"] = "prompt"
+    """Whose rows: those that generated tokens were drawn from, those of the prompt, or both."""
     hidden_states: bool = False
+    """Adds the hidden states of the same rows."""
     add_generation_prompt: bool = True
 
     def check(self) -> None:

@@ -18,7 +18,9 @@ class RewardsBody(InputOrMessagesBody):
     """``POST /v1/rewards``. A conversation is judged as it stands: no turn is opened after it."""
 
     head: str | None = Field(None, min_length=1)
+    """A name that /v1/models lists; may be left out where there is only one."""
     return_values: bool = False
+    """Adds the head's value at every token."""
 
 
 class EmbeddingsBody(InputBody):
@@ -26,8 +28,10 @@ class EmbeddingsBody(InputBody):
 
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, le=LARGEST_ID)
+    """Cuts the vector to its first numbers."""
     pooling: Literal["mean", "last", "cls"] = "mean"
     normalize: bool = True
+    """Brings the vector to length 1."""
 
 
 class PoolingBody(InputOrMessagesBody):

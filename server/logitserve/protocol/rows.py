@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
@@ -19,19 +19,25 @@ TokenIds = Annotated[list[TokenId], Field(fail_fast=True), at_most_of(MOST_TOKEN
 Encoding = Literal["base64", "list"]
 
 
-def all_or_nothing(value: Any) -> Any:
-    """``true`` asks for all defaults, ``false`` for nothing."""
+def _all_or_nothing(value: Any) -> Any:
     if value is True:
         return {}
     return None if value is False else value
+
+
+def all_or(members: type[StrictModel]) -> BeforeValidator:
+    """``true`` asks for all defaults, ``false`` for nothing, an object chooses."""
+    return BeforeValidator(_all_or_nothing, json_schema_input_type=bool | members | None)
 
 
 class RowFields(StrictModel):
     """Members that logits and hidden states have in common."""
 
     positions: Literal["generated", "prompt", "all"] = "generated"
+    """Whose rows: those that generated tokens were drawn from, those of the prompt, or both."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     encoding: Encoding | None = None
+    """base64 by default; list where columns are chosen."""
 
 
 class ReturnHiddenStates(RowFields):
@@ -42,8 +48,11 @@ class ReturnLogits(RowFields):
     """Which logits to return. ``top_k`` and ``token_ids`` exclude each other."""
 
     stage: Literal["raw", "processed"] = "raw"
+    """What the model's head returned, or what the sampler drew from."""
     top_k: int | None = Field(None, ge=1)
+    """Columns of each row: the largest."""
     token_ids: TokenIds | None = Field(None, min_length=1)
+    """Columns of each row: these, in this order."""
 
     @property
     def default_encoding(self) -> Encoding:

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from logitserve.access.caller import Caller
 from logitserve.answers.chat import ChatAnswer
 from logitserve.answers.response import respond
-from logitserve.http.body import JsonBody, documented
+from logitserve.http.body import JsonBody
 from logitserve.jobs.job import make_job
 from logitserve.jobs.options import chat_options
 from logitserve.protocol.chat import ChatBody
@@ -19,7 +19,7 @@ from logitserve.state import StateDep
 router = APIRouter(tags=["chat"])
 
 
-@router.post("/v1/chat/completions", openapi_extra=documented(ChatBody))
+@router.post("/v1/chat/completions")
 async def create_chat_completion(
     body: Annotated[ChatBody, Depends(JsonBody(ChatBody))], state: StateDep, request: Request
 ) -> Response:

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from logitserve.access.caller import Caller
 from logitserve.answers.completion import CompletionAnswer
 from logitserve.answers.response import respond
-from logitserve.http.body import JsonBody, documented
+from logitserve.http.body import JsonBody
 from logitserve.jobs.job import make_job
 from logitserve.jobs.options import completion_options
 from logitserve.protocol.completions import CompletionBody
@@ -19,7 +19,7 @@ from logitserve.state import StateDep
 router = APIRouter(tags=["completions"])
 
 
-@router.post("/v1/completions", openapi_extra=documented(CompletionBody))
+@router.post("/v1/completions")
 async def create_completion(
     body: Annotated[CompletionBody, Depends(JsonBody(CompletionBody))], state: StateDep, request: Request
 ) -> Response:

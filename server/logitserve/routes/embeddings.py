@@ -21,7 +21,7 @@ from logitserve.answers.readouts import (
     choose_head,
 )
 from logitserve.answers.response import respond
-from logitserve.http.body import JsonBody, documented
+from logitserve.http.body import JsonBody
 from logitserve.jobs.job import make_job
 from logitserve.jobs.options import head_outputs, reading_options
 from logitserve.protocol.limits import too_large
@@ -31,7 +31,7 @@ from logitserve.state import StateDep
 router = APIRouter(tags=["embeddings"])
 
 
-@router.post("/v1/embeddings", openapi_extra=documented(EmbeddingsBody))
+@router.post("/v1/embeddings")
 async def create_embeddings(
     body: Annotated[EmbeddingsBody, Depends(JsonBody(EmbeddingsBody))], state: StateDep, request: Request
 ) -> Response:
@@ -46,7 +46,7 @@ async def create_embeddings(
     return respond(job, ReadoutsAnswer(job, new_readout), state, request)
 
 
-@router.post("/pooling", openapi_extra=documented(PoolingBody))
+@router.post("/pooling")
 async def create_pooling(
     body: Annotated[PoolingBody, Depends(JsonBody(PoolingBody))], state: StateDep, request: Request
 ) -> Response:

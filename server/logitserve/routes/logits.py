@@ -13,7 +13,7 @@ from logitserve.answers.answer import Answer
 from logitserve.answers.arrow import ArrowAnswer
 from logitserve.answers.logits_json import LogitsAnswer
 from logitserve.answers.response import respond
-from logitserve.http.body import JsonBody, documented
+from logitserve.http.body import JsonBody
 from logitserve.jobs.job import make_job
 from logitserve.jobs.options import logits_options
 from logitserve.protocol.logits import LogitsBody
@@ -22,7 +22,7 @@ from logitserve.state import StateDep
 router = APIRouter(tags=["logits"])
 
 
-@router.post("/v1/logits", openapi_extra=documented(LogitsBody))
+@router.post("/v1/logits")
 async def create_logits(
     body: Annotated[LogitsBody, Depends(JsonBody(LogitsBody))], state: StateDep, request: Request
 ) -> Response:

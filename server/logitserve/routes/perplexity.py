@@ -11,7 +11,7 @@ from logitengine.link.messages import OutputSpec
 from logitserve.access.caller import Caller
 from logitserve.answers.readouts import PerplexityReadout, ReadoutsAnswer
 from logitserve.answers.response import respond
-from logitserve.http.body import JsonBody, documented
+from logitserve.http.body import JsonBody
 from logitserve.jobs.job import make_job
 from logitserve.jobs.options import reading_options
 from logitserve.protocol.readouts import PerplexityBody
@@ -20,7 +20,7 @@ from logitserve.state import StateDep
 router = APIRouter(tags=["perplexity"])
 
 
-@router.post("/v1/perplexity", openapi_extra=documented(PerplexityBody))
+@router.post("/v1/perplexity")
 async def create_perplexity(
     body: Annotated[PerplexityBody, Depends(JsonBody(PerplexityBody))], state: StateDep, request: Request
 ) -> Response:

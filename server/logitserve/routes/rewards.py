@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from logitserve.access.caller import Caller
 from logitserve.answers.readouts import ReadoutsAnswer, RewardReadout, choose_head
 from logitserve.answers.response import respond
-from logitserve.http.body import JsonBody, documented
+from logitserve.http.body import JsonBody
 from logitserve.jobs.job import make_job
 from logitserve.jobs.options import head_outputs, reading_options
 from logitserve.protocol.readouts import RewardsBody
@@ -20,7 +20,7 @@ from logitserve.state import StateDep
 router = APIRouter(tags=["rewards"])
 
 
-@router.post("/v1/rewards", openapi_extra=documented(RewardsBody))
+@router.post("/v1/rewards")
 async def create_rewards(
     body: Annotated[RewardsBody, Depends(JsonBody(RewardsBody))], state: StateDep, request: Request
 ) -> Response:

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize."""
+"""/tokenize, /detokenize and /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
 
-from logitserve.http.body import JsonBody, documented
+from logitserve.http.body import JsonBody
 from logitserve.jobs.limits import check_ids
 from logitserve.jobs.options import tokenize_prompts
 from logitserve.jobs.prompts import tokenize as tokenize_source
@@ -17,7 +17,7 @@ from logitserve.state import ModelDep, StateDep
 router = APIRouter(tags=["tokens"])
 
 
-@router.post("/tokenize", openapi_extra=documented(TokenizeBody))
+@router.post("/tokenize")
 async def tokenize(
     body: Annotated[TokenizeBody, Depends(JsonBody(TokenizeBody))], state: StateDep, model: ModelDep
 ) -> dict[str, Any]:
@@ -33,7 +33,7 @@ async def tokenize(
     }
 
 
-@router.post("/detokenize", openapi_extra=documented(DetokenizeBody))
+@router.post("/detokenize")
 async def detokenize(
     body: Annotated[DetokenizeBody, Depends(JsonBody(DetokenizeBody))], state: StateDep, model: ModelDep
 ) -> dict[str, str]:
@@ -45,3 +45,9 @@ async def detokenize(
     with state.queue.enter(len(body.tokens)):
         text = await state.tokenizer_workers.run(lambda: model.tokenizer.decode(body.tokens), param="tokens")
     return {"prompt": text}
+
+
+@router.get("/tokenizer_info")
+async def get_tokenizer_info(model: ModelDep) -> dict[str, Any]:
+    """Special tokens and chat template, for clients that tokenize as the server does: lm-eval's RemoteTokenizer asks."""
+    return {**model.tokenizer.description(), "model_max_length": model.info.max_model_len}

@@ -26,6 +26,7 @@ class ModelTokenizer:
         self.table = TokenTable(orjson.loads(tokenizer_json))
         self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
         settings = _read_settings(directory)
+        self._class_name: str = settings.get("tokenizer_class") or type(self._tokenizer).__name__
         self._special_tokens = _special_tokens(settings)
         self._template = _chat_template(directory, settings)
 
@@ -33,6 +34,15 @@ class ModelTokenizer:
     def has_template(self) -> bool:
         """Whether messages can be rendered."""
         return self._template is not None
+
+    def description(self) -> dict[str, Any]:
+        """Return what others need to tokenize alike, by the names of tokenizer_config.json."""
+        return {
+            "tokenizer_class": self._class_name,
+            "vocab_size": self._tokenizer.get_vocab_size(with_added_tokens=True),
+            **{name: self._special_tokens.get(name) for name in SPECIAL_TOKENS},
+            "chat_template": self._template,
+        }
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids

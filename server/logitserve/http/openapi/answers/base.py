@@ -1,0 +1,62 @@
+"""What all answers share: members that are all named, usage, and the error object."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+answer = with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))
+"""Decorates a TypedDict whose members are all that an answer has; the strings under them describe them."""
+
+
+@answer
+class PromptTokensDetails(TypedDict):
+    """Where the prompt's tokens came from."""
+
+    cached_tokens: int
+    """Tokens whose keys and values were found in the prefix cache."""
+
+
+@answer
+class Usage(TypedDict):
+    """Tokens read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+@answer
+class ReadUsage(TypedDict):
+    """Tokens read, where none is written."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+@answer
+class ErrorObject(TypedDict):
+    """OpenAI's error object."""
+
+    message: str
+    """What is wrong, by which limit, and which flag of the server moves it."""
+    type: str
+    """Kind of the error, such as invalid_request_error, rate_limit_error or server_error."""
+    param: str | None
+    """Path of the field at fault, such as messages[0].content."""
+    code: str | None
+    """Name of the error for programs, such as context_length_exceeded."""
+
+
+@answer
+class ErrorAnswer(TypedDict):
+    """The body of every refusal, and the last event of a stream that failed."""
+
+    error: ErrorObject
+
+
+Finish = Literal["stop", "length"]
+"""Why a choice ended: a stop token or string, or its limit of tokens."""

@@ -1,0 +1,146 @@
+"""Answers of chat and completions, whole and as the events of a stream."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from logitserve.http.openapi.answers.base import Finish, Usage, answer
+from logitserve.http.openapi.answers.logprobs import ChatLogprobs, CompletionLogprobs, PromptLogprobs
+from logitserve.http.openapi.answers.rows import HiddenStates, Logits
+
+StopReason = Annotated[
+    str | int | None, Field(description="The stop string or token id that ended the choice.")
+]
+TokenIds = Annotated[
+    list[int],
+    Field(
+        description="The choice's tokens, or the chunk's; present where they or their rows were asked for."
+    ),
+]
+PromptTokenIds = Annotated[
+    list[int],
+    Field(description="Tokens of the prompt, for return_token_ids, in the first choice of each prompt."),
+]
+
+
+@answer
+class _Tokens(TypedDict):
+    token_ids: NotRequired[TokenIds]
+    prompt_token_ids: NotRequired[PromptTokenIds]
+    logits: NotRequired[Logits]
+    hidden_states: NotRequired[HiddenStates]
+
+
+@answer
+class AnswerMessage(TypedDict):
+    """What the assistant says."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+@answer
+class ChatChoice(_Tokens):
+    """One of n answers."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Finish
+    stop_reason: StopReason
+
+
+@answer
+class ChatCompletion(TypedDict):
+    """A whole chat answer."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+@answer
+class ChatDelta(TypedDict):
+    """What a chunk adds to the message."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+
+
+@answer
+class ChatChunkChoice(_Tokens):
+    """What a chunk adds to a choice."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Finish | None
+    stop_reason: NotRequired[StopReason]
+
+
+@answer
+class ChatCompletionChunk(TypedDict):
+    """An event of a chat stream. The one with usage has no choices."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+@answer
+class _CompletionChoice(_Tokens):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    stop_reason: StopReason
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+@answer
+class CompletionChoice(_CompletionChoice):
+    """One of n continuations of one of the prompts."""
+
+    finish_reason: Finish
+
+
+@answer
+class CompletionChunkChoice(_CompletionChoice):
+    """What a chunk adds to a choice."""
+
+    finish_reason: Finish | None
+
+
+@answer
+class _CompletionEnvelope(TypedDict):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+
+
+@answer
+class Completion(_CompletionEnvelope):
+    """A whole completions answer: n choices for each prompt, in the prompts' order."""
+
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+@answer
+class CompletionChunk(_CompletionEnvelope):
+    """An event of a completions stream. The one with usage has no choices."""
+
+    choices: list[CompletionChunkChoice]
+    usage: NotRequired[Usage | None]
