@@ -30,7 +30,7 @@ def url(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield server.url
 
 
-@pytest.fixture(params=CLIENTS.values(), ids=CLIENTS.keys())
+@pytest.fixture(params=list(CLIENTS.values()), ids=list(CLIENTS))
 def send(request: pytest.FixtureRequest) -> Send:
     """Return what sends a request, by each client in turn."""
     sender: Send = request.param
