@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
-from typing import Self
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Self
 
 from starlette.types import Message, Send
 
@@ -64,13 +64,13 @@ class Outlet:
         waiting = self._loop.time() - self._sending_since if self.is_sending else 0.0
         return self._waited_seconds + waiting
 
-    async def write(self, piece: Piece) -> None:
+    def write(self, piece: Piece) -> Coroutine[Any, Any, None]:
         """Send a piece, after the head if it is the first."""
-        await self._send_message({"type": "http.response.body", "body": piece, "more_body": True})
+        return self._send_message({"type": "http.response.body", "body": piece, "more_body": True})
 
-    async def close(self) -> None:
+    def close(self) -> Coroutine[Any, Any, None]:
         """Send the body's end."""
-        await self._send_message({"type": "http.response.body", "body": b"", "more_body": False})
+        return self._send_message({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_message(self, message: Message) -> None:
         self._sending_since = self._loop.time()
