@@ -142,6 +142,7 @@ TABLE = [
     completion("presence_penalty", "presence_penalty", presence_penalty=2.5),
     completion("frequency_penalty", "frequency_penalty", frequency_penalty=-3),
     completion("repetition_penalty", "repetition_penalty", repetition_penalty=0),
+    completion("repetition_penalty near zero", "repetition_penalty", repetition_penalty=1e-300),
     completion("seed over 64 bits", "seed", seed=2**64),
     completion("seed as float", "seed", seed=1.5),
     completion("bias outside the vocabulary", "logit_bias", logit_bias={str(VOCABULARY): 1}),

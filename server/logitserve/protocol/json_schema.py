@@ -35,7 +35,7 @@ def nullable(schema: Schema) -> Schema:
     """Return a field's schema that takes null too. A null field counts as absent."""
     choices = schema.get("anyOf")
     if choices is None:
-        notes = {key: schema[key] for key in ("default", "description") if key in schema}
+        notes: Schema = {key: schema[key] for key in ("default", "description") if key in schema}
         kept = {key: value for key, value in schema.items() if key not in notes}
         return {"anyOf": [kept, {"type": "null"}], **notes} if kept else schema
     return schema if {"type": "null"} in choices else {**schema, "anyOf": [*choices, {"type": "null"}]}
