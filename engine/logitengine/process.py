@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from logitengine.engine import Engine
     from logitengine.run.pages import PageTaker
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("logitengine.process")  # __name__ is __main__
 
 HEARTBEAT_SECONDS = 1.0
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from live_server import serving
 
-SECONDS = 120
+SECONDS = 280
 TINY = ("--dtype", "float32", "--num-threads", "1", "--kv-cache-bytes", "16MiB")
 
 
