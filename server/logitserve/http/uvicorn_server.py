@@ -11,8 +11,8 @@ from types import FrameType
 from typing import Any, cast
 
 import uvicorn
-from fastapi import FastAPI
 from logitengine.link.engine_protocol import EngineProtocol
+from starlette.types import ASGIApp
 
 from logitserve.config import ServerConfig
 from logitserve.http.app import create_app
@@ -99,7 +99,7 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def uvicorn_config(app: FastAPI, config: ServerConfig, open_connections: OpenConnections) -> uvicorn.Config:
+def uvicorn_config(app: ASGIApp, config: ServerConfig, open_connections: OpenConnections) -> uvicorn.Config:
     protocol = functools.partial(HttpProtocol, options=config, open_connections=open_connections)
     return uvicorn.Config(
         app,
