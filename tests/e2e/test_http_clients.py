@@ -123,10 +123,12 @@ def test_head_is_answered_as_get_without_a_body(url: str, send: Send) -> None:
     assert answer.headers["content-type"] == "application/json"
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # aiohttp's advice to its user
 def test_a_body_over_the_limit_is_answered(url: str, send: Send) -> None:
     assert has_error(send(post(url, b" " * 60_000_000)), 413, "request_too_large")
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
 def test_many_values_of_the_wrong_type_are_refused_unread(url: str, send: Send) -> None:
     """1.3 million strings in ``stop_token_ids``, which once took the server 7 s and 443 MiB."""
     body = b'{"prompt": "Hi", "stop_token_ids": [' + b'"a",' * 1_300_000 + b'"a"]}'

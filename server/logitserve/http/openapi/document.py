@@ -57,12 +57,13 @@ def openapi_document(app: FastAPI, config: ServerConfig) -> bytes:
         path: {method: _describe(route, schemas) for method, route in methods.items()}
         for path, methods in routes["paths"].items()
     }
-    keys = [{name: []} for name in SECURITY_SCHEMES]
+    keys: list[Json] = [{name: []} for name in SECURITY_SCHEMES]
     document = {
         "openapi": routes["openapi"],
         "info": routes["info"],
+        "servers": [{"url": config.root_path or "/"}],
         # Where no key is configured, a request without one is as good.
-        "security": keys if config.api_key else [*keys, {}],
+        "security": keys if config.api_key or config.api_key_file else [*keys, {}],
         "paths": paths,
         "components": {
             "schemas": schemas.components,
@@ -78,7 +79,7 @@ def _describe(route: Json, schemas: _Schemas) -> Json:
     """Return FastAPI's operation object with the bodies, answers and refusals of its Operation."""
     name = route["operationId"]
     operation = OPERATIONS[name]
-    described = {
+    described: Json = {
         key: route[key]
         for key in ("tags", "summary", "description", "operationId", "parameters")
         if key in route

@@ -19,13 +19,13 @@ from logitserve.protocol.tokens import DetokenizeBody, TokenizeBody
 JSON = "application/json"
 EVENTS = "text/event-stream"
 
-ANY = frozenset({405, 408, 413, 415, 431, 500})
+ANY = frozenset({400, 403, 405, 408, 413, 415, 431, 500})
 """Refusals that no request is exempt from."""
-GUARDED = ANY | {401, 403, 421, 503}
+GUARDED = ANY | {401, 421, 503}
 """Refusals of requests that are no probes."""
-READ = GUARDED | {400, 404}
-"""Refusals of requests with a body."""
-QUEUED = READ | {429, 504}
+READ = GUARDED | {404, 429}
+"""Refusals of requests with a body, which may wait for a thread that tokenizes."""
+QUEUED = READ | {504}
 """Refusals of requests that the model computes."""
 
 
