@@ -14,11 +14,11 @@ import pytest
 from logitserve.http.openapi.operations import OPERATIONS
 from openapi_checks import Document
 
-CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "seed": 1}
-TEXT = {"prompt": "The capital of France is", "max_tokens": 3, "seed": 1}
-TOP = {"return_logits": {"top_k": 3, "positions": "all"}}
-CHOSEN = {"return_logits": {"token_ids": [5, 7], "encoding": "base64"}}
-STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "seed": 1}
+TEXT: dict[str, Any] = {"prompt": "The capital of France is", "max_tokens": 3, "seed": 1}
+TOP: dict[str, Any] = {"return_logits": {"top_k": 3, "positions": "all"}}
+CHOSEN: dict[str, Any] = {"return_logits": {"token_ids": [5, 7], "encoding": "base64"}}
+STREAM: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 ANSWERS: list[tuple[str, dict[str, Any]]] = [
     *(
         (operation_id, {**body, **extras, **stream})
@@ -205,7 +205,7 @@ def test_a_generated_client_makes_a_call_of_each_kind_that_answers_json(
     calls = []
     for name, (_, _, operation) in document.operations.items():
         body = next(iter(OPERATIONS[name].requests.values()), None)
-        kind = None if OPERATIONS[name].body is None else OPERATIONS[name].body.__name__
+        kind = getattr(OPERATIONS[name].body, "__name__", None)
         calls.append((operation["tags"][0], name, body, kind))
     made = subprocess.run(
         [sys.executable, "-c", CALLS, str(generated_client), url],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tiny_models import save_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -15,7 +16,7 @@ TEMPLATE = (
 )
 
 
-def save_byte_model(directory: Path, **options: int) -> Path:
+def save_byte_model(directory: Path, **options: Any) -> Path:
     """Save a random model of 259 tokens, three of them special, with its tokenizer and a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: token_id for token_id, token in enumerate([*SPECIAL_TOKENS, *alphabet])}

@@ -33,7 +33,7 @@ LINE_BREAKS = "a\u2028b\u2029c\u0085d"
 
 def array(rows: int, width: int, dtype: str, first: float = 0.0) -> Array:
     kind = np.int32 if dtype == "int32" else np.float32
-    values = np.arange(rows * width, dtype=kind).reshape(rows, width) / kind(7) + kind(first)
+    values = np.arange(rows * width, dtype=np.float32).reshape(rows, width) / 7 + first
     return Array(dtype, (rows, width), values.astype(kind).tobytes())
 
 

@@ -157,4 +157,5 @@ class _Schemas:
 
     def reference(self, name: str, kind: str) -> Json:
         """Return the schema of an operation's body, or of its answer in a media type."""
-        return self._references[name, kind]
+        schema: Json = self._references[name, kind]
+        return schema
