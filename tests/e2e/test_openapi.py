@@ -19,13 +19,14 @@ TEXT: dict[str, Any] = {"prompt": "The capital of France is", "max_tokens": 3, "
 TOP: dict[str, Any] = {"return_logits": {"top_k": 3, "positions": "all"}}
 CHOSEN: dict[str, Any] = {"return_logits": {"token_ids": [5, 7], "encoding": "base64"}}
 STREAM: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+GENERATING: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("create_chat_completion", CHAT, {"logprobs": True, "top_logprobs": 2}),
+    ("create_completion", TEXT, {"logprobs": 2}),
+]
 ANSWERS: list[tuple[str, dict[str, Any]]] = [
     *(
         (operation_id, {**body, **extras, **stream})
-        for operation_id, body, logprobs in [
-            ("create_chat_completion", CHAT, {"logprobs": True, "top_logprobs": 2}),
-            ("create_completion", TEXT, {"logprobs": 2}),
-        ]
+        for operation_id, body, logprobs in GENERATING
         for extras in [
             {},
             {"n": 2, "stop": ["a"], "temperature": 2},
