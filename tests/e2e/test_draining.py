@@ -25,7 +25,8 @@ HUGE = {**SHORT, "max_tokens": 480, "stream": True, "return_logits": True}
 @contextlib.contextmanager
 def server(tiny_llama: Path, tmp_path: Path, *options: str) -> Iterator[LiveServer]:
     log = tmp_path / "server.log"
-    with serving(log, str(tiny_llama), "--dtype", "float32", "--num-threads", "1", *options) as live:
+    fixed = ("--dtype", "float32", "--num-threads", "1", "--write-timeout", "1000")
+    with serving(log, str(tiny_llama), *fixed, *options) as live:
         yield live
 
 
