@@ -326,7 +326,7 @@ async def clients_that_vanish(server: Server) -> None:
 
 async def readers_that_stop(server: Server) -> None:
     """Ask for whole and streamed rows on 100 connections and read nothing, until the server has dropped all of them."""
-    body = {"prompt": [5], "max_tokens": 200, "ignore_eos": True, "return_logits": True}
+    body = {"prompt": [5], "max_tokens": 40, "ignore_eos": True, "return_logits": True}
     contents = [json.dumps({**body, "stream": stream}).encode() for stream in (True, False)]
 
     def stop_reading() -> None:

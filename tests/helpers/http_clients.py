@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
 import shutil
 import subprocess
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +63,12 @@ def by_aiohttp(sent: Sent) -> Answered:
             headers = {name.lower(): value for name, value in answer.headers.items()}
             return Answered(answer.status, headers, await answer.read())
 
-    return asyncio.run(send())
+    answered = asyncio.run(send())
+    with warnings.catch_warnings():
+        # aiohttp leaves the transport of a body that was refused half-way to the garbage collector.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+    return answered
 
 
 def by_urllib(sent: Sent) -> Answered:

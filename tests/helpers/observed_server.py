@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,8 +18,8 @@ from logitserve import cli, serve_command
 
 def main(stats_file: Path, arguments: list[str]) -> int:
     class ObservedClient(EngineClient):
-        def __init__(self, config: EngineConfig) -> None:
-            super().__init__(config)
+        def __init__(self, config: EngineConfig, *, command: Sequence[str]) -> None:
+            super().__init__(config, command=command)
             signal.signal(signal.SIGUSR1, lambda *_: self._write())
 
         def _write(self) -> None:
