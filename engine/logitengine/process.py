@@ -64,8 +64,9 @@ def main() -> int:
     if resolve_format(arguments.log_format) == "json":
         for name in PROGRESS_BARS:
             os.environ.setdefault(name, "1")
-    # Ctrl-C and a closed terminal reach the whole process group: the server decides, and closes our socket when it ends.
-    for number in (signal.SIGINT, signal.SIGHUP):
+    # These reach the whole process group, from a terminal or a supervisor: the server decides what they mean, and closes
+    # our socket when it ends.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(arguments.socket)

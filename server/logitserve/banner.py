@@ -83,7 +83,7 @@ def example(model: Model, config: ServerConfig, listener: socket.socket) -> str:
     else:
         path, body = "/v1/completions", {"prompt": "Hello", "max_tokens": 16}
     words = ["curl", *_target(listener, path), "-H 'content-type: application/json'"]
-    if config.api_key:
+    if config.api_key or config.api_key_file is not None:
         words.append('-H "authorization: Bearer $KEY"')
     words.append(f"-d '{orjson.dumps(body).decode()}'")
     return " ".join(words)

@@ -79,7 +79,9 @@ class Command:
         except ValidationError as error:
             self._refuse(error, kind, given)
         except SettingsError as error:
-            self.parser.error(f"{error}: {error.__cause__}")
+            self.parser.error(
+                f'{error}: {error.__cause__} (pairs in a variable are JSON: {{"NAME": "VALUE"}})'
+            )
 
     def _pairs(self, name: str, values: list[str], word: str) -> dict[str, str]:
         """Return ``NAME=VALUE`` of repeated flags as a dict."""

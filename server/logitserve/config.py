@@ -105,7 +105,7 @@ class Access(BaseModel):
     @model_validator(mode="after")
     def _one_source_of_keys(self) -> Self:
         if self.api_key and self.api_key_file is not None:
-            msg = "--api-key and --api-key-file exclude each other"
+            msg = "--api-key and --api-key-file, or their variables, exclude each other"
             raise ValueError(msg)
         return self
 
@@ -114,6 +114,9 @@ class RequestBounds(BaseModel):
     """What one request may ask for."""
 
     max_body_bytes: Bytes = Field(8 << 20, ge=1, description="largest request body")
+    max_total_body_bytes: Bytes = Field(
+        512 << 20, ge=1, description="most bytes of all request bodies that are being read"
+    )
     max_body_values: int = Field(
         1 << 20,
         ge=1,

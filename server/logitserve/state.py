@@ -18,6 +18,7 @@ from logitengine.link.messages import ModelInfo
 from logitserve.access.keys import KeyRing
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError, not_ready
+from logitserve.held_bodies import HeldBodies
 from logitserve.held_bytes import HeldBytes
 from logitserve.request_queue import RequestQueue
 from logitserve.text.tokenizer import ModelTokenizer
@@ -69,6 +70,7 @@ class ServerState:
         self.config = config
         self.keys = KeyRing(config.api_key, config.api_key_file)
         self.tokenizer_workers = TokenizerWorkers(config.tokenize_timeout)
+        self.held_bodies = HeldBodies(config.max_total_body_bytes)
         self.held_bytes = HeldBytes(config.max_held_bytes)
         self.queue = RequestQueue(config.max_queued_requests, config.max_queued_tokens)
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")

@@ -57,7 +57,7 @@ def test_head_is_answered_as_get_and_the_connection_is_kept(tiny_url: str) -> No
 
 def test_a_gzipped_body_is_answered(tiny_url: str) -> None:
     body = gzip.compress(json.dumps(BODY).encode())
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
     head += f"content-encoding: gzip\r\ncontent-length: {len(body)}\r\n\r\n"
     with RawClient(tiny_url) as client:
         assert client.send(head.encode() + body).answer().status == 200

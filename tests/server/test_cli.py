@@ -251,7 +251,7 @@ def test_keys_come_from_one_place(
     with pytest.raises(SystemExit):
         cli.main(["serve", "--api-key", "key-2", "--api-key-file", str(path)])
     told = capsys.readouterr().err
-    assert "--api-key and --api-key-file exclude each other" in told
+    assert "--api-key and --api-key-file, or their variables, exclude each other" in told
     assert "key-2" not in told
     cli.main(["serve", "--api-key-file", str(path)])
     ((server, _),) = started

@@ -91,6 +91,9 @@ async def _start(engine_config: EngineConfig, listener: socket.socket, log: Path
         "max_answer_bytes": ENDLESS,
         "max_stream_bytes": ENDLESS,
         "max_body_values": ENDLESS,
+        "max_queued_requests": ENDLESS,
+        "max_queued_tokens": ENDLESS,
+        "queue_timeout": 0,
     }
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
@@ -122,9 +125,13 @@ def _last_error(log: Path) -> str:
 
 
 def _environment(options: Mapping[str, object]) -> dict[str, str]:
-    """Return options as variables. They hold the key, which a command line would show to every user."""
+    """Return options as variables, in place of those that this process was given for servers of its user's own.
+
+    They hold the key, which a command line would show to every user.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
     variables = {
         f"{ENV_PREFIX}{name.upper()}": value if isinstance(value, str) else orjson.dumps(value).decode()
         for name, value in options.items()
     }
-    return {**os.environ, **variables}
+    return {**inherited, **variables}

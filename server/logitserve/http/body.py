@@ -45,19 +45,29 @@ class JsonBody(Generic[B]):
 
     async def __call__(self, request: Request) -> B:
         check_content_type(request.scope)
-        config = get_state(request).config
-        content = await request.body()
-        _check_values(content, config.max_body_values)
+        state = get_state(request)
+        # Request.body() would keep the bytes until the answer is over.
+        with state.held_bodies.reading() as hold:
+            pieces = []
+            async for piece in request.stream():
+                hold(len(piece))
+                pieces.append(piece)
+            document = _parse(b"".join(pieces), state.config.max_body_values)
         try:
-            document = orjson.loads(content)
-        except orjson.JSONDecodeError as error:
-            raise BadRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from None
-        try:
-            body = self._model.model_validate(document, context=config)
+            body = self._model.model_validate(document, context=state.config)
         except ValidationError as error:
             raise from_validation(error) from None
         body.check()
         return body
+
+
+def _parse(content: bytes, max_values: int) -> Any:
+    """Return the JSON document. Raises BadRequestError for any other body, and for one that may hold too many values."""
+    _check_values(content, max_values)
+    try:
+        return orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise BadRequestError(f"The body is not valid JSON: {error}.", code="invalid_json") from None
 
 
 def _check_values(content: bytes, limit: int) -> None:

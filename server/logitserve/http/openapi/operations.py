@@ -19,9 +19,9 @@ from logitserve.protocol.tokens import DetokenizeBody, TokenizeBody
 JSON = "application/json"
 EVENTS = "text/event-stream"
 
-ANY = frozenset({400, 403, 405, 408, 413, 415, 431, 500})
+ANY = frozenset({400, 403, 405, 408, 413, 415, 431, 500, 501, 503, 505})
 """Refusals that no request is exempt from."""
-GUARDED = ANY | {401, 421, 503}
+GUARDED = ANY | {401, 421}
 """Refusals of requests that are no probes."""
 READ = GUARDED | {404, 429}
 """Refusals of requests with a body, which may wait for a thread that tokenizes."""
@@ -51,7 +51,7 @@ class Operation:
 
 STREAMED = (
     "The whole answer; with `stream`, server-sent events. The data of each event is a chunk, the last is `[DONE]`. A failure "
-    "after the first event is an event with the error object, and no `[DONE]` follows. Lines that begin with a colon are "
+    "after the first byte is an event with the error object, and no `[DONE]` follows. Lines that begin with a colon are "
     "comments."
 )
 TABLE = (
@@ -138,6 +138,6 @@ OPERATIONS = {
     ),
     "get_tokenizer_info": Operation(answers={JSON: server.TokenizerInfo}, refusals=GUARDED),
     "health": Operation(answers={JSON: server.Health}, refusals=ANY, is_open=True),
-    "ready": Operation(answers={JSON: server.Readiness}, refusals=ANY | {503}, is_open=True),
+    "ready": Operation(answers={JSON: server.Readiness}, refusals=ANY, is_open=True),
     "version": Operation(answers={JSON: server.Version}, refusals=GUARDED),
 }

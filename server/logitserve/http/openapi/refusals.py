@@ -72,12 +72,14 @@ REFUSALS = {
     ),
     431: Refusal("HeadTooLarge", "The request's head is larger than `--max-header-bytes`."),
     500: Refusal("InternalError", "The server failed in a way that nobody foresaw."),
+    501: Refusal("NotImplemented", "The Transfer-Encoding is not `chunked`."),
     503: Refusal(
         "NotReady",
         "No requests are served at the moment: loading, draining, restarting, or waited too long.",
         ("Retry-After",),
         {"loading": not_ready("loading the model")},
     ),
+    505: Refusal("VersionNotSupported", "The request is not HTTP/1.1 or HTTP/1.0."),
     504: Refusal("TooLong", "The answer took longer than a request may.", ("X-Should-Retry",)),
 }
 
