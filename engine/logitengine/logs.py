@@ -79,7 +79,7 @@ def printable(text: str) -> str:
 
 def _value(value: Any) -> str:
     text = str(value)
-    return text if _PLAIN.fullmatch(text) and text.isprintable() else orjson.dumps(text).decode()
+    return text if _PLAIN.fullmatch(text) and text.isprintable() else printable(orjson.dumps(text).decode())
 
 
 def _words(value: Any) -> str:

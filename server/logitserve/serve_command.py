@@ -48,6 +48,8 @@ async def _serve(engine: EngineProtocol, config: ServerConfig, listeners: list[s
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())  # until uvicorn takes them
+    if config.api_key_file is not None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the keys have been read once
     await engine.start()
     try:
         # These imports take half a second, and nobody waits for the event loop yet.

@@ -103,3 +103,9 @@ def test_a_traceback_follows_its_message(formatter: logging.Formatter) -> None:
     except ValueError:
         shown = formatter.format(record("failed", exc_info=sys.exc_info()))
     assert shown.index("failed") < shown.index("ValueError: deep")
+
+
+def test_no_field_brings_control_characters_to_a_terminal() -> None:
+    shown = TextFormatter().format(record("request", path="/\x9b31m\u202e\x7f\n"))
+    assert shown.isprintable()
+    assert "/" in shown

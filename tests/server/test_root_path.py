@@ -32,7 +32,7 @@ async def test_routes_probes_and_the_key_hold_under_the_prefix(open_app: OpenApp
         assert (await app.client.get(f"{prefix}/health")).status_code == 200
 
 
-@pytest.mark.parametrize("root", ["", ROOT, "/health"])
+@pytest.mark.parametrize("root", ["", ROOT, "/health/x"])
 @pytest.mark.parametrize(
     "path",
     [
@@ -79,7 +79,8 @@ async def test_no_header_changes_the_path_that_the_key_gate_sees(open_app: OpenA
 
 
 @pytest.mark.parametrize(
-    "root_path", ["v", "//v", "/a b", "/a?b", "/%61", "/a/../b", "/v1", "/v1/", "/v1/x", "/ü"]
+    "root_path",
+    ["v", "//v", "/a b", "/a?b", "/%61", "/a/../b", "/v1", "/v1/", "/v1/x", "/health", "/ready/", "/ü"],
 )
 def test_a_prefix_that_cannot_be_told_from_a_path_is_refused(root_path: str) -> None:
     with pytest.raises(ValidationError, match=r"must "):
@@ -89,3 +90,11 @@ def test_a_prefix_that_cannot_be_told_from_a_path_is_refused(root_path: str) -> 
 def test_a_slash_at_the_end_of_the_prefix_means_nothing() -> None:
     assert ServerConfig(root_path="/a/").root_path == "/a"
     assert not ServerConfig(root_path="/").root_path
+
+
+async def test_every_own_path_is_one_that_no_root_path_may_be(open_app: OpenApp) -> None:
+    async with open_app() as app:
+        document = (await app.client.get("/openapi.json")).json()
+    for path in ["/openapi.json", *document["paths"]]:
+        with pytest.raises(ValidationError, match="own paths"):
+            ServerConfig(root_path=path.replace("{name}", "a"))

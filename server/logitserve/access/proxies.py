@@ -8,6 +8,19 @@ import re
 _ROOT_PATH = re.compile(r"(?:/[A-Za-z0-9_~-][A-Za-z0-9._~-]*)*")
 
 OWN_PREFIX = "/v1/"
+OWN_PATHS = frozenset(
+    {
+        "/detokenize",
+        "/health",
+        "/metrics",
+        "/openapi.json",
+        "/pooling",
+        "/ready",
+        "/tokenize",
+        "/tokenizer_info",
+        "/version",
+    }
+)
 
 
 def check_root_path(root_path: str) -> str:
@@ -16,9 +29,9 @@ def check_root_path(root_path: str) -> str:
     if _ROOT_PATH.fullmatch(root_path) is None:
         msg = "must be a path such as /models/small: letters, digits, '-', '.', '_' and '~' between slashes"
         raise ValueError(msg)
-    if f"{root_path}/".startswith(OWN_PREFIX):
+    if f"{root_path}/".startswith(OWN_PREFIX) or root_path in OWN_PATHS:
         # Of /v1/models nobody could say whether the proxy has taken the prefix off.
-        msg = f"must not begin with {OWN_PREFIX}, as the server's own paths do"
+        msg = f"must not be one of the server's own paths, nor begin with {OWN_PREFIX}"
         raise ValueError(msg)
     return root_path
 

@@ -125,7 +125,8 @@ def _client(scope: Scope) -> str | None:
     if not client:
         return None
     try:
-        return str(ipaddress.ip_address(client[0]))
+        # The scope of an IPv6 address may be any text.
+        return str(ipaddress.ip_address(client[0])).partition("%")[0]
     except ValueError:
         return "unknown"
 
