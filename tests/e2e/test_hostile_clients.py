@@ -350,9 +350,38 @@ async def readers_that_stop(server: Server) -> None:
     await asyncio.to_thread(stop_reading)
 
 
+PAGES: list[tuple[int, dict[str, str]]] = [
+    (403, {"origin": "https://evil.example", "content-type": "application/json"}),
+    (403, {"origin": "https://evil.example", "content-type": "text/plain"}),
+    (403, {"origin": "null", "content-type": "application/json"}),
+    (403, {"origin": "http://localhost:1", "content-type": "application/json"}),
+    (403, {"origin": "https://evil.example", "host": "evil.example", "content-type": "application/json"}),
+    (403, {"origin": "https://evil.example", "content-type": "application/x-www-form-urlencoded"}),
+    (421, {"host": "evil.example", "content-type": "application/json"}),
+    (415, {"content-type": "text/plain"}),
+    (415, {"content-type": "multipart/form-data; boundary=a"}),
+]
+"""What pages of other origins can make a browser send, and how each is refused."""
+
+
+async def web_pages(server: Server) -> None:
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+
+        async def send(expected: int, headers: dict[str, str], path: str, body: dict[str, Any]) -> None:
+            answer = await client.post(path, content=json.dumps(body), headers=headers)
+            assert answer.status_code == expected, (headers, answer.text)
+            assert "access-control-allow-origin" not in answer.headers
+
+        for path, body in REQUESTS:
+            await asyncio.gather(*(send(expected, headers, path, body) for expected, headers in PAGES))
+        preflight = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+        assert (await client.options(COMPLETIONS, headers=preflight)).status_code == 403
+
+
 @pytest.mark.parametrize(
     "attack",
     [
+        web_pages,
         slow_heads,
         slow_bodies,
         silent_connections,
