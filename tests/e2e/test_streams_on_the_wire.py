@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,9 @@ import pytest
 from arrow_reader import read_logits
 from live_server import serving
 from logitclient import Client
+from npm_programs import PROGRAMS, check_npm_package
 from numpy.typing import NDArray
 
-PACKAGE = Path(__file__).parent / "npm"
 LONGEST_EVENT = 400_000
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 CASE_8 = {"prompt": "a\u2028b", "echo": True, "max_tokens": 1, "stream": True}
@@ -118,21 +116,9 @@ def test_logitclient_and_pyarrow_read_past_silences(pinging_url: str) -> None:
     assert table.num_rows == 4
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
-@pytest.mark.parametrize(("package", "program"), [("openai", "check.mjs"), ("apache-arrow", "arrow.mjs")])
-def test_the_npm_packages_read_past_silences(pinging_url: str, package: str, program: str) -> None:
-    if not (PACKAGE / "node_modules" / package).is_dir():
-        pytest.skip("needs `make test`, or npm install")
-    result = subprocess.run(
-        ["node", program, pinging_url],
-        cwd=PACKAGE,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "every promise held" in result.stdout
+@pytest.mark.parametrize("package", PROGRAMS)
+def test_the_npm_packages_read_past_silences(pinging_url: str, package: str) -> None:
+    check_npm_package(package, pinging_url)
 
 
 def test_a_request_behind_a_long_one_gets_its_head_and_pings_at_once(pinging_url: str) -> None:
