@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import queue
+import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
 from logitserve.config import ServerConfig
-from raw_http import RawClient, get, post
+from logitserve.http.middleware.lingering_close import LingeringClose
+from raw_http import SECONDS, RawClient, get, post
 from served_app import ServedApp, echo, served
 from starlette.types import Receive, Scope, Send
 
@@ -158,8 +162,66 @@ def test_a_client_that_sends_a_huge_head_before_it_reads_reads_why_it_was_refuse
 
 def test_a_whole_url_is_a_target_and_leading_empty_lines_are_ignored(server: ServedApp) -> None:
     with RawClient(server.url) as client:
-        client.send(b"\r\n\r\nGET http://elsewhere/a%20b?c HTTP/1.1\r\nhost: x\r\n\r\n")
+        client.send(b"\r\n\r\nGET http://elsewhere/a%20b?c HTTP/1.1\r\nhost: elsewhere\r\n\r\n")
         assert client.answer().headers["x-path"] == "/a b"
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("http://localhost:80", "LOCALHOST"),
+        ("http://me@localhost:8000", "localhost:8000"),
+        ("https://[::1]", "[0::1]:443"),
+    ],
+)
+def test_a_whole_url_names_the_host_in_any_spelling(server: ServedApp, url: str, host: str) -> None:
+    with RawClient(server.url) as client:
+        assert client.send(f"GET {url}/ HTTP/1.1\r\nhost: {host}\r\n\r\n".encode()).answer().status == 200
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("http://evil.example", "localhost"),
+        ("http://localhost@evil.example", "localhost"),
+        ("http://localhost:8001", "localhost:8000"),
+        ("https://localhost", "localhost:80"),
+        ("http://localhost", ""),
+    ],
+)
+def test_a_whole_url_on_another_host_than_the_hosts_header_is_refused(
+    server: ServedApp, url: str, host: str
+) -> None:
+    with RawClient(server.url) as client:
+        answer = client.send(f"GET {url}/ HTTP/1.1\r\nhost: {host}\r\n\r\n".encode()).answer()
+        assert (answer.status, answer.error["code"]) == (400, "invalid_host")
+
+
+def test_a_head_within_the_bound_may_come_in_any_pieces(server: ServedApp) -> None:
+    head = get("/", *(f"x-{number}: {'y' * 1000}" for number in range(3)))
+    with RawClient(server.url) as client:
+        client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(head), 10):
+            client.send(head[start : start + 10])
+        assert client.answer().status == 200
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"0\r\nx: " + b"y" * (1 << 20),
+        b"1;" + b"y" * (1 << 20),
+        b"0\r\n" + (b"x: " + b"y" * 1000 + b"\r\n") * 6,
+    ],
+    ids=["trailer", "chunk extension", "trailers"],
+)
+def test_what_comes_with_a_body_is_bounded_as_its_head_is(server: ServedApp, rest: bytes) -> None:
+    with RawClient(server.url) as client:
+        client.send(get("/", "transfer-encoding: chunked") + b"1\r\na\r\n" + rest)
+        answer = client.answer()
+        assert answer.status == 431
+        assert "--max-header-bytes" in answer.error["message"]
+        assert client.is_closed()
 
 
 def test_a_trailer_is_no_header(server: ServedApp) -> None:
@@ -176,6 +238,28 @@ def test_a_chunk_that_is_none_is_the_requests_error(server: ServedApp) -> None:
         answer = client.send(get("/", "transfer-encoding: chunked") + b"1\r\nabc\r\n").answer()
         assert (answer.status, answer.error["code"]) == (400, "invalid_http")
         assert client.is_closed()
+
+
+# Bodies that wait to be asked for
+
+
+async def unreading(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001 - ASGI's signature
+    await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"no"})
+
+
+def test_an_answer_before_a_body_that_was_not_asked_for_ends_the_connection() -> None:
+    with served(LingeringClose(unreading)) as server, RawClient(server.url) as client:
+        answer = client.send(get("/", "expect: 100-continue", "content-length: 3")).answer()
+        assert (answer.status, answer.headers["connection"]) == (401, "close")
+        assert client.is_closed()
+
+
+def test_a_body_that_was_asked_for_leaves_the_connection_open() -> None:
+    with served(LingeringClose(echo)) as server, RawClient(server.url) as client:
+        assert client.send(get("/", "expect: 100-continue", "content-length: 3")).head().status == 100
+        assert client.send(b"abc").answer().body == b"abc"
+        assert client.send(get("/")).answer().status == 200
 
 
 # Pipelines
@@ -200,6 +284,33 @@ def test_a_pipeline_has_an_end(server: ServedApp) -> None:
         answers = [client.answer().status for _ in range(34)]
         assert answers == [200] * 33 + [400]
         assert client.is_closed()
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["at once", "later"])
+def test_the_request_that_runs_learns_that_its_client_went_with_requests_behind_it(
+    at_once: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: queue.Queue[str] = queue.Queue()
+
+    async def waiting(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            pass
+        told.put(f"{scope['path']} runs")
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        await echo(scope, receive, send)
+        told.put(f"{scope['path']} is left")
+
+    with served(waiting) as server:
+        with RawClient(server.url) as client:
+            behind = post("/behind", 2) + post("/last", 3)
+            client.send(post("/first", 1) + (behind if at_once else b""))
+            assert told.get(timeout=SECONDS) == "/first runs"
+            if not at_once:
+                client.send(behind)
+        assert told.get(timeout=SECONDS) == "/first is left"
+    assert told.empty()
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
 
 
 # Slow clients
@@ -258,6 +369,39 @@ def test_a_client_is_not_blamed_for_a_body_that_the_server_does_not_read() -> No
     with served(late, body_timeout=0.5) as server, RawClient(server.url) as client:
         client.send(get("/", f"content-length: {len(body)}")).send(body)
         assert len(client.answer().body) == len(body)
+
+
+def test_a_client_is_not_blamed_for_a_head_that_the_server_does_not_read() -> None:
+    arrived = threading.Event()
+
+    async def late(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/slow":
+            arrived.set()
+            await asyncio.sleep(1)  # two periods
+        await echo(scope, receive, send)
+
+    requests = post("/slow", 0) + post("/", 1) * 8
+    with served(late, head_timeout=0.5) as server, RawClient(server.url) as client:
+        client.send(requests[:-50])
+        assert arrived.wait(SECONDS)
+        client.send(requests[-50:])
+        assert [client.answer().status for _ in range(9)] == [200] * 9
+
+
+def test_a_refused_client_that_takes_nothing_of_what_it_is_owed_is_dropped() -> None:
+    loops: queue.Queue[asyncio.AbstractEventLoop] = queue.Queue()
+
+    async def large(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001 - ASGI's signature
+        loops.put(asyncio.get_running_loop())
+        body = bytes(64 << 20)
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    with served(large) as server, RawClient(server.url) as client:
+        client.send(get("/") + b"nonsense\r\n\r\n")
+        gone = server.open_connections.none_left.wait()
+        asyncio.run_coroutine_threadsafe(gone, loops.get(timeout=SECONDS)).result(SECONDS)
 
 
 # Many clients

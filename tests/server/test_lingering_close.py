@@ -102,6 +102,12 @@ async def test_other_answers_pass_as_they_are(app: ASGIApp, headers: list[tuple[
     assert client.num_sent == (1 if app is reading else 0)
 
 
+async def test_a_body_that_waits_to_be_asked_for_is_not_waited_for() -> None:
+    client = Client(0)
+    held = [*WITH_LENGTH, (b"expect", b"100-Continue")]
+    assert await client.ask(refusing, held) == [(b"no", False)]
+
+
 async def test_an_answer_without_a_length_ends_at_once() -> None:
     """The client of such an answer learns from its end that it is whole."""
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import ctypes
+import logging
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable, Iterator
 
 import pytest
+import uvloop
 from logitengine.link.messages import ModelInfo
 from logitserve.config import ServerConfig
+from logitserve.http.backlog import SO_ATTACH_FILTER
 from logitserve.http.listener import bind
 from logitserve.http.uvicorn_server import run_app
+from raw_http import SECONDS, Answer, RawClient, get
 from scripted_engine import ScriptedEngine
 
-pytestmark = pytest.mark.anyio
 
-
+@pytest.mark.anyio
 async def test_a_lost_engine_ends_the_server_with_1_and_its_last_line_says_why(
     model_info: ModelInfo, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -24,3 +34,97 @@ async def test_a_lost_engine_ends_the_server_with_1_and_its_last_line_says_why(
     assert await running == 1
     assert caplog.records[-1].levelname == "ERROR"
     assert caplog.records[-1].message == "the server ended: the engine died too often"
+
+
+KEEP_ALL = (0x06, 0, 0, 0xFFFFFFFF)
+"""The BPF program of one instruction that keeps every packet."""
+
+SO_LOCK_FILTER = 44
+"""Forbids every other filter on a socket, as a sandbox may."""
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+def connected(listener: socket.socket) -> RawClient:
+    return RawClient(f"http://127.0.0.1:{listener.getsockname()[1]}")
+
+
+def answer_of(client: RawClient) -> Answer:
+    with client:
+        return client.send(get("/health")).answer()
+
+
+async def terminated(engine: ScriptedEngine, listener: socket.socket, config: ServerConfig) -> int:
+    """Serve, send SIGTERM once a request was answered, and return the exit code."""
+    running = asyncio.create_task(run_app(engine, config, [listener], asyncio.Event()))
+    assert (await asyncio.to_thread(answer_of, connected(listener))).status == 200
+    os.kill(os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(SECONDS):
+        return await running
+
+
+@pytest.fixture
+def end(model_info: ModelInfo, listener: socket.socket) -> Callable[..., int]:
+    def end(**options: object) -> int:
+        engine = ScriptedEngine(model_info, lambda _: [])
+        config = ServerConfig.model_validate(options)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(terminated(engine, listener, config))
+
+    return end
+
+
+@pytest.fixture
+def at_draining(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Callable[[Callable[[], None]], None]:
+    """Have something done in the instant in which the log says that draining begins."""
+
+    def at_draining(work: Callable[[], None]) -> None:
+        def look(record: logging.LogRecord) -> bool:
+            if record.msg == "draining":
+                work()
+            return True
+
+        monkeypatch.setattr(logging.getLogger("logitserve.http.uvicorn_server"), "filters", [look])
+
+    caplog.set_level(logging.INFO)
+    return at_draining
+
+
+def test_a_client_that_is_accepted_in_the_last_instant_is_answered(
+    end: Callable[..., int],
+    listener: socket.socket,
+    at_draining: Callable[[Callable[[], None]], None],
+) -> None:
+    """The listener may be another's too, so that newcomers are not held back."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        asked: list[concurrent.futures.Future[Answer]] = []
+
+        at_draining(lambda: asked.append(pool.submit(answer_of, connected(listener))))
+        assert end(fd=listener.fileno()) == 0
+        (answer,) = (each.result(SECONDS) for each in asked)
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+
+
+def test_where_newcomers_cannot_be_held_back_the_server_ends_all_the_same(
+    end: Callable[..., int], listener: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = ctypes.create_string_buffer(struct.pack("HBBI", *KEEP_ALL), 8)
+    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(program)))
+    listener.setsockopt(socket.SOL_SOCKET, SO_LOCK_FILTER, 1)
+    assert end() == 0
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("newcomers cannot be held back while the server ends: ")
+
+
+def test_the_server_ends_though_draining_fails(
+    end: Callable[..., int], listener: socket.socket, at_draining: Callable[[Callable[[], None]], None]
+) -> None:
+    at_draining(listener.close)
+    assert end() == 0

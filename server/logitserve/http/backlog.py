@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import select
 import socket
 import struct
 import sys
 from collections.abc import Collection
+
+logger = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 0.2
 """Time for the handshakes under way to end: longer than the way to a client and back."""
@@ -55,4 +58,7 @@ def _hold_newcomers(listener: socket.socket) -> None:
     program = b"".join(struct.pack("HBBI", *instruction) for instruction in ONLY_KNOWN_CLIENTS)
     held = ctypes.create_string_buffer(program, len(program))
     pointer = struct.pack("HP", len(ONLY_KNOWN_CLIENTS), ctypes.addressof(held))
-    listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, pointer)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, pointer)
+    except OSError as error:  # a sandbox may forbid it
+        logger.warning("newcomers cannot be held back while the server ends: %s", error)

@@ -26,6 +26,9 @@ from logitserve.state import ServerState
 
 logger = logging.getLogger(__name__)
 
+ACCEPTING_TURNS = 2
+"""Turns of the event loop from a connection's acceptance to its protocol's."""
+
 LAST_SECONDS = 2
 """Seconds that uvicorn waits for connections once draining is over, before it cancels what still runs."""
 
@@ -83,6 +86,12 @@ class DrainingServer(uvicorn.Server):
         task.add_done_callback(self._tasks.discard)
 
     async def _drain(self) -> None:
+        try:
+            await self._let_end()
+        finally:
+            self.should_exit = True
+
+    async def _let_end(self) -> None:
         config = self._state.config
         logger.info("draining", extra={"requests": self._state.num_in_flight})
         self._open_connections.drain()
@@ -90,6 +99,8 @@ class DrainingServer(uvicorn.Server):
         await accept_backlog(self._listeners, are_ours=config.fd is None)
         for server in self.servers:
             server.close()
+        for _ in range(ACCEPTING_TURNS):
+            await asyncio.sleep(0)
         self._open_connections.end()
         try:
             async with asyncio.timeout(config.drain_timeout):
@@ -99,7 +110,6 @@ class DrainingServer(uvicorn.Server):
             extra = {"requests": self._state.num_in_flight}
             logger.warning("still running after the drain timeout", extra=extra)
             self._start(self._state.engine.close())  # what runs ends with an error that its client reads
-        self.should_exit = True
 
 
 def uvicorn_config(app: ASGIApp, config: ServerConfig, open_connections: OpenConnections) -> uvicorn.Config:

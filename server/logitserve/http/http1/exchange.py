@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Exchange(RequestResponseCycle):
-    """uvicorn's exchange, whose body can fail: it was cut off by a timeout, or is no HTTP."""
+    """uvicorn's exchange, whose body can fail: it was cut off by a timeout, or is no HTTP.
+
+    An answer before a body that waits for `100 Continue` ends the connection: whether the body comes is the client's choice.
+    """
 
     _fault: ApiError | None = None
     _is_told = False
@@ -23,6 +26,11 @@ class Exchange(RequestResponseCycle):
         self._fault = fault
         self.keep_alive = False
         self.message_event.set()
+
+    async def send(self, message: ASGISendEvent) -> None:
+        if self.waiting_for_100_continue:
+            self.keep_alive = False
+        await super().send(message)
 
     async def receive(self) -> ASGIReceiveEvent:
         """Return the next piece of the body. Raises the body's fault once, and then the client counts as gone."""

@@ -18,7 +18,7 @@ from logitserve.http.connection import EXTENSION, Connection
 from logitserve.http.http1.exchange import Exchange, Http10Exchange
 from logitserve.http.http1.open_connections import OpenConnections
 from logitserve.http.http1.read_timer import ReadTimer
-from logitserve.http.http1.request_head import check_head, split_target
+from logitserve.http.http1.request_head import HeadMeter, check_head, split_target
 from logitserve.http.refusal import raw_response
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 MOST_PIPELINED = 32
 """Most requests that a client may send ahead of their answers."""
+
+MOST_READ_AHEAD = 4
+"""Requests sent ahead of their answers at which reading pauses. Until then the loss of the connection is noticed."""
 
 LINGER_SECONDS = 2.0
 MOST_DROPPED_BYTES = 16 << 20
@@ -75,8 +78,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._started_at = self.loop.time()
         self._stage = Stage.NOTHING
         self._num_requests = 0
-        self._head_bytes = 0
-        self._num_headers = 0
+        self._head = HeadMeter(options)
+        self._running: RequestResponseCycle | None = None
         self._timer = ReadTimer(self.loop, options, self._fail, lambda: self.flow.read_paused)
         self._timed = (Stage.NOTHING, 0)
         self._refusal: ApiError | None = None
@@ -99,6 +102,10 @@ class HttpProtocol(HttpToolsProtocol):
         self._timer.stop()
         self._open_connections.remove(self)
         self._connection.release()
+        # uvicorn tells the newest exchange. Those between the two never start.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def drop(self) -> None:
@@ -126,16 +133,15 @@ class HttpProtocol(HttpToolsProtocol):
         if self._is_deaf:
             self._drop(data)
             return
-        request = self._num_requests
-        was_head = self._stage is Stage.HEAD
+        self._head.fed(len(data))
         self._feed(data)
         if self._is_deaf:
             return
-        # A header counts when it ends. One without end is counted here.
-        if was_head and self._stage is Stage.HEAD and self._num_requests == request:
-            self._head_bytes += len(data)
-            if self._head_bytes > self._options.max_header_bytes:
-                self._fail(self._head_too_large())
+        if self._stage in (Stage.HEAD, Stage.BODY):
+            try:
+                self._head.check_untold()
+            except ApiError as fault:
+                self._fail(fault)
                 return
         self._time_the_client()
 
@@ -177,19 +183,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._stage = Stage.HEAD
         self._num_requests += 1
-        self._head_bytes = self._num_headers = 0
+        self._head.begin()
 
     def on_url(self, url: bytes) -> None:
-        self._count_head(len(url))
+        self._head.count_target(len(url))
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._num_headers += 1
-        self._count_head(len(name) + len(value))
-        if self._num_headers > self._options.max_headers:
-            raise ApiError(
-                431, f"The request has more than {self._options.max_headers} headers (--max-headers)."
-            )
+        self._head.count_header(len(name) + len(value))
         # A trailer comes after the body. As a header it would pass the checks that the head has passed already.
         if self._stage is Stage.HEAD:
             super().on_header(name, value)
@@ -201,7 +202,7 @@ class HttpProtocol(HttpToolsProtocol):
         check_head(method, version, self.headers)
         if self.parser.should_upgrade():
             return
-        path, query = split_target(self.url)
+        path, query = split_target(self.url, self.headers)
         self.scope["raw_path"] = self.root_path.encode("ascii") + path
         self.scope["path"] = self.root_path + urllib.parse.unquote(path.decode("ascii"))
         self.scope["query_string"] = query
@@ -213,8 +214,9 @@ class HttpProtocol(HttpToolsProtocol):
         if is_current:
             self._start_asgi_task(self.cycle, self.app)
         else:
-            self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, self.app))
+            if len(self.pipeline) >= MOST_READ_AHEAD:
+                self._pause_reading()
 
     def _exchange(self, version: str) -> Exchange:
         is_1_1 = version == "1.1"
@@ -236,17 +238,18 @@ class HttpProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         if self._open_connections.is_draining and not self.pipeline:
             cycle.keep_alive = False
+        self._running = cycle
         self._connection.limit_unsent(None)
         super()._start_asgi_task(cycle, app)
 
     def on_body(self, body: bytes) -> None:
+        self._head.told()
         self._timer.count_body(len(body))
         if self.cycle.response_complete:
             return
         self.cycle.body += body
         if len(self.cycle.body) > HIGH_WATER_LIMIT:
-            self.flow.pause_reading()
-            self._timer.paused()
+            self._pause_reading()
         self.cycle.message_event.set()
 
     def on_message_complete(self) -> None:
@@ -255,14 +258,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._stage = Stage.ALL
         super().on_message_complete()
 
-    def _count_head(self, nbytes: int) -> None:
-        self._head_bytes += nbytes
-        if self._head_bytes > self._options.max_header_bytes:
-            raise self._head_too_large()
-
-    def _head_too_large(self) -> ApiError:
-        limit = self._options.max_header_bytes
-        return ApiError(431, f"The request's head is larger than {limit} bytes (--max-header-bytes).")
+    def _pause_reading(self) -> None:
+        self.flow.pause_reading()
+        self._timer.paused()
 
     # Refusals
 
@@ -288,7 +286,8 @@ class HttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(raw_response(fault, self.server_state.default_headers))
         self.transport.write_eof()
-        self._timer.call_later(LINGER_SECONDS, self.transport.close)
+        # Nobody watches a client that takes nothing any more, and closing would wait for it.
+        self._timer.call_later(LINGER_SECONDS, self.transport.abort)
 
     def _drop(self, data: bytes) -> None:
         self._num_dropped += len(data)

@@ -44,12 +44,15 @@ class ReadTimer:
         self._handle = self._loop.call_later(seconds, work)
 
     def expect_head(self) -> None:
-        self.call_later(self._times.head_timeout, self._on_slow_head)
+        self._expect(self._times.head_timeout, self._on_slow_head)
 
     def expect_body(self) -> None:
+        self._expect(self._times.body_timeout, self._on_period)
+
+    def _expect(self, seconds: float, at_end: Callable[[], None]) -> None:
         self._period_bytes = 0
         self._was_paused = self._is_paused()
-        self.call_later(self._times.body_timeout, self._on_period)
+        self.call_later(seconds, at_end)
 
     def count_body(self, nbytes: int) -> None:
         """Count bytes of a body that have come."""
@@ -60,6 +63,9 @@ class ReadTimer:
         self._was_paused = True
 
     def _on_slow_head(self) -> None:
+        if self._was_paused:
+            self.expect_head()
+            return
         seconds = self._times.head_timeout
         self._fail(ApiError(408, f"The request's head took longer than {seconds:g} s (--head-timeout)."))
 

@@ -36,7 +36,7 @@ class LingeringClose:
         if scope["type"] != "http" or not _has_body(scope):
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(receive, send)
+        exchange = _Exchange(receive, send, is_body_held=_is_body_held(scope))
         await self._app(scope, exchange.receive, exchange.send)
         if exchange.end_is_held:
             await self._drop(receive)
@@ -58,10 +58,12 @@ class LingeringClose:
 class _Exchange:
     """A request and its response, whose end is held back while the request's body is unread.
 
-    The client has the whole response all the same, by its declared length. A response without one ends as usual.
+    The client has the whole response all the same, by its declared length. A response without one ends as usual, and so
+    does one to a client that holds its body back until it is asked for it, and was not.
     """
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send, *, is_body_held: bool) -> None:
+        self._is_body_held = is_body_held
         self._receive = receive
         self._send = send
         self._is_read = False
@@ -69,6 +71,7 @@ class _Exchange:
         self.end_is_held = False
 
     async def receive(self) -> Message:
+        self._is_body_held = False
         message = await self._receive()
         if not message.get("more_body", False):
             self._is_read = True
@@ -79,7 +82,12 @@ class _Exchange:
             self._has_length = any(
                 name.lower() == b"content-length" for name, _ in message.get("headers", ())
             )
-        elif not message.get("more_body", False) and self._has_length and not self._is_read:
+        elif (
+            not message.get("more_body", False)
+            and self._has_length
+            and not self._is_read
+            and not self._is_body_held
+        ):
             self.end_is_held = True
             message = {**message, "more_body": True}
         await self._send(message)
@@ -88,3 +96,8 @@ class _Exchange:
 def _has_body(scope: Scope) -> bool:
     """Return whether the request's head announces a body."""
     return header(scope, b"content-length").strip(b"0") != b"" or header(scope, b"transfer-encoding") != b""
+
+
+def _is_body_held(scope: Scope) -> bool:
+    """Return whether the client sends its body once it is asked for it. HTTP/1.0 has no such promise."""
+    return header(scope, b"expect").lower() == b"100-continue" and scope.get("http_version") != "1.0"
