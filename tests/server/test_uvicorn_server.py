@@ -58,6 +58,14 @@ def answer_of(client: RawClient) -> Answer:
         return client.send(get("/health")).answer()
 
 
+def late_answer_of(client: RawClient) -> Answer:
+    client.socket.settimeout(0.5)
+    with pytest.raises(TimeoutError):  # the connection stays open
+        client.socket.recv(1)
+    client.socket.settimeout(SECONDS)
+    return answer_of(client)
+
+
 async def terminated(engine: ScriptedEngine, listener: socket.socket, config: ServerConfig) -> int:
     """Serve, send SIGTERM once a request was answered, and return the exit code."""
     running = asyncio.create_task(run_app(engine, config, [listener], asyncio.Event()))
@@ -105,7 +113,7 @@ def test_a_client_that_is_accepted_in_the_last_instant_is_answered(
     with concurrent.futures.ThreadPoolExecutor() as pool:
         asked: list[concurrent.futures.Future[Answer]] = []
 
-        at_draining(lambda: asked.append(pool.submit(answer_of, connected(listener))))
+        at_draining(lambda: asked.append(pool.submit(late_answer_of, connected(listener))))
         assert end(fd=listener.fileno()) == 0
         (answer,) = (each.result(SECONDS) for each in asked)
     assert (answer.status, answer.headers["connection"]) == (200, "close")
@@ -124,7 +132,10 @@ def test_where_newcomers_cannot_be_held_back_the_server_ends_all_the_same(
 
 
 def test_the_server_ends_though_draining_fails(
-    end: Callable[..., int], listener: socket.socket, at_draining: Callable[[Callable[[], None]], None]
+    end: Callable[..., int], at_draining: Callable[[Callable[[], None]], None]
 ) -> None:
-    at_draining(listener.close)
+    def fail() -> None:
+        raise OSError
+
+    at_draining(fail)
     assert end() == 0
