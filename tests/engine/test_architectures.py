@@ -169,6 +169,7 @@ def test_what_would_be_silently_wrong_is_refused(
     )
     config.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((tiny_llama / "tokenizer.json").read_bytes())
+    (tmp_path / "model.safetensors").touch()  # the config is refused before any weight is read
     with pytest.raises(CheckpointError, match=reason):
         load(EngineConfig(model=str(tmp_path), dtype="float32", kv_cache_bytes=1 << 24))
 

@@ -96,8 +96,6 @@ def test_an_http_1_0_client_gets_an_answers_length_and_then_the_end(server: Serv
 @pytest.mark.parametrize(
     ("head", "status", "says"),
     [
-        ("GET / HTTP/1.1\r\n", 400, "Host"),
-        ("GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n", 400, "Host"),
         ("POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ncontent-length: 3\r\n", 400, "Content-Length"),
         ("POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ncontent-length: 4\r\n", 400, "Content-Length"),
         ("POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3, 3\r\n", 400, "Content-Length"),

@@ -68,9 +68,6 @@ def check_head(method: str, version: str, headers: list[tuple[bytes, bytes]]) ->
         raise ApiError(505, f"This server speaks HTTP/1.1, not HTTP/{version}.")
     if method == "CONNECT":
         raise ApiError(405, "This server is no proxy: CONNECT is not allowed.")
-    hosts = sum(name == b"host" for name, _ in headers)
-    if hosts > 1 or (hosts == 0 and version == "1.1"):
-        raise BadRequestError("A request has one Host header.", code="invalid_http")
     codings = [value for name, value in headers if name == b"transfer-encoding"]
     if codings and version == "1.0":
         raise BadRequestError("HTTP/1.0 has no Transfer-Encoding.", code="invalid_http")
