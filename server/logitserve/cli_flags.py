@@ -144,7 +144,7 @@ def _add_flag(group: Any, name: str, field: FieldInfo) -> argparse.Action:
 
 def _default(field: FieldInfo) -> str:
     """Return the default as --help shows it. Descriptions tell what None and an empty list stand for."""
-    if field.is_required() or field.default is None or field.default in ([], {}):
+    if field.is_required() or field.default is None or field.default in ("", [], {}):
         return ""
     if isinstance(field.default, bool):
         return f" (default: {'on' if field.default else 'off'})"
