@@ -184,6 +184,11 @@ class Times(BaseModel):
     queue_timeout: Seconds = Field(
         300.0, ge=0, description="seconds that a request may wait for the engine to begin it; 0: no limit"
     )
+    held_timeout: Seconds = Field(
+        300.0,
+        ge=0,
+        description="seconds that a whole answer may wait for others to give back what they hold; 0: no limit",
+    )
     request_timeout: Seconds = Field(
         0.0,
         ge=0,

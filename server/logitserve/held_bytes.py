@@ -20,9 +20,6 @@ them. Every whole answer may hold as much without waiting: text, log-probabiliti
 SMALLEST_SHARE = 16
 """A larger window takes at most this part of what is left, so that there is always a smaller one for somebody else."""
 
-WAIT_SECONDS = 300.0
-"""How long an answer waits for others at most."""
-
 
 class Window:
     """Bytes of one request's outputs that may be unread. Its holder closes it when the request is over."""
@@ -49,8 +46,10 @@ class HeldBytes:
         windows_left: bytes that are left for windows.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, wait_seconds: float | None = None) -> None:
+        """Take the budget in bytes, and how long an answer waits for others at most; None: for ever."""
         self._limit = limit
+        self._wait_seconds = wait_seconds
         self.small = limit // SMALL_PART
         self.windows_left = limit // 2
         self._answers_left = limit - limit // 2
@@ -107,11 +106,11 @@ class HeldBytes:
         return is_small or answer is self._answers[0] or nbytes <= self._answers_left
 
     async def wait(self, answer: AnswerBytes, nbytes: int) -> None:
-        """Charge ``nbytes`` once that is allowed. Raises TimeoutError after WAIT_SECONDS."""
+        """Charge ``nbytes`` once that is allowed. Raises TimeoutError after the longest wait."""
         reservation = answer.waiting = _Reservation(nbytes, asyncio.get_running_loop().create_future())
         self._num_waiting += 1
         try:
-            async with asyncio.timeout(WAIT_SECONDS):
+            async with asyncio.timeout(self._wait_seconds):
                 await reservation.granted
         finally:
             answer.waiting = None
@@ -153,7 +152,7 @@ class AnswerBytes:
         self._held.forget(self)
 
     async def reserve(self, nbytes: int) -> None:
-        """Wait until there is room for ``nbytes`` more, or no older answer is left. Raises ApiError 503 after WAIT_SECONDS."""
+        """Wait until there is room for ``nbytes`` more, or no older answer is left. Raises ApiError 503 after --held-timeout."""
         if self._held.allows(self, nbytes):
             self._held.take(self, nbytes)
             return
@@ -162,7 +161,7 @@ class AnswerBytes:
         except TimeoutError:
             raise ApiError(
                 503,
-                "Other answers take up --max-held-bytes. Stream the answer, or try again.",
+                "Other answers have taken up --max-held-bytes for --held-timeout. Stream the answer, or try again.",
                 code="too_many_bytes_held",
                 headers={"Retry-After": RETRY_AFTER_SECONDS},
             ) from None

@@ -71,7 +71,7 @@ class ServerState:
         self.keys = KeyRing(config.api_key, config.api_key_file)
         self.tokenizer_workers = TokenizerWorkers(config.tokenize_timeout)
         self.held_bodies = HeldBodies(config.max_total_body_bytes)
-        self.held_bytes = HeldBytes(config.max_held_bytes)
+        self.held_bytes = HeldBytes(config.max_held_bytes, config.held_timeout or None)
         self.queue = RequestQueue(config.max_queued_requests, config.max_queued_tokens)
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._model: Model | None = None

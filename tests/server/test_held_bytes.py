@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitengine.link.messages import Array, GenerationRequest, LogitsRows, StepOutput
+from logitserve.errors import ApiError
 from logitserve.held_bytes import WINDOW_COST, HeldBytes
 from scripted_engine import OpenApp, Step
 
@@ -151,6 +152,24 @@ def test_a_cancelled_answer_gives_back_what_it_held_and_waited_for() -> None:
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
             await oldest.reserve(1)
+        assert held.num_answer_bytes == 0
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_waits_too_long_is_told_so_and_leaves_no_reservation() -> None:
+    held = HeldBytes(LIMIT, wait_seconds=0.01)
+
+    async def run() -> None:
+        with held.answer() as oldest:
+            await oldest.reserve(LIMIT // 2)
+            with held.answer() as second:
+                with pytest.raises(ApiError, match="--held-timeout") as refused:
+                    await second.reserve(LIMIT // 4)
+                assert (refused.value.status, refused.value.code) == (503, "too_many_bytes_held")
+                oldest.settle(0)
+                await second.reserve(LIMIT // 4)
+                assert held.num_answer_bytes == LIMIT // 4
         assert held.num_answer_bytes == 0
 
     asyncio.run(run())

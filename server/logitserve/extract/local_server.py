@@ -94,6 +94,7 @@ async def _start(engine_config: EngineConfig, listener: socket.socket, log: Path
         "max_queued_requests": ENDLESS,
         "max_queued_tokens": ENDLESS,
         "queue_timeout": 0,
+        "held_timeout": 0,
     }
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
