@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 from logitserve.access.caller import Caller
 from logitserve.answers.completion import CompletionAnswer
-from logitserve.answers.response import respond
+from logitserve.answers.sending.response import respond
 from logitserve.http.body import JsonBody
 from logitserve.jobs.job import make_job
 from logitserve.jobs.options import completion_options

@@ -20,7 +20,7 @@ from logitserve.answers.readouts import (
     ReadoutsAnswer,
     choose_head,
 )
-from logitserve.answers.response import respond
+from logitserve.answers.sending.response import respond
 from logitserve.http.body import JsonBody
 from logitserve.jobs.job import make_job
 from logitserve.jobs.options import head_outputs, reading_options

@@ -12,7 +12,7 @@ from logitserve.answers import arrow
 from logitserve.answers.answer import Answer
 from logitserve.answers.arrow import ArrowAnswer
 from logitserve.answers.logits_json import LogitsAnswer
-from logitserve.answers.response import respond
+from logitserve.answers.sending.response import respond
 from logitserve.http.body import JsonBody
 from logitserve.jobs.job import make_job
 from logitserve.jobs.options import logits_options

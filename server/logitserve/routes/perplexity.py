@@ -10,7 +10,7 @@ from logitengine.link.messages import OutputSpec
 
 from logitserve.access.caller import Caller
 from logitserve.answers.readouts import PerplexityReadout, ReadoutsAnswer
-from logitserve.answers.response import respond
+from logitserve.answers.sending.response import respond
 from logitserve.http.body import JsonBody
 from logitserve.jobs.job import make_job
 from logitserve.jobs.options import reading_options

@@ -6,7 +6,7 @@ import asyncio
 from types import TracebackType
 from typing import Any
 
-from logitserve.answers.outlet import Outlet
+from logitserve.answers.sending.outlet import Outlet
 from logitserve.errors import ApiError
 
 CHECKS = 4

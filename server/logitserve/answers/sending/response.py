@@ -16,8 +16,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from logitserve.answers.answer import Answer, Piece
 from logitserve.answers.json_pieces import joined
-from logitserve.answers.outlet import Outlet
-from logitserve.answers.time_limit import TimeLimit
+from logitserve.answers.sending.outlet import Outlet
+from logitserve.answers.sending.time_limit import TimeLimit
 from logitserve.errors import ApiError, from_exception
 from logitserve.held_bytes import AnswerBytes
 from logitserve.http.middleware.request_log import LogFields
