@@ -1,4 +1,4 @@
-"""Peers that run inside the benchmark's own process: each takes prompts and returns the seconds it took."""
+"""Peers that run inside the benchmark's own process. Each takes prompts and returns its seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/operations.md against the code: every limit with its default, no flag that is none, no log line that nobody logs."""
+"""docs/operations.md against the code: every limit with its default, only existing flags and log lines."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def trees() -> Iterator[ast.Module]:
 
 
 def text_of(node: ast.expr) -> str | None:
-    """Return a string or an f-string with a placeholder for whatever is filled in, or None for another expression."""
+    """Return a string, or an f-string with placeholders for its values, or None for another expression."""
     match node:
         case ast.Constant(value=str(text)):
             return FORMAT.sub(PLACEHOLDER, text)
@@ -108,7 +108,7 @@ def strings_of_code() -> list[str]:
 
 
 def logged_messages() -> set[str]:
-    """Return what the server and the engine log at a level of warning or above."""
+    """Return the messages that the server and the engine log at warning or above."""
     found = set()
     for tree in trees():
         for node in ast.walk(tree):
@@ -123,7 +123,7 @@ def logged_messages() -> set[str]:
 
 
 def quoted_lines(heading: str) -> list[str]:
-    """Return what the first cells of the tables below a heading quote."""
+    """Return the quotations in the first cells of the tables below a heading."""
     section = re.split(r"\n##+ ", PAGE.split(f"## {heading}\n")[1])[0]
     return [quote for row in table_rows(section) for quote in re.findall(r"`([^`]+)`", row[0])]
 

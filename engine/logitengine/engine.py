@@ -106,7 +106,7 @@ class Engine:
 
     @property
     def is_computing(self) -> bool:
-        """Whether a step was launched and not yet reported."""
+        """True while a launched step is not reported yet."""
         return self._under_way is not None
 
     @property
@@ -206,7 +206,7 @@ class Engine:
         return output
 
     def _prompt_output(self, chunk: Chunk, rows: StepRows) -> StepOutput | None:
-        """Report a chunk that drew nothing: its prompt rows, the end of a prompt-only request, and a request's beginning."""
+        """Report a chunk without a draw: prompt rows, a prompt-only request's end, a request's beginning."""
         sequence = chunk.sequence
         is_complete = sequence.sampling.max_tokens == 0 and chunk.is_prompt_done
         begins = sequence.index == 0 and chunk.start == sequence.num_cached

@@ -2,7 +2,7 @@
 
 CheckpointError              the model cannot be found, read or served
 
-EngineError                  what the engine's client raises
+EngineError                  base of the engine client's errors
 ├── EngineNotReadyError      still loading, draining, or restarting after a crash
 ├── EngineDeadError          died while working on this request
 ├── EngineOverloadedError    the queue is full
@@ -33,4 +33,4 @@ class EngineOverloadedError(EngineError):
 
 
 class RequestRefusedError(EngineError):
-    """The engine cannot serve this request, now or later."""
+    """The engine can never serve this request."""

@@ -16,14 +16,14 @@ import orjson
 LogFormat = Literal["auto", "text", "json"]
 
 FACTS = "facts"
-"""Name of the extra whose members are fields of their own. Lines for people give each a line."""
+"""Name of the extra whose members are separate fields. For people each member has its own line."""
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 _PLAIN = re.compile(r"[^\s\"'=\\]+")
 
 _CHATTY = ("uvicorn", "httpx")
-"""Loggers of libraries whose lines below a warning say what ours say."""
+"""Loggers of libraries whose lines below a warning repeat ours."""
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, Any]:
@@ -50,9 +50,9 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Writes a record as ``time level message key=value ...``, below it its facts and its traceback.
+    """Writes a record as ``time level message key=value ...``, with its facts and its traceback below.
 
-    Bytes that would steer a terminal are escaped: clients choose some of what is logged.
+    Bytes that would steer a terminal are escaped, because clients choose some of the logged values.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -107,9 +107,9 @@ def configure_logging(level: str, log_format: LogFormat = "auto") -> None:
 
 
 def join_loggers() -> None:
-    """Take over the lines of libraries that brought handlers of their own, as transformers and torch do.
+    """Take over the lines of libraries that bring their own handlers, such as transformers and torch.
 
-    It is called again after such a library is imported.
+    Called again after such a library is imported.
     """
     for logger in list(logging.root.manager.loggerDict.values()):
         if isinstance(logger, logging.Logger) and logger.handlers:

@@ -28,13 +28,16 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """The word that stands for an option's value. As metadata of a type it holds for all options of that type."""
+    """The word that stands for an option's value.
+
+    As metadata of a type, the word is used by all options of that type.
+    """
 
     text: str
 
 
 def read_size(value: Any) -> Any:
-    """Convert ``2GiB`` or ``500MB`` to a number of bytes. What is a number already stays as it is.
+    """Convert ``2GiB`` or ``500MB`` to a number of bytes. A number stays as it is.
 
     A bare ``2G`` is refused, because some programs mean 2 GiB by it and others 2 GB.
     """
@@ -49,7 +52,7 @@ def read_size(value: Any) -> Any:
 
 
 def write_size(nbytes: int) -> str:
-    """Return the bytes in the largest binary unit that they are a whole number of, as ``read_size`` reads them."""
+    """Return the bytes in the largest binary unit that divides them, in the form that ``read_size`` reads."""
     for unit, size in UNITS.items():
         if "i" in unit and nbytes and nbytes % size == 0:
             return f"{nbytes // size}{unit}"
@@ -57,6 +60,6 @@ def write_size(nbytes: int) -> str:
 
 
 Bytes = Annotated[int, BeforeValidator(read_size), Word("BYTES")]
-"""A number of bytes, written as one or as a size like ``2GiB``."""
+"""A number of bytes, written as a number or as a size like ``2GiB``."""
 
 Seconds = Annotated[float, Word("SECONDS")]

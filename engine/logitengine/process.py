@@ -44,10 +44,10 @@ logger = logging.getLogger("logitengine.process")  # __name__ is __main__
 HEARTBEAT_SECONDS = 1.0
 
 EXIT_SECONDS = 5.0
-"""How long an ending process waits until everything is sent, and again until the server has closed."""
+"""Longest wait of an ending process until everything is sent, and again until the server has closed."""
 
 PROGRESS_BARS = ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS")
-"""Variables that turn off the bars of libraries, which are no lines of JSON."""
+"""Variables that turn off progress bars of libraries, which would break the lines of JSON."""
 
 IDLE_SECONDS = 1.0
 """Interval at which an idle engine sends its statistics."""
@@ -64,8 +64,8 @@ def main() -> int:
     if resolve_format(arguments.log_format) == "json":
         for name in PROGRESS_BARS:
             os.environ.setdefault(name, "1")
-    # These reach the whole process group, from a terminal or a supervisor: the server decides what they mean, and closes
-    # our socket when it ends.
+    # A terminal or a supervisor sends these to the whole process group. The server decides when to end, and
+    # then closes our socket.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -128,7 +128,7 @@ class EngineLoop:
             self._serve(config)
             status = 0
         except CheckpointError as error:
-            self._send(Failed(str(error), []))  # foreseen: the server says it
+            self._send(Failed(str(error), []))  # foreseen, so the server reports it
             status = 1
         except Exception as error:
             logger.exception("the engine cannot go on")
@@ -138,8 +138,8 @@ class EngineLoop:
         self._heart.stop()
         gc.unfreeze()  # otherwise extension modules complain at exit that their objects still exist
         self._channel.flush(EXIT_SECONDS)
-        # Until the server has closed: an exit before it has read everything would fail its next write, and with that
-        # it would lose what it has not read.
+        # Wait until the server has closed. After an earlier exit its next write would fail, and it would lose
+        # all that it has not read.
         receiving.join(EXIT_SECONDS)
         return status
 
@@ -147,8 +147,7 @@ class EngineLoop:
         # Nearly all objects made while loading stay. Searching them for garbage takes a sixth of the loading
         # time.
         gc.disable()
-        # Imported late: the threads already run, so the server sees a long load as loading and not as
-        # silence.
+        # Imported late: the threads already run, so a long load does not look like silence to the server.
         from logitengine.model.checkpoint import resolve_checkpoint
 
         join_loggers()

@@ -1,4 +1,4 @@
-"""What is said once the server is ready: what it serves, where, and a request to try."""
+"""The announcement of a ready server: its model, its addresses, and a request to try."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - recognised, 
 
 
 def announce(model: Model, config: ServerConfig, listeners: Sequence[socket.socket]) -> None:
-    """Log what is served and where: a block for people, or one line of JSON."""
+    """Log the model and the addresses: a block for people, or one line of JSON."""
     info = model.info
     told: dict[str, Any]
     addresses = [address_of(listener) for listener in listeners]
@@ -73,7 +73,7 @@ def address_of(listener: socket.socket) -> str:
 
 
 def example(model: Model, config: ServerConfig, listener: socket.socket) -> str:
-    """Return a curl command that the server answers."""
+    """Return a curl command that gets an answer from this server."""
     body: dict[str, Any]
     if not model.info.can_generate:
         path, body = "/v1/rewards", {"input": "Hello"}

@@ -41,7 +41,10 @@ class ExtractSettings(BaseSettings, ExtractConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 0, for a server that a signal ended too, or 1 for a failure. Bad options exit with 2."""
+    """Run a command.
+
+    Returns 0, also for a server that a signal ended, or 1 for a failure. Bad options exit with 2.
+    """
     parser = Parser(
         prog="logitserve",
         usage="logitserve COMMAND ...",

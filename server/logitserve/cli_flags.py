@@ -24,7 +24,7 @@ _WORDS = {int: "N", float: "NUMBER", str: "TEXT", SecretStr: "SECRET", Path: "PA
 _BYTES = Word("BYTES")
 
 LONGEST_SHOWN = 100
-"""Characters of a refused value that are repeated."""
+"""Most characters of a refused value that its error repeats."""
 
 
 class _Help(argparse.HelpFormatter):
@@ -35,7 +35,7 @@ class _Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes flags in full and refuses what is wrong in one line."""
+    """A parser that takes flags in full and refuses bad arguments in one line."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
@@ -58,7 +58,7 @@ class Command:
                     self._flags += action.option_strings
 
     def refuse_unknown(self, arguments: Sequence[str]) -> NoReturn:
-        """Exit with 2 and name the first flag that is none, and the flag that was probably meant."""
+        """Exit with 2 and name the first unknown flag, and the flag that was probably meant."""
         flag = next((text for text in arguments if text.startswith("-")), None)
         if flag is None:
             self.parser.error(f"unexpected argument {arguments[0]!r}")
@@ -119,7 +119,10 @@ def _shown(value: Any) -> str:
 
 
 def _groups(kind: type[BaseModel]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the classes that declare fields of ``kind``: what they say of themselves, and the fields' names."""
+    """Yield title and field names of each class that declares fields of ``kind``.
+
+    The title is the class's docstring.
+    """
     for declaring in kind.__mro__:
         names = [name for name in vars(declaring).get("__annotations__", {}) if name in kind.model_fields]
         if names:
@@ -143,7 +146,10 @@ def _add_flag(group: Any, name: str, field: FieldInfo) -> argparse.Action:
 
 
 def _default(field: FieldInfo) -> str:
-    """Return the default as --help shows it. Descriptions tell what None and an empty list stand for."""
+    """Return the default as --help shows it.
+
+    None and an empty list are explained by the field's description.
+    """
     if field.is_required() or field.default is None or field.default in ("", [], {}):
         return ""
     if isinstance(field.default, bool):

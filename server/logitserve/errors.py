@@ -1,4 +1,4 @@
-"""Errors as a client sees them: OpenAI's error object, whatever went wrong.
+"""Errors as a client sees them: always OpenAI's error object.
 
 ApiError                 any status, with the field at fault
 └── BadRequestError      400
@@ -87,7 +87,7 @@ class ApiError(Exception):
 
 
 class BadRequestError(ApiError):
-    """An error of the request's own, 400; ``param`` names the field."""
+    """An error in the request, 400; ``param`` names the field."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = "invalid_value") -> None:
         super().__init__(400, message, param=param, code=code)
@@ -119,7 +119,10 @@ def from_engine(error: EngineError) -> ApiError:
 
 
 def from_exception(error: Exception) -> ApiError:
-    """Return the error for anything raised while a request was served. Unforeseen faults are logged, not shown."""
+    """Return the error for anything raised while a request was served.
+
+    Unforeseen faults are logged and not shown.
+    """
     match error:
         case ApiError():
             return error

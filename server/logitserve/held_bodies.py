@@ -1,4 +1,4 @@
-"""The budget of request bodies: bytes that have come and are not parsed yet, of all requests together."""
+"""The budget of request bodies: bytes of all requests together that have come and are not parsed yet."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from logitserve.errors import RETRY_AFTER_SECONDS, ApiError
 
 
 class HeldBodies:
-    """Counts the bytes of bodies that are being read. What they become when parsed has a place in the RequestQueue."""
+    """Counts the bytes of bodies that are being read.
+
+    A parsed body is bounded by its place in the RequestQueue.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -17,7 +20,10 @@ class HeldBodies:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[int], None]]:
-        """Yield what counts a body's next bytes until the block ends. It raises ApiError 429 when there is no room."""
+        """Yield a function that counts a body's next bytes until the block ends.
+
+        The function raises ApiError 429 when there is no room.
+        """
         held = 0
 
         def hold(nbytes: int) -> None:

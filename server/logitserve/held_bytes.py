@@ -1,4 +1,4 @@
-"""What answers hold in this process, in all: unread outputs of streams, and whole answers that are put together."""
+"""The budget of answers in this process: unread outputs of streams, and whole answers in the making."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ them. Every whole answer may hold as much without waiting: text, log-probabiliti
 """
 
 SMALLEST_SHARE = 16
-"""A larger window takes at most this part of what is left, so that there is always a smaller one for somebody else."""
+"""A larger window takes at most this part of the bytes left, so that others always find room."""
 
 
 class Window:
@@ -47,7 +47,7 @@ class HeldBytes:
     """
 
     def __init__(self, limit: int, wait_seconds: float | None = None) -> None:
-        """Take the budget in bytes, and how long an answer waits for others at most; None: for ever."""
+        """Take the budget in bytes, and the longest wait of an answer for others; None for no limit."""
         self._limit = limit
         self._wait_seconds = wait_seconds
         self.small = limit // SMALL_PART
@@ -57,13 +57,14 @@ class HeldBytes:
         self._num_waiting = 0
 
     def fits(self, nbytes: int) -> bool:
-        """Whether a window of this size could be granted if there were no others."""
+        """Return whether a window of this size could be granted if there were no others."""
         return WINDOW_COST * nbytes <= self._limit // 2
 
     def window(self, wanted: int, least: int, *, is_owed: bool = False) -> Window | None:
-        """A window of at most ``wanted`` bytes, and at least ``least`` where that is less; None if there is no room.
+        """Return a window of at most ``wanted`` bytes and, where that is less, at least ``least``; else None.
 
-        One that ``is_owed`` is granted whatever is left: whoever asks holds up others until it goes on.
+        A window that ``is_owed`` is granted whatever is left, because its request holds up others until it
+        goes on.
         """
         least = min(wanted, least)
         nbytes = wanted
@@ -83,13 +84,13 @@ class HeldBytes:
         return sum(answer.nbytes for answer in self._answers)
 
     def answer(self) -> AnswerBytes:
-        """The account of one more whole answer, to be used as a context."""
+        """Return the account of one more whole answer, to be used as a context."""
         answer = AnswerBytes(self)
         self._answers.append(answer)
         return answer
 
     def take(self, answer: AnswerBytes, nbytes: int) -> None:
-        """Charge ``nbytes``, or give them back where they are below zero, and let those go on who waited for them."""
+        """Charge ``nbytes``. A number below zero gives bytes back, and answers that wait for them go on."""
         answer.nbytes += nbytes
         self._answers_left -= nbytes
         if nbytes < 0:
@@ -101,7 +102,7 @@ class HeldBytes:
         self.grant()
 
     def allows(self, answer: AnswerBytes, nbytes: int) -> bool:
-        """Whether the answer may hold ``nbytes`` more."""
+        """Return whether the answer may hold ``nbytes`` more."""
         is_small = answer.nbytes + nbytes <= self.small
         return is_small or answer is self._answers[0] or nbytes <= self._answers_left
 
@@ -117,9 +118,12 @@ class HeldBytes:
             self._num_waiting -= 1
 
     def grant(self) -> None:
-        """Serve reservations, the oldest answer's first; one that does not fit holds up nobody."""
+        """Serve reservations, the oldest answer's first.
+
+        One that does not fit does not hold up the others.
+        """
         if not self._num_waiting:
-            return  # as at nearly every delta of every answer
+            return  # the case at nearly every delta
         for answer in self._answers:
             waiting = answer.waiting
             if waiting is None or waiting.granted.done():
@@ -136,7 +140,7 @@ class _Reservation:
 
 
 class AnswerBytes:
-    """What one whole answer holds, from its first row until it is sent."""
+    """Bytes that one whole answer holds, from its first row until it is sent."""
 
     def __init__(self, held: HeldBytes) -> None:
         self._held = held
@@ -167,5 +171,5 @@ class AnswerBytes:
             ) from None
 
     def settle(self, nbytes: int) -> None:
-        """Hold ``nbytes`` in all: what was reserved and not used goes back."""
+        """Hold ``nbytes`` in all: bytes that were reserved and not used go back."""
         self._held.take(self, nbytes - self.nbytes)

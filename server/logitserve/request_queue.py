@@ -1,4 +1,4 @@
-"""Requests that wait to be tokenized or for their turn in the engine: bounded in all."""
+"""Queue of requests that wait to be tokenized or for their turn in the engine, bounded in all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Self
 from logitserve.errors import ApiError
 
 LONGEST_RETRY_SECONDS = 30
-"""Most seconds that a client is told to wait: long queues are often gone sooner than they came."""
+"""Longest Retry-After: long queues often empty sooner than they filled."""
 
 RECENT = 1 / 8
-"""Weight of the newest wait in the mean of those that ended lately."""
+"""Weight of the newest wait in the mean of recent waits."""
 
 
 class Place:
@@ -37,7 +37,7 @@ class Place:
         self.leave()
 
     def leave(self) -> None:
-        """Count the request no more."""
+        """Stop counting the request."""
         if self._queue is not None:
             self._queue.num_requests -= 1
             self._queue.num_tokens -= self._num_tokens
@@ -47,14 +47,14 @@ class Place:
 class RequestQueue:
     """Counts requests, and the tokens of their prompts, until the engine has begun them.
 
-    Both bounds are looked at when a request comes. So the queue exceeds the one on tokens by a request at most, and a long
-    request is taken by an empty queue.
+    Both bounds are checked when a request comes. So the queue exceeds the bound on tokens by one request at
+    most, and an empty queue takes a long request.
 
     Args:
         clock: seconds, monotonic.
 
     Attributes:
-        num_requests, num_tokens: what waits at the moment.
+        num_requests, num_tokens: requests that wait at the moment, and tokens of their prompts.
     """
 
     def __init__(
@@ -82,17 +82,17 @@ class RequestQueue:
         return Place(self, num_tokens, self._clock())
 
     def note_wait(self, since: float) -> None:
-        """Take a wait that ended into account for what `retry_after` says."""
+        """Take a wait that ended into account for `retry_after`."""
         self._recent_wait += RECENT * (self._clock() - since - self._recent_wait)
 
     @property
     def retry_after(self) -> dict[str, str]:
-        """The header that says when another try makes sense: after as long as others have waited lately."""
+        """Return the header with the time of another try: as long as others have waited lately."""
         seconds = min(LONGEST_RETRY_SECONDS, max(1, math.ceil(self._recent_wait)))
         return {"Retry-After": str(seconds)}
 
     def full(self, reason: str) -> ApiError:
-        """The refusal of a request for which there is no room."""
+        """Return the refusal of a request for which there is no room."""
         return ApiError(
             429,
             f"The server is full: {reason}; try again.",

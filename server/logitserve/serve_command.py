@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 def serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
     """Serve until a signal. Returns the exit code: 0, or 1 when the model could not be loaded.
 
-    Raises CheckpointError for a model whose files show that it cannot be served, and ListenError for an address that
-    cannot be listened on, before anything is started.
+    Before anything is started, raises CheckpointError for a model whose files show that it cannot be served.
+    Raises ListenError for an address that cannot be listened on.
     """
     configure_logging(server_config.log_level, server_config.log_format)
     check_model(engine_config)
@@ -52,7 +52,7 @@ async def _serve(engine: EngineProtocol, config: ServerConfig, listeners: list[s
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the keys have been read once
     await engine.start()
     try:
-        # These imports take half a second, and nobody waits for the event loop yet.
+        # These imports take half a second, and no request needs the event loop yet.
         from logitserve.http.uvicorn_server import run_app
 
         return await run_app(engine, config, listeners, stopped)

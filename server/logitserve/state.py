@@ -39,7 +39,7 @@ class Model:
 
     @property
     def info(self) -> ModelInfo:
-        """The model's facts from the engine that runs. A restart may have changed them."""
+        """Facts of the model from the engine that runs. A restart may have changed them."""
         info = self.engine.info
         if info is None:
             raise not_ready("loading the model")
@@ -106,7 +106,10 @@ class ServerState:
             self.on_ready(self._model)
 
     async def watch_engine(self) -> None:
-        """Stop the server when no engine will be started any more. Of a model that never loaded ``load`` tells."""
+        """Stop the server when the engine will not be started again.
+
+        A model that never loaded is reported by ``load``.
+        """
         reason = await self.engine.wait_lost()
         if self.engine.info is not None:
             self.engine_lost = reason
@@ -134,7 +137,7 @@ class ServerState:
         return self._model
 
     async def encode(self, work: Callable[[], T], nbytes: int, inline_bytes: int) -> T:
-        """Return ``work()``, run on a thread when its ``nbytes`` would hold up the event loop."""
+        """Return ``work()``, run on a thread where its ``nbytes`` would hold up the event loop."""
         if nbytes <= inline_bytes:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._encoding_pool, work)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what is wrong is said at once, in one line, and what is served is told."""
+"""The command line for a user: errors come at once, in one line, and a ready server announces itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TINY = ("--dtype", "float32", "--num-threads", "1", "--kv-cache-bytes", "16MiB")
 
 @pytest.fixture(scope="module")
 def without_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which nobody can import what is slow to load, and where nobody reaches a network."""
+    """An environment in which slow modules cannot be imported and no network is reached."""
     folder = tmp_path_factory.mktemp("blocked")
     for package in ("torch", "transformers"):
         (folder / f"{package}.py").write_text(f"raise SystemExit('{package} was imported')\n")
@@ -35,7 +35,7 @@ def without_torch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models that cannot be served, each by the name of what it lacks."""
+    """Models that cannot be served, by the name of the missing part."""
     folder = tmp_path_factory.mktemp("models")
     complete: dict[str, str | None] = {"config.json": "{}", "model.safetensors": "", "tokenizer.json": "{}"}
     lacking: dict[str, dict[str, str | None]] = {
@@ -146,13 +146,13 @@ def test_a_model_that_fails_while_it_is_loaded_ends_the_server_with_1_and_is_tol
 
 
 def entries_of(log: Path) -> list[dict[str, Any]]:
-    """Return the log of a server, of which every line is a JSON object, its engine's too."""
+    """Return the entries of a server's log. Every line is a JSON object, the engine's included."""
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def ready(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
-    """The log of a server that is ready. Its engine has a warning to give: it finds no compiler."""
+    """The log of a ready server, whose engine finds no compiler and warns of it."""
     folder = tmp_path_factory.mktemp("ready")
     patch = pytest.MonkeyPatch()
     patch.setenv("CXX", "no-such-compiler")

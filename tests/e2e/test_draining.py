@@ -1,4 +1,4 @@
-"""SIGTERM: nothing that was accepted is lost, and whoever comes later is refused a connection."""
+"""SIGTERM: no accepted request is lost, and later clients are refused a connection."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raw_http import SECONDS, RawClient, get, post
 COMPLETIONS = "/v1/completions"
 SHORT = {"prompt": [5, 6, 7], "max_tokens": 2, "temperature": 0, "ignore_eos": True}
 HUGE = {**SHORT, "max_tokens": 480, "stream": True, "return_logits": True}
-"""A stream of 63 MB, more than a connection takes in while nobody reads: it runs until its client reads on."""
+"""A stream of 63 MB, which a connection does not take in unread. So it runs until its client reads on."""
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def huge_stream(live: LiveServer) -> RawClient:
 
 
 def wait_refused(url: str) -> None:
-    """Connect until nobody listens. A connection that is accepted says nothing."""
+    """Connect until connections are refused. Accepted ones stay silent."""
     address = (urlsplit(url).hostname, urlsplit(url).port)
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
@@ -106,7 +106,10 @@ def test_what_runs_after_the_drain_timeout_ends_with_an_error_that_its_client_re
 
 
 class Visitors:
-    """Clients that ask until they are refused a connection. Each keeps its connection for as long as it may, or not."""
+    """Clients that send requests until they are refused a connection.
+
+    Some keep their connections as long as they may.
+    """
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -144,7 +147,7 @@ class Visitors:
 
 
 def test_a_restart_under_load_loses_no_request(tiny_llama: Path, tmp_path: Path) -> None:
-    """Each client either reads its answer or is refused a connection, so a balancer can ask another server."""
+    """Each client reads its answer or is refused a connection, so a balancer can try another server."""
     with server(tiny_llama, tmp_path, "--drain-timeout", "1000") as live:
         visitors = Visitors(live.url)
         visitors.wait_answered(200)

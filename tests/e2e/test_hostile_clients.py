@@ -1,4 +1,4 @@
-"""Clients that attack a server, while eight well-behaved streams get what they would get alone.
+"""Clients that attack a server, while eight well-behaved streams read the same as they would alone.
 
 After each attack nothing is left over: no sequence, no KV block and no file descriptor.
 """
@@ -35,7 +35,7 @@ OBSERVED = Path(__file__).parent.parent / "helpers" / "observed_server.py"
 TIMES = ("--head-timeout", "2", "--body-timeout", "2", "--write-timeout", "2", "--keep-alive", "2")
 SIZES = ("--dtype", "float32", "--num-threads", "1", "--no-prefix-caching", "--max-connections", "12000")
 SETTLE_SECONDS = 60
-"""Time for an attack's leftovers to end; what must end by a timeout of the server does so after 2 s."""
+"""Time for an attack's leftovers to end. Those that a timeout of the server ends are gone after 2 s."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Server:
         return [process.num_fds() for process in (server, *server.children())]
 
     def leftovers(self, descriptors: list[int]) -> dict[str, Any]:
-        """Return what an attack left over; nothing if the dictionary is empty."""
+        """Return an attack's leftovers; an empty dictionary if there are none."""
         stats = self.stats()
         held = ("num_running", "num_waiting", "num_parked", "num_used_blocks")
         left: dict[str, Any] = {name: stats[name] for name in held if stats[name]}
@@ -113,7 +113,7 @@ def stream_body(index: int) -> dict[str, Any]:
 
 
 async def read_stream(client: httpx.AsyncClient, index: int) -> list[Any]:
-    """Return what a stream's chunks hold of the choice, whose division into events may differ."""
+    """Return the choice as its chunks join to it, since its division into events may differ."""
     members: dict[str, list[str]] = {}
     ids: list[int] = []
     async with client.stream("POST", COMPLETIONS, json=stream_body(index)) as response:
@@ -136,7 +136,7 @@ async def read_stream(client: httpx.AsyncClient, index: int) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def expected(server: Server) -> list[list[Any]]:
-    """Return what each stream gets alone."""
+    """Return each stream's choice as it is without attacks."""
 
     async def read_each() -> list[list[Any]]:
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
@@ -147,7 +147,10 @@ def expected(server: Server) -> list[list[Any]]:
 
 @contextlib.asynccontextmanager
 async def streams_are_unharmed(server: Server, expected: list[list[Any]]) -> AsyncIterator[None]:
-    """Keep eight streams going while the block runs. Each must get its own ids and rows every time, once at least."""
+    """Repeat eight streams while the block runs.
+
+    Each must get its own ids and rows every time, and at least once.
+    """
     over = asyncio.Event()
 
     async def repeat(index: int) -> int:
@@ -189,7 +192,7 @@ def head(path: str = COMPLETIONS, *lines: str) -> bytes:
 
 
 async def exchange(server: Server, content: bytes) -> bytes:
-    """Send bytes and return all that comes back until the server closes."""
+    """Send bytes and return everything that comes back until the server closes."""
     reader, writer = await asyncio.open_connection(*server.address)
     with contextlib.closing(writer):
         writer.write(content)
@@ -291,7 +294,7 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
 
 
 async def vanish(server: Server, chance: random.Random) -> None:
-    """Send a request up to a random byte, or read its answer up to one, and go away, sometimes by a reset."""
+    """Send a request, or read its answer, up to a random byte. Then go away, sometimes by a reset."""
     path, body = chance.choice(REQUESTS)
     content = json.dumps(body).encode()
     whole = head(path, f"content-length: {len(content)}") + content
@@ -361,7 +364,7 @@ PAGES: list[tuple[int, dict[str, str]]] = [
     (415, {"content-type": "text/plain"}),
     (415, {"content-type": "multipart/form-data; boundary=a"}),
 ]
-"""What pages of other origins can make a browser send, and how each is refused."""
+"""Requests that pages of other origins can make a browser send, and the refusal of each."""
 
 
 async def web_pages(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Requests that once failed here or at others, sent by curl, aiohttp, httpx, urllib and Node's fetch."""
+"""Requests that some servers answer wrongly, sent by curl, aiohttp, httpx, urllib and Node's fetch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HI = b'{"prompt": "Hi", "max_tokens": 1, "temperature": 0}'
 APP = "app://editor"
 SEPARATORS = "a\u2028b\u2029c\u0085d"
 LONGEST_EVENT = 400_000
-"""Bytes that no event of more than one row passes."""
+"""Most bytes of an event with more than one row."""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def url(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(params=list(CLIENTS.values()), ids=list(CLIENTS))
 def send(request: pytest.FixtureRequest) -> Send:
-    """Return what sends a request, by each client in turn."""
+    """Return the function that sends a request by a client, each in turn."""
     sender: Send = request.param
     return sender
 
@@ -83,7 +83,10 @@ def test_a_page_may_not_send_text_and_an_app_that_is_let_in_may_ask_first(url: s
 
 @pytest.mark.parametrize("name", ["httpx", "aiohttp", "urllib", "curl"])
 def test_a_page_of_another_origin_is_refused(url: str, name: str) -> None:
-    """A page's browser sets Origin and Host; Node's fetch lets nobody set Host."""
+    """A page's browser sets Origin and Host.
+
+    Node's fetch is left out, because it does not allow setting Host.
+    """
     foreign = CLIENTS[name](post(url, HI, origin="https://evil.example"))
     assert foreign.status == 403
     assert "--cors-origin" in foreign.json["error"]["message"]
@@ -130,7 +133,7 @@ def test_a_body_over_the_limit_is_answered(url: str, send: Send) -> None:
 
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
 def test_many_values_of_the_wrong_type_are_refused_unread(url: str, send: Send) -> None:
-    """1.3 million strings in ``stop_token_ids``, which once took the server 7 s and 443 MiB."""
+    """1.3 million strings in ``stop_token_ids``. Read in full, they would take the server 7 s and 443 MiB."""
     body = b'{"prompt": "Hi", "stop_token_ids": [' + b'"a",' * 1_300_000 + b'"a"]}'
     assert has_error(send(post(url, body)), 400, "too_many_values")
 
@@ -167,7 +170,7 @@ def test_line_separators_of_a_text_do_not_break_an_event(url: str) -> None:
 
 
 def test_aiohttp_reads_the_lines_of_a_stream_of_full_rows(url: str) -> None:
-    """aiohttp refuses lines of more than 512 KiB. The prompt's rows once came as one line of 5.5 MB."""
+    """aiohttp refuses lines of more than 512 KiB. The prompt's rows on one line would be 5.5 MB."""
     body = {
         "messages": [{"role": "user", "content": "Hi"}],
         "stream": True,

@@ -65,7 +65,7 @@ def test_a_gzipped_body_is_answered(tiny_url: str) -> None:
 
 
 def test_silent_connections_beyond_the_limit_on_files_keep_nobody_out(poor: LiveServer) -> None:
-    """The server runs out of descriptors, and goes on once it has some again."""
+    """The server runs out of descriptors, and goes on once some are free."""
     silent = [RawClient(poor.url) for _ in range(3 * FILES)]
     for client in silent:
         client.close()

@@ -27,7 +27,7 @@ def pieces(count: int = NUM_PIECES) -> Iterator[bytes]:
 
 
 def post(url: str, body: Iterable[bytes], headers: dict[str, str]) -> tuple[int, dict[str, str], Any]:
-    """Return status, headers and error object as urllib reads them, after it has sent the whole body."""
+    """Send the whole body by urllib, and return status, headers and error object."""
     request = urllib.request.Request(  # noqa: S310 - the address of the tests' own server
         url, data=body, headers={"content-type": "application/json", **headers}, method="POST"
     )

@@ -124,7 +124,7 @@ def test_a_client_that_stops_reading_holds_up_nobody_and_nothing(server: LiveSer
         before = {pid: peak_bytes(pid) for pid in family(server)}
         with open_logits(server.url, input=prompt) as reader:
             assert reader.read_next_batch().num_rows * ROW_BYTES <= WINDOW
-            # In these 320 steps more than 100 MB of rows could be made, if nothing held them back.
+            # These 320 steps could make more than 100 MB of rows, if nothing held them back.
             for _ in range(10):
                 assert short(client) == expected
             grown = {pid: peak_bytes(pid) - peak for pid, peak in before.items()}

@@ -1,4 +1,4 @@
-"""Clients that request much and read little or nothing: some are dropped, and nobody else waits for them."""
+"""Clients that request much and read little or nothing: some are dropped, and no others wait for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams as clients with other habits read them: line by line, within a line's bound, with silences filled."""
+"""Streams read in other ways: line by line, with a bound on lines, through silences with pings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASE_9 = {"messages": MESSAGES, "stream": True, "max_tokens": 4, "return_logits"
 
 @pytest.fixture(scope="module")
 def pinging_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server whose streams are never silent for longer than a token takes, and which gives a place to one request."""
+    """A server that fills every silence with pings, and has a place for one request."""
     log = tmp_path_factory.mktemp("pinging") / "server.log"
     with serving(log, "--ping-interval=0.001", "--max-num-seqs=1") as server:
         yield server.url
@@ -122,7 +122,10 @@ def test_the_npm_packages_read_past_silences(pinging_url: str, package: str) -> 
 
 
 def test_a_request_behind_a_long_one_gets_its_head_and_pings_at_once(pinging_url: str) -> None:
-    """There is one place. The second stream begins while the first one holds it, and is told so by pings alone."""
+    """The second stream waits for the only place, which the first one holds.
+
+    Its reader gets the head and pings.
+    """
     asked = {"prompt": [5, 6], "max_tokens": 2000, "ignore_eos": True, "stream": True}
     url = f"{pinging_url}/v1/completions"
     with (

@@ -1,4 +1,4 @@
-"""What a web page can send, over sockets: a server without keys stays out of its reach, one with keys can be opened to it."""
+"""Requests of web pages, over sockets: a keyless server is out of reach, one with keys can be opened."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def guarded(tiny_llama: Path, keys: Path, tmp_path_factory: pytest.TempPathFacto
 def send(
     server: LiveServer, method: str, path: str, headers: Headers, body: bytes = b""
 ) -> tuple[int, dict[str, str], Any]:
-    """Send exactly these headers, and the body's length. Returns status, headers and JSON."""
+    """Send exactly these headers and the body's length. Returns status, headers and JSON."""
     address = urlsplit(server.url).netloc
     connection = http.client.HTTPConnection(address, timeout=60)
     try:
@@ -79,7 +79,7 @@ def send(
 
 
 def page(origin: str | None, host: str = "SELF", content_type: str | None = "application/json") -> Headers:
-    """Headers of a browser: where the page came from, where it thinks it sends, and what."""
+    """Headers of a browser: the page's origin, the host as the page knows it, and the content type."""
     headers = [("Host", host), ("User-Agent", "Mozilla/5.0")]
     headers += [("Origin", origin)] if origin is not None else []
     return headers + ([("Content-Type", content_type)] if content_type is not None else [])
@@ -180,7 +180,7 @@ def test_curl_needs_no_header_for_json(keyless: LiveServer) -> None:
 
 
 def test_a_preflight_needs_no_key_and_the_stream_that_follows_may_be_read(guarded: LiveServer) -> None:
-    """Case 4, as the browser of a web app goes about it."""
+    """Preflight and stream as the browser of a web app sends them."""
     asked = [("Access-Control-Request-Method", "POST"), ("Access-Control-Request-Headers", "authorization")]
     status, told, _ = send(guarded, "OPTIONS", COMPLETIONS, [*page(APP, content_type=None), *asked])
     assert (status, told["access-control-allow-origin"]) == (204, APP)
@@ -242,7 +242,7 @@ async def test_the_log_has_the_address_that_a_trusted_proxy_gives(
 
 
 def test_sighup_reads_the_keys_again(guarded: LiveServer, keys: Path) -> None:
-    """A test's own time limit ends the waiting."""
+    """The test's time limit ends the waiting."""
     with httpx.Client(base_url=guarded.url) as client:
 
         def wait_for(key: str, status: int) -> None:

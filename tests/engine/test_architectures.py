@@ -1,4 +1,4 @@
-"""Tiny random models of several families: their rows are transformers' eager float32 logits, or they are refused."""
+"""Tiny random models of several families: rows equal transformers' eager float32 logits, or are refused."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_nothing_ends_an_answer_before_min_tokens(tiny_model: LoadedModel) -> No
 
 
 def test_the_first_output_tells_that_the_request_has_begun(tiny_model: LoadedModel) -> None:
-    """It comes after the first chunk of a prompt that takes several, and not before there is a place."""
+    """The output comes after the first of a prompt's several chunks, and not before there is a place."""
     engine = make_engine(tiny_model, max_num_batched_tokens=3, max_num_seqs=1)
     engine.add(greedy("a", PROMPT, 2))
     engine.add(greedy("b", PROMPT[::-1], 2))

@@ -1,4 +1,4 @@
-"""Life of an engine process, played by a scripted process."""
+"""Life of an engine process, with a scripted process in its place."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ async def test_a_failing_step_fails_what_it_had_begun_and_the_rest_is_queued_aga
 
 
 async def test_a_silent_death_fails_every_request(tmp_path: Path) -> None:
-    """Nothing tells which of the requests had begun."""
+    """The process cannot report which of the requests had begun."""
     async with running(tmp_path) as client:
         asked = [asyncio.create_task(error_of(client, name)) for name in ("later 1", "later 2", "exit")]
         for error in asked:
@@ -147,7 +147,7 @@ async def test_a_silent_death_fails_every_request(tmp_path: Path) -> None:
 
 
 async def test_a_request_is_queued_again_once(tmp_path: Path) -> None:
-    """A request that ends every process before it has begun must not do so for ever."""
+    """A request that ends every process before it has begun must not be queued again endlessly."""
     async with running(tmp_path) as client:
         survivor = asyncio.create_task(error_of(client, "survivor"))
         await ask(client, "answer 1")
@@ -182,7 +182,7 @@ async def test_the_model_is_described_by_the_process_that_serves(tmp_path: Path)
 async def test_a_process_that_scored_a_prompt_has_served(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """So the next process is started soon."""
+    """After such a death the next process is started soon."""
     async with running(tmp_path) as client:
         for _ in range(2):
             await client.wait_ready()

@@ -1,4 +1,4 @@
-"""One request by clients that people use: each sends it in its own way and returns the answer in one form."""
+"""One request by each of several real clients, with the answer in one form."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Answered:
-    """What came back. Names of headers are in lower case."""
+    """The answer to a request. Names of headers are in lower case."""
 
     status: int
     headers: dict[str, str]
@@ -85,7 +85,7 @@ def by_urllib(sent: Sent) -> Answered:
 
 
 def by_curl(sent: Sent, *options: str) -> Answered:
-    """``options`` are further ones of curl, such as --http2."""
+    """Send by curl with further ``options``, such as --http2."""
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
     headers = [flag for name, value in sent.headers.items() for flag in ("-H", f"{name}: {value}")]
@@ -106,7 +106,7 @@ def by_curl(sent: Sent, *options: str) -> Answered:
 
 
 def by_node(sent: Sent) -> Answered:
-    """Node's fetch."""
+    """Send by Node's fetch."""
     if shutil.which("node") is None:
         pytest.skip("needs node")
     body = None if sent.body is None else base64.b64encode(sent.body).decode()

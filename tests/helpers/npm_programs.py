@@ -1,4 +1,4 @@
-"""Programs of tests/e2e/npm, which check what a package of npm gets from a server."""
+"""Programs of tests/e2e/npm, which check a package of npm against a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of a server held against the OpenAPI document of the same server."""
+"""Checks of a server's answers against its own OpenAPI document."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from jsonschema import Draft202012Validator
 
 
 class Document:
-    """A server's document. Statuses, media types, headers and schemas that it does not name fail a test."""
+    """A server's document.
+
+    Statuses, media types, headers and schemas that the document does not name fail a test.
+    """
 
     def __init__(self, content: bytes) -> None:
         self.json: Any = orjson.loads(content)
@@ -25,7 +28,7 @@ class Document:
         }
 
     def resolve(self, node: Any) -> Any:
-        """Return what a reference points at, or the node that is none."""
+        """Return the target of a reference, or a node that is no reference."""
         while "$ref" in node:
             target = self.json
             for part in node["$ref"].removeprefix("#/").split("/"):

@@ -11,7 +11,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 SECONDS = 60
-"""Longest time that a server may take for anything. No test waits for it, unless it fails."""
+"""Longest time that a server may take for anything. Only a failing test waits that long."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class RawClient:
         return self._file.read()
 
     def is_closed(self) -> bool:
-        """Wait for the server to say something more, and return whether that is the end."""
+        """Wait for the server's next byte or the end, and return whether the connection has ended."""
         try:
             return self._file.read(1) == b""
         except ConnectionResetError:

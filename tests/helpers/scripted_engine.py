@@ -1,6 +1,6 @@
 """An engine that follows a test's script, behind the real app.
 
-The script makes it behave as a real engine cannot on demand.
+The script makes it behave in ways that a real engine does not show on demand.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ COMMAND = (sys.executable, __file__)
 
 
 def model_info() -> ModelInfo:
-    """Describe the model. ``num_blocks`` is the process's id, which tells one process from the next."""
+    """Describe the model. ``num_blocks`` is the process's id, which differs from process to process."""
     return ModelInfo(
         model_path="/models/scripted",
         tokenizer_path="/models/scripted",

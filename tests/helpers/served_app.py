@@ -28,7 +28,10 @@ class ServedApp:
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the request's body. Its path and its headers' names stand in the answer's head."""
+    """Answers with the request's body.
+
+    The answer's head has the request's path and the names of its headers.
+    """
     body = b""
     more_body = True
     try:

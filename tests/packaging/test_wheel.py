@@ -1,4 +1,4 @@
-"""The wheels, built and installed into an empty environment, as a user has them. Run by ``make install-test``."""
+"""The wheels, built and installed into an empty environment, as a user does. Run by ``make install-test``."""
 
 from __future__ import annotations
 
@@ -61,9 +61,7 @@ class Installation:
 
     def install(self, *arguments: str) -> None:
         pip = [str(self._bin / "python"), "-m", "pip", "install", "--quiet", "--no-compile"]
-        subprocess.run(
-            [*pip, *arguments], check=True
-        )  # with the variables that name an index, if there are some
+        subprocess.run([*pip, *arguments], check=True)  # with the variables that name an index, if set
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""Compressed bodies: what is decoded, what is refused, and how much of a bomb is inflated."""
+"""Compressed bodies: decoded, refused, and inflated within the limit."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ async def test_a_bomb_is_refused(open_app: OpenApp) -> None:
 
 
 class Decoded:
-    """What an app behind the middleware receives of a body that comes in these pieces."""
+    """The body that an app behind the middleware receives, if it comes in these pieces."""
 
     def __init__(self, *pieces: bytes, limit: int = LIMIT) -> None:
         self._pieces = list(pieces)
@@ -138,7 +138,7 @@ async def test_every_byte_comes_out_once_however_it_came(size: int, kind: str) -
     assert await body.run() == content
 
 
-async def test_of_a_bomb_no_more_than_a_piece_over_the_limit_is_inflated(
+async def test_a_bomb_is_inflated_by_at_most_a_piece_over_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inflated: list[int] = []

@@ -1,4 +1,4 @@
-"""Media types of bodies: JSON under its names, what curl -d declares, and none."""
+"""Media types of bodies: JSON under its names, the type of curl -d, and none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A delta cut in two again and again: whatever was in it comes out once, in order, and beside what it belongs to."""
+"""A delta cut in two repeatedly: all of it comes out once, in order, and beside its token or position."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAGS = st.booleans()
 
 
 def numbered(count: int, first: float) -> NDArray[np.float32]:
-    """Rows that tell which one they are."""
+    """Return rows with their numbers as values."""
     return (np.arange(count, dtype=np.float32)[:, None] + first).repeat(WIDTH, axis=1)
 
 
@@ -50,7 +50,7 @@ def logprobs(count: int, first: float) -> Logprobs:
 
 @st.composite
 def deltas(draw: st.DrawFn) -> Delta:
-    """Deltas as the engine may give them, those of speculation and of its own last prompt rows included."""
+    """Deltas as the engine may give them, also by speculation and with the last prompt rows."""
     tokens, positions, offset = draw(st.integers(0, 9)), draw(st.integers(0, 9)), draw(st.integers(0, 5))
     has_logits, has_logprobs, has_states, with_columns = (draw(FLAGS) for _ in range(4))
     prompt = None
@@ -87,7 +87,7 @@ def smallest_parts(delta: Delta) -> Iterator[Delta]:
 
 
 def found(parts: list[Delta]) -> dict[str, list[Any]]:
-    """Everything by name, from however many parts."""
+    """Return the joined contents of the parts, by name."""
     told: dict[str, list[Any]] = {}
 
     def add(name: str, values: Any) -> None:
@@ -134,7 +134,10 @@ def test_no_part_has_rows_of_more_than_one_token_or_position(delta: Delta) -> No
 
 @given(delta=deltas())
 def test_rows_stay_beside_their_tokens_and_positions(delta: Delta) -> None:
-    """Row i of token i says 20 + i, and that of position i says i: so each part shows whether its rows are its own."""
+    """The row of token i is 20 + i, and that of position i is i.
+
+    So each part shows whether its rows are its own.
+    """
     was_generated = False
     for part in smallest_parts(delta):
         was_generated = was_generated or bool(part.token_ids)

@@ -1,4 +1,4 @@
-"""Events of a stream as readers of lines need them: none too long, and nothing in one that breaks a line."""
+"""Events of a stream, fit for clients that read lines: none is too long, and none holds a line break."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def logprobs(count: int, top: int) -> Logprobs:
 
 
 def telling(width: int, *, top: int = 0, tokens: int = 30, chosen: bool = False) -> Script:
-    """A script with all of the prompt's rows and of many tokens in one output, as a large step may give."""
+    """Return a script with all prompt rows and many tokens in one output, as a large step may give."""
 
     def logits(rows: int, first: float) -> LogitsRows:
         columns = array(rows, width, "int32") if chosen else None
@@ -85,7 +85,7 @@ async def lines(app: App, path: str, body: dict[str, Any]) -> list[bytes]:
 
 
 def joined(chunks: list[dict[str, Any]]) -> dict[str, Any]:
-    """A choice as its chunks have it: text joined, lists and blocks appended."""
+    """Return a choice from its chunks: text joined, lists and blocks appended."""
     told: dict[str, Any] = {"text": "", "token_ids": [], "logprobs": {}, "prompt_logprobs": []}
     for chunk in chunks:
         (choice,) = chunk["choices"]

@@ -1,4 +1,4 @@
-"""HEAD wherever GET is: the same head, no body, and nothing of it in the document."""
+"""HEAD wherever GET is: the same head, no body, and no HEAD in the document."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ SCOPE = {
 
 
 class Sender:
-    """A client that sends a piece of its body, and the rest when it is told to."""
+    """A client that sends a piece of its body, and the rest on a signal of the test."""
 
     def __init__(self, app: App, piece: bytes) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""The budget of answers: which of them wait, which are refused, and that all of them end."""
+"""The budget of answers: some wait, some are refused, and all of them end."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def rows(count: int) -> Any:
 
 @pytest.mark.anyio
 async def test_an_answer_over_its_limit_is_refused_with_the_advice_to_stream(open_app: OpenApp) -> None:
-    """Written lists are longer than their raw bytes, so their length is known only after the writing."""
+    """Written lists are longer than their raw bytes, so their length is known only afterwards."""
     body = {**BODY, "return_logits": {"top_k": COLUMNS, "encoding": "list"}, "max_tokens": 10}
     async with open_app(rows(10), max_answer_bytes=100_000) as app:
         raw = 10 * COLUMNS * 8

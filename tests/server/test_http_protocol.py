@@ -1,4 +1,4 @@
-"""What our HTTP protocol makes of the bytes of good, old, slow and hostile clients."""
+"""Our HTTP protocol with the bytes of good, old, slow and hostile clients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def server() -> Iterator[ServedApp]:
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[ServedApp]:
-    """A server that waits for nothing longer than a second."""
+    """A server whose timeouts are at most a second."""
     with served(keep_alive=1, head_timeout=0.5, body_timeout=0.5) as server:
         yield server
 
@@ -238,7 +238,7 @@ def test_a_chunk_that_is_none_is_the_requests_error(server: ServedApp) -> None:
         assert client.is_closed()
 
 
-# Bodies that wait to be asked for
+# Bodies that wait for 100 Continue
 
 
 async def unreading(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001 - ASGI's signature
@@ -343,7 +343,7 @@ def test_idle_connections_are_kept_for_longer_than_those_of_balancers() -> None:
 
 
 def test_a_body_that_trickles_is_given_up(hasty: ServedApp) -> None:
-    """Its bytes come often enough that it is never silent."""
+    """The body's bytes come often enough that the client is never silent."""
     with RawClient(hasty.url) as client:
         client.send(get("/", "content-length: 1000000"))
         client.socket.settimeout(0.05)

@@ -87,7 +87,7 @@ async def test_a_websocket_without_the_key_gets_the_error_object_where_the_serve
 
 
 async def test_every_route_but_the_probes_needs_the_key(open_app: OpenApp) -> None:
-    """Peers left /tokenize, /pause and others open: here a route is closed unless it is a probe."""
+    """Other servers left /tokenize, /pause and more open. Here every route but the probes is closed."""
     async with open_app(api_key=["right"]) as app:
         paths = set(app.asgi.openapi()["paths"])
         assert {"/tokenize", "/detokenize", "/v1/models", "/health", "/ready"} <= paths
@@ -98,9 +98,9 @@ async def test_every_route_but_the_probes_needs_the_key(open_app: OpenApp) -> No
 
 
 async def test_keys_are_compared_in_constant_time(open_app: OpenApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CVE-2025-59425: a comparison that ends at the first wrong byte tells how many were right.
+    """CVE-2025-59425: a comparison that ends at the first wrong byte shows how many were right.
 
-    Digests are compared, which have one length, and each with each: a right key first in the list ends nothing.
+    All digests have one length and are all compared: a right key first in the list ends nothing.
     """
     compared: list[tuple[Any, Any]] = []
     compare = hmac.compare_digest
@@ -182,7 +182,7 @@ def one_token(request: GenerationRequest) -> list[Step]:
 async def test_each_key_has_cached_prefixes_of_its_own(
     open_app: OpenApp, path: str, body: dict[str, Any]
 ) -> None:
-    """A prompt that is answered faster than it can be computed was asked before: by whom must be the same key."""
+    """A prompt that is answered faster than computed came before. Only the same key may learn that."""
 
     async def salt_of(app: App, key: str, salt: str | None = None) -> str | None:
         asked = len(app.engine.requests)
@@ -198,7 +198,7 @@ async def test_each_key_has_cached_prefixes_of_its_own(
         first, second = salts[0], salts[3]
         assert first is not None
         assert second is not None
-        # What one key may write into its salt does not make another key's.
+        # No salt that one key chooses makes another key's salt.
         assert await salt_of(app, "right", second) not in salts
         assert "right" not in "".join(filter(None, salts))
     async with open_app(one_token) as app:

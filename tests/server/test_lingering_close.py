@@ -1,4 +1,4 @@
-"""The rest of a body whose request is already answered: the limits of its reading, without keeping any."""
+"""The rest of a body whose request is already answered: read up to limits, and never kept."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Client:
     async def ask(
         self, app: ASGIApp, headers: list[tuple[bytes, bytes]], **limits: Any
     ) -> list[tuple[bytes, bool]]:
-        """Return the body of each of the answer's messages, and whether more was to come."""
+        """Return the body of each of the answer's messages, and its ``more_body``."""
         scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
         await LingeringClose(app, **limits)(scope, self.receive, self.send)
         return [(message["body"], message.get("more_body", False)) for message in self.told[1:]]

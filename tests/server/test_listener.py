@@ -46,14 +46,14 @@ def test_port_0_is_the_same_port_for_every_address(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_address_of_a_name_that_is_not_ours_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As that of localhost in IPv6 where IPv6 is off."""
+    """One case is localhost's IPv6 address where IPv6 is off."""
     resolving(monkeypatch, ABSENT, "127.0.0.1")
     with bound(ServerConfig(host="half", port=0)) as (listener,):
         assert listener.getsockname()[0] == "127.0.0.1"
 
 
 def test_a_port_that_is_taken_on_one_address_of_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the clients would reach somebody else. What was bound is let go."""
+    """Half of the clients would reach another server. The addresses already bound are released."""
     with bound(ServerConfig(host="127.0.0.2", port=0)) as (other,):
         port = other.getsockname()[1]
         resolving(monkeypatch, "127.0.0.1", "127.0.0.2")
@@ -79,7 +79,7 @@ def test_a_host_that_cannot_be_listened_on_is_refused_by_its_flag(host: str, say
 
 
 def test_a_forbidden_port_is_refused_by_its_flag(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root may listen on all ports, so the kernel's answer is played."""
+    """Root may listen on all ports, so the kernel's error is faked."""
 
     def forbid(_listener: socket.socket, _address: object) -> None:
         raise PermissionError(13, "Permission denied")

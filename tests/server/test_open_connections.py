@@ -1,4 +1,4 @@
-"""How many connections there may be where few files may be open."""
+"""The number of connections where few files may be open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The OpenAPI document: valid, the same for everybody, and no stricter and no looser than validation."""
+"""The OpenAPI document: valid, the same for every client, and no stricter and no looser than validation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCALARS: list[Any] = [None, True, 0, -1, 1.5, "", "none", "text", [], ["text"], 
 
 
 def content_of(model_info: ModelInfo, **options: Any) -> bytes:
-    """The document of an app with these options, before its model is loaded."""
+    """Return the document of an app with these options, before its model is loaded."""
     app = create_app(ScriptedEngine(model_info, lambda _: []), ServerConfig(**options))
 
     async def get() -> bytes:

@@ -1,4 +1,4 @@
-"""Which web pages and which host names may drive the server."""
+"""Web pages and host names that may call the server, and others."""
 
 from __future__ import annotations
 
@@ -234,13 +234,13 @@ async def test_a_preflight_of_another_origin_gets_no_headers(open_app: OpenApp) 
         status_code, headers = await preflight(app, EVIL)
         assert status_code == 403
         assert not any(name.startswith("access-control") for name in headers)
-        # Without what a browser says in a preflight it is a request like any other.
+        # Without a preflight's headers it is a request like any other.
         assert (await app.client.options(COMPLETIONS, headers={"origin": APP})).status_code == 405
         assert (await app.client.options(COMPLETIONS)).status_code == 405
 
 
 async def test_a_listed_origin_may_read_every_answer(open_app: OpenApp) -> None:
-    """Streams, refusals by routes and by gates, and a fault that nobody foresaw."""
+    """Streams, refusals by routes and by gates, and an unforeseen fault."""
 
     def script(request: GenerationRequest) -> list[Step]:
         if request.sampling.max_tokens == 7:

@@ -1,4 +1,4 @@
-"""What /ready says, and what counts as a request that runs."""
+"""Answers of /ready, and the count of requests that run."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ async def test_a_client_that_leaves_while_it_sends_its_body_is_no_error_of_ours(
         (("192.0.2.7", 5), "192.0.2.7"),
         (("2001:DB8:0::7", 0), "2001:db8::7"),
         (("fe80::1%\x1b[2J evil=1", 0), "fe80::1"),
-        (("\x1b[2J" * 20, 0), "unknown"),  # what a trusted proxy passed on
+        (("\x1b[2J" * 20, 0), "unknown"),  # from a trusted proxy
         (None, None),
     ],
 )

@@ -1,4 +1,4 @@
-"""How many requests may wait, how many tokens, and what those are told that come when the queue is full."""
+"""Bounds on waiting requests and tokens, and the refusals of a full queue."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Clock:
 
 
 class Gate:
-    """A script of requests that begin when the gate is opened."""
+    """A script whose requests begin when the gate is opened."""
 
     def __init__(self) -> None:
         self.opened = asyncio.Event()
@@ -104,7 +104,7 @@ async def test_tokens_too_many_are_refused_and_a_long_prompt_alone_is_not(open_a
 
 @pytest.fixture
 def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Until it is set, no text is encoded, and none decoded."""
+    """Yield an event until which no text is encoded or decoded."""
     released = threading.Event()
     encode, decode = ModelTokenizer.encode, ModelTokenizer.decode
 

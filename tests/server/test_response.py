@@ -1,4 +1,4 @@
-"""The way from the engine's outputs to the wire: text that is held back, rows that are not, and failures."""
+"""The way from the engine's outputs to the wire: held-back text, rows that are not, and failures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tokenizer(model_info: ModelInfo) -> Tokenizer:
 
 
 def row(value: float) -> LogitsRows:
-    """Return one row with one column, whose value tells the row from others."""
+    """Return one row with one column, whose value identifies the row."""
     return LogitsRows(
         values=Array("float32", (1, 1), np.array([value], "<f4").tobytes()),
         token_ids=Array("int32", (1, 1), np.array([7], "<i4").tobytes()),

@@ -54,16 +54,16 @@ async def test_routes_probes_and_the_key_hold_under_the_prefix(open_app: OpenApp
 async def test_no_path_that_looks_like_a_probe_passes_without_the_key(
     open_app: OpenApp, root: str, path: str
 ) -> None:
-    """What the key gate lets pass is a probe for the router too, under any prefix."""
+    """A path that the key gate lets pass is a probe for the router too, under any prefix."""
     async with open_app(root_path=root, api_key=["right"]) as app:
         answer = await app.client.get(path)
         assert answer.status_code == 401
-        # With the key it is no other's answer either: what the gate and the router see is one path.
+        # With the key no other route answers either: the gate and the router see one path.
         assert (await app.client.get(path, headers=KEY)).json() != {"status": "ok"}
 
 
 async def test_no_header_changes_the_path_that_the_key_gate_sees(open_app: OpenApp) -> None:
-    """CVE-2026-48746: a Host header that held a path made a URL of an open path."""
+    """CVE-2026-48746: a Host header with a path in it made the request look like one for an open path."""
     async with open_app(api_key=["right"]) as app:
         for headers in (
             {"host": "test/health?"},

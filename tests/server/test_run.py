@@ -19,7 +19,7 @@ pytestmark = pytest.mark.anyio
 
 
 def script(request: GenerationRequest) -> list[Step]:
-    """Give one token at once, then nothing for ever."""
+    """Give one token at once, and then nothing."""
     first = StepOutput(request_id=request.request_id, index=0, token_ids=[33], num_cached_tokens=1)
     return [first, asyncio.get_running_loop().create_future()]
 
@@ -31,7 +31,7 @@ async def job_of(app: App, **body: object) -> Job:
 
 @pytest.mark.parametrize("prompts", [1, 3])
 async def test_closing_the_deltas_closes_every_request(open_app: OpenApp, prompts: int) -> None:
-    """A request whose next output nobody waits for is closed too."""
+    """A request is closed too while its next output is not awaited."""
     async with open_app(script) as app:
         running = RunningJob(await job_of(app, prompt=["Hi"] * prompts), app.state)
         deltas = running.deltas()

@@ -1,4 +1,4 @@
-"""Streams that have nothing to say for a while: what goes out meanwhile, and what it changes for failures."""
+"""Streams that are silent for a while: their pings, and failures after a ping."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ async def test_a_refusal_before_a_ping_keeps_its_status(open_app: OpenApp, inter
 
 
 async def test_a_stream_with_pings_turned_off_and_a_whole_answer_stay_silent(open_app: OpenApp) -> None:
-    """They are as old as a stream that has had several pings."""
+    """Both run for as long as a stream that has had several pings."""
     never = asyncio.Event()
     script: Script = lambda r: [never.wait(), token(r, last=True)]  # noqa: E731
     async with open_app(script, ping_interval=SECONDS) as app, open_app(script, ping_interval=0) as other:

@@ -1,4 +1,4 @@
-"""The state that the routes share: the model that is served, and the failure of a load."""
+"""The state that the routes share: the served model, and the failure of a load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long a request may wait for its turn, and how long it may take in all."""
+"""Limits on a request's wait for its turn, and on its whole time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def token(request: GenerationRequest, *, last: bool = False) -> StepOutput:
 
 
 def beginning(request: GenerationRequest) -> StepOutput:
-    """What the engine says when it has computed the first part of a long prompt."""
+    """Return the engine's output after the first part of a long prompt."""
     return StepOutput(request_id=request.request_id, index=0)
 
 
@@ -61,7 +61,7 @@ async def test_a_request_that_does_not_begin_is_told_to_come_again(
 
 
 async def test_a_request_that_has_begun_waits_as_long_as_it_takes(open_app: OpenApp) -> None:
-    """It is older than another that did not begin in time."""
+    """The request outlives another that did not begin in time."""
     goes_on = asyncio.Event()
 
     def script(request: GenerationRequest) -> list[Step]:
@@ -142,7 +142,7 @@ async def test_an_arrow_stream_that_takes_too_long_is_cut_off(open_app: OpenApp)
 
 
 async def test_time_in_which_the_reader_takes_nothing_is_not_the_requests(open_app: OpenApp) -> None:
-    """The reader goes on when a request that came after it has run out of time."""
+    """The reader goes on after a later request has run out of time."""
     taken = asyncio.Event()
     sent: list[Any] = []
 

@@ -1,4 +1,4 @@
-"""How the server ends."""
+"""The end of the server."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KEEP_ALL = (0x06, 0, 0, 0xFFFFFFFF)
 """The BPF program of one instruction that keeps every packet."""
 
 SO_LOCK_FILTER = 44
-"""Forbids every other filter on a socket, as a sandbox may."""
+"""Socket option that forbids further filters, as a sandbox may."""
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def end(model_info: ModelInfo, listener: socket.socket) -> Callable[..., int]:
 def at_draining(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> Callable[[Callable[[], None]], None]:
-    """Have something done in the instant in which the log says that draining begins."""
+    """Return a function whose argument is called at the instant when draining is logged."""
 
     def at_draining(work: Callable[[], None]) -> None:
         def look(record: logging.LogRecord) -> bool:
@@ -109,7 +109,7 @@ def test_a_client_that_is_accepted_in_the_last_instant_is_answered(
     listener: socket.socket,
     at_draining: Callable[[Callable[[], None]], None],
 ) -> None:
-    """The listener may be another's too, so that newcomers are not held back."""
+    """Another process may listen too, so newcomers are not held back."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         asked: list[concurrent.futures.Future[Answer]] = []
 

@@ -1,4 +1,4 @@
-"""Clients that stop reading, below HTTP: which are dropped, and the slices that show their progress."""
+"""Clients that stop reading, below HTTP: they are dropped unless slices show their progress."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FakeConnection:
 
 
 def script(request: GenerationRequest) -> list[Step]:
-    """Give a row or a token at once, then nothing for ever."""
+    """Give a row or a token at once, and then nothing."""
     prompt = None
     if request.sampling.max_tokens == 0:
         values = Array("float32", (1, 2), np.zeros(2, np.float32).tobytes())
@@ -123,7 +123,7 @@ async def test_a_client_with_nothing_to_take_is_not_dropped(open_app: OpenApp) -
 
 
 async def test_a_long_body_is_sent_in_views_of_itself_and_its_end_apart(open_app: OpenApp) -> None:
-    """Each message, the end included, waits until the server has room for the one before."""
+    """Each message, the end included, waits until the server has taken the one before."""
     messages: list[Any] = []
 
     async def send(message: Any) -> None:

@@ -19,7 +19,7 @@ class StreamDecoder(Protocol[T_co]):
 
     @property
     def usage(self) -> Usage | None:
-        """Return the counts of tokens, where the stream has told them."""
+        """Return the counts of tokens, or None before they have come."""
 
     def feed(self, data: bytes) -> Sequence[T_co]:
         """Return the parts that ``data`` completes. Raises StreamError or DecodeError."""

@@ -31,7 +31,7 @@ class EngineProtocol(Protocol):
         """Wait until requests can be served, also after a restart. Raises EngineDeadError if the model cannot load."""
 
     async def wait_lost(self) -> str:
-        """Wait until no engine will be started any more, though nobody closed it, and return why."""
+        """Wait until the engine is lost: not closed, and never started again. Return the reason."""
 
     def not_ready_reason(self) -> str | None:
         """Return None when requests can be served, else the reason why not."""
@@ -39,10 +39,9 @@ class EngineProtocol(Protocol):
     def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
         """Stream the outputs of all ``n`` choices, interleaved, until each has a finish reason.
 
-        The first output tells that the request has left the queue. It holds nothing where more of the prompt is to be
-        computed.
-        Closing the generator early (``aclose``, cancellation) aborts the request and frees its blocks. An output's
-        arrays count against the request's window until the next output is requested.
+        The first output shows that the request has left the queue, and is empty where more of the prompt is to
+        be computed. Closing the generator early (``aclose``, cancellation) aborts the request and frees its
+        blocks. An output's arrays count against the request's window until the next output is requested.
 
         Raises EngineNotReadyError, EngineOverloadedError or RequestRefusedError before the first output;
         EngineDeadError at any time.

@@ -197,7 +197,7 @@ class Logprobs(Struct, frozen=True, kw_only=True, array_like=True):
 class PromptOutput(Struct, frozen=True, kw_only=True, array_like=True):
     """Rows of the prompt, in order, each exactly once.
 
-    ``offset`` is the position of the first row. Logits row j is computed at prompt position j and scores
+    ``offset`` is the position of the first row. Logits row j is computed at prompt position j and predicts
     token j + 1; a T-token prompt has T rows. Logprobs entry j belongs to token ``j + 1``, so a T-token prompt
     has T - 1 entries. ``hidden_states`` is [rows, H]. ``values`` float32 is [rows, outputs of the head], or
     of the last position alone unless the request asks for every one. ``pooled`` float32 [H] comes with the
@@ -263,7 +263,7 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     device: str
     kernels: str
     weights: str
-    """How the linear layers' weights are stored: dense, or the formats of their blocks."""
+    """Storage of the linear layers' weights: dense, or the formats of their blocks."""
     batch_invariant: bool
     block_size: int
     num_blocks: int

@@ -36,17 +36,23 @@ ENGINE_COMMAND = (sys.executable, "-m", "logitengine.process")
 """Command of the engine process; it takes ``--socket`` and ``--config``."""
 
 SILENT_SECONDS = 10.0
-"""Silence after which a process counts as not answering. It sends a message every second, also while it computes."""
+"""Silence after which a process counts as not answering.
+
+A process sends a message every second, also in a step.
+"""
 
 STUCK_SECONDS = 30.0
 STUCK_FACTOR = 10
 """A step is stuck when it takes longer than this many seconds and this many times the longest step before it."""
 
 QUICK_SECONDS = 30.0
-"""A process dies quickly if it has answered no request and it is not this long since it was ready."""
+"""Time after ready within which the death of a process counts as quick, if it has answered no request."""
 
 RESTART_SECONDS = (0.1, 1.0, 5.0)
-"""Pauses before the restart that follows this many quick deaths in a row. After one more no process is started."""
+"""Pauses before a restart, by the number of quick deaths in a row.
+
+After one more death no process is started.
+"""
 
 EXIT_SECONDS = 5.0
 """Time for a process to exit by itself once its socket is closed."""
@@ -70,7 +76,7 @@ class Supervisor:
     """Keeps an engine process alive and connects ``streams`` to it.
 
     Args:
-        streams: told when a process is ready or gone, and given its messages about requests.
+        streams: is notified when a process is ready or gone, and gets its messages about requests.
         command: the process to run.
         clock: seconds, monotonic.
     """
@@ -172,7 +178,7 @@ class Supervisor:
             self._ready_at = None
             await self._run_process()
             if self.info is None:
-                # It never loaded, and another try would fail again, so everyone who waits for it is told.
+                # The engine never loaded, and another try would fail too, so every waiter gets the failure.
                 self._give_up(self._load_error or "the engine died while it was loading")
                 return
             quick_deaths = quick_deaths + 1 if self._died_quickly() else 0
@@ -188,12 +194,15 @@ class Supervisor:
             await asyncio.sleep(pause)
 
     def _died_quickly(self) -> bool:
-        """Look at the last process. It has said something every second while it lived."""
+        """Return whether the last process died quickly. Its messages came every second while it lived."""
         lived = 0.0 if self._ready_at is None else self._last_heard - self._ready_at
         return not self._has_answered and lived <= QUICK_SECONDS
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
-        """Give up after a fault of the supervisor itself, which would else look like an engine that loads for ever."""
+        """Give up after a fault of the supervisor itself.
+
+        Otherwise the engine would seem to load endlessly.
+        """
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("supervising the engine failed", exc_info=error)
             self._give_up(f"supervising the engine failed: {error}")
@@ -229,7 +238,7 @@ class Supervisor:
             if connection is not None:
                 await self._converse(connection)
         finally:
-            # Before the process is reaped, which takes seconds if it does not exit by itself.
+            # Comes before the reaping, which takes seconds if the process does not exit by itself.
             if not self._has_failed and not self._closing:
                 self._turn_away("the engine died and is being restarted" if self.info else "the engine died")
             listener.close()
@@ -258,7 +267,10 @@ class Supervisor:
             logger.exception("the engine sent what is no message")
 
     async def _reap(self) -> None:
-        """Let the process exit by itself (its socket is closed), then make sure that it has, even when cancelled."""
+        """Let the process exit by itself, since its socket is closed.
+
+        Kill it if it does not, or when cancelled.
+        """
         process, channel, self._process, self._channel = self._process, self._channel, None, None
         if channel is not None:
             channel.send(Shutdown())
@@ -294,7 +306,7 @@ class Supervisor:
                 self._on_failed(reason, begun)
 
     def _on_failed(self, reason: str, begun: list[str]) -> None:
-        if self.info is not None:  # whoever waits for the first load is told by wait_ready, and tells it
+        if self.info is not None:  # wait_ready reports a failed first load
             logger.error("the engine failed: %s", reason)
         was_ready = self._unavailable is None
         self._has_failed = True

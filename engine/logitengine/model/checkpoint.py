@@ -115,7 +115,7 @@ def _cached(kind: str, source: Path, convert: Callable[[Path], None]) -> Path:
         try:
             draft.rename(target)
         except OSError:
-            if not target.is_dir():  # another process may have finished first; its copy is equal
+            if not target.is_dir():  # another process may have finished first with an equal copy
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

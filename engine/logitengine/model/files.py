@@ -1,6 +1,6 @@
-"""What a model's name stands for, and what its files show before anything is loaded. Free of torch and transformers.
+"""Checks of a model's name and its files before anything is loaded. Free of torch and transformers.
 
-The command line looks here, so that a model which cannot be served is refused at once.
+The command line calls them, so that a model that cannot be served is refused at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GGUF_HEADER = struct.Struct("<4sIQQ")
 
 LEAST_TENSOR_BYTES = 24
 LEAST_ENTRY_BYTES = 13
-"""Bytes that a tensor and a metadata entry take in the header at least."""
+"""Least bytes of a tensor or a metadata entry in the header."""
 
 
 def check_model(config: EngineConfig) -> None:
@@ -83,7 +83,7 @@ def check_directory(path: Path) -> None:
 
 
 def check_hub_name(name: str) -> None:
-    """Raise CheckpointError for what is no name of a model on the hub."""
+    """Raise CheckpointError for a name that no model on the hub can have."""
     if Path(name).is_file():
         raise CheckpointError(f"{name} is neither a directory nor a .gguf file")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
@@ -93,7 +93,7 @@ def check_hub_name(name: str) -> None:
 
 
 def unreachable(name: str, error: Exception) -> str:
-    """Return the message for a hub name whose files cannot be had."""
+    """Return the message for a hub name whose files cannot be fetched."""
     return f"{name!r} is no local path and could not be fetched from the hub: {error}"
 
 
@@ -129,7 +129,10 @@ def _check_gguf(path: Path) -> None:
 
 
 def _check_hub(name: str) -> None:
-    """Find the model's config.json in the cache, or ask the hub for it, once: without a network that fails at once."""
+    """Find the model's config.json in the cache or on the hub.
+
+    The hub is tried once, to fail at once without a network.
+    """
     check_hub_name(name)
     from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
@@ -137,5 +140,5 @@ def _check_hub(name: str) -> None:
         return
     try:
         get_hf_file_metadata(hf_hub_url(name, CONFIG))
-    except Exception as error:  # whatever its network, its server or its cache raises
+    except Exception as error:  # errors of the network, the server or the cache
         raise CheckpointError(unreachable(name, error)) from error

@@ -1,4 +1,4 @@
-"""From the options to a model that runs: kernels, weights, network, cache."""
+"""Loading of a model by its options: kernels, weights, network, cache."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def prepare(
     device: Device,
     weights: WeightSource | None = None,
 ) -> LoadedModel:
-    """Fuse a model that is on ``device`` and uses the project's attention function, and size the KV cache for it.
+    """Fuse a model on ``device`` that uses the project's attention function, and size the KV cache for it.
 
-    The model is used up: fused parts are taken out of it. Its linear layers use the weights of ``weights`` if
-    given.
+    The model cannot be used afterwards, because fused parts are taken out of it. Its linear layers use the
+    weights of ``weights`` if given.
 
     Raises CheckpointError for a model that cannot be served, with the reason.
     """

@@ -1,8 +1,8 @@
-"""Sources of weights for a model's linear layers: its own parameters, the blocks of a GGUF file, or int8 blocks.
+"""Sources of weights for a model's linear layers: its own parameters, blocks of a GGUF file, or int8 blocks.
 
-The blocks of a GGUF file are written once, when the file is converted, to a safetensors file of uint8 rows
-named like the model's parameters. A parameter is included only if its dequantised blocks are exactly the
-weights that transformers read from the same file.
+Conversion writes the blocks of a GGUF file once, to a safetensors file of uint8 rows named like the model's
+parameters. A parameter is included only if its dequantised blocks are exactly the weights that transformers
+read from the same file.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Who may call: keys, web origins and hosts, and what proxies say of a client."""
+"""Access to the server: keys, web origins and hosts, and a client's facts from proxies."""

@@ -1,4 +1,4 @@
-"""Whose request it is."""
+"""The caller of a request."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from starlette.types import Scope
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A request's caller, as far as its key tells.
+    """A request's caller, identified by its key.
 
     Attributes:
-        tenant: the key's digest; empty where no key is asked for.
+        tenant: the key's digest; empty where no key is needed.
     """
 
     tenant: str = ""
@@ -29,7 +29,7 @@ class Caller:
         scope["logitserve.caller"] = self
 
     def cache_salt(self, chosen: str | None) -> str | None:
-        """Return the salt of a request's prefixes from the one that it chose. Two keys never share a prefix.
+        """Return the salt of a request's prefixes, made from its own choice. Two keys never share a prefix.
 
         Digests have one length, so no choice of one caller makes the salt of another.
         """

@@ -1,4 +1,4 @@
-"""API keys: where they come from, and how one is checked."""
+"""API keys: their sources, and the check of one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from pydantic import SecretStr
 logger = logging.getLogger(__name__)
 
 KEY = re.compile(rb"[!-+\--~]+")
-"""A key: printable ASCII without spaces and commas. A header cannot bear every other character, and a comma separates."""
+"""A key: printable ASCII without spaces and commas.
+
+Headers do not carry all other characters, and commas separate keys.
+"""
 
 KEY_RULE = "a key is printable ASCII without spaces and commas"
 
@@ -26,7 +29,7 @@ DIGEST_BYTES = 32
 
 
 class KeyRing:
-    """The keys that are accepted. Without keys everybody is admitted."""
+    """The accepted keys. Without keys every request is admitted."""
 
     def __init__(self, keys: Iterable[SecretStr], path: Path | None) -> None:
         """Take the keys, or those of the file. Raises ValueError when the file holds no keys or cannot be read."""
@@ -38,10 +41,10 @@ class KeyRing:
         return not self._digests
 
     def find(self, candidates: Iterable[bytes]) -> str | None:
-        """Return the digest of a key that is among the candidates, or None.
+        """Return the digest of an accepted key among the candidates, or None.
 
-        Every candidate is compared with every key, digest with digest, so the time taken tells neither which key was
-        near nor how long one is.
+        Every candidate is compared with every key, digest with digest, so the time taken shows neither a
+        similar key nor a key's length.
         """
         found = None
         for candidate in candidates:
@@ -114,7 +117,7 @@ def split_keys(value: Any) -> Any:
 
 
 def check_key(key: SecretStr) -> SecretStr:
-    """Return the key. Raises ValueError for one that no header can bear, and for none at all."""
+    """Return the key. Raises ValueError for a key that no header can carry, and for an empty one."""
     if not key.get_secret_value():
         msg = "holds no key; leave it out to ask for none"
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Hosts and web origins: how their headers are read, and which of them may call."""
+"""Hosts and web origins: parsing of their headers, and the rules by which they may call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ORIGIN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>.*)", re.IGNOREC
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A host and its port, in the one spelling that is compared. ``port`` None is the scheme's own."""
+    """A host and its port, in one spelling for comparison. ``port`` None is the scheme's own."""
 
     name: str
     port: int | None
@@ -43,7 +43,7 @@ class Host:
         return cls(str(address), port, is_address=True)
 
     def settled_port(self, scheme: str) -> int | None:
-        """Return the port that is meant under this scheme."""
+        """Return the port, which may be this scheme's own."""
         return DEFAULT_PORTS.get(scheme) if self.port is None else self.port
 
 
@@ -57,7 +57,10 @@ class Origin:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Return the origin that an ``Origin`` header names. ``null`` names none, nor does what has a path."""
+        """Return the origin that an ``Origin`` header names.
+
+        ``null`` names none, nor does a value with a path.
+        """
         match = _ORIGIN.fullmatch(text)
         if match is None:
             return None
@@ -69,7 +72,7 @@ class Origin:
 
 
 class OriginRules:
-    """Which hosts are this server's, and which web origins may call it."""
+    """Rules of the hosts that are this server's, and of the web origins that may call it."""
 
     def __init__(self, cors_origins: Sequence[str], allowed_hosts: Sequence[str]) -> None:
         """Take the values of --cors-origin and --allowed-host, checked."""
@@ -81,7 +84,7 @@ class OriginRules:
         self._hosts = frozenset(name.lower().removesuffix(".") for name in allowed_hosts)
 
     def is_known(self, host: Host) -> bool:
-        """Return whether no web page can have made the name point here: an address, localhost, or an allowed name."""
+        """Return whether no web page can rebind the name: an address, localhost, or an allowed name."""
         return (
             host.is_address or host.name == "localhost" or host.name in self._hosts or self._admits_any_host
         )
@@ -117,7 +120,7 @@ def _scheme_of_all(text: str) -> str | None:
 
 
 def check_origins(origins: list[str]) -> list[str]:
-    """Return the values of --cors-origin. Raises ValueError for one that is no origin."""
+    """Return the values of --cors-origin. Raises ValueError for a value that is no origin."""
     for text in origins:
         if text not in (ANY, OPAQUE) and Origin.parse(text) is None:
             msg = (
@@ -129,7 +132,7 @@ def check_origins(origins: list[str]) -> list[str]:
 
 
 def check_hosts(names: list[str]) -> list[str]:
-    """Return the values of --allowed-host. Raises ValueError for one that is no host's name."""
+    """Return the values of --allowed-host. Raises ValueError for a value that is no host's name."""
     for name in names:
         host = Host.parse(name)
         if name != ANY and (host is None or ":" in name or ANY in name):

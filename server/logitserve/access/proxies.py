@@ -1,4 +1,4 @@
-"""What a proxy in front says and does: the prefix of the paths, and the client's address."""
+"""Checks of the options about proxies: --root-path and --forwarded-allow-ips."""
 
 from __future__ import annotations
 
@@ -24,20 +24,27 @@ OWN_PATHS = frozenset(
 
 
 def check_root_path(root_path: str) -> str:
-    """Return --root-path without the slash at its end. Raises ValueError for one that cannot be told from our own paths."""
+    """Return --root-path without the slash at its end.
+
+    Raises ValueError for a prefix that looks like our own paths.
+    """
     root_path = root_path.removesuffix("/")
     if _ROOT_PATH.fullmatch(root_path) is None:
         msg = "must be a path such as /models/small: letters, digits, '-', '.', '_' and '~' between slashes"
         raise ValueError(msg)
     if f"{root_path}/".startswith(OWN_PREFIX) or root_path in OWN_PATHS:
-        # Of /v1/models nobody could say whether the proxy has taken the prefix off.
+        # With the prefix /v1 a path like /v1/models would not show whether the proxy has taken the prefix
+        # off.
         msg = f"must not be one of the server's own paths, nor begin with {OWN_PREFIX}"
         raise ValueError(msg)
     return root_path
 
 
 def check_trusted_proxies(addresses: list[str]) -> list[str]:
-    """Return --forwarded-allow-ips. Raises ValueError for what is no address or network: it would never match."""
+    """Return --forwarded-allow-ips.
+
+    Raises ValueError for an entry that is no address or network, because it would never match.
+    """
     if "*" in addresses:
         if len(addresses) > 1:
             msg = "'*' trusts everybody and stands alone"

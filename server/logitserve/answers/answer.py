@@ -1,4 +1,4 @@
-"""What every answer is: deltas in, bytes of a response's body out."""
+"""The interface of every answer: deltas in, bytes of a response's body out."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Answer(Protocol):
 
     Attributes:
         id: the answer's id for the log; None where it has none.
-        media_type: of the body.
-        inline_bytes: bytes of a delta up to which it is written on the event loop, since a thread would take longer to
-            reach.
-        tells_errors: whether a body that has begun can tell of an error; else it is cut off.
+        media_type: the body's media type.
+        inline_bytes: the size of a delta up to which it is written on the event loop. A thread would take
+            longer to reach.
+        tells_errors: whether a body that has begun can report an error; else it is cut off.
     """
 
     id: str | None
@@ -35,23 +35,23 @@ class Answer(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds for its end; about 0 where it is streamed."""
+        """Bytes that the answer holds for its end; about 0 where it is streamed."""
 
     def add(self, delta: Delta) -> Iterable[Piece]:
-        """Take in a delta; what can leave of the body."""
+        """Take in a delta and return the part of the body that can leave."""
 
     def end(self, counts: Counts) -> Iterable[Piece]:
-        """The rest of the body, once the job is done. The answer holds nothing of it any more."""
+        """Return the rest of the body, once the job is done. The answer keeps nothing of it."""
 
     def fill_silence(self) -> Iterable[Piece]:
-        """What a stream may send while it has nothing to say, so that nobody takes its connection for dead."""
+        """Return bytes without meaning. They keep a silent stream's connection from being taken for dead."""
 
     def tell(self, error: ApiError) -> Iterable[Piece]:
-        """How a body that has begun ends with an error, where ``tells_errors``."""
+        """Return the end of a body that has begun and fails. Called only where ``tells_errors``."""
 
 
 def inline_bytes(job: Job) -> int:
-    """``Answer.inline_bytes`` of an answer whose rows are written as the job says."""
+    """Return ``Answer.inline_bytes`` of an answer whose rows are written as the job says."""
     encodings = (job.answer.logits_encoding, job.answer.hidden_states_encoding)
     return INLINE_LIST_BYTES if "list" in encodings else INLINE_BASE64_BYTES
 

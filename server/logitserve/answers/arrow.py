@@ -21,11 +21,11 @@ MEDIA_TYPE = "application/vnd.apache.arrow.stream"
 TYPES: dict[str, Any] = {
     "float32": pa.float32(),
     "float16": pa.float16(),
-    "bfloat16": pa.uint16(),  # Arrow has no such type: the bits
+    "bfloat16": pa.uint16(),  # the bits: Arrow has no such type
     "int32": pa.int32(),
 }
 SENT_BYTES = 256 << 10
-"""Most bytes handed on at once: what is on its way to a slow reader is no more than this, however long a batch is."""
+"""Most bytes handed on at once. No more than this is on its way to a slow reader, however long a batch is."""
 
 
 class ArrowAnswer:
@@ -47,7 +47,10 @@ class ArrowAnswer:
         self._writer = pa.ipc.new_stream(self._pieces, self._schema)
 
     def add(self, delta: Delta) -> Iterator[bytes | memoryview]:
-        """The batches of a delta's prompt rows and of its generated rows; before the first one, the schema."""
+        """Yield batches of the delta's prompt rows and generated rows.
+
+        The schema precedes the first batch.
+        """
         prompt, index = delta.prompt, delta.index
         if prompt is not None and prompt.logits is not None:
             token_ids = self._job.requests[index].prompt_token_ids[prompt.offset + 1 :]
@@ -62,17 +65,17 @@ class ArrowAnswer:
         self._num_generated[index] += len(delta.token_ids)
 
     def end(self, counts: Counts) -> Iterator[bytes | memoryview]:  # noqa: ARG002 - Arrow has no place for them
-        """The end-of-stream marker."""
+        """Yield the end-of-stream marker."""
         self._writer.close()
         return self._pieces.take()
 
     def fill_silence(self) -> Sequence[bytes]:
-        """The schema, once: the format has nothing else that says nothing."""
+        """Return the schema, once: the format has no other bytes without meaning."""
         if self._has_begun:
             return ()
         self._has_begun = True
         schema: bytes = self._schema.serialize().to_pybytes()
-        self._pieces.skip(len(schema))  # the writer writes the same before its first batch
+        self._pieces.skip(len(schema))  # the writer repeats it before its first batch
         return [schema]
 
     def tell(self, error: ApiError) -> Iterator[bytes | memoryview]:  # noqa: ARG002 - batches cannot tell of an error
@@ -87,7 +90,10 @@ class ArrowAnswer:
         logits: LogitsRows,
         hidden_states: Array | None,
     ) -> Iterator[bytes | memoryview]:
-        """Rows that score the tokens at ``position`` and on; fewer tokens than rows leave the last ones null."""
+        """Yield the batch of rows that predict the tokens from ``position`` on.
+
+        Where tokens are fewer than rows, the last rows have nulls.
+        """
         rows = logits.values.shape[0]
         known = [] if logprobs is None else logprobs.token_logprobs
         columns = [
@@ -107,7 +113,7 @@ class ArrowAnswer:
 
 
 class _Pieces:
-    """The file that the writer believes it writes: keeps what was written until it is taken."""
+    """A file for the writer, which keeps the written bytes until they are taken."""
 
     closed = False
 
@@ -129,13 +135,13 @@ class _Pieces:
         self._num_skipped = nbytes
 
     def flush(self) -> None:
-        """Do nothing: what is written is kept as it is."""
+        """Do nothing: the bytes stay until they are taken."""
 
     def take(self) -> Iterator[bytes | memoryview]:
-        """What was written, in pieces of SENT_BYTES at most.
+        """Yield the written bytes, in pieces of SENT_BYTES at most.
 
-        All of it is joined where it fits one piece, which costs less than sending several. Else short pieces are joined,
-        and long ones are views.
+        They are joined where they fit one piece, which costs less than sending several. Else short pieces are
+        joined, and long ones are views.
         """
         pieces, self._pieces = self._pieces, []
         if sum(map(len, pieces)) <= SENT_BYTES:
@@ -192,13 +198,13 @@ def _list_type(dtype: str, width: int) -> pa.DataType:
 
 
 def _padded(values: Sequence[float], rows: int, kind: pa.DataType) -> pa.Array:
-    """The first ``rows`` values; null where there are fewer."""
+    """Return the first ``rows`` values, with nulls where there are fewer."""
     known = list(values[:rows])
     return pa.array([*known, *[None] * (rows - len(known))], kind)
 
 
 def _fixed_lists(array: Array) -> pa.Array:
-    """``array`` [rows, width] as fixed-size lists over its own bytes."""
+    """Return ``array`` [rows, width] as fixed-size lists over its own bytes."""
     rows, width = array.shape
     values = pa.Array.from_buffers(TYPES[array.dtype], rows * width, [None, pa.py_buffer(array.data)])
     return pa.FixedSizeListArray.from_arrays(values, type=_list_type(array.dtype, width))

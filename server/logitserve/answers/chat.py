@@ -10,7 +10,7 @@ from logitserve.answers.record import Record
 
 
 class ChatAnswer(ChoicesAnswer[Record]):
-    """A chat answer. prompt_logprobs stand beside the choices: a chat has one prompt."""
+    """A chat answer. Its prompt_logprobs stand beside the choices, because a chat has one prompt."""
 
     id_prefix: ClassVar[str] = "chatcmpl"
     whole_object: ClassVar[str] = "chat.completion"
@@ -23,7 +23,10 @@ class ChatAnswer(ChoicesAnswer[Record]):
         )
 
     def opening_choices(self, record: Record) -> list[dict[str, Any]]:
-        """The role, in a chunk without tokens as OpenAI sends it: its npm package counts a first chunk's logprobs twice."""
+        """Return the role, in a chunk without tokens as OpenAI sends it.
+
+        Its npm package counts a first chunk's logprobs twice.
+        """
         delta = {"role": "assistant", "content": ""}
         choice = {"index": record.index, "delta": delta, "logprobs": None, "finish_reason": None}
         return [{**choice, **record.prompt_token_ids()}]

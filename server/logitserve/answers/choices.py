@@ -1,4 +1,4 @@
-"""What chat and completions answers share: choices in an envelope, as events of a stream or as one document."""
+"""The common part of chat and completions answers: choices in an envelope, as events or as one document."""
 
 from __future__ import annotations
 
@@ -51,25 +51,25 @@ class ChoicesAnswer(ABC, Generic[R]):
 
     @abstractmethod
     def record(self, index: int) -> R:
-        """What will be known of a choice."""
+        """Return an empty record of a choice."""
 
     @abstractmethod
     def opening_choices(self, record: R) -> list[dict[str, Any]]:
-        """The choices of chunks that go before the first one of a choice, whose empty record this is."""
+        """Return the choices of the chunks that open a choice, from its empty record."""
 
     @abstractmethod
     def chunk_choice(self, record: R) -> dict[str, Any]:
-        """A chunk's choice."""
+        """Return a chunk's choice."""
 
     @abstractmethod
     def whole_choice(self, record: R) -> dict[str, Any]:
-        """A whole answer's choice."""
+        """Return a whole answer's choice."""
 
     def envelope_extras(self, record: R) -> dict[str, Any]:  # noqa: ARG002 - for subclasses
-        """Members beside ``choices`` that a choice's record brings."""
+        """Return the members beside ``choices`` that a choice's record brings."""
         return {}
 
-    # As an Answer.
+    # Methods of Answer.
 
     def add(self, delta: Delta) -> Sequence[bytes]:
         if not self.job.answer.stream:
@@ -85,27 +85,30 @@ class ChoicesAnswer(ABC, Generic[R]):
         document["usage"] = usage(counts)
         for record in self._records:
             document.update(self.envelope_extras(record))
-        self._records = []  # what is sent is then held by nobody
+        self._records = []  # lets each piece be freed once it is sent
         return dumps(document)
 
     def fill_silence(self) -> Sequence[bytes]:
-        """A comment, which clients skip."""
+        """Return a comment, which clients skip."""
         return [PING]
 
     def tell(self, error: ApiError) -> Sequence[bytes]:
-        """One event with the error, and no [DONE]."""
+        """Return one event with the error, and no [DONE]."""
         return [event(error.body())]
 
     # Chunks.
 
     def _says_something(self, delta: Delta) -> bool:
-        """Whether the delta has text, or something that was asked for beside the text."""
+        """Return whether the delta has text, or something that was requested beside the text."""
         job = self.job
         with_tokens = job.answer.return_token_ids or job.returns_rows or delta.logprobs is not None
         return bool(delta.parts or delta.finish_reason or delta.prompt or (with_tokens and delta.token_ids))
 
     def _events(self, delta: Delta) -> list[bytes]:
-        """The delta as a chunk, or as several where one would be too long; the choice's opening chunks before its first."""
+        """Return the delta as a chunk, or as several where one would be too long.
+
+        Opening chunks precede a choice's first.
+        """
         events = [] if delta.index in self._begun else self._opening(delta.index)
         pending = [delta]
         while pending:
@@ -131,9 +134,9 @@ class ChoicesAnswer(ABC, Generic[R]):
         return event(chunk)
 
     def _is_long(self, delta: Delta) -> bool:
-        """Whether an event of it is expected to be too long, so that it need not be written to be measured."""
+        """Return whether the delta's event is expected to be too long, without writing it to measure it."""
         if delta.prompt is None and len(delta.token_ids) < 2:
-            return False  # as nearly every delta of every stream
+            return False  # the case of nearly every delta
         return WRITTEN_PER_BYTE * delta.nbytes > LONGEST_EVENT
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
@@ -151,5 +154,5 @@ class ChoicesAnswer(ABC, Generic[R]):
 
 
 def event(document: dict[str, Any]) -> bytes:
-    """One server-sent event of JSON, which holds no line break."""
+    """Return one server-sent event of JSON, which holds no line break."""
     return b"".join([b"data: ", *dumps(document), b"\n\n"])

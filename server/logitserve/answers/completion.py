@@ -34,7 +34,7 @@ class CompletionRecord(Record):
 
     Args:
         echo: the prompt's text; None where it is not echoed.
-        top: how many likely tokens are shown beside each token; None for no logprobs.
+        top: the number of likely tokens shown beside each token; None for no logprobs.
     """
 
     def __init__(self, job: Job, index: int, echo: Echo | None, top: int | None) -> None:
@@ -66,7 +66,7 @@ class CompletionRecord(Record):
         return super().nbytes + (0 if self.echo_logprobs is None else self.echo_logprobs.nbytes)
 
     def logprobs_after(self, prompt: CompletionLogprobs | None) -> dict[str, Any] | None:
-        """``logprobs`` of the choice, those of its echoed prompt first."""
+        """Return ``logprobs`` of the choice, those of its echoed prompt first."""
         if prompt is None or self._own_logprobs is None:
             return self.logprobs()
         both = CompletionLogprobs(self._job.model.tokenizer.table, 0)
@@ -76,7 +76,9 @@ class CompletionRecord(Record):
 
 
 class CompletionAnswer(ChoicesAnswer[CompletionRecord]):
-    """A completions answer. With ``echo`` a choice begins with its prompt, with log-probabilities where they are asked for.
+    """A completions answer.
+
+    With ``echo`` a choice begins with its prompt, with log-probabilities where requested.
 
     A stream echoes such a prompt in the chunks in which its log-probabilities arrive.
     """
@@ -96,7 +98,10 @@ class CompletionAnswer(ChoicesAnswer[CompletionRecord]):
         return CompletionRecord(self.job, index, prompt, self._top)
 
     def opening_choices(self, record: CompletionRecord) -> list[dict[str, Any]]:
-        """The prompt's ids, and its text where that is not echoed with log-probabilities: in pieces, as it may be long."""
+        """Return the prompt's ids, and its text unless it is echoed with log-probabilities.
+
+        A long text comes in pieces.
+        """
         text = "" if record.echo is None or record.echo_logprobs is not None else record.echo.text
         pieces = [text[start : start + ECHOED_CHARACTERS] for start in range(0, len(text), ECHOED_CHARACTERS)]
         choices = [_choice(record, piece, None) for piece in pieces]
@@ -127,7 +132,10 @@ def _choice(record: CompletionRecord, text: str, logprobs: dict[str, Any] | None
 
 
 def echo(table: TokenTable, prompt: TokenizedPrompt) -> Echo:
-    """The prompt's text as its tokens spell it, special tokens included but for one that the tokenizer put first."""
+    """Return the prompt's text as its tokens spell it.
+
+    Special tokens are included, except one that the tokenizer put first.
+    """
     pieces = token_pieces(table, prompt.token_ids)
     if (
         prompt.text is not None
@@ -144,7 +152,7 @@ def echo(table: TokenTable, prompt: TokenizedPrompt) -> Echo:
 
 
 def token_pieces(table: TokenTable, token_ids: Sequence[int]) -> list[str]:
-    """Each token's part of the text of all."""
+    """Return each token's part of the whole text."""
     detokenizer = Detokenizer(table, skip_special_tokens=False, at_start=True)
     pieces = [detokenizer.push(token_id) for token_id in token_ids]
     pieces[-1] += detokenizer.finish()

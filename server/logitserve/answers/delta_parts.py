@@ -1,4 +1,4 @@
-"""A delta in parts, since readers of lines bound how long an event may be."""
+"""Division of a delta, since clients that read lines bound the length of an event."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from logitserve.text.choice import Delta
 
 
 def halves(delta: Delta) -> tuple[Delta, Delta] | None:
-    """The delta as two, to be sent one after the other; None where all that it has belongs to one token or position.
+    """Return the delta as two, to be sent in turn; None where all of it belongs to one token or position.
 
-    Prompt rows go before generated ones. Each token and each position keeps all of its rows, and what the rows are aligned
-    with. The text and the end go with the last tokens, as text may lag behind its tokens anyway.
+    Prompt rows go before generated ones. Each token and each position keeps all of its rows and the values
+    aligned with them. The text and the end go with the last tokens, as text may lag behind its tokens anyway.
     """
     if delta.prompt is not None and delta.token_ids:
         return _of_prompt(delta, delta.prompt), replace(delta, prompt=None)
@@ -38,7 +38,7 @@ def _of_prompt(delta: Delta, prompt: PromptOutput) -> Delta:
 
 
 def _tokens(delta: Delta, start: int, stop: int) -> Delta:
-    """The delta with its tokens ``start:stop`` and their rows."""
+    """Return the delta with its tokens ``start:stop`` and their rows."""
     return replace(
         delta,
         token_ids=delta.token_ids[start:stop],
@@ -50,7 +50,10 @@ def _tokens(delta: Delta, start: int, stop: int) -> Delta:
 
 
 def _num_positions(prompt: PromptOutput) -> int:
-    """Positions that the output has rows of. A prompt's last one has no log-probabilities."""
+    """Return the number of positions that the output has rows of.
+
+    A prompt's last one has no log-probabilities.
+    """
     return max(
         0 if prompt.logits is None else prompt.logits.values.shape[0],
         0 if prompt.hidden_states is None else prompt.hidden_states.shape[0],
@@ -59,7 +62,10 @@ def _num_positions(prompt: PromptOutput) -> int:
 
 
 def _positions(prompt: PromptOutput, start: int, stop: int) -> PromptOutput:
-    """The output with its rows ``start:stop``. What heads and pooling give is no row of an event."""
+    """Return the output with its rows ``start:stop``.
+
+    Values of heads and pooled vectors do not appear in events.
+    """
     return msgspec.structs.replace(
         prompt,
         offset=prompt.offset + start,
@@ -95,7 +101,7 @@ def _states(states: Array | None, start: int, stop: int) -> Array | None:
 
 
 def _rows(array: Array, start: int, stop: int) -> Array:
-    """Rows ``start:stop`` of an array [rows, columns], as a view."""
+    """Return rows ``start:stop`` of an array [rows, columns], as a view."""
     nbytes = array.nbytes // array.shape[0]
     data = memoryview(array.data).cast("B")[start * nbytes : stop * nbytes]
     return Array(array.dtype, (stop - start, *array.shape[1:]), data)

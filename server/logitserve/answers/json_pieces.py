@@ -11,10 +11,13 @@ import orjson
 from numpy.typing import NDArray
 
 PLACE = b"\0"
-"""Stands for a piecewise member in what orjson writes, which never holds this byte: in strings it is escaped."""
+"""Placeholder of a piecewise member in orjson's output.
+
+The byte is escaped in strings, so it never occurs otherwise.
+"""
 
 LINE_BREAKS = {"\u2028": b"\\u2028", "\u2029": b"\\u2029", "\u0085": b"\\u0085"}
-"""Characters that JSON need not escape, and at which readers of lines such as httpx's split."""
+"""Characters that JSON need not escape, but at which some clients split lines, httpx among them."""
 
 LONGEST_JOINED = 256 << 10
 """Bytes up to which neighbouring pieces are sent as one."""
@@ -30,7 +33,7 @@ class JsonPieces:
 
 
 class JsonArray:
-    """A JSON array that grows; what is added is written at once."""
+    """A JSON array that grows; items are written as they are added."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
@@ -43,7 +46,7 @@ class JsonArray:
             self._add(written if isinstance(items, np.ndarray) else on_one_line(written))
 
     def extend_from(self, other: JsonArray) -> None:
-        """Append what another array holds."""
+        """Append the items of another array."""
         for piece in other._pieces:
             self._add(piece)
 
@@ -57,7 +60,7 @@ class JsonArray:
 
 
 def on_one_line(text: bytes) -> bytes:
-    """JSON whose strings hold nothing at which a reader may break a line."""
+    """Return JSON whose strings hold no character at which a reader may break a line."""
     if text.isascii():
         return text
     for character, escape in LINE_BREAKS.items():
@@ -66,7 +69,10 @@ def on_one_line(text: bytes) -> bytes:
 
 
 def dumps(document: Any) -> list[bytes]:
-    """The document's text in pieces, on one line; those of its JsonPieces are not copied, and not looked through."""
+    """Return the document's text in pieces, on one line.
+
+    Those of its JsonPieces are neither copied nor searched.
+    """
     members: list[JsonPieces] = []
 
     def place(value: object) -> orjson.Fragment:
@@ -84,7 +90,7 @@ def dumps(document: Any) -> list[bytes]:
 
 
 def joined(pieces: deque[bytes | memoryview]) -> Iterator[bytes | memoryview]:
-    """The pieces, short neighbours as one. What was yielded is no longer in ``pieces``."""
+    """Yield the pieces, short neighbours as one. A piece leaves ``pieces`` before it is yielded."""
     short: list[bytes | memoryview] = []
     num_bytes = 0
     while pieces:

@@ -42,7 +42,7 @@ class LogitsAnswer:
             }
             for record in self._records
         ]
-        self._records = []  # what is sent is then held by nobody
+        self._records = []  # lets each piece be freed once it is sent
         return dumps({"object": "list", "model": self._job.model_name, "data": data, "usage": usage(counts)})
 
     def fill_silence(self) -> Sequence[bytes]:

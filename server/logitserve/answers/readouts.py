@@ -1,4 +1,4 @@
-"""Answers of prompts that are read and not continued: a likelihood, a head's values or a pooled vector for each."""
+"""Answers about prompts that are only read: a likelihood, a head's values or a pooled vector for each."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from logitserve.text.choice import Delta
 
 
 class Readout(Protocol):
-    """What is kept of one prompt's rows, which are reduced as they come."""
+    """A reduction of one prompt's rows, computed as they come."""
 
     def add(self, prompt: PromptOutput) -> None:
         """Take in rows of the prompt."""
 
     def entry(self) -> dict[str, Any]:
-        """The prompt's object in the answer, once all of its rows were added."""
+        """Return the prompt's object in the answer, once all of its rows were added."""
 
 
 class ReadoutsAnswer:
     """An Answer with one object for each prompt.
 
     Args:
-        new_readout: makes a prompt's.
+        new_readout: makes a prompt's readout.
         extras: members of the answer beside its ``data``.
     """
 
@@ -90,7 +90,10 @@ class PerplexityReadout:
             self._num_tokens += len(prompt.logprobs.token_logprobs)
 
     def entry(self) -> dict[str, Any]:
-        """JSON has no infinity: what is too large for it is null, as a perplexity of nothing is."""
+        """Return the prompt's object.
+
+        Infinity, which JSON lacks, is null, and so is the perplexity of no tokens.
+        """
         with np.errstate(over="ignore"):
             perplexity = np.exp(np.float64(self._nll) / self._num_tokens) if self._num_tokens else np.nan
         return {
@@ -102,7 +105,7 @@ class PerplexityReadout:
 
 
 class HeadValues:
-    """A head's numbers at the positions asked for: [positions, outputs]."""
+    """A head's values at the requested positions: [positions, outputs]."""
 
     def __init__(self) -> None:
         self._values: list[NDArray[Any]] = []
@@ -113,7 +116,7 @@ class HeadValues:
 
     @property
     def last(self) -> NDArray[Any]:
-        """[outputs], of the prompt's last token."""
+        """Return the values of the prompt's last token: [outputs]."""
         row: NDArray[Any] = self._values[-1][-1]
         return row
 
@@ -135,7 +138,7 @@ class RewardReadout(HeadValues):
 
 
 def _scalars(values: NDArray[Any]) -> Any:
-    """[..., outputs] without its last axis where there is one output."""
+    """Return ``values`` [..., outputs], without the last axis where there is one output."""
     kept = values if values.shape[-1] > 1 else values[..., 0]
     return np.ascontiguousarray(kept) if kept.ndim else kept[()]
 
@@ -156,7 +159,7 @@ class PooledStates:
 
 
 class EmbeddingReadout(PooledStates):
-    """The pooled vector, cut to ``dimensions`` and then brought to length 1 where that is asked for."""
+    """The pooled vector, cut to ``dimensions`` and then brought to length 1, each where requested."""
 
     def __init__(
         self, dimensions: int | None, encoding_format: Literal["float", "base64"], *, normalize: bool
@@ -191,19 +194,22 @@ class PoolingReadout:
 
 
 def normalized(vector: NDArray[Any]) -> NDArray[np.float32]:
-    """The vector at length 1; one of length 0 as it is."""
+    """Return the vector scaled to length 1; a vector of length 0 as it is."""
     length = float(np.linalg.norm(vector.astype(np.float64)))
     return np.asarray(vector / length if length else vector, np.float32)
 
 
 def encoded(vector: NDArray[Any], encoding_format: Literal["float", "base64"]) -> Any:
-    """Numbers, or the base64 of little-endian float32."""
+    """Return the numbers, or the base64 of little-endian float32."""
     contiguous = np.ascontiguousarray(vector, dtype="<f4")
     return pybase64.b64encode(contiguous.data).decode() if encoding_format == "base64" else contiguous
 
 
 def choose_head(name: str | None, model: Model) -> str:
-    """The head called ``name``, or the only one. Raises ApiError 404 for an unknown one, 400 where there is no choosing."""
+    """Return the head called ``name``, or the only one.
+
+    Raises ApiError 404 for an unknown name, 400 where a name is needed.
+    """
     heads = model.info.heads
     served = f"this server has {', '.join(heads)}" if heads else "this server has none: see --value-head"
     if name is not None and name not in heads:

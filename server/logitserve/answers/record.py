@@ -1,4 +1,4 @@
-"""What an answer knows of one choice: of a single delta for a chunk, of all of them for a whole answer."""
+"""Record of one choice: of a single delta for a chunk, of all deltas for a whole answer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Record:
         self.stop_reason: str | int | None = None
 
     def add(self, delta: Delta) -> int:
-        """Take in a delta; the bytes that the record holds since."""
+        """Take in a delta and return the bytes by which the record grew."""
         before = self.nbytes
         self._text.append(delta.text)
         self.token_ids += delta.token_ids
@@ -70,7 +70,7 @@ class Record:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows and log-probabilities that it holds."""
+        """Bytes of the rows and log-probabilities held."""
         writers = (self._logprobs, self._prompt_logprobs, self._logits, self._hidden_states)
         return sum(writer.nbytes for writer in writers if writer is not None)
 

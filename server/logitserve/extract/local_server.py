@@ -1,4 +1,4 @@
-"""A server of an extraction's own: a child process that ends with the extraction, even a killed one."""
+"""A private server of an extraction: a child process that ends with the extraction, even a killed one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from logitserve.extract.errors import ExtractError
 STOP_SECONDS = 20
 POLL_SECONDS = 0.1
 ENDLESS = 1 << 62
-"""No bound: the only client writes every row to its disk, so the disk bounds what it asks for."""
+"""No bound: the only client writes every row to its disk, so the disk is the bound."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class LocalServer:
     log: Path
 
     async def watch(self) -> None:
-        """Wait for the child's end, and then raise ExtractError: work was left."""
+        """Wait for the child's end, and then raise ExtractError, because work was left."""
         await self.process.wait()
         raise self._ended()
 
     async def wait_ready(self) -> None:
-        """Wait until the model is loaded. Raises ExtractError where it cannot be."""
+        """Wait until the model is loaded. Raises ExtractError where it cannot be loaded."""
         async with httpx.AsyncClient(trust_env=False) as client:
             while self.process.returncode is None:
                 with contextlib.suppress(httpx.TransportError):
@@ -68,7 +68,8 @@ class LocalServer:
 async def local_server(engine_config: EngineConfig, log: Path) -> AsyncIterator[LocalServer]:
     """Yield a ready server on a loopback port, with a key of its own. Raises ExtractError."""
     with socket.socket() as listener:
-        # Bound here for as long as prompts are sent: nobody else can take the port before the child, or after it.
+        # Bound here while prompts are sent, so that no other process can take the port before the child, or
+        # after it.
         listener.bind(("127.0.0.1", 0))
         server = await _start(engine_config, listener, log)
         try:
@@ -126,9 +127,9 @@ def _last_error(log: Path) -> str:
 
 
 def _environment(options: Mapping[str, object]) -> dict[str, str]:
-    """Return options as variables, in place of those that this process was given for servers of its user's own.
+    """Return the environment with these options in place of the user's own ``LOGITSERVE_`` variables.
 
-    They hold the key, which a command line would show to every user.
+    One of them holds the key, which a command line would show to every user.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
     variables = {

@@ -87,7 +87,7 @@ class Extraction:
         with self._folder.locked():
             try:
                 self._folder.check(self._manifest)
-                # An output that stands beside its folder is whole: its run was killed while it cleaned up.
+                # An output beside its folder is whole: its run was killed while it cleaned up.
                 if not self._out.exists():
                     self._make()
             except BaseException:
@@ -156,7 +156,7 @@ class Extraction:
 
 
 def _run(work: Any) -> None:
-    """Run a coroutine, which SIGINT and SIGTERM cancel. Of a group of errors only the first is raised."""
+    """Run a coroutine, which SIGINT and SIGTERM cancel. Raises only the first error of a group."""
 
     async def cancellable() -> None:
         task = asyncio.current_task()

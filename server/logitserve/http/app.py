@@ -37,10 +37,12 @@ from logitserve.state import ServerState
 
 
 def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: bool = False) -> FastAPI:
-    """Return an app that serves ``engine``'s model. Its lifespan starts the engine, if nobody has, and closes it.
+    """Return an app that serves ``engine``'s model.
 
-    The app answers from the start. Until the model is loaded everything but the probes gets 503. ``on_loopback`` says that
-    it listens on loopback addresses alone.
+    Its lifespan starts the engine, unless it was started before, and closes it.
+
+    The app answers from the start. Until the model is loaded everything but the probes gets 503.
+    ``on_loopback`` is true for a server that listens on loopback addresses alone.
     """
     state = ServerState(engine, config)
 
@@ -66,7 +68,7 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
-        # The interactive pages, which load scripts from elsewhere, go with it: /openapi.json is our own.
+        # Turns off the interactive pages too, which load scripts from elsewhere. /openapi.json is our own.
         openapi_url=None,
         generate_unique_id_function=lambda route: route.name,
     )

@@ -1,4 +1,4 @@
-"""The end of a listening socket: every client that could connect is accepted, and the next one is refused."""
+"""The close of a listening socket: every client that has connected is accepted, the next is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Collection
 logger = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 0.2
-"""Time for the handshakes under way to end: longer than the way to a client and back."""
+"""Time for the handshakes under way to end: longer than a round trip to a client."""
 
 TURNS = 10_000
 """Most turns of the event loop that wait for the backlog, where newcomers cannot be held back."""
@@ -35,9 +35,9 @@ ONLY_KNOWN_CLIENTS = (
 async def accept_backlog(listeners: Collection[socket.socket], *, are_ours: bool) -> None:
     """Return when every connection that has come is accepted, so that closing the listeners resets none.
 
-    A closing socket resets the connections in its backlog. So newcomers' first packets are dropped until it is closed:
-    they send them again within a second, and are refused, which tells them that nothing was lost. Sockets that are
-    not ``are_ours`` alone may be listened to by others, and newcomers go on coming.
+    A closing socket resets the connections in its backlog. So newcomers' first packets are dropped until it
+    is closed. Clients send them again within a second and are refused, by which they know that nothing was
+    lost. Without ``are_ours`` other processes may listen on the sockets, so newcomers are not held back.
     """
     if are_ours:
         for listener in listeners:
@@ -49,7 +49,7 @@ async def accept_backlog(listeners: Collection[socket.socket], *, are_ours: bool
     for _ in range(TURNS):
         if not any(event & select.POLLIN for _, event in waiting.poll(0)):
             return
-        await asyncio.sleep(0)  # the event loop accepts
+        await asyncio.sleep(0)  # lets the event loop accept
 
 
 def _hold_newcomers(listener: socket.socket) -> None:

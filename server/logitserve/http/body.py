@@ -14,7 +14,10 @@ from logitserve.state import get_state
 
 
 class Body(Protocol):
-    """A pydantic model with a check across its fields. Its bounds are those of the server's options, its context."""
+    """A pydantic model with a check across its fields.
+
+    Its context is the server's options, which set its bounds.
+    """
 
     @classmethod
     def model_validate(cls, obj: Any, /, *, context: Any) -> Self: ...
@@ -26,10 +29,13 @@ B = TypeVar("B", bound=Body)
 
 
 STRUCTURE = b"[{,"
-"""Bytes that open a list or an object, or part two of its members. A document has at most one value more than these."""
+"""Bytes that open a list or an object, or separate its members.
+
+A document has at most one value more than these.
+"""
 
 CONTAINER_WEIGHT = 8
-"""Values that a list or an object counts as, since making one takes as much longer than a number."""
+"""Number of values that a list or an object counts as: making one takes that much longer than a number."""
 
 NOT_STRUCTURE = bytes(set(range(256)) - set(STRUCTURE))
 
@@ -37,7 +43,7 @@ NOT_STRUCTURE = bytes(set(range(256)) - set(STRUCTURE))
 class JsonBody(Generic[B]):
     """A dependency that reads the body. orjson refuses NaN, lone surrogates, invalid UTF-8 and deep nesting.
 
-    orjson holds the interpreter's lock until it has made an object of every value, so values are counted before.
+    orjson holds the interpreter's lock until every value is an object, so values are counted first.
     """
 
     def __init__(self, model: type[B]) -> None:
@@ -62,7 +68,10 @@ class JsonBody(Generic[B]):
 
 
 def _parse(content: bytes, max_values: int) -> Any:
-    """Return the JSON document. Raises BadRequestError for any other body, and for one that may hold too many values."""
+    """Return the JSON document.
+
+    Raises BadRequestError for any other body, and for a body that may hold too many values.
+    """
     _check_values(content, max_values)
     try:
         return orjson.loads(content)

@@ -1,4 +1,4 @@
-"""The client connection behind a request, as far as a middleware may look at it and change it."""
+"""The client connection behind a request: its facts for a middleware, and the possible changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXTENSION = "logitserve.connection"
 """The key in ``scope["extensions"]`` under which our uvicorn protocol puts a Connection. Other servers set none."""
 
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
-"""The value of SO_LINGER by which closing a socket throws away the bytes that the kernel still holds."""
+"""Value of SO_LINGER: closing the socket throws away the bytes that the kernel still holds."""
 
 
 class Connection:
@@ -26,7 +26,7 @@ class Connection:
         self._transport = None
 
     def num_untaken_bytes(self) -> int:
-        """Return the bytes written that the client's machine has not acknowledged, in this process and in the kernel.
+        """Return the number of written bytes, here and in the kernel, that the client has not acknowledged.
 
         While nothing is written, only the client lowers this number, by reading. Its receive buffer makes room in steps of
         a segment or of a sixteenth of the buffer. The bytes in this process alone would be coarser by megabytes: the kernel
@@ -42,7 +42,7 @@ class Connection:
         return self._transport.get_write_buffer_size() + int(in_kernel)
 
     def num_unread_bytes(self) -> int:
-        """Return the bytes that have come and that nobody has read from the kernel."""
+        """Return the number of bytes that have come and are still in the kernel."""
         if self._transport is None:
             return 0
         number = self._transport.get_extra_info("socket").fileno()

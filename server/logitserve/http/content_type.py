@@ -1,4 +1,4 @@
-"""The media types that a JSON body may be sent as. Others are what a web page can send without asking first."""
+"""The media types of a JSON body. A web page can send others without a preflight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from logitserve.http.scope import headers
 JSON = re.compile(r"application/(?:[a-z0-9!#$&^_.+-]+\+)?json")
 
 FORM = "application/x-www-form-urlencoded"
-"""What curl -d declares whatever it sends. A page's form declares it too, but then an Origin comes with it."""
+"""The type that curl -d always declares. A page's form declares it too, but with an Origin."""
 
 LONGEST_TOLD = 100
 

@@ -1,4 +1,7 @@
-"""The sockets that the server listens on. They are bound before anything slow starts, so a taken port is known at once."""
+"""The sockets that the server listens on.
+
+They are bound before anything slow starts, so that a taken port is reported at once.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,24 @@ from logitserve.config import Listening
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
-"""Connections that wait to be accepted, as uvicorn has it."""
+"""Connections that may wait to be accepted; uvicorn's default."""
 
 _ABSENT = {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
-"""Errors of an address that this machine does not have. A host name may stand for one, where IPv6 is off."""
+"""Errors of an address that this machine does not have.
+
+A host name may stand for such an address where IPv6 is off.
+"""
 
 
 class ListenError(Exception):
-    """The server cannot listen where it was told to; the message says why, and names the flag."""
+    """The server cannot listen at its address; the message says why, and names the flag."""
 
 
 def bind(config: Listening) -> list[socket.socket]:
     """Return a bound socket for each address of the host, or the one that ``--fd`` names.
 
-    They listen already, because a port that is only bound can be bound by another server too. Who connects waits until
-    the app accepts. With port 0 every address gets the port that the first one was given.
+    They listen already, because another server can bind a port that is only bound. Clients that connect wait
+    until the app accepts. With port 0 every address gets the port that the first one was given.
 
     Raises ListenError when an address is taken or forbidden, and when a host is unknown or none of its addresses is ours.
     """
@@ -89,14 +95,14 @@ def _addresses(host: str) -> list[tuple[socket.AddressFamily, tuple[Any, ...]]]:
     """Return the distinct addresses that a host name stands for."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, UnicodeError) as error:  # what IDNA cannot encode is a UnicodeError
+    except (OSError, UnicodeError) as error:  # UnicodeError is IDNA's
         reason = error.strerror if isinstance(error, OSError) else error
         raise ListenError(f"--host {host!r} is no address and cannot be resolved: {reason}") from error
     return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
 
 
 def on_loopback(listeners: list[socket.socket]) -> bool:
-    """Return whether only this machine can connect, by an address."""
+    """Return whether every listener has a loopback address."""
     return all(
         listener.family in (socket.AF_INET, socket.AF_INET6) and _is_loopback(listener.getsockname()[0])
         for listener in listeners

@@ -1,4 +1,4 @@
-"""Refusals of requests that no route has seen, for HTTP and for a WebSocket that is not accepted yet."""
+"""Refusals before any route sees the request, for HTTP and for a WebSocket that is not accepted yet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ INTERNAL_ERROR = 1011
 
 
 async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    """Send ``error``'s response. A WebSocket whose server cannot do that is closed before it is accepted."""
+    """Send ``error``'s response.
+
+    A WebSocket whose server cannot send responses is closed before it is accepted.
+    """
     if scope["type"] == "http" or HTTP_RESPONSE in scope.get("extensions", {}):
         await error.response()(scope, receive, send)
         return

@@ -9,7 +9,7 @@ PROBES = frozenset({"/health", "/ready"})
 
 
 def is_request(scope: Scope) -> bool:
-    """Return whether the scope is a client's: an HTTP request or a WebSocket, not the app's lifespan."""
+    """Return whether the scope is a client's: an HTTP request or a WebSocket, and not the app's lifespan."""
     return scope["type"] in ("http", "websocket")
 
 
@@ -33,6 +33,6 @@ def headers(scope: Scope, name: bytes) -> list[bytes]:
 
 
 def reply_headers(scope: Scope) -> list[tuple[bytes, bytes]]:
-    """Return the headers that the answer's head will get, whoever writes it. A middleware may add to the list."""
+    """Return the headers that are added to the answer's head. A middleware may add to the list."""
     added: list[tuple[bytes, bytes]] = scope["logitserve.reply_headers"]
     return added

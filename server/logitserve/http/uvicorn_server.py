@@ -27,18 +27,18 @@ from logitserve.state import ServerState
 logger = logging.getLogger(__name__)
 
 ACCEPTING_TURNS = 2
-"""Turns of the event loop from a connection's acceptance to its protocol's."""
+"""Turns of the event loop from a connection's acceptance to its protocol's start."""
 
 LAST_SECONDS = 2
-"""Seconds that uvicorn waits for connections once draining is over, before it cancels what still runs."""
+"""Seconds that uvicorn waits for connections once draining is over, before it cancels open requests."""
 
 
 class DrainingServer(uvicorn.Server):
     """A uvicorn server that drains before it ends.
 
-    At the first SIGINT or SIGTERM /ready turns to 503, and answers end their connections. After ``drain_delay`` whoever
-    had connected is accepted, and nobody listens any more. What was accepted is answered within ``drain_timeout``. The
-    second signal ends the server at once.
+    At the first SIGINT or SIGTERM /ready turns to 503, and answers end their connections. After
+    ``drain_delay`` every client that has connected is accepted, and the listeners are closed. Accepted
+    requests are answered within ``drain_timeout``. The second signal ends the server at once.
     """
 
     def __init__(
@@ -109,14 +109,14 @@ class DrainingServer(uvicorn.Server):
         except TimeoutError:
             extra = {"requests": self._state.num_in_flight}
             logger.warning("still running after the drain timeout", extra=extra)
-            self._start(self._state.engine.close())  # what runs ends with an error that its client reads
+            self._start(self._state.engine.close())  # open requests end with an error that is sent
 
 
 def uvicorn_config(app: ASGIApp, config: ServerConfig, open_connections: OpenConnections) -> uvicorn.Config:
     protocol = functools.partial(HttpProtocol, options=config, open_connections=open_connections)
     return uvicorn.Config(
         app,
-        http=cast("type[asyncio.Protocol]", protocol),  # uvicorn calls it, and does nothing else with it
+        http=cast("type[asyncio.Protocol]", protocol),  # uvicorn only calls it
         ws="none",
         log_config=None,
         access_log=False,

@@ -1,4 +1,4 @@
-"""From options to a Job: prompts tokenized, every bound checked, nothing queued yet."""
+"""Making of a Job from options: prompts are tokenized, every bound is checked, and nothing is queued."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from logitserve.state import Model, ServerState
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What one API request has the engine do, and what its answer needs to know.
+    """The engine's work for one API request, and the facts that its answer needs.
 
     Attributes:
         prompts, requests: one of each for every prompt. All requests ask for the same outputs of the same ``n`` choices.
@@ -49,7 +49,7 @@ class Job:
 
     @property
     def returns_rows(self) -> bool:
-        """Whether rows come back, and with them the ids of the tokens that they belong to."""
+        """Return whether rows come back, and with them the ids of the tokens that they belong to."""
         return self.requests[0].logits is not None or self.requests[0].hidden_states is not None
 
 
@@ -84,7 +84,10 @@ def _request(
     bias: dict[int, float],
     cache_salt: str | None,
 ) -> GenerationRequest:
-    """The engine's request. Without a seed each prompt of a batch draws its own: equal prompts then differ."""
+    """Return the engine's request.
+
+    Without a seed each prompt of a batch draws its own: equal prompts then differ.
+    """
     seed = secrets.randbits(64) if options.seed is None else options.seed % 2**64
     outputs = options.outputs
     return GenerationRequest(

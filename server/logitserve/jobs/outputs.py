@@ -20,27 +20,28 @@ HELD_BYTES = 64 << 20
 """Requests run side by side as long as their answers' rows stay under this together; two always do."""
 
 MOST_SEQUENCES = 512
-"""Sequences of one job in the engine at a time: many times as many as compute, and half of the default queue."""
+"""Sequences of one job in the engine at a time: far more than a step computes, half of the default queue."""
 
 WINDOW_BYTES = 16 << 20
 WINDOW_STEPS = 64
-"""Most unread bytes of one request, and steps of decoding. A larger window makes no request faster."""
+"""Largest size of a window, in bytes and in steps of decoding. A larger window makes no request faster."""
 
 RETRY_SECONDS = 0.1
-"""Pause before an engine is asked again whose queue others have filled."""
+"""Pause before another try at an engine whose queue others have filled."""
 
 NumberedOutput = tuple[int, StepOutput]
-"""An output, and which of the job's requests it belongs to."""
+"""The number of a request within its job, and one of its outputs."""
 
 
 async def outputs_of(
     engine: EngineProtocol, requests: Sequence[GenerationRequest], row_bytes: RowBytes, held: HeldBytes
 ) -> AsyncGenerator[NumberedOutput, None]:
-    """Every request's outputs as they come, each with its request's number. Raises EngineError.
+    """Yield every request's outputs as they come, each with its request's number. Raises EngineError.
 
-    An output counts against its request's window until the next one is asked for, so a slow reader holds at most a window
-    of each request that has begun; ``held`` bounds the windows in all. Closing the stream aborts what still runs. A queue
-    that is full, or a budget without room, refuses the job only while none of its requests has been taken.
+    An output counts against its request's window until the next one is requested. So a slow reader holds at
+    most a window of each request that has begun; ``held`` bounds the windows in all. Closing the stream
+    aborts the requests that still run. A full queue, or a budget without room, refuses the job only while
+    none of its requests has been taken.
     """
     if len(requests) == 1:
         async with contextlib.aclosing(_outputs(engine, requests[0], row_bytes, held)) as stream:
@@ -60,7 +61,10 @@ async def _outputs(
     *,
     is_owed: bool = False,
 ) -> AsyncGenerator[StepOutput, None]:
-    """One request's outputs, within a window of its own. Raises EngineError, and BadRequestError where none is possible."""
+    """Yield one request's outputs, within a window of its own.
+
+    Raises EngineError, and BadRequestError where no window fits.
+    """
     step = request.n * row_bytes.position
     wanted = min(WINDOW_BYTES, row_bytes.request, max(held.small, WINDOW_STEPS * step))
     if not held.fits(min(step, wanted)):
@@ -102,7 +106,10 @@ class _Interleaving:
         self._calls: dict[asyncio.Future[StepOutput], int] = {}
 
     async def outputs(self) -> AsyncGenerator[NumberedOutput, None]:
-        """Outputs with their requests' numbers; the next request starts when one ends. One output of each is held back."""
+        """Yield outputs with their requests' numbers; the next request starts when one ends.
+
+        One output of each is held back.
+        """
         try:
             while self._calls or self._unstarted:
                 if not self._room:
@@ -135,7 +142,7 @@ class _Interleaving:
     def _start(self) -> None:
         while self._unstarted and len(self._streams) < self._room:
             number = self._unstarted.popleft()
-            # A job that has begun may be what others wait for, so one of its requests always runs.
+            # Others may wait for a job that has begun, so one of its requests always runs.
             is_owed = self._has_begun and not self._streams
             self._streams[number] = _outputs(
                 self._engine, self._requests[number], self._row_bytes, self._held, is_owed=is_owed

@@ -1,4 +1,4 @@
-"""Text, token ids or messages as prompts: tokenized off the event loop, within every bound that the model sets."""
+"""Prompts from text, token ids or messages: tokenized off the event loop, within the model's bounds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from logitserve.errors import BadRequestError
 from logitserve.state import Model, ServerState
 
 CHARACTERS_PER_TOKEN = 4
-"""Characters that a token has by custom: what text that waits to be tokenized counts as."""
+"""Usual length of a token, by which text that waits to be tokenized is counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,10 @@ class TokenizedPrompt:
 
 
 async def tokenize(source: PromptSource, state: ServerState) -> list[TokenizedPrompt]:
-    """The prompts of ``source``, whatever ids the tokenizer gives. Raises ApiError, naming the source's field."""
+    """Return the prompts of ``source``, whatever ids the tokenizer gives.
+
+    Raises ApiError, naming the source's field.
+    """
     model = state.model()
     if isinstance(source, Texts):
         texts = [prompt for prompt in source.prompts if isinstance(prompt, str)]

@@ -22,7 +22,7 @@ from logitserve.text.stop_strings import StopStrings
 
 @dataclass(slots=True)
 class Counts:
-    """Tokens so far, for ``usage`` and the log."""
+    """Counts of tokens so far, for ``usage`` and the log."""
 
     prompt: int
     completion: int = 0
@@ -30,7 +30,7 @@ class Counts:
 
 
 class RunningJob:
-    """A job that the engine works on. Closing its ``deltas`` aborts what still runs."""
+    """A job that the engine works on. Closing its ``deltas`` aborts the requests that still run."""
 
     def __init__(self, job: Job, state: ServerState) -> None:
         self._job = job
@@ -39,7 +39,10 @@ class RunningJob:
         self.counts = Counts(job.num_prompt_tokens)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Choices are numbered prompt by prompt: choice j of prompt i is ``i * n + j``. Raises EngineError, ApiError."""
+        """Yield deltas of choices, numbered prompt by prompt: choice j of prompt i is ``i * n + j``.
+
+        Raises EngineError, ApiError.
+        """
         job, engine = self._job, self._state.engine
         choices = [self._choice(request) for request in job.requests for _ in range(job.n)]
         num_open = len(choices)
@@ -75,7 +78,7 @@ class RunningJob:
             except TimeoutError:
                 if not limit.expired():
                     raise
-                place.begin()  # the wait tells others how long they might wait
+                place.begin()  # counts the wait for Retry-After
                 raise ApiError(
                     503,
                     f"The request did not begin within {seconds:g} s (--queue-timeout); try again.",
@@ -102,7 +105,7 @@ class RunningJob:
 
 
 def _not_drawn(error: DrawError | None) -> ApiError:
-    """Whose fault it is that there is no token."""
+    """Return the error for a token that could not be drawn: the request's fault, or the model's."""
     if error == "nothing_allowed":
         return BadRequestError("The request's bans and masks leave no token to draw.", code="nothing_allowed")
     return ApiError(500, "The model's logits were not finite.", code="model_error")

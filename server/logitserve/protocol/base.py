@@ -1,4 +1,4 @@
-"""What every request body shares: strict types, unknown fields refused by name, OpenAI's harmless ones dropped."""
+"""Base of request bodies: strict types, unknown fields refused by name, OpenAI's harmless ones dropped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IGNORED_FIELDS = {
     "prompt_cache_retention": "how long OpenAI keeps a cached prefix",
     "parallel_tool_calls": "says nothing where there are no tools",
 }
-"""Fields of OpenAI's that may be sent and change nothing, each with its reason."""
+"""OpenAI's fields that may be sent and change nothing, each with its reason."""
 
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
@@ -38,15 +38,21 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "best_of": (),
 }
-"""Fields of OpenAI's that change the answer and are not served, each with the values that change nothing."""
+"""OpenAI's fields that change the answer and are not served, each with the values that change nothing."""
 
 
 CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
-"""Prefixes are shared only by requests that bear the same: nobody else can tell from the timing what was asked."""
+"""Salt of cached prefixes.
+
+Only requests with the same salt share them, so timing shows no prompt to other callers.
+"""
 
 
 MOST_MEMBERS = 100
-"""Members of one object, known or not: every unknown one is an error that validation keeps until its end."""
+"""Most members of one object, known or not.
+
+Each unknown one is an error that validation keeps until its end.
+"""
 
 
 class StrictModel(BaseModel):
@@ -95,7 +101,7 @@ class RequestBody(StrictModel):
 
     @classmethod
     def _is_neutral(cls, name: str, value: Any, body: dict[str, Any]) -> bool:
-        """Whether a field that is not served holds a value that changes nothing."""
+        """Return whether a field that is not served holds a value that changes nothing."""
         if name == "best_of":
             return type(value) is int and value == body.get("n", 1)
         return value in NEUTRAL_VALUES[name]

@@ -40,7 +40,10 @@ class Message(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, message: Any) -> Any:
-        """Clients send answers back with every field that OpenAI defines, null where empty."""
+        """Drop null fields.
+
+        Clients send answers back with every field that OpenAI defines, null where empty.
+        """
         if not isinstance(message, dict):
             return message
         return {name: value for name, value in message.items() if value is not None}

@@ -77,7 +77,7 @@ class SamplingBody(RequestBody):
     """Cached prefixes are shared by requests with the same salt only."""
 
     def check(self) -> None:
-        """Check what no single field shows. Raises BadRequestError with the field to change."""
+        """Check the fields against each other. Raises BadRequestError with the field to change."""
         if any(not text for text in self.stop):
             raise BadRequestError("'stop' holds an empty string.", param="stop")
 

@@ -25,7 +25,7 @@ def is_token_ids(value: Any) -> bool:
 
 
 def _as_prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
-    """A string, token ids, or a list of either, as a list of prompts."""
+    """Return a string, token ids, or a list of either, as a list of prompts."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -65,7 +65,7 @@ class InputBody(RequestBody):
     cache_salt: CacheSalt | None = None
 
     def check(self) -> None:
-        """Check what no single field shows. Raises BadRequestError with the field to change."""
+        """Check the fields against each other. Raises BadRequestError with the field to change."""
 
 
 class InputOrMessagesBody(RequestBody):

@@ -1,4 +1,4 @@
-"""JSON Schema of what validation takes beyond the types of fields: for the OpenAPI document, never for validation."""
+"""JSON Schema of the rules beyond the types of fields: for the OpenAPI document, never for validation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 Schema = dict[str, Any]
 
 BOUNDED_TYPES = {"maximum": ("integer", "number"), "maxItems": ("array",), "maxProperties": ("object",)}
-"""Keywords whose value is an option's name where a server's option is the bound, and the types that they bound."""
+"""Keywords and the types that they bound.
+
+A keyword's value is an option's name where a server's option is the bound.
+"""
 
 
 def with_options(schema: Any, options: object) -> Any:
@@ -25,7 +28,10 @@ def with_options(schema: Any, options: object) -> Any:
 
 
 def bounded(schema: Schema, keyword: str, bound: int | str) -> Schema:
-    """Return the schema with a bound, a number or an option's name, on those of its alternatives that it fits."""
+    """Return the schema with a bound on the alternatives that it fits.
+
+    The bound is a number or an option's name.
+    """
     if "anyOf" in schema:
         return {**schema, "anyOf": [bounded(choice, keyword, bound) for choice in schema["anyOf"]]}
     return {**schema, keyword: bound} if schema.get("type") in BOUNDED_TYPES[keyword] else schema

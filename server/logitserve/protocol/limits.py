@@ -1,4 +1,4 @@
-"""Bounds that a server's options set on single fields, checked before what the fields hold is validated."""
+"""Bounds that a server's options set on single fields, checked before the fields' items are validated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from logitserve.protocol.json_schema import Schema, bounded
 
 
 def config_of(info: ValidationInfo) -> ServerConfig:
-    """The options of the server that validates: bodies are validated with them as their context."""
+    """Return the server's options, which are the context of validation."""
     config = info.context
     if not isinstance(config, ServerConfig):
         raise TypeError("a request body is validated with context=ServerConfig(...)")
@@ -28,7 +28,7 @@ def too_large(param: str, value: int, limit: int, unit: str = "") -> BadRequestE
 
 @dataclass(frozen=True, kw_only=True)
 class _NumberBound(AfterValidator):
-    """A bound on a number, and what the field's JSON Schema says of it."""
+    """A bound on a number, and its JSON Schema."""
 
     maximum: int | str
 
@@ -38,7 +38,7 @@ class _NumberBound(AfterValidator):
 
 @dataclass(frozen=True, kw_only=True)
 class _LengthBound(BeforeValidator):
-    """A bound on what a list or an object holds, and what the field's JSON Schema says of it."""
+    """A bound on the length of a list or an object, and its JSON Schema."""
 
     maximum: int | str
     keyword: Literal["maxItems", "maxProperties"]
@@ -48,7 +48,7 @@ class _LengthBound(BeforeValidator):
 
 
 def at_most(option: str) -> AfterValidator:
-    """A number that the server's ``option`` bounds."""
+    """Return the validator of a number that the server's ``option`` bounds."""
 
     def check(value: int | None, info: ValidationInfo) -> int | None:
         limit: int = getattr(config_of(info), option)
@@ -60,17 +60,17 @@ def at_most(option: str) -> AfterValidator:
 
 
 def at_most_items(option: str, unit: str) -> BeforeValidator:
-    """A list that holds no more ``unit`` than the server's ``option`` says."""
+    """Return the validator of a list that holds no more ``unit`` than the server's ``option`` says."""
     return _length(option, unit, "maxItems")
 
 
 def at_most_members(option: str, unit: str) -> BeforeValidator:
-    """An object that holds no more ``unit`` than the server's ``option`` says."""
+    """Return the validator of an object that holds no more ``unit`` than the server's ``option`` says."""
     return _length(option, unit, "maxProperties")
 
 
 def at_most_of(limit: int, unit: str) -> BeforeValidator:
-    """A list with a fixed bound, where the true bound is the model's."""
+    """Return the validator of a list with a fixed bound, where the true bound is the model's."""
     return _length(limit, unit, "maxItems")
 
 

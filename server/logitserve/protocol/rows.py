@@ -1,4 +1,4 @@
-"""Which rows of numbers to return beside the text, and how they are written."""
+"""Rows of numbers to return beside the text, and their encoding."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _all_or_nothing(value: Any) -> Any:
 
 
 def all_or(members: type[StrictModel]) -> BeforeValidator:
-    """``true`` asks for all defaults, ``false`` for nothing, an object chooses."""
+    """Return a validator: ``true`` is all defaults, ``false`` is nothing, an object chooses."""
     return BeforeValidator(_all_or_nothing, json_schema_input_type=bool | members | None)
 
 
@@ -56,7 +56,7 @@ class ReturnLogits(RowFields):
 
     @property
     def default_encoding(self) -> Encoding:
-        """base64 for the whole vocabulary and list for chosen columns."""
+        """Return base64 for the whole vocabulary and list for chosen columns."""
         return "base64" if self.top_k is None and self.token_ids is None else "list"
 
     def check_columns(self, prefix: str) -> None:

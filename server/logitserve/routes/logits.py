@@ -37,6 +37,6 @@ async def create_logits(
 
 
 def prefers_json(accept: str) -> bool:
-    """Whether the header names JSON and not Arrow too; ``*/*`` and silence mean Arrow."""
+    """Return whether the header names JSON and not Arrow too. ``*/*`` and an absent header mean Arrow."""
     named = {part.partition(";")[0].strip().lower() for part in accept.split(",")}
     return "application/json" in named and arrow.MEDIA_TYPE not in named

@@ -1,4 +1,4 @@
-"""Text to token ids and back: the tokenizer and chat template of the model that is served."""
+"""Conversion of text to token ids and back, by the served model's tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class ModelTokenizer:
 
     @property
     def has_template(self) -> bool:
-        """Whether messages can be rendered."""
+        """Return whether messages can be rendered."""
         return self._template is not None
 
     def description(self) -> dict[str, Any]:
-        """Return what others need to tokenize alike, by the names of tokenizer_config.json."""
+        """Return the facts that a client needs to tokenize alike, by the names of tokenizer_config.json."""
         return {
             "tokenizer_class": self._class_name,
             "vocab_size": self._tokenizer.get_vocab_size(with_added_tokens=True),
@@ -98,7 +98,10 @@ def _special_tokens(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chat_template(directory: Path, settings: dict[str, Any]) -> str | None:
-    """Return chat_template.jinja, else the template in tokenizer_config.json: of several, the one named default."""
+    """Return chat_template.jinja, else the template in tokenizer_config.json.
+
+    Several have names; "default" is taken.
+    """
     path = directory / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")

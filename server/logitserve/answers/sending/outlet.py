@@ -14,12 +14,12 @@ from logitserve.answers.answer import Piece
 class Outlet:
     """Sends the pieces of one body. Used as a context, since it may be at work when its body ends.
 
-    When nothing was sent for ``silence_seconds``, the head goes out if it has not, and what ``fill_silence`` gives. That is
-    done by one timer, since a timer for each piece would cost every token of a stream.
+    After ``silence_seconds`` without a piece, the head goes out if it has not, and then the bytes of
+    ``fill_silence``. One timer serves all pieces, since a timer for each would cost every token of a stream.
 
     Args:
         head: makes the message that begins the response.
-        silence_seconds: 0 for a response that may be silent for ever.
+        silence_seconds: longest silence; 0 for no limit.
 
     Attributes:
         has_begun: whether the head is out, so that the response's status can no longer change.
@@ -60,7 +60,7 @@ class Outlet:
 
     @property
     def waited_seconds(self) -> float:
-        """How long pieces have waited for the reader."""
+        """Seconds for which pieces have waited for the reader."""
         waiting = self._loop.time() - self._sending_since if self.is_sending else 0.0
         return self._waited_seconds + waiting
 
@@ -92,7 +92,7 @@ class Outlet:
         await self._send(self._head())
 
     def _check(self) -> None:
-        """Fill a silence that has lasted, and look again when the next one may have."""
+        """Fill a silence that has lasted too long, and set the timer for the next one."""
         due = self._sent_at + self._silence_seconds
         now = self._loop.time()
         is_filling = self._filling is not None and not self._filling.done()

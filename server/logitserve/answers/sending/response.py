@@ -1,4 +1,4 @@
-"""A job to an HTTP response: run, answered as it goes or when it is done, aborted when the client goes away."""
+"""The HTTP response of a job: sent as the job runs or when it is done, ended when the client goes away."""
 
 from __future__ import annotations
 
@@ -32,21 +32,24 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOGPROBS_WEIGHT = 16
-"""How much longer a byte of log-probabilities takes to write than a byte of rows."""
+"""Time to write a byte of log-probabilities, in terms of a byte of rows."""
 
 ENCODED_PER_BYTE = 2
-"""Bytes reserved for each byte of a delta, before it is known how long it is when written."""
+"""Bytes reserved for each byte of a delta, before its written length is known."""
 
 CLIENT_CLOSED_REQUEST = 499
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 class ClientDisconnectedError(Exception):
-    """Nobody waits for the answer any more."""
+    """The client went away before the answer ended."""
 
 
 def respond(job: Job, answer: Answer, state: ServerState, request: Request) -> Response:
-    """Return the response that runs the job, and answers. It raises EngineError or ApiError while nothing has been sent."""
+    """Return the response that runs the job and sends the answer.
+
+    The response raises EngineError or ApiError while nothing has been sent.
+    """
     running = RunningJob(job, state)
     fields = LogFields.of(request.scope)
     fields.answer_id, fields.counts = answer.id, running.counts
@@ -56,14 +59,14 @@ def respond(job: Job, answer: Answer, state: ServerState, request: Request) -> R
 class AnswerResponse(Response):
     """Runs a job while its client waits, and sends its answer's pieces as they come.
 
-    The next delta is asked for when the pieces of this one have left, so a slow reader slows its own request. A failure after
-    the head is told in the answer's own way. One that cannot be told leaves the body without its end, so that the client's
-    HTTP library sees that it is not whole.
+    The next delta is requested when the pieces of the last one have left, so a slow reader slows its own
+    request. A failure after the head is reported by ``Answer.tell``. Where an answer cannot report one, its
+    body is left without an end, so that the client's HTTP library sees the truncation.
     """
 
     def __init__(self, job: Job, running: RunningJob, answer: Answer, state: ServerState) -> None:
         super().__init__(media_type=answer.media_type, headers=STREAM_HEADERS if job.answer.stream else None)
-        del self.headers["Content-Length"]  # Starlette's, of a body that it does not know
+        del self.headers["Content-Length"]  # Starlette's own, of an empty body
         self._job = job
         self._running = running
         self._answer = answer
@@ -115,7 +118,10 @@ class AnswerResponse(Response):
         await outlet.close()
 
     async def _send_whole(self, outlet: Outlet) -> None:
-        """The body once all of it is there. What it holds is charged to the server's budget until it is sent."""
+        """Send the body once it is complete.
+
+        Its bytes are charged to the server's budget until they are sent.
+        """
         state, answer = self._state, self._answer
         with state.held_bytes.answer() as held:
             with TimeLimit(state.config.request_timeout, outlet):
@@ -131,7 +137,7 @@ class AnswerResponse(Response):
             await outlet.close()
 
     async def _collect(self, held: AnswerBytes) -> None:
-        """Hand every delta to the answer, as the budget has room."""
+        """Hand every delta to the answer as the budget has room."""
         answer = self._answer
         async with contextlib.aclosing(self._running.deltas()) as deltas:
             async for delta in deltas:
@@ -154,7 +160,7 @@ class AnswerResponse(Response):
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """``work``'s result; it is cancelled, and has ended, when the client goes away first.
+    """Return ``work``'s result. If the client goes away first, the work is cancelled and awaited.
 
     Raises ClientDisconnectedError. The request's body must have been read.
     """

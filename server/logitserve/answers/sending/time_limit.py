@@ -1,4 +1,4 @@
-"""How long a request's work may take."""
+"""The time limit of a request's work."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from logitserve.answers.sending.outlet import Outlet
 from logitserve.errors import ApiError
 
 CHECKS = 4
-"""Looks in a limit, once it is over, at whether a piece still waits for the reader."""
+"""Number of checks in the length of a limit.
+
+Once the limit is over, they look for a piece that waits for the reader.
+"""
 
 
 class TimeLimit:
     """Ends its block after ``seconds`` with ApiError 504; 0 is no limit.
 
-    Time for which a piece of the answer waits for its reader does not count: it is the client's. No piece is cut off, so that
-    an error may be told after it.
+    Time for which a piece of the answer waits for its reader is the client's and does not count. No piece is
+    cut off, so that an error may follow it.
     """
 
     def __init__(self, seconds: float, outlet: Outlet) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Exchange(RequestResponseCycle):
-    """uvicorn's exchange, whose body can fail: it was cut off by a timeout, or is no HTTP.
+    """uvicorn's exchange with a body that can fail, by a timeout or as invalid HTTP.
 
     An answer before a body that waits for `100 Continue` ends the connection: whether the body comes is the client's choice.
     """
@@ -33,7 +33,10 @@ class Exchange(RequestResponseCycle):
         await super().send(message)
 
     async def receive(self) -> ASGIReceiveEvent:
-        """Return the next piece of the body. Raises the body's fault once, and then the client counts as gone."""
+        """Return the next piece of the body.
+
+        Raises the body's fault once; after that the client counts as gone.
+        """
         if not self._is_told:
             message = await super().receive()
             if self._fault is None or message["type"] == "http.disconnect":
@@ -45,16 +48,18 @@ class Exchange(RequestResponseCycle):
 
 
 class Http10Exchange(Exchange):
-    """An exchange with an HTTP/1.0 client, which knows no chunks: an answer without a length ends with the connection.
+    """An exchange with an HTTP/1.0 client, which knows no chunks.
 
-    uvicorn frames such an answer in chunks unless it takes it for one with a length. So it is told the length of each
-    piece, as if there were no others.
+    An answer without a length ends with the connection.
+
+    uvicorn frames such an answer in chunks unless it has a length. So each piece gets its own length, as if
+    there were no others.
     """
 
     _has_length = False
 
     async def send(self, message: ASGISendEvent) -> None:
-        # The types of a message's keys hang on its "type", which mypy cannot follow here.
+        # The types of a message's keys depend on its "type", which mypy cannot follow here.
         event: Any = message
         if event["type"] == "http.response.start":
             self._has_length = any(name.lower() == b"content-length" for name, _ in event.get("headers", ()))

@@ -1,4 +1,4 @@
-"""The server's open connections: how many there may be, and how they end when the server does."""
+"""The server's open connections: their limit, and their end with the server's."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from typing import Protocol
 logger = logging.getLogger(__name__)
 
 RESERVED_FILES = 128
-"""File descriptors that are left for all else: listeners, the engine's socket, pipes, files."""
+"""File descriptors left for everything else: listeners, the engine's socket, pipes, files."""
 
 
 class Member(Protocol):
-    """A connection, as far as it is asked to end."""
+    """Methods by which a connection is ended."""
 
     def drop(self) -> None:
-        """Close at once. Nothing has been said on this connection."""
+        """Close at once. Called before any request on this connection."""
 
     def drain(self) -> None:
         """Let answers that have not begun say that the connection ends with them."""
 
     def end(self) -> None:
-        """Close as soon as no answer is owed."""
+        """Close as soon as every request is answered."""
 
 
 class OpenConnections:
-    """Counts connections. Once there are ``limit``, a newcomer takes the place of the oldest that never said anything.
+    """Counts connections. Once there are ``limit``, a newcomer takes the place of the oldest silent one.
 
-    So silent connections, however many, keep nobody out. While every connection has spoken, newcomers are turned away.
+    A connection is silent until its first request. So silent connections, however many, keep no client out.
+    While none is silent, newcomers are turned away.
     """
 
     def __init__(self, limit: int) -> None:
@@ -43,7 +44,10 @@ class OpenConnections:
         self.none_left.set()
 
     def add(self, connection: Member) -> bool:
-        """Count a new connection. Returns False if there are too many: it is not counted and must be closed."""
+        """Count a new connection.
+
+        Returns False if there are too many: then it is not counted and must be closed.
+        """
         if len(self._open) >= self._limit and not self._drop_silent():
             if not self._is_full:
                 logger.warning("%d connections are open (--max-connections); others are refused", self._limit)
@@ -89,7 +93,10 @@ class OpenConnections:
 
 
 def affordable_connections(wanted: int) -> int:
-    """Return how many of the ``wanted`` connections the limit on open files allows. It is raised as far as it may be."""
+    """Return how many of the ``wanted`` connections the limit on open files allows.
+
+    That limit is raised before, as far as necessary and possible.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + RESERVED_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -99,7 +106,7 @@ def affordable_connections(wanted: int) -> int:
             soft = raised
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
-    # Under a limit that leaves next to nothing, half is for connections.
+    # A limit that leaves next to nothing gives half to connections.
     affordable = max(soft - RESERVED_FILES, soft // 2)
     logger.warning(
         "%d connections are possible, not %d (--max-connections): the limit on open files is %d (ulimit -n)",

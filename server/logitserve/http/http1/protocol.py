@@ -33,20 +33,29 @@ MOST_PIPELINED = 32
 """Most requests that a client may send ahead of their answers."""
 
 MOST_READ_AHEAD = 4
-"""Requests sent ahead of their answers at which reading pauses. Until then the loss of the connection is noticed."""
+"""Requests sent ahead of their answers at which reading pauses.
+
+While it reads, the server notices a lost connection.
+"""
 
 LINGER_SECONDS = 2.0
 MOST_DROPPED_BYTES = 16 << 20
-"""How long, and how far, a client is listened to that got a refusal: a closed socket would reset it before it reads."""
+"""Bounds on reading from a refused client.
+
+A socket closed with data unread would reset it before it reads the refusal.
+"""
 
 NEWCOMER_SECONDS = 2.0
-"""Time from its start that a connection has for its first request when the server ends. It may come from the backlog."""
+"""Time that a connection has, from its start, for its first request when the server ends.
+
+A newcomer may come from the backlog.
+"""
 
 
 class Stage(enum.Enum):
-    """What has come of the latest request on a connection."""
+    """The received part of the latest request on a connection."""
 
-    NOTHING = enum.auto()  # there has been no request
+    NOTHING = enum.auto()  # no request yet
     HEAD = enum.auto()
     BODY = enum.auto()
     ALL = enum.auto()
@@ -55,9 +64,9 @@ class Stage(enum.Enum):
 class HttpProtocol(HttpToolsProtocol):
     """One client's connection.
 
-    It differs from uvicorn's: heads are bounded, and both heads and bodies must come in time. An offer of another
-    protocol (h2c) is declined without loss of the body. An HTTP/1.0 client gets no chunks. Refusals are OpenAI's error
-    objects, and come after the answers that are owed.
+    It differs from uvicorn's: heads are bounded, and both heads and bodies must come in time. An offer of
+    another protocol (h2c) is declined without loss of the body. An HTTP/1.0 client gets no chunks. Refusals
+    are OpenAI's error objects, and come after the answers to earlier requests.
     """
 
     _connection: Connection
@@ -102,7 +111,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._timer.stop()
         self._open_connections.remove(self)
         self._connection.release()
-        # uvicorn tells the newest exchange. Those between the two never start.
+        # uvicorn notifies the newest exchange. Those between the two never start.
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
             self._running.message_event.set()
@@ -113,7 +122,7 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def drain(self) -> None:
-        """Implement `Member.drain`. Of pipelined answers the last one says so."""
+        """Implement `Member.drain`. The last of several pipelined answers announces the end."""
         if self.cycle is not None and not self.cycle.response_started:
             self.cycle.keep_alive = False
 
@@ -153,7 +162,8 @@ class HttpProtocol(HttpToolsProtocol):
                 if self._should_upgrade():
                     self.handle_websocket_upgrade()
                     return
-                # The parser takes what follows for another protocol. A fresh one reads on, and never sees the offer.
+                # The parser takes the following bytes for another protocol. A fresh one reads on, and never
+                # sees the offer.
                 data = self._head_without_upgrade() + data[upgrade.args[0] :]
                 self.parser = httptools.HttpRequestParser(self)
                 self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
@@ -191,7 +201,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._head.count_header(len(name) + len(value))
-        # A trailer comes after the body. As a header it would pass the checks that the head has passed already.
+        # A trailer comes after the body. As a header it would evade the checks of the head, which are over.
         if self._stage is Stage.HEAD:
             super().on_header(name, value)
 
@@ -265,7 +275,10 @@ class HttpProtocol(HttpToolsProtocol):
     # Refusals
 
     def _fail(self, fault: ApiError) -> None:
-        """Read no more. A request whose head has come gets the fault from its body; without one it is the answer."""
+        """Stop reading.
+
+        A request whose head has come gets the fault from its body; otherwise the fault is the answer.
+        """
         self._is_deaf = True
         self._timer.stop()
         if self._stage is not Stage.BODY:
@@ -286,7 +299,7 @@ class HttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(raw_response(fault, self.server_state.default_headers))
         self.transport.write_eof()
-        # Nobody watches a client that takes nothing any more, and closing would wait for it.
+        # No timeout covers this client, and closing would wait for it to read.
         self._timer.call_later(LINGER_SECONDS, self.transport.abort)
 
     def _drop(self, data: bytes) -> None:
@@ -304,7 +317,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._unset_keepalive_if_required()
 
     def _time_the_client(self) -> None:
-        """Set the timer for what is to come, once for each head and for each body. Most come whole and need none."""
+        """Set the timer of the next head or body, once for each. Most come whole and need none."""
         timed = (self._stage, self._num_requests)
         if timed == self._timed or self.transport.is_closing():
             return
@@ -315,14 +328,14 @@ class HttpProtocol(HttpToolsProtocol):
                 self._timer.expect_head()
             case Stage.BODY:
                 self._timer.expect_body()
-            case Stage.ALL if self.cycle.response_complete:  # the rest of a body that was answered early
+            case Stage.ALL if self.cycle.response_complete:  # answered before its body ended
                 self.timeout_keep_alive_task = self.loop.call_later(
                     self.timeout_keep_alive, self.timeout_keep_alive_handler
                 )
 
 
 def _fault(error: httptools.HttpParserError) -> ApiError:
-    """Return what a callback raised, or the parser's own complaint."""
+    """Return the error that a callback raised, or the parser's own complaint."""
     match error.__context__:
         case ApiError() as fault:
             return fault

@@ -39,7 +39,7 @@ class ReadTimer:
             self._handle = None
 
     def call_later(self, seconds: float, work: Callable[[], None]) -> None:
-        """Do something else in this time, unless a head or a body comes."""
+        """Call ``work`` after ``seconds``, unless a head or a body comes before."""
         self.stop()
         self._handle = self._loop.call_later(seconds, work)
 

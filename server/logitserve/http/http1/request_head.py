@@ -1,4 +1,4 @@
-"""A request's head, as far as it is looked at before any middleware sees it."""
+"""Checks of a request's head, before any middleware sees it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from logitserve.errors import ApiError, BadRequestError
 class HeadMeter:
     """Counts the bytes and headers of a request's head and of its trailer, which have one bound together.
 
-    The parser tells of a header when it ends, and keeps one without end. So bytes of which it tells nothing count too.
+    The parser reports a header when it ends, and keeps one without end. So unreported bytes count too.
     """
 
     def __init__(self, bounds: RequestBounds) -> None:
@@ -31,7 +31,7 @@ class HeadMeter:
         self._num_untold += nbytes
 
     def told(self) -> None:
-        """Remember that the parser has told something of what it got."""
+        """Remember that the parser has reported something."""
         self._num_untold = 0
 
     def count_target(self, nbytes: int) -> None:
@@ -51,7 +51,7 @@ class HeadMeter:
         self.count_target(nbytes)
 
     def check_untold(self) -> None:
-        """Refuse a header without end, or a chunk's. Raises ApiError."""
+        """Refuse a header, or a chunk's head, without end. Raises ApiError."""
         if self._num_untold > self._bounds.max_header_bytes:
             raise self._too_large()
 
@@ -63,7 +63,7 @@ class HeadMeter:
 
 
 def check_head(method: str, version: str, headers: list[tuple[bytes, bytes]]) -> None:
-    """Refuse what the parser lets pass and others may read otherwise. Raises ApiError."""
+    """Refuse heads that the parser accepts and other servers may read differently. Raises ApiError."""
     if version not in {"1.0", "1.1"}:
         raise ApiError(505, f"This server speaks HTTP/1.1, not HTTP/{version}.")
     if method == "CONNECT":
@@ -78,7 +78,8 @@ def check_head(method: str, version: str, headers: list[tuple[bytes, bytes]]) ->
 def split_target(url: bytes, headers: list[tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
     """Return the path and the query of a request's target, which may be a whole URL. Raises BadRequestError.
 
-    Access is decided by Host. RFC 9112 3.2.2 has a whole URL overrule it, and a client send the same in both.
+    Access is decided by Host. RFC 9112 3.2.2 lets a whole URL overrule it, and requires the same host in
+    both.
     """
     try:
         target = httptools.parse_url(url)

@@ -20,7 +20,7 @@ PIECE_BYTES = 256 << 10
 """Largest piece that is inflated before the event loop turns: less than a millisecond's work."""
 
 INPUT_BYTES = 16 << 10
-"""Compressed bytes given to zlib at once. Each end of a member copies what is left of them."""
+"""Compressed bytes given to zlib at once. Each end of a member copies the rest of them."""
 
 
 class ContentEncoding:
@@ -72,7 +72,10 @@ class _DecodedBody:
         self._pieces: Iterator[bytes] = iter(())
 
     async def receive(self) -> Message:
-        """Return the next piece. Raises ApiError 400 for a body that is not gzip, and 413 for one that is too long."""
+        """Return the next piece.
+
+        Raises ApiError 400 for a body that is not gzip, and 413 for a body that is too long.
+        """
         while True:
             for piece in self._pieces:
                 await asyncio.sleep(0)
@@ -93,7 +96,7 @@ class _DecodedBody:
         return {"type": "http.request", "body": b"", "more_body": False}
 
     def _inflate(self, compressed: bytes) -> Iterator[bytes]:
-        """Yield what ``compressed`` becomes, in pieces that may be empty."""
+        """Yield ``compressed`` inflated, in pieces that may be empty."""
         for start in range(0, len(compressed), INPUT_BYTES):
             waiting = compressed[start : start + INPUT_BYTES]
             is_done = False

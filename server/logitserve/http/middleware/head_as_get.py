@@ -6,7 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class HeadAsGet:
-    """Answers HEAD as GET and leaves out the body. So routes, and the OpenAPI document, need not know of HEAD."""
+    """Answers HEAD as GET and leaves out the body, so that routes and the OpenAPI document have no HEAD."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""The gate that lets nobody pass without an API key."""
+"""The gate that refuses requests without an API key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from logitserve.http.scope import header, is_probe, is_request
 
 
 class KeyGate:
-    """Asks for a key everywhere but at the probes, where keys are configured, and puts its Caller into the scope."""
+    """Requires a key on every path but the probes, if keys are configured.
+
+    Puts the key's Caller into the scope.
+    """
 
     def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
         self._app = app
@@ -28,7 +31,7 @@ class KeyGate:
         await self._app(scope, receive, send)
 
     def _caller(self, scope: Scope) -> Caller | None:
-        """Return whose request it is, or None when it must not pass."""
+        """Return the request's caller, or None when the request must not pass."""
         if self._keys.is_empty or is_probe(scope):
             return Caller()
         candidates = [header(scope, b"x-api-key").strip()]

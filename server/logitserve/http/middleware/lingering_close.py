@@ -1,4 +1,4 @@
-"""Answers to requests whose body nobody read: what the client still sends is dropped before its connection is closed."""
+"""Answers to requests with an unread body: its rest is dropped before the connection is closed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from logitserve.http.scope import header
 
 LINGER_SECONDS = 10.0
-"""Longest time that a client is listened to once its answer is out."""
+"""Longest time of reading from a client once its answer is out."""
 
 MOST_DROPPED_BYTES = 256 << 20
 """Most bytes that are dropped for one request."""
@@ -58,8 +58,8 @@ class LingeringClose:
 class _Exchange:
     """A request and its response, whose end is held back while the request's body is unread.
 
-    The client has the whole response all the same, by its declared length. A response without one ends as usual, and so
-    does one to a client that holds its body back until it is asked for it, and was not.
+    The client has the whole response all the same, by its declared length. A response without one ends as
+    usual. So does one to a client that still holds its body back until `100 Continue`.
     """
 
     def __init__(self, receive: Receive, send: Send, *, is_body_held: bool) -> None:
@@ -99,5 +99,5 @@ def _has_body(scope: Scope) -> bool:
 
 
 def _is_body_held(scope: Scope) -> bool:
-    """Return whether the client sends its body once it is asked for it. HTTP/1.0 has no such promise."""
+    """Return whether the client sends its body only after `100 Continue`. HTTP/1.0 has no such promise."""
     return header(scope, b"expect").lower() == b"100-continue" and scope.get("http_version") != "1.0"

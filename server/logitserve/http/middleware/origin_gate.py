@@ -1,4 +1,4 @@
-"""The gate that keeps web pages of other origins out, and those whose name was made to point here."""
+"""The gate against web pages of other origins, and against pages whose host name was made to point here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class OriginGate:
     """
 
     def __init__(self, app: ASGIApp, config: ServerConfig, *, on_loopback: bool) -> None:
-        """Take the rules. Without an Origin, Host is checked only ``on_loopback``: no proxy gives other names there."""
+        """Take the rules.
+
+        Without an Origin, Host is checked only ``on_loopback``, where no proxy gives other names.
+        """
         self._app = app
         self._rules = OriginRules(config.cors_origin, config.allowed_host)
         self._admits_others = bool(config.cors_origin)
@@ -80,7 +83,10 @@ class OriginGate:
 
 
 def _host(scope: Scope) -> Host | None:
-    """Return the host that the request names. An older client than HTTP/1.1 need not name one. Raises ApiError."""
+    """Return the host that the request names, or None where a client older than HTTP/1.1 names none.
+
+    Raises ApiError.
+    """
     given = headers(scope, b"host")
     if len(given) > 1:
         raise ApiError(400, "The request has more than one Host header.", code="invalid_host")
@@ -103,12 +109,15 @@ def _foreign_origin(text: str, host: Host | None) -> ApiError:
 
 
 def _asked(scope: Scope, what: bytes) -> bytes:
-    """Return what a preflight asks for, or nothing."""
+    """Return a preflight's ``Access-Control-Request-`` header, or nothing."""
     return header(scope, b"access-control-request-" + what)
 
 
 def _preflight_answer(scope: Scope) -> Response:
-    """Allow what the page is about to send. What a page may not send is refused when it comes, by a key or a limit."""
+    """Allow the request that the page is about to send.
+
+    A key or a limit may still refuse it when it comes.
+    """
     asked = _asked(scope, b"headers")
     reply_headers(scope).extend(
         [

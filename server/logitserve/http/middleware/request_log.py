@@ -1,4 +1,4 @@
-"""A line in the log for every request, and the id that it is found by."""
+"""A line in the log for every request, with an id to find it by."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ class LogFields:
 
 
 class RequestLog:
-    """Gives each request an id, counts it as running and writes a line at its end. What nobody caught is a 500.
+    """Gives each request an id, counts it as running and writes a line at its end.
+
+    An uncaught exception is a 500.
 
     A WebSocket is one request, from its handshake until its app returns.
     """

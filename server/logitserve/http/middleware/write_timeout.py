@@ -15,10 +15,13 @@ from logitserve.http.scope import is_request
 logger = logging.getLogger(__name__)
 
 SLICE_BYTES = 256 << 10
-"""Longest piece of a body that is handed to the server at once. This process holds one twice for each slow client."""
+"""Longest piece of a body that is handed to uvicorn at once.
+
+This process holds a piece twice for each slow client.
+"""
 
 CHECKS = 4
-"""Looks at the progress in a timeout. A client is dropped late by this share of the timeout at most."""
+"""Checks of the progress per timeout. A client is dropped late by this share of the timeout at most."""
 
 
 class WriteTimeout:
@@ -80,8 +83,8 @@ class _Watch:
     async def send(self, message: Message) -> None:
         for part in _parts(message):
             if self._connection is not None and not part.get("more_body", True):
-                # Nobody would watch bytes that a response leaves in this process at its end. Earlier messages do
-                # not wait for the kernel: every token of a stream would.
+                # No timer would watch bytes that a response leaves in this process at its end. Earlier
+                # messages do not wait for the kernel, since every token of a stream would.
                 self._connection.limit_unsent(0)
             self._is_sending = True
             try:
@@ -102,7 +105,8 @@ class _Watch:
         self._timer = self._loop.call_later(self._seconds / CHECKS, self._check)
 
     def _drop(self) -> None:
-        # The connection goes first: the server has then heard of its loss when the request ends, and does not complain.
+        # The connection is closed first, so that uvicorn knows of its loss when the request ends, and does
+        # not complain.
         if self._connection is not None:
             self._connection.abort()
         self._end.reschedule(self._loop.time())

@@ -1,1 +1,1 @@
-"""The OpenAPI document: what the server takes and answers, as types that describe and never run."""
+"""The OpenAPI document: the server's bodies and answers, as types that describe and never run."""

@@ -1,4 +1,4 @@
-"""The document itself: the app's routes, joined with what operations.py says of them."""
+"""The document itself: the app's routes, joined with their descriptions in operations.py."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ BODY = "body"
 
 
 class OpenApiDocument:
-    """Answers with the document, which is made once, when it is first asked for: that takes longer than a request may wait."""
+    """Answers with the document.
+
+    The document is made once, on a thread and at the first request, since making it takes long.
+    """
 
     def __init__(self, app: FastAPI, config: ServerConfig) -> None:
         self._app = app
@@ -62,7 +65,7 @@ def openapi_document(app: FastAPI, config: ServerConfig) -> bytes:
         "openapi": routes["openapi"],
         "info": routes["info"],
         "servers": [{"url": config.root_path or "/"}],
-        # Where no key is configured, a request without one is as good.
+        # Where no key is configured, a request needs none.
         "security": keys if config.api_key or config.api_key_file else [*keys, {}],
         "paths": paths,
         "components": {
@@ -148,7 +151,7 @@ class _Schemas:
             if operation.body is not None:
                 types[name, BODY] = operation.body
             types.update({(name, kind): answer for kind, answer in operation.answers.items() if answer})
-        # As the items of one tuple every class is looked at once.
+        # Items of one tuple, so that each class is read once.
         every: Any = tuple[(ErrorAnswer, *types.values())]  # type: ignore[misc]
         schema = TypeAdapter(every).json_schema(ref_template=REFERENCE, schema_generator=_Generator)
         _, *items = schema["prefixItems"]

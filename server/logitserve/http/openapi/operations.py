@@ -1,4 +1,4 @@
-"""Every operation of the server, by its name: what it takes, what it answers, and how it may be refused."""
+"""Every operation of the server by its name: its body, its answers and its refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QUEUED = READ | {504}
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """An operation beyond its path, its summary and its path's parameters, which are the route's.
+    """An operation. Its path, its summary and its path's parameters are the route's.
 
     Attributes:
         answers: type of the answer by media type; None for bytes that JSON Schema does not describe.

@@ -30,7 +30,7 @@ HEADERS: dict[str, Json] = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """A status that requests are refused with. ``name`` is that of the document's response."""
+    """A status that requests are refused with. ``name`` is the name of the document's response."""
 
     name: str
     description: str

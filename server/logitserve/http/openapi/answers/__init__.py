@@ -1,1 +1,1 @@
-"""Answers as types. The code that writes them does not use these; a test holds its answers against them."""
+"""Answers as types. The code that writes answers does not use them; a test compares its answers with them."""

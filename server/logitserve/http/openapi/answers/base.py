@@ -1,4 +1,4 @@
-"""What all answers share: members that are all named, usage, and the error object."""
+"""Common parts of all answers: a decorator for closed objects, usage, and the error object."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
 answer = with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))
-"""Decorates a TypedDict whose members are all that an answer has; the strings under them describe them."""
+"""Decorator of a TypedDict that names all members of an answer. The string under a member describes it."""
 
 
 @answer

@@ -1,4 +1,4 @@
-"""What the server says of itself, of its model and of its tokens."""
+"""Answers about the server, its model and its tokens."""
 
 from __future__ import annotations
 
