@@ -88,12 +88,14 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    tiny_llama: Path, value_heads: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("hostile")
     stats_file = directory / "stats.json"
-    with serving(
-        directory / "server.log", str(tiny_llama), *TIMES, *SIZES, program=[str(OBSERVED), str(stats_file)]
-    ) as live:
+    head = ("--value-head", f"helpful={value_heads['helpful']}")
+    program = [str(OBSERVED), str(stats_file)]
+    with serving(directory / "server.log", str(tiny_llama), *TIMES, *SIZES, *head, program=program) as live:
         yield Server(live, stats_file)
 
 
@@ -287,17 +289,22 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("/v1/logits", {"input": [5] * 200}),
     ("/v1/perplexity", {"input": ["a b c"] * 20}),
     ("/v1/embeddings", {"input": ["a b c"] * 20}),
+    ("/v1/rewards", {"input": ["a b c"] * 20, "return_values": True}),
     ("/pooling", {"input": "a b c"}),
     ("/tokenize", {"prompt": "a b c " * 1000}),
     ("/detokenize", {"tokens": [5] * 400}),
 ]
+GETS = ["/v1/models", "/v1/models/x", "/tokenizer_info", "/openapi.json", "/version", "/health", "/ready"]
 
 
 async def vanish(server: Server, chance: random.Random) -> None:
     """Send a request, or read its answer, up to a random byte. Then go away, sometimes by a reset."""
-    path, body = chance.choice(REQUESTS)
-    content = json.dumps(body).encode()
-    whole = head(path, f"content-length: {len(content)}") + content
+    if chance.random() < 0.1:
+        whole = f"GET {chance.choice(GETS)} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
+    else:
+        path, body = chance.choice(REQUESTS)
+        content = json.dumps(body).encode()
+        whole = head(path, f"content-length: {len(content)}") + content
     reader, writer = await asyncio.open_connection(*server.address)
     try:
         if chance.random() < 0.3:
