@@ -1,4 +1,4 @@
-# make serve | make test | make install-test | make lint | make bench | make gpu
+# make serve | make test | make attack-test | make install-test | make lint | make bench | make gpu
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= smollm2
 
-.PHONY: serve test install-test lint format bench gpu clean
+.PHONY: serve test attack-test install-test lint format bench gpu clean
 
 serve: $(RUNTIME)
 	$(BIN)/logitserve serve $(MODEL) --host $(HOST) --port $(PORT)
@@ -19,6 +19,10 @@ serve: $(RUNTIME)
 # Most tests keep one core busy. Servers and engines that they start share the cores: OpenMP's threads must not spin on them.
 test: lint $(NPM)/node_modules/.installed
 	GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Hostile clients, random requests to all that the OpenAPI document names, and restarts under load.
+attack-test: $(DEV)
+	GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest -m attacks tests/e2e
 
 # The wheel in an empty environment: minutes, and the downloads of all that it needs.
 install-test: $(DEV)

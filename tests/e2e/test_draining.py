@@ -16,10 +16,12 @@ import pytest
 from live_server import LiveServer, serving
 from raw_http import SECONDS, RawClient, get, post
 
+pytestmark = pytest.mark.attacks
+
 COMPLETIONS = "/v1/completions"
 SHORT = {"prompt": [5, 6, 7], "max_tokens": 2, "temperature": 0, "ignore_eos": True}
-HUGE = {**SHORT, "max_tokens": 480, "stream": True, "return_logits": True}
-"""A stream of 63 MB, which a connection does not take in unread. So it runs until its client reads on."""
+HUGE = {**SHORT, "max_tokens": 120, "stream": True, "return_logits": True}
+"""A stream of 16 MB, which a connection with a small receive buffer does not take in unread. So it runs until its client reads on."""
 
 
 @contextlib.contextmanager
@@ -31,7 +33,7 @@ def server(tiny_llama: Path, tmp_path: Path, *options: str) -> Iterator[LiveServ
 
 
 def huge_stream(live: LiveServer) -> RawClient:
-    client = RawClient(live.url).send(post(COMPLETIONS, HUGE))
+    client = RawClient(live.url, receive_buffer=1 << 16).send(post(COMPLETIONS, HUGE))
     assert client.socket.recv(9, socket.MSG_PEEK | socket.MSG_WAITALL) == b"HTTP/1.1 "
     return client
 

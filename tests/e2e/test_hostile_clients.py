@@ -27,7 +27,7 @@ import psutil
 import pytest
 from live_server import LiveServer, serving
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.attacks]
 
 COMPLETIONS = "/v1/completions"
 NUM_STREAMS = 8

@@ -16,6 +16,8 @@ from live_server import LiveServer, serving
 from logitserve.http.openapi.operations import OPERATIONS
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.attacks
+
 KEY = "a-key"
 CONFIG = """
 [phases.fuzzing.generation]

@@ -34,11 +34,16 @@ class Answer:
 class RawClient:
     """A connection to a server."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, receive_buffer: int | None = None) -> None:
+        """Connect. The kernel takes little more than ``receive_buffer`` bytes ahead of the reader."""
         address = urlsplit(url)
         assert address.hostname is not None
         assert address.port is not None
-        self.socket = socket.create_connection((address.hostname, address.port), timeout=SECONDS)
+        self.socket = socket.socket()
+        if receive_buffer is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.socket.settimeout(SECONDS)
+        self.socket.connect((address.hostname, address.port))
         self._file = self.socket.makefile("rb")
 
     def __enter__(self) -> Self:
