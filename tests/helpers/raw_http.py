@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -39,11 +40,13 @@ class RawClient:
         address = urlsplit(url)
         assert address.hostname is not None
         assert address.port is not None
-        self.socket = socket.socket()
-        if receive_buffer is not None:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.settimeout(SECONDS)
-        self.socket.connect((address.hostname, address.port))
+        with contextlib.ExitStack() as opened:
+            self.socket = opened.enter_context(socket.socket())
+            if receive_buffer is not None:
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            self.socket.settimeout(SECONDS)
+            self.socket.connect((address.hostname, address.port))
+            opened.pop_all()
         self._file = self.socket.makefile("rb")
 
     def __enter__(self) -> Self:
