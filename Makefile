@@ -1,17 +1,19 @@
-# make serve | make test | make attack-test | make install-test | make lint | make bench | make gpu
+# make serve | make test | make attack-test | make install-test | make deploy-test | make image-test | make lint | make bench | make gpu
 
 PYTHON ?= python3
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+DEBIAN := $(VENV)/.installed-debian
 NPM := tests/e2e/npm
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= smollm2
 
-.PHONY: serve test attack-test install-test lint format bench gpu clean
+.PHONY: serve test attack-test install-test deploy-test image-test lint format bench gpu clean
 
 serve: $(RUNTIME)
 	$(BIN)/logitserve serve $(MODEL) --host $(HOST) --port $(PORT)
@@ -27,6 +29,14 @@ attack-test: $(DEV)
 # The wheel in an empty environment: minutes, and the downloads of all that it needs.
 install-test: $(DEV)
 	$(BIN)/python -m pytest -m installs tests/packaging
+
+# Two servers behind the configuration in docker/: nginx, haproxy and Prometheus from Debian's packages.
+deploy-test: $(DEV) $(DEBIAN)
+	GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest -m deployments tests/deployment
+
+# The cpu image, built and started without a Docker daemon.
+image-test: $(DEV) $(DEBIAN)
+	$(BIN)/python -m pytest -m images tests/deployment
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -61,6 +71,14 @@ $(DEV): $(RUNTIME)
 	@echo "Installing what tests and lint need into $(VENV), once. This takes a few minutes."
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
+	touch $@
+
+# Debian's programs that deploy-test and image-test run. RUNLEVEL=1 keeps the packages from starting their services.
+$(DEBIAN): | $(DEV)
+	@echo "Installing Debian packages with apt-get, once: nginx, haproxy, prometheus, buildah, debootstrap."
+	$(SUDO) apt-get update --quiet --quiet
+	$(SUDO) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends \
+		nginx-light haproxy prometheus buildah debootstrap
 	touch $@
 
 $(NPM)/node_modules/.installed: $(NPM)/package.json
