@@ -1,4 +1,4 @@
-# make serve | make test | make attack-test | make install-test | make deploy-test | make image-test | make lint | make bench | make gpu
+# make serve | make test | make triton-test | make attack-test | make install-test | make deploy-test | make image-test | make lint | make bench | make gpu
 
 PYTHON ?= python3
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
@@ -13,7 +13,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= smollm2
 
-.PHONY: serve test attack-test install-test deploy-test image-test lint format bench gpu clean
+.PHONY: serve test triton-test attack-test install-test deploy-test image-test lint format bench gpu clean
 
 serve: $(RUNTIME)
 	$(BIN)/logitserve serve $(MODEL) --host $(HOST) --port $(PORT)
@@ -21,6 +21,10 @@ serve: $(RUNTIME)
 # Most tests keep one core busy. Servers and engines that they start share the cores: OpenMP's threads must not spin on them.
 test: lint $(NPM)/node_modules/.installed
 	GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Triton's kernels and the engine on them, in Triton's interpreter: minutes of Python for what takes a GPU milliseconds.
+triton-test: $(DEV)
+	$(BIN)/python -m pytest --numprocesses 2 -m interpreted tests/kernels tests/engine tests/test_gpu_benchmark.py
 
 # Hostile clients, random requests to all that the OpenAPI document names, and restarts under load.
 attack-test: $(DEV)

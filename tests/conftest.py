@@ -19,10 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 def pytest_configure() -> None:
-    # A shell without job control starts background commands with SIGINT ignored. The commands that tests
-    # start and stop with SIGINT would inherit that setting.
+    # A shell without job control starts background commands with SIGINT ignored, and nohup with SIGHUP. The
+    # commands that tests start and send these to would inherit that setting.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.interpreted
 @pytest.mark.timeout(900)
 def test_the_gpu_benchmark_checks_every_kernel_and_measures_models_and_their_peer(tmp_path: Path) -> None:
     found = tmp_path / "gpu.json"

@@ -17,7 +17,7 @@ def bfloat16_model() -> LoadedModel:
     return load(EngineConfig(dtype="bfloat16", kv_cache_bytes=1 << 29, num_threads=1))
 
 
-@pytest.fixture(scope="session", params=["auto", "triton"])
+@pytest.fixture(scope="session", params=["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
 def tiny_model(tiny_llama: Path, request: pytest.FixtureRequest) -> LoadedModel:
     """The tiny model on this machine's own kernels, and on those of a GPU under Triton's interpreter."""
     return load(

@@ -122,7 +122,7 @@ def save_tiny(directory: Path, family: str, options: dict[str, Any], tokenizer: 
     (directory / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
 
 
-@pytest.mark.parametrize("kernels", ["auto", "triton"])
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("triton", marks=pytest.mark.interpreted)])
 @pytest.mark.parametrize("family", [*FUSED, *AS_THEY_ARE])
 def test_rows_are_the_models_in_every_family(
     tmp_path: Path,

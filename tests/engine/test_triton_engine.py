@@ -20,6 +20,8 @@ from support import EVERY_ROW, greedy, make_engine, run
 from tiny_models import save_llama
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+pytestmark = pytest.mark.interpreted
+
 TOLERANCE = 2e-4
 PROMPT = [5, 100, 7, 250, 12, 12, 9]
 

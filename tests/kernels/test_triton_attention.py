@@ -17,6 +17,8 @@ from logitkernels.triton.paged_prefill import paged_prefill
 from numpy.typing import NDArray
 from torch import Tensor
 
+pytestmark = pytest.mark.interpreted
+
 REFERENCE = ReferenceKernels()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}

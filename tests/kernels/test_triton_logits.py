@@ -10,6 +10,8 @@ from logitkernels.triton.gather_logits import gather_logits
 from logitkernels.triton.top_k_logits import top_k_logits
 from torch import Tensor
 
+pytestmark = pytest.mark.interpreted
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF, NAN = float("inf"), float("nan")
 shapes = st.tuples(st.sampled_from([1, 3]), st.sampled_from([1, 5, 123]))

@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 from logitkernels.triton import matmul as module
 from logitkernels.triton.matmul import Tile, matmul, tile_for
 
+pytestmark = pytest.mark.interpreted
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 ROUNDING = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}

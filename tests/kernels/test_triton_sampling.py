@@ -27,6 +27,8 @@ from logitkernels.triton.sampling_rows import (
 from sampling_cases import GREEDY, PLAIN, eighths, sampling_rows
 from torch import Tensor
 
+pytestmark = pytest.mark.interpreted
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF, NAN = float("inf"), float("nan")
 
