@@ -81,6 +81,8 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
         # Turns off the interactive pages too, which load scripts from elsewhere. /openapi.json is our own.
         openapi_url=None,
         generate_unique_id_function=lambda route: route.name,
+        # FastAPI's own spans and logs, which it sends where variables tell it to, know nothing of our bounds.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.server = state
     for router in ROUTERS:
