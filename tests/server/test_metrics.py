@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Sequence
 
 import httpx
@@ -22,6 +23,7 @@ from logitengine.link.messages import (
 )
 from metrics_page import Page
 from scripted_engine import App, OpenApp, Step
+from starlette.types import Message
 
 pytestmark = pytest.mark.anyio
 
@@ -129,17 +131,16 @@ async def test_a_client_that_leaves_is_an_abort_and_no_failure(open_app: OpenApp
 
     async with open_app(script) as app:
         gone = asyncio.Event()
-        told = [
-            {"type": "http.request", "body": b'{"prompt":[33],"stream":%s}' % str(stream).lower().encode()}
-        ]
+        body = json.dumps({"prompt": [33], "stream": stream}).encode()
+        told: list[Message] = [{"type": "http.request", "body": body}]
 
-        async def receive() -> dict[str, object]:
+        async def receive() -> Message:
             if told:
                 return told.pop()
             await gone.wait()
             return {"type": "http.disconnect"}
 
-        async def send(_message: object) -> None:
+        async def send(_message: Message) -> None:
             pass
 
         scope = {
@@ -150,7 +151,7 @@ async def test_a_client_that_leaves_is_an_abort_and_no_failure(open_app: OpenApp
             "query_string": b"",
             "headers": [(b"host", b"test"), (b"content-type", b"application/json")],
         }
-        work = asyncio.create_task(app.asgi(scope, receive, send))  # type: ignore[arg-type]
+        work = asyncio.create_task(app.asgi(scope, receive, send))
         await app.engine.running(1)
         assert (await page_of(app))("logitserve:requests_in_flight") == 1
         gone.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,6 +143,15 @@ async def test_a_collector_that_fails_is_logged_once_and_loses_only_spans(
             assert (await app.post("/v1/completions", BODY)).status_code == 200
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert warnings == ["spans cannot be exported (--otlp-endpoint) and are lost"]
+
+
+async def test_a_collector_that_never_answers_holds_up_the_end_for_a_moment_only(
+    open_app: OpenApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with open_app(two_tokens, otlp_endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}") as app:
+            await app.post("/v1/completions", BODY)
+    assert "spans were lost: the collector did not take them within 2 s" in caplog.messages
 
 
 @pytest.mark.parametrize("traced", [False, True])
