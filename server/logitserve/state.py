@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastapi import Depends, Request
 from logitengine.errors import EngineError
@@ -21,8 +21,13 @@ from logitserve.errors import ApiError, not_ready
 from logitserve.held_bodies import HeldBodies
 from logitserve.held_bytes import HeldBytes
 from logitserve.request_queue import RequestQueue
+from logitserve.telemetry.metrics import Metrics
+from logitserve.telemetry.readings import Readings
 from logitserve.text.tokenizer import ModelTokenizer
 from logitserve.text.tokenizer_workers import TokenizerWorkers
+
+if TYPE_CHECKING:
+    from logitserve.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +78,10 @@ class ServerState:
         self.held_bodies = HeldBodies(config.max_total_body_bytes)
         self.held_bytes = HeldBytes(config.max_held_bytes, config.held_timeout or None)
         self.queue = RequestQueue(config.max_queued_requests, config.max_queued_tokens)
+        self.metrics = Metrics()
+        self.metrics.registry.register(Readings(self))
+        self.tracing: Tracing | None = None
+        self.num_connections: Callable[[], int] = lambda: 0
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._model: Model | None = None
         self.load_error: str | None = None
@@ -119,6 +128,12 @@ class ServerState:
         if self.stop_server is not None:
             self.stop_server()
 
+    @property
+    def model_name(self) -> str | None:
+        """The first name of the model, or None until it is known."""
+        names = self.config.served_model_name if self._model is None else self._model.names
+        return names[0] if names else None
+
     def not_ready_reason(self) -> str | None:
         """Return why requests are not served, or None when they are."""
         if self.draining:
@@ -151,9 +166,11 @@ class ServerState:
         if self.num_in_flight == 0:
             self.idle.set()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.tokenizer_workers.close()
         self._encoding_pool.shutdown(wait=False, cancel_futures=True)
+        if self.tracing is not None:
+            await self.tracing.close()
 
 
 def get_state(request: Request) -> ServerState:

@@ -191,6 +191,34 @@ def test_the_first_output_tells_that_the_request_has_begun(tiny_model: LoadedMod
     ]
 
 
+def test_only_the_first_output_tells_how_long_ago_the_first_step_began(tiny_model: LoadedModel) -> None:
+    engine = make_engine(tiny_model, max_num_batched_tokens=3)
+    engine.add(greedy("a", PROMPT, 3))
+    outputs = [output for _ in range(5) for output in engine.step()]
+    assert not engine.has_work
+    assert [output.begun_seconds > 0 for output in outputs] == [True, False, False, False]
+    assert outputs[0].begun_seconds <= engine.stats.step_seconds
+
+
+def test_steps_are_counted_by_their_duration_and_prompts_by_what_the_prefix_cache_had(
+    tiny_model: LoadedModel,
+) -> None:
+    engine = make_engine(tiny_model)
+    prompt = list(range(40))
+    for name in ("a", "b"):
+        engine.add(greedy(name, prompt, 2))
+        while engine.has_work:
+            engine.step()
+    stats = engine.stats
+    assert sum(stats.step_counts) == stats.num_steps == 4
+    assert stats.step_seconds > 0
+    assert (stats.num_prefix_query_tokens, stats.num_prefix_hit_tokens) == (80, 32)
+    engine = make_engine(tiny_model, prefix_caching=False)
+    engine.add(greedy("a", prompt, 1))
+    engine.step()
+    assert engine.stats.num_prefix_query_tokens == 0, "nothing was looked up"
+
+
 def test_prompt_rows_stay_within_the_window(tiny_model: LoadedModel) -> None:
     window = 16 * 4 * 49152
     engine = make_engine(tiny_model, logits_window_bytes=window)

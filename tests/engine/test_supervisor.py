@@ -238,3 +238,16 @@ async def test_a_death_after_work_or_after_a_long_life_is_not_quick(tmp_path: Pa
         await client.wait_ready()
         assert not lost.done()
         lost.cancel()
+
+
+@pytest.mark.usefixtures("without_pauses")
+async def test_counters_go_on_where_those_of_the_last_process_ended(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        await ask(client, "answer")
+        assert (client.stats.num_generated_tokens, client.num_restarts) == (1, 0)
+        for number in (1, 2):
+            await error_of(client, "exit")
+            await client.wait_ready()
+            assert (client.stats.num_generated_tokens, client.num_restarts) == (number, number)
+            await ask(client, "answer")
+            assert client.stats.num_generated_tokens == number + 1

@@ -28,12 +28,19 @@ from logitserve.routes import (
     embeddings,
     health,
     logits,
+    metrics,
     models,
     perplexity,
     rewards,
     tokens,
 )
 from logitserve.state import ServerState
+from logitserve.telemetry.routes import RouteNames
+
+ROUTERS = [
+    noun.router
+    for noun in (chat, completions, logits, perplexity, rewards, embeddings, models, tokens, health, metrics)
+]
 
 
 def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: bool = False) -> FastAPI:
@@ -45,6 +52,10 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
     ``on_loopback`` is true for a server that listens on loopback addresses alone.
     """
     state = ServerState(engine, config)
+    if config.otlp_endpoint is not None:
+        from logitserve.telemetry.tracing import Tracing
+
+        state.tracing = Tracing(config.otlp_endpoint)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -59,8 +70,7 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await engine.close()
-            state.close()
+            await asyncio.gather(engine.close(), state.close())
 
     app = FastAPI(
         title="logitserve",
@@ -71,10 +81,12 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
         # Turns off the interactive pages too, which load scripts from elsewhere. /openapi.json is our own.
         openapi_url=None,
         generate_unique_id_function=lambda route: route.name,
+        # FastAPI's own spans and logs, which it sends where variables tell it to, know nothing of our bounds.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.server = state
-    for noun in (chat, completions, logits, perplexity, rewards, embeddings, models, tokens, health):
-        app.include_router(noun.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.add_route("/openapi.json", OpenApiDocument(app, config).respond, include_in_schema=False)
     install_error_handlers(app)
     # The last one added is the outermost.
@@ -83,7 +95,8 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
     app.add_middleware(BodyLimit, config=config)
     app.add_middleware(KeyGate, keys=state.keys)
     app.add_middleware(OriginGate, config=config, on_loopback=on_loopback)
-    app.add_middleware(RequestLog, state=state)
+    routes = [*app.routes, *(route for router in ROUTERS for route in router.routes)]
+    app.add_middleware(RequestLog, state=state, routes=RouteNames(routes))
     app.add_middleware(LingeringClose)
     app.add_middleware(WriteTimeout, config=config)
     if config.root_path:
