@@ -183,7 +183,11 @@ else
         build) build_without_docker "$@" ;;
         run) run_without_docker "$@" ;;
         healthcheck) healthcheck_without_docker ;;
-        config) field '{{json .Docker.Config}}' ;;
+        config)
+            store inspect --type image "localhost/$IMAGE" | python3 -c '
+import json, sys
+json.dump(json.load(sys.stdin)["Docker"]["config"], sys.stdout)'
+            ;;
         files) tar --create --directory "$(store mount "$(container)")" . ;;
         remove)
             store rm --all >/dev/null

@@ -179,7 +179,12 @@ def server(image: Image, tmp_path: Path) -> Iterator[ImageServer]:
     cache.mkdir()
     for folder in (tmp_path, *list(tmp_path.parents)[:2]):  # pytest's own are closed to other users
         folder.chmod(0o755)
-    variables = {"CACHE": str(cache), "LOGITSERVE_PORT": str(port), "LOGITSERVE_KV_CACHE_BYTES": "256MiB"}
+    variables = {
+        "CACHE": str(cache),
+        "LOGITSERVE_PORT": str(port),
+        "LOGITSERVE_KV_CACHE_BYTES": "256MiB",
+        "LOGITSERVE_DRAIN_TIMEOUT": str(START_SECONDS),
+    }
     with log.open("wb") as output:
         process = subprocess.Popen(
             [SCRIPT, "run"], stdout=output, stderr=output, env={**image.environment, **variables}
@@ -202,7 +207,7 @@ def process_of(port: int) -> psutil.Process:
     (pid,) = {
         connection.pid
         for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+        if connection.status == psutil.CONN_LISTEN and connection.laddr[1] == port
     }
     return psutil.Process(pid)
 
@@ -243,12 +248,12 @@ def test_the_server_answers_as_the_readme_says_on_a_read_only_root_and_drains(
     image.run("healthcheck", CACHE=str(server.cache), LOGITSERVE_PORT=str(server.port))
 
     client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
-    stream = stream_of(client, tokens=300)
+    stream = stream_of(client, tokens=100)
     first = stream.readline()
     server.process.send_signal(signal.SIGTERM)
     rest = stream.read()
     client.close()
-    assert server.process.wait(120) == 0
+    assert server.process.wait(START_SECONDS) == 0
     assert (first + rest).rstrip().endswith(b"data: [DONE]")
     assert b'"finish_reason":"length"' in rest
     assert "draining" in server.messages()
