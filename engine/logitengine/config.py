@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, DirectoryPath, Field
 
 from logitengine.option_types import Bytes, Seconds, Word
+
+KERNELS_DIRECTORY = "kernels"
+"""Name of the directory of native kernels in one that ``logitengine.prepare`` fills."""
 
 
 def _integer(value: Any) -> Any:
@@ -62,6 +65,16 @@ class Computing(BaseModel):
         ge=1,
         description="CPU threads; default: one for each CPU this process may use; the native kernels then pin them",
     )
+    prepared: DirectoryPath | None = Field(
+        None,
+        description="directory that python -m logitengine.prepare filled: the native kernels come from there, and "
+        "converted models before those of the cache",
+    )
+
+    @property
+    def prepared_kernels(self) -> Path | None:
+        """Directory of the native kernels below ``prepared``."""
+        return self.prepared and self.prepared / KERNELS_DIRECTORY
 
 
 class CacheMemory(BaseModel):

@@ -159,7 +159,7 @@ class EngineLoop:
         from logitengine.model.checkpoint import resolve_checkpoint
 
         join_loggers()
-        checkpoint = resolve_checkpoint(config.model)
+        checkpoint = resolve_checkpoint(config.model, config.prepared)
         self._send(Located(str(checkpoint.tokenizer_path)))
         from logitengine.engine import Engine
         from logitengine.model.loader import load

@@ -16,7 +16,7 @@ from logitengine.model.network import Network, TransformersNetwork
 from logitengine.model.weight_sources import Int8Weights, ModelWeights, StoredWeights, WeightSource
 from logitkernels import BlockWeight, DenseWeight, Kernels, Linear, ReferenceKernels
 from logitkernels.backend import load_kernels
-from logitkernels.cpu.build import BuildError
+from logitkernels.cpu.errors import BuildError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 

@@ -20,7 +20,7 @@ from logitkernels import (
     Linear,
 )
 from logitkernels.cpu import CpuKernels
-from logitkernels.cpu.build import BuildError
+from logitkernels.cpu.errors import BuildError
 from logitkernels.decoder import ComposedLayers
 from torch import Tensor
 

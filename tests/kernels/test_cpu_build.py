@@ -9,7 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from logitkernels.backend import load_kernels
 from logitkernels.cpu import CpuKernels, build
+from logitkernels.cpu.errors import (
+    CompilationError,
+    CompilerMissingError,
+    PrebuiltError,
+    UnsupportedCpuError,
+)
+from logitkernels.cpu.processor import TARGETS, read_processor
 
 CPUINFO = """processor : 0
 vendor_id : GenuineIntel
@@ -25,7 +33,7 @@ def test_without_a_compiler_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(build.CompilerMissingError, match="install g"):
+    with pytest.raises(CompilerMissingError, match="install g"):
         CpuKernels()
 
 
@@ -33,8 +41,8 @@ def test_missing_instructions_are_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(CPUINFO)
-    with pytest.raises(build.UnsupportedCpuError, match=r"avx2, f16c$"):
-        build.cpu_description(cpuinfo)
+    with pytest.raises(UnsupportedCpuError, match=r"avx2, f16c$"):
+        read_processor(cpuinfo)
 
 
 @pytest.mark.parametrize(
@@ -51,12 +59,12 @@ def test_processors_with_and_without_avx_512_are_described(
     monkeypatch.setattr("platform.machine", lambda: machine)
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor : 0\n{line}\n")
-    assert set(line.split(" : ")[1].split()) <= set(build.cpu_description(cpuinfo).splitlines())
+    assert set(line.split(" : ")[1].split()) <= set(read_processor(cpuinfo).flags)
 
 
 def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
-    with pytest.raises(build.UnsupportedCpuError, match="riscv64"):
+    with pytest.raises(UnsupportedCpuError, match="riscv64"):
         build.build()
 
 
@@ -66,7 +74,7 @@ def test_what_the_compiler_says_is_in_the_error(monkeypatch: pytest.MonkeyPatch,
     (broken / "broken.cpp").write_text("#error this cannot be compiled\n")
     monkeypatch.setattr(build, "SOURCES", broken)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(build.CompilationError, match="this cannot be compiled"):
+    with pytest.raises(CompilationError, match="this cannot be compiled"):
         build.build()
     assert not list((tmp_path / "cache").rglob("*.so"))
 
@@ -105,7 +113,66 @@ def test_each_instruction_set_has_a_library(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(build, "SOURCES", small)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (small / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
-    assert build.build() != build.build("x86-64-v3" if platform.machine() == "x86_64" else "armv8-a")
+    assert build.build() != build.build(TARGETS[platform.machine()][-1])
+
+
+AVX512 = "avx avx2 bmi1 bmi2 f16c fma abm movbe xsave avx512f avx512bw avx512cd avx512dq avx512vl avx512_vnni"
+
+
+@pytest.mark.parametrize(
+    ("machine", "line", "targets"),
+    [
+        ("x86_64", "flags : fpu avx2 fma f16c", ["avx2"]),
+        ("x86_64", f"flags : {AVX512}", ["avx2"]),
+        ("x86_64", f"flags : {AVX512} avx512_bf16", ["avx512", "avx2"]),
+        ("aarch64", "Features : fp asimd crc32", ["neon"]),
+    ],
+)
+def test_a_processor_runs_the_targets_whose_instructions_it_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, machine: str, line: str, targets: list[str]
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor : 0\n{line}\n")
+    assert [target.name for target in read_processor(cpuinfo).targets] == targets
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Libraries of a small source for every target, on a machine whose compiler is then gone."""
+    small = tmp_path / "sources"
+    small.mkdir()
+    (small / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
+    monkeypatch.setattr(build, "SOURCES", small)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    directory = tmp_path / "ahead"
+    assert sorted(build.build_ahead(directory)) == sorted(directory.iterdir())
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return directory
+
+
+def test_the_fastest_library_that_was_built_ahead_is_loaded_without_a_compiler(
+    ahead: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = [target.name for target in TARGETS[platform.machine()]]
+    assert sorted(path.name.split("-")[1] for path in ahead.iterdir()) == sorted(names)
+    best = read_processor().targets[0].name
+    with caplog.at_level("INFO"):
+        assert build.load(prebuilt=ahead).one() == 1
+    assert f"native kernels compiled ahead for {best}" in caplog.messages
+    assert not build.cache_directory().exists()
+
+
+def test_libraries_of_other_sources_are_refused_and_not_replaced_by_the_reference(ahead: Path) -> None:
+    (build.SOURCES / "one.cpp").write_text('extern "C" int one() { return 2; }\n')
+    with pytest.raises(PrebuiltError, match=r"no native kernels of this version .* \(it has logitkernels-"):
+        load_kernels("auto", "cpu", prebuilt=ahead)
+
+
+def test_a_directory_without_libraries_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PrebuiltError, match="it has no library"):
+        load_kernels("cpu", "cpu", prebuilt=tmp_path)
 
 
 def test_the_library_shares_the_openmp_runtime_of_torch() -> None:

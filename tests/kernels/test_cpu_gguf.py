@@ -17,13 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitkernels import BlockWeight
 from logitkernels.cpu import CpuKernels, GgufType
-from logitkernels.cpu.build import BuildError
+from logitkernels.cpu.errors import BuildError
 from logitkernels.cpu.linear import STORED_BYTES, CpuLinear
+from logitkernels.cpu.processor import TARGETS
 from torch import Tensor
 
 try:
     KERNELS = CpuKernels()
-    PORTABLE = CpuKernels(march="x86-64-v3" if platform.machine() == "x86_64" else "native")
+    PORTABLE = CpuKernels(target=TARGETS[platform.machine()][-1])
 except BuildError as error:  # pragma: no cover
     pytest.skip(f"no native kernels here: {error}", allow_module_level=True)
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logitkernels import AttentionOptions, DenseWeight
 from logitkernels.cpu import CpuKernels
-from logitkernels.cpu.build import BuildError
+from logitkernels.cpu.errors import BuildError
 from logitkernels.cpu.linear import CpuLinear
 from torch import Tensor
 

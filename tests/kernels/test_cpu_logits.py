@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitkernels import ReferenceKernels
 from logitkernels.cpu import CpuKernels
-from logitkernels.cpu.build import BuildError
+from logitkernels.cpu.errors import BuildError
 from torch import Tensor
 
 try:

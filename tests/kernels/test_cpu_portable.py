@@ -8,13 +8,14 @@ import pytest
 import torch
 from logitkernels import AttentionMetadata, AttentionOptions, BlockWeight, DenseWeight
 from logitkernels.cpu import CpuKernels, GgufType
-from logitkernels.cpu.build import BuildError
+from logitkernels.cpu.errors import BuildError
 from logitkernels.cpu.linear import STORED_BYTES
+from logitkernels.cpu.processor import AVX2
 from torch import Tensor
 
 try:
     NATIVE = CpuKernels()
-    PORTABLE = CpuKernels(march="x86-64-v3")
+    PORTABLE = CpuKernels(target=AVX2)
 except BuildError as error:  # pragma: no cover
     pytest.skip(f"no native kernels here: {error}", allow_module_level=True)
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitkernels.cpu import CpuKernels
-from logitkernels.cpu.build import BuildError
+from logitkernels.cpu.errors import BuildError
 from logitkernels.reference_sampling import sample_rows
 from logitkernels.sampling import NOT_FINITE, NOTHING_ALLOWED, RowSampling
 from sampling_cases import GREEDY, PLAIN, draw_rows, eighths, sampling_rows

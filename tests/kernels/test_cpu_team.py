@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from logitkernels.cpu import build
+from logitkernels.cpu.errors import BuildError
 
 PROGRAM = """
 #include <cstdio>
@@ -44,7 +45,7 @@ int main(int, char** arguments) {
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
         compiler = build.find_compiler()
-    except build.BuildError as error:  # pragma: no cover
+    except BuildError as error:  # pragma: no cover
         pytest.skip(f"no native kernels here: {error}")
     source = tmp_path_factory.mktemp("team") / "team.cpp"
     source.write_text(PROGRAM)

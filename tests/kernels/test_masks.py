@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitkernels import Kernels
 from logitkernels.backend import load_kernels
-from logitkernels.cpu.build import BuildError
+from logitkernels.cpu.errors import BuildError
 from logitkernels.philox import philox_uniform
 from logitkernels.sampling import GREEDY_ROW, NOT_FINITE, NOTHING_ALLOWED, RowSampling, SamplingSize
 from numpy.typing import NDArray

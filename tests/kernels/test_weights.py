@@ -11,7 +11,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 from logitkernels import BlockWeight, DenseWeight, Kernels
 from logitkernels.backend import load_kernels
-from logitkernels.cpu.build import BuildError
+from logitkernels.cpu.errors import BuildError
 from torch import Tensor
 
 BACKENDS = ["reference", "cpu", "triton"]

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +14,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitengine.errors import CheckpointError
+from logitengine.model.conversions import Conversions
 from logitengine.model.files import check_directory, check_hub_name, gguf_path, unreachable
 from logitengine.model.weight_sources import write_stored_blocks
 
 logger = logging.getLogger(__name__)
-
-CONVERSION_VERSION = 2
-"""Part of the cache key. Raise it when the output of a conversion changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +30,21 @@ class Checkpoint:
     tokenizer_path: Path
 
 
-def resolve_checkpoint(model: str) -> Checkpoint:
-    """Find ``model``: 'smollm2', a directory, a .gguf file, or a hub name. Raises CheckpointError."""
+def resolve_checkpoint(model: str, prepared: Path | None = None, *, cache: Path | None = None) -> Checkpoint:
+    """Find ``model``: 'smollm2', a directory, a .gguf file, or a hub name. Raises CheckpointError.
+
+    A converted copy is looked for in ``prepared`` and then in ``cache``, by default the user's, where it is
+    made if need be.
+    """
+    conversions = Conversions(prepared, cache)
     gguf = gguf_path(model)
     if gguf is not None:
-        return _from_gguf(model, gguf)
+        return _from_gguf(model, gguf, conversions)
     path = Path(model).expanduser()
     if not path.is_dir():
         path = _from_hub(model)
     check_directory(path)
-    return Checkpoint(model, path, _tokenizer_directory(path))
+    return Checkpoint(model, path, _tokenizer_directory(path, conversions))
 
 
 def _from_hub(name: str) -> Path:
@@ -58,7 +56,7 @@ def _from_hub(name: str) -> Path:
         raise CheckpointError(unreachable(name, error)) from error
 
 
-def _from_gguf(name: str, gguf: Path) -> Checkpoint:
+def _from_gguf(name: str, gguf: Path, conversions: Conversions) -> Checkpoint:
     """Convert once; later starts read the copy. transformers takes 15 s to dequantise and read a vocabulary."""
 
     def convert(directory: Path) -> None:
@@ -79,13 +77,13 @@ def _from_gguf(name: str, gguf: Path) -> Checkpoint:
         logger.info("converted %s", gguf.name, extra={"seconds": round(time.monotonic() - started, 1)})
 
     try:
-        path = _cached("gguf", gguf, convert)
+        path = conversions.find("gguf", gguf, convert)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{gguf} could not be read as a GGUF model: {error}") from error
     return Checkpoint(name, path, path)
 
 
-def _tokenizer_directory(path: Path) -> Path:
+def _tokenizer_directory(path: Path, conversions: Conversions) -> Path:
     """Return the model's own directory, or a converted copy if it has only a slow tokenizer."""
     if (path / "tokenizer.json").is_file():
         return path
@@ -94,29 +92,4 @@ def _tokenizer_directory(path: Path) -> Path:
     def convert(directory: Path) -> None:
         AutoTokenizer.from_pretrained(path).save_pretrained(directory)
 
-    return _cached("tokenizers", source, convert)
-
-
-def _cached(kind: str, source: Path, convert: Callable[[Path], None]) -> Path:
-    """Return the directory that ``convert`` fills for this very file.
-
-    It is made once and appears whole or not at all.
-    """
-    stat = source.resolve().stat()
-    identity = f"{CONVERSION_VERSION}|{source.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logitserve" / kind
-    target = root / hashlib.sha256(identity.encode()).hexdigest()[:24]
-    if target.is_dir():
-        return target
-    root.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=root, prefix=".draft-"))
-    try:
-        convert(draft)
-        try:
-            draft.rename(target)
-        except OSError:
-            if not target.is_dir():  # another process may have finished first with an equal copy
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return target
+    return conversions.find("tokenizers", source, convert)

@@ -58,11 +58,14 @@ def load(
     started = time.monotonic()
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
-    checkpoint = checkpoint or resolve_checkpoint(config.model)
+    checkpoint = checkpoint or resolve_checkpoint(config.model, config.prepared)
     try:
         device = device or choose_device(config.device)
         kernels = load_kernels(
-            config.kernels, device.torch_device.type, batch_invariant=config.batch_invariant
+            config.kernels,
+            device.torch_device.type,
+            batch_invariant=config.batch_invariant,
+            prebuilt=config.prepared_kernels,
         )
     except ValueError as error:
         raise CheckpointError(str(error)) from error

@@ -1,4 +1,6 @@
-"""Compile the C++ sources beside this file on first use and keep the library in the user's cache.
+"""Compile the C++ sources beside this file, ahead of time or on first use, and load the library.
+
+A library that is compiled on first use is for this very processor and is kept in the user's cache.
 
 The library uses the OpenMP runtime that torch has loaded. Importing torch first ensures that: the dynamic
 linker gives a library that needs ``libgomp.so.1`` the one already in the process. A second runtime would mean
@@ -11,7 +13,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -19,6 +20,9 @@ import time
 from pathlib import Path
 
 import torch  # noqa: F401  loads the OpenMP runtime that the library then shares
+
+from logitkernels.cpu.errors import CompilationError, CompilerMissingError, PrebuiltError
+from logitkernels.cpu.processor import NATIVE, Target, platform_targets, read_processor
 
 logger = logging.getLogger(__name__)
 
@@ -36,55 +40,7 @@ FLAGS = (
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
 )
-# Keys are values of platform.machine(). The sources use AVX-512 VNNI and BF16 where present, else portable.h.
-REQUIRED_CPU_FLAGS = {"x86_64": frozenset({"avx2", "fma", "f16c"}), "aarch64": frozenset({"asimd"})}
 SOURCES = Path(__file__).parent
-CPUINFO = Path("/proc/cpuinfo")
-
-
-# BuildError
-#   UnsupportedCpuError     the processor or the platform lacks what the sources need
-#   CompilerMissingError    neither $CXX nor g++ is on the path
-#   CompilationError        the compiler refused the sources, or the library cannot be loaded beside torch
-class BuildError(RuntimeError):
-    """The native kernels cannot run on this machine. The torch reference can."""
-
-
-class UnsupportedCpuError(BuildError):
-    """The processor or the platform lacks what the sources need."""
-
-
-class CompilerMissingError(BuildError):
-    """There is no C++ compiler."""
-
-
-class CompilationError(BuildError):
-    """The compiler refused the sources, or the library cannot be loaded beside torch."""
-
-
-def cpu_description(cpuinfo: Path = CPUINFO) -> str:
-    """Return the processor's model and instruction sets, which decide the meaning of ``-march=native``.
-
-    Raises:
-        UnsupportedCpuError: the system is not Linux on x86-64 or aarch64, or the processor lacks
-            ``REQUIRED_CPU_FLAGS``.
-    """
-    required = REQUIRED_CPU_FLAGS.get(platform.machine())
-    if required is None or not cpuinfo.exists():
-        system = f"{platform.system()} on {platform.machine()}"
-        msg = f"the native kernels need Linux on x86-64 or aarch64; this is {system}"
-        raise UnsupportedCpuError(msg)
-    fields: dict[str, str] = {}
-    for line in cpuinfo.read_text().split("\n\n", maxsplit=1)[0].splitlines():
-        name, _, value = line.partition(":")
-        fields[name.strip()] = value.strip()
-    flags = set(fields.get("flags", fields.get("Features", "")).split())
-    if missing := required - flags:
-        msg = f"the native kernels need a processor with {', '.join(sorted(missing))}"
-        raise UnsupportedCpuError(msg)
-    names = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant")
-    model = [fields.get(name, "") for name in names]
-    return "\n".join([*model, *sorted(flags)])
 
 
 def find_compiler() -> str:
@@ -107,42 +63,69 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "logitserve" / "kernels"
 
 
-def build(march: str = "native") -> Path:
+def build(target: Target = NATIVE) -> Path:
     """Return the path of the compiled library; compile it if the cache does not hold it.
 
     The file's name is a hash of the sources, the flags, the compiler and the processor.
 
     Args:
-        march: instruction set, as the compiler names it. Tests build for other processors with it.
+        target: what to compile for. Tests build for other processors with it.
 
     Raises:
-        BuildError: one of the classes above.
+        BuildError: the library cannot be built here (see errors.py).
     """
-    cpu = cpu_description()
+    cpu = read_processor().description
     compiler = find_compiler()
-    flags = (f"-march={march}", *FLAGS)
-    files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
-    digest = hashlib.sha256()
-    for part in (cpu, _run([compiler, "--version"]), *flags, *(f"{f.name}\n{f.read_text()}" for f in files)):
-        digest.update(part.encode())
-        digest.update(b"\0")
-    target = cache_directory() / f"logitkernels-{digest.hexdigest()[:24]}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+    flags = (*target.options, *FLAGS)
+    digest = _digest(cpu, _run([compiler, "--version"]), *flags)
+    path = cache_directory() / f"logitkernels-{digest}.so"
+    if not path.exists():
         logger.info("compiling the native kernels, once")
         started = time.monotonic()
-        _compile([compiler, *flags], [f for f in files if f.suffix == ".cpp"], target)
+        _compile([compiler, *flags], path)
         logger.info("compiled the native kernels", extra={"seconds": round(time.monotonic() - started, 1)})
-    return target
+    return path
 
 
-def load(march: str = "native") -> ctypes.CDLL:
-    """Load the library, built for the instruction set ``march`` if it is not built yet.
+def build_ahead(directory: Path) -> list[Path]:
+    """Compile a library for each target of this platform into a directory, and return their paths.
 
     Raises:
+        BuildError: a library cannot be built here (see errors.py).
+    """
+    compiler = find_compiler()
+    targets = {target: directory / _prebuilt_name(target) for target in platform_targets()}
+    for target, path in targets.items():
+        _compile([compiler, *target.options, *FLAGS], path)
+    return list(targets.values())
+
+
+def find_prebuilt(directory: Path) -> Path:
+    """Return the fastest library in the directory that this processor runs and that is of these very sources.
+
+    Raises:
+        PrebuiltError: there is none.
+        UnsupportedCpuError: the processor runs none of the targets.
+    """
+    for target in read_processor().targets:
+        path = directory / _prebuilt_name(target)
+        if path.exists():
+            logger.info("native kernels compiled ahead for %s", target.name)
+            return path
+    found = ", ".join(sorted(path.name for path in directory.glob("*.so"))) or "no library"
+    wanted = " or ".join(_prebuilt_name(target) for target in read_processor().targets)
+    msg = f"{directory} holds no native kernels of this version for this processor: {wanted} (it has {found})"
+    raise PrebuiltError(msg)
+
+
+def load(target: Target = NATIVE, prebuilt: Path | None = None) -> ctypes.CDLL:
+    """Load the library: from the directory ``prebuilt`` if given, else built for ``target`` if it is not built yet.
+
+    Raises:
+        PrebuiltError: the directory has no library that fits.
         BuildError: the library cannot be built, or it would bring a second OpenMP runtime into the process.
     """
-    path = build(march)
+    path = build(target) if prebuilt is None else find_prebuilt(prebuilt)
     before = _openmp_runtimes()
     try:
         library = ctypes.CDLL(str(path))
@@ -155,16 +138,36 @@ def load(march: str = "native") -> ctypes.CDLL:
     return library
 
 
-def _compile(compiler: list[str], sources: list[Path], target: Path) -> None:
+def _files() -> list[Path]:
+    return sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
+
+
+def _digest(*parts: str) -> str:
+    """Return a hash of the parts and the sources."""
+    digest = hashlib.sha256()
+    for part in (*parts, *(f"{file.name}\n{file.read_text()}" for file in _files())):
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:24]
+
+
+def _prebuilt_name(target: Target) -> str:
+    """Return the file's name, which needs no compiler to be known."""
+    return f"logitkernels-{target.name}-{_digest(*target.options, *FLAGS)}.so"
+
+
+def _compile(compiler: list[str], target: Path) -> None:
     """Compile each source in a process of its own, link, and move the library into place in one step.
 
     Processes that race build the same bytes. The last rename wins, and no process sees half a file.
     """
+    sources = [file for file in _files() if file.suffix == ".cpp"]
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
         commands = [
-            [*compiler, "-c", str(source), "-o", str(target)]
-            for source, target in zip(sources, objects, strict=True)
+            [*compiler, "-c", str(source), "-o", str(compiled)]
+            for source, compiled in zip(sources, objects, strict=True)
         ]
         running = [
             subprocess.Popen(  # noqa: S603  our own arguments

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from ctypes import byref, c_int32
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from logitkernels.cpu.arguments import (
 from logitkernels.cpu.layers import CpuLayers
 from logitkernels.cpu.library import AttentionStruct, Library
 from logitkernels.cpu.linear import CpuLinear, GgufType
+from logitkernels.cpu.processor import NATIVE, Target
 from logitkernels.cpu.sampling import CpuSampling
 from logitkernels.decoder import DecoderLayerWeights
 from logitkernels.interface import Kernels
@@ -46,16 +48,18 @@ class CpuKernels(Kernels):
     reads_strided_caches = True
     block_formats = frozenset(GgufType.__members__)
 
-    def __init__(self, *, march: str = "native") -> None:
-        """Build the library if needed and load it.
+    def __init__(self, *, target: Target = NATIVE, prebuilt: Path | None = None) -> None:
+        """Load the library; build it if it is needed and neither prebuilt nor in the cache.
 
         Args:
-            march: instruction set to compile for; tests use it to run the code of other processors.
+            target: what to compile for; tests use it to run the code of other processors.
+            prebuilt: directory of libraries that were compiled ahead (``build_ahead``). One of them is taken.
 
         Raises:
-            BuildError: the library cannot be built or loaded here (see build.py).
+            PrebuiltError: the directory has no library of these sources for this processor.
+            BuildError: the library cannot be built or loaded here (see errors.py).
         """
-        self._library = Library(march)
+        self._library = Library(target, prebuilt)
 
     def pin_threads(self) -> None:
         cpus = sorted(os.sched_getaffinity(0))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from pathlib import Path
 from typing import ClassVar
 
 from logitkernels.cpu import build
+from logitkernels.cpu.processor import NATIVE, Target
 
 
 class LinearStruct(Structure):
@@ -136,13 +138,14 @@ _SIGNATURES: dict[str, list[type]] = {
 class Library:
     """The compiled functions, by their names without the prefix ``logitkernels_``."""
 
-    def __init__(self, march: str = "native") -> None:
-        """Build the library if needed, for the instruction set ``march``, and load it.
+    def __init__(self, target: Target = NATIVE, prebuilt: Path | None = None) -> None:
+        """Load the library as ``build.load`` does.
 
         Raises:
+            PrebuiltError: the directory ``prebuilt`` has no library that fits.
             BuildError: the library cannot be built or loaded here.
         """
-        library = build.load(march)
+        library = build.load(target, prebuilt)
         for name, argtypes in _SIGNATURES.items():
             function = getattr(library, f"logitkernels_{name}")
             function.argtypes = argtypes
