@@ -204,7 +204,7 @@ def test_steps_are_counted_by_their_duration_and_prompts_by_what_the_prefix_cach
     tiny_model: LoadedModel,
 ) -> None:
     engine = make_engine(tiny_model)
-    prompt = list(range(40))
+    prompt = list(range(20))
     for name in ("a", "b"):
         engine.add(greedy(name, prompt, 2))
         while engine.has_work:
@@ -212,7 +212,7 @@ def test_steps_are_counted_by_their_duration_and_prompts_by_what_the_prefix_cach
     stats = engine.stats
     assert sum(stats.step_counts) == stats.num_steps == 4
     assert stats.step_seconds > 0
-    assert (stats.num_prefix_query_tokens, stats.num_prefix_hit_tokens) == (80, 32)
+    assert (stats.num_prefix_query_tokens, stats.num_prefix_hit_tokens) == (40, 16)
     engine = make_engine(tiny_model, prefix_caching=False)
     engine.add(greedy("a", prompt, 1))
     engine.step()
