@@ -28,7 +28,7 @@ def test_every_panel_has_an_id_a_place_and_a_unit_of_its_own() -> None:
     panels = dashboard()["panels"]
     ids = [panel["id"] for panel in panels]
     assert len(set(ids)) == len(ids)
-    taken = set()
+    taken: set[tuple[int, int]] = set()
     for panel in panels:
         grid = panel["gridPos"]
         assert grid["x"] + grid["w"] <= COLUMNS, panel["title"]
