@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import tempfile
 import time
@@ -47,6 +48,7 @@ from soak_report import (
 )
 
 SAMPLE_SECONDS = 5
+SAMPLES_PER_LINE = 6
 REST_SECONDS = 20
 START_ALLOWANCE = 30
 """Seconds that a restart may take, so that three minutes are left after the last one."""
@@ -103,7 +105,8 @@ def server_options(arguments: argparse.Namespace) -> list[str]:
         "--logits-window-bytes": "1MiB",
         "--drain-timeout": "60",
     }
-    return [*(word for pair in bounds.items() for word in pair), *arguments.server_option]
+    pairs = (word for pair in bounds.items() for word in pair)
+    return ["--listen-when-ready", *pairs, *arguments.server_option]
 
 
 class Soak:
@@ -153,16 +156,18 @@ class Soak:
         self.traffic.resume()
 
     async def sample(self) -> None:
-        while True:
+        for number in itertools.count():
             seconds = self.seconds
             for replica in self.replicas:
                 replica.sample(seconds)
                 figures = await replica.metrics()
                 if figures:
                     self.metrics.append({"replica": replica.number, "seconds": seconds, **figures})
-            if len(self.metrics) % 24 < len(self.replicas):
+            if number % SAMPLES_PER_LINE == 0:
                 answered = sum(self.traffic.counts.values())
-                print(f"{seconds / MINUTE:5.1f} min  {answered:6} answers  {self.memory_line()}", flush=True)
+                failed = f"{self.traffic.num_failed} failed"
+                line = f"{seconds / MINUTE:5.1f} min  {answered:6} answers, {failed}  {self.memory_line()}"
+                print(line, flush=True)
             await asyncio.sleep(SAMPLE_SECONDS - (self.seconds - seconds))
 
     def memory_line(self) -> str:
@@ -211,7 +216,7 @@ class Soak:
         return Check("replica 1: KV cache before minute two", most >= FULL, f"{100 * most:.0f} % used")
 
     def failure_checks(self) -> list[Check]:
-        failed = sum(count for (_, outcome), count in self.traffic.counts.items() if outcome == "failed")
+        failed = self.traffic.num_failed
         lines = [line for line in self.logged if ": warning: " not in line]
         return [
             Check("requests that failed", not failed, str(failed)),

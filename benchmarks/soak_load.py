@@ -163,6 +163,10 @@ class Traffic:
         self._idle = asyncio.Event()
         self._turn = 0
 
+    @property
+    def num_failed(self) -> int:
+        return sum(count for (_, outcome), count in self.counts.items() if outcome == "failed")
+
     def resume(self) -> None:
         self._going.set()
 
