@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +12,7 @@ from msgspec.structs import replace
 
 from logitengine.config import EngineConfig
 from logitengine.errors import EngineOverloadedError, RequestRefusedError
-from logitengine.link.messages import EngineStats, GenerationRequest, ModelInfo, StepOutput
+from logitengine.link.messages import STEP_SECONDS, EngineStats, GenerationRequest, ModelInfo, StepOutput
 from logitengine.link.row_bytes import prompt_row_nbytes
 from logitengine.model.loader import LoadedModel
 from logitengine.run.plan import StepPlan, plan_step
@@ -29,6 +31,7 @@ class _Step:
     positions: list[int]
     rows: StepRows
     wait: Callable[[], None]
+    begun_at: float
 
 
 @dataclass(slots=True)
@@ -64,6 +67,8 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._num_arrivals = 0
         self.num_steps = 0
+        self._step_seconds = 0.0
+        self._step_counts = [0] * (len(STEP_SECONDS) + 1)
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
 
@@ -135,6 +140,9 @@ class Engine:
             num_prefix_hit_tokens=self._scheduler.num_prefix_hit_tokens,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_prefix_query_tokens=self._scheduler.num_prefix_query_tokens,
+            step_seconds=self._step_seconds,
+            step_counts=tuple(self._step_counts),
         )
 
     def step(self) -> list[StepOutput]:
@@ -142,12 +150,17 @@ class Engine:
 
         On a device that overlaps, the outputs are those of the step before the one launched here.
         """
-        launched = self._launch()
+        begun_at = time.monotonic()
+        launched = self._launch(begun_at)
         if self._device.overlaps:
             launched, self._under_way = self._under_way, launched
-        return self._report(launched) if launched is not None else []
+        if launched is None:
+            return []
+        outputs = self._report(launched)
+        self._count(launched.plan.chunks, outputs, time.monotonic() - begun_at)
+        return outputs
 
-    def _launch(self) -> _Step | None:
+    def _launch(self, begun_at: float) -> _Step | None:
         """Launch the next step on the device. Sequences continue from tokens that only the device knows yet."""
         chunks = self._scheduler.schedule()
         dropped = self._scheduler.dropped
@@ -161,7 +174,7 @@ class Engine:
         for chunk in chunks:
             self._scheduler.complete(chunk)
         positions = [chunk.sequence.await_token(row) for row, chunk in enumerate(plan.drawing)]
-        return _Step(plan, positions, rows, self._device.mark())
+        return _Step(plan, positions, rows, self._device.mark(), begun_at)
 
     def _report(self, step: _Step) -> list[StepOutput]:
         """Wait for a launched step and return its outputs for the sequences that still exist."""
@@ -185,9 +198,10 @@ class Engine:
                 else self._drawn_output(sequence, *draw, step.rows)
             )
             if output is not None:
+                if _begins(chunk):
+                    output = replace(output, begun_seconds=time.monotonic() - step.begun_at)
                 outputs.append(output)
                 self._deliver(sequence, output)
-        self._count(step.plan.chunks, outputs)
         return outputs
 
     def _drawn_output(
@@ -209,8 +223,7 @@ class Engine:
         """Report a chunk without a draw: prompt rows, a prompt-only request's end, a request's beginning."""
         sequence = chunk.sequence
         is_complete = sequence.sampling.max_tokens == 0 and chunk.is_prompt_done
-        begins = sequence.index == 0 and chunk.start == sequence.num_cached
-        if not (is_complete or begins or sequence in rows.prompts):
+        if not (is_complete or _begins(chunk) or sequence in rows.prompts):
             return None
         output = rows.prompt_output(sequence)
         return replace(output, finish_reason="length") if is_complete else output
@@ -232,8 +245,10 @@ class Engine:
         if not request.sequences:
             del self._requests[sequence.request_id]
 
-    def _count(self, chunks: list[Chunk], outputs: list[StepOutput]) -> None:
+    def _count(self, chunks: list[Chunk], outputs: list[StepOutput], seconds: float) -> None:
         self.num_steps += 1
+        self._step_seconds += seconds
+        self._step_counts[bisect_left(STEP_SECONDS, seconds)] += 1
         for chunk in chunks:
             prompt_stop = min(chunk.stop, chunk.sequence.num_prompt_tokens)
             self._num_prompt_tokens += max(0, prompt_stop - chunk.start)
@@ -264,3 +279,8 @@ class Engine:
             raise EngineOverloadedError(
                 f"{self.config.max_waiting} sequences are waiting already (--max-waiting)"
             )
+
+
+def _begins(chunk: Chunk) -> bool:
+    """Return whether the chunk is the first of its request."""
+    return chunk.sequence.index == 0 and chunk.start == chunk.sequence.num_cached

@@ -21,6 +21,9 @@ from logitengine.errors import (
 )
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from logitserve.telemetry.record import names_of, note_failure
 
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
@@ -78,12 +81,24 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        return Response(
-            orjson.dumps(self.body()),
-            status_code=self.status,
-            headers=self.headers,
+        return _ErrorResponse(self)
+
+
+class _ErrorResponse(Response):
+    """The response of an error. The request's record learns of it when it is sent."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(
+            orjson.dumps(error.body()),
+            status_code=error.status,
+            headers=error.headers,
             media_type="application/json",
         )
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        note_failure(scope, self._error)
+        await super().__call__(scope, receive, send)
 
 
 class BadRequestError(ApiError):
@@ -118,8 +133,8 @@ def from_engine(error: EngineError) -> ApiError:
             return ApiError(500, "The engine failed.")
 
 
-def from_exception(error: Exception) -> ApiError:
-    """Return the error for anything raised while a request was served.
+def from_exception(error: Exception, scope: Scope) -> ApiError:
+    """Return the error for anything raised while the request of ``scope`` was served.
 
     Unforeseen faults are logged and not shown.
     """
@@ -131,7 +146,7 @@ def from_exception(error: Exception) -> ApiError:
         case ClientDisconnect():
             return ApiError(400, "The client left before it had sent its request.", code="client_left")
         case _:
-            logger.error("unforeseen error", exc_info=error)
+            logger.error("unforeseen error", exc_info=error, extra=names_of(scope))
             return ApiError(500, "Internal server error.")
 
 
@@ -165,12 +180,12 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def on_http_error(request: Request, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
-            return from_exception(error).response()
+            return from_exception(error, request.scope).response()
         message = f"{error.detail}: {request.method} {request.scope['path'][:LONGEST_PATH]}"
         return ApiError(error.status_code, message, headers=error.headers).response()
 
-    async def on_error(_request: Request, error: Exception) -> Response:
-        return from_exception(error).response()
+    async def on_error(request: Request, error: Exception) -> Response:
+        return from_exception(error, request.scope).response()
 
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ApiError, on_error)

@@ -79,6 +79,11 @@ class HeldBytes:
         return Window(self, nbytes)
 
     @property
+    def num_window_bytes(self) -> int:
+        """Bytes that are charged for windows."""
+        return self._limit // 2 - self.windows_left
+
+    @property
     def num_answer_bytes(self) -> int:
         """Bytes that whole answers hold."""
         return sum(answer.nbytes for answer in self._answers)

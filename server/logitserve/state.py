@@ -21,6 +21,8 @@ from logitserve.errors import ApiError, not_ready
 from logitserve.held_bodies import HeldBodies
 from logitserve.held_bytes import HeldBytes
 from logitserve.request_queue import RequestQueue
+from logitserve.telemetry.metrics import Metrics
+from logitserve.telemetry.readings import Readings
 from logitserve.text.tokenizer import ModelTokenizer
 from logitserve.text.tokenizer_workers import TokenizerWorkers
 
@@ -73,6 +75,9 @@ class ServerState:
         self.held_bodies = HeldBodies(config.max_total_body_bytes)
         self.held_bytes = HeldBytes(config.max_held_bytes, config.held_timeout or None)
         self.queue = RequestQueue(config.max_queued_requests, config.max_queued_tokens)
+        self.metrics = Metrics()
+        self.metrics.registry.register(Readings(self))
+        self.num_connections: Callable[[], int] = lambda: 0
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._model: Model | None = None
         self.load_error: str | None = None
@@ -118,6 +123,12 @@ class ServerState:
     def _stop_server(self) -> None:
         if self.stop_server is not None:
             self.stop_server()
+
+    @property
+    def model_name(self) -> str | None:
+        """The first name of the model, or None until it is known."""
+        names = self.config.served_model_name if self._model is None else self._model.names
+        return names[0] if names else None
 
     def not_ready_reason(self) -> str | None:
         """Return why requests are not served, or None when they are."""

@@ -15,7 +15,7 @@ import httpx
 from fastapi import FastAPI
 from logitengine.errors import EngineError
 from logitengine.link.engine_protocol import EngineProtocol
-from logitengine.link.messages import GenerationRequest, ModelInfo, StepOutput
+from logitengine.link.messages import EngineStats, GenerationRequest, ModelInfo, StepOutput
 from logitserve.state import ServerState
 
 Step = StepOutput | EngineError | Awaitable[Any]
@@ -33,6 +33,8 @@ class ScriptedEngine(EngineProtocol):
         self.lost = asyncio.Event()
         self.aborted: list[tuple[str, int]] = []
         self.num_open = 0
+        self._stats = EngineStats()
+        self._num_restarts = 0
         self._changed = asyncio.Condition()
 
     async def running(self, count: int) -> None:
@@ -47,6 +49,18 @@ class ScriptedEngine(EngineProtocol):
     @info.setter
     def info(self, info: ModelInfo) -> None:
         self._info = info
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    @stats.setter
+    def stats(self, stats: EngineStats) -> None:
+        self._stats = stats
+
+    @property
+    def num_restarts(self) -> int:
+        return self._num_restarts
 
     async def start(self) -> None:
         """Do nothing, since there is no process."""

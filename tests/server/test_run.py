@@ -13,6 +13,7 @@ from logitserve.jobs.job import Job, make_job
 from logitserve.jobs.options import completion_options
 from logitserve.jobs.run import RunningJob
 from logitserve.protocol.completions import CompletionBody
+from logitserve.telemetry.record import RequestRecord
 from scripted_engine import App, OpenApp, Step
 
 pytestmark = pytest.mark.anyio
@@ -33,7 +34,11 @@ async def job_of(app: App, **body: object) -> Job:
 async def test_closing_the_deltas_closes_every_request(open_app: OpenApp, prompts: int) -> None:
     """A request is closed too while its next output is not awaited."""
     async with open_app(script) as app:
-        running = RunningJob(await job_of(app, prompt=["Hi"] * prompts), app.state)
+        running = RunningJob(
+            await job_of(app, prompt=["Hi"] * prompts),
+            app.state,
+            RequestRecord("r", method="POST", route="other"),
+        )
         deltas = running.deltas()
         seen = {(await anext(deltas)).index for _ in range(prompts)}
         assert seen == set(range(prompts))

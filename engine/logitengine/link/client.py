@@ -35,8 +35,11 @@ class EngineClient(EngineProtocol):
 
     @property
     def stats(self) -> EngineStats:
-        """Statistics that the process sent last."""
-        return self._supervisor.stats
+        return self._supervisor.stats.after(self._supervisor.ended_stats)
+
+    @property
+    def num_restarts(self) -> int:
+        return self._supervisor.num_restarts
 
     @property
     def pid(self) -> int | None:

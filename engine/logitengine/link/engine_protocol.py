@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from logitengine.link.messages import GenerationRequest, ModelInfo, StepOutput
+from logitengine.link.messages import EngineStats, GenerationRequest, ModelInfo, StepOutput
 
 
 class EngineProtocol(Protocol):
@@ -14,6 +14,14 @@ class EngineProtocol(Protocol):
     @property
     def info(self) -> ModelInfo | None:
         """Model of the engine that serves at the moment, or of the last one that did."""
+
+    @property
+    def stats(self) -> EngineStats:
+        """Statistics that the engine sent last. Its counters go on where those of an engine before it ended."""
+
+    @property
+    def num_restarts(self) -> int:
+        """Number of engines that were started in the place of one that ended."""
 
     async def start(self) -> None:
         """Begin to load the model. Does nothing if it was already started."""

@@ -7,6 +7,7 @@ every step.
 
 from __future__ import annotations
 
+import operator
 from typing import Literal
 
 from msgspec import Struct
@@ -238,6 +239,8 @@ class StepOutput(Struct, frozen=True, kw_only=True, array_like=True):
     num_cached_tokens: int = 0
     error: DrawError | None = None
     """Set where ``finish_reason`` is "error"."""
+    begun_seconds: float = 0.0
+    """Seconds since the request's first step began; set on the output of that step."""
 
     @property
     def nbytes(self) -> int:
@@ -275,8 +278,17 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     """Value heads and classifiers by name, with the number of values that each gives per position."""
 
 
+STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Upper bounds of the classes that steps are counted in by their duration. The last class has none."""
+
+
 class EngineStats(Struct, frozen=True, kw_only=True, array_like=True):
-    """Statistics of the engine after a step: sequences running, waiting and parked, KV blocks in use, and counters."""
+    """Statistics of the engine after a step: sequences running, waiting and parked, KV blocks in use, and counters.
+
+    ``num_prefix_query_tokens`` counts tokens that were looked up in the prefix cache, ``num_prefix_hit_tokens`` those
+    of them that it had. ``step_counts`` has a count for each class of STEP_SECONDS; ``step_seconds`` is the duration
+    of all steps together.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -287,6 +299,26 @@ class EngineStats(Struct, frozen=True, kw_only=True, array_like=True):
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_parked: int = 0
+    num_prefix_query_tokens: int = 0
+    step_seconds: float = 0.0
+    step_counts: tuple[int, ...] = (0,) * (len(STEP_SECONDS) + 1)
+
+    def after(self, earlier: EngineStats) -> EngineStats:
+        """Return these statistics with the counters of an earlier process added."""
+        return EngineStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_used_blocks=self.num_used_blocks,
+            num_parked=self.num_parked,
+            num_steps=self.num_steps + earlier.num_steps,
+            num_preemptions=self.num_preemptions + earlier.num_preemptions,
+            num_prefix_hit_tokens=self.num_prefix_hit_tokens + earlier.num_prefix_hit_tokens,
+            num_prompt_tokens=self.num_prompt_tokens + earlier.num_prompt_tokens,
+            num_generated_tokens=self.num_generated_tokens + earlier.num_generated_tokens,
+            num_prefix_query_tokens=self.num_prefix_query_tokens + earlier.num_prefix_query_tokens,
+            step_seconds=self.step_seconds + earlier.step_seconds,
+            step_counts=tuple(map(operator.add, self.step_counts, earlier.step_counts)),
+        )
 
 
 class Generate(Struct, frozen=True, tag=True):

@@ -94,7 +94,9 @@ class Supervisor:
         self._command = command
         self._clock = clock
         self.info: ModelInfo | None = None
-        self.stats = EngineStats()
+        self.stats = EngineStats()  # of the process that runs
+        self.ended_stats = EngineStats()  # of all that ran before it
+        self.num_restarts = 0
         self._channel: AsyncChannel[FromEngine] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
@@ -188,7 +190,9 @@ class Supervisor:
                     "ready and before it had answered a request; no other is started"
                 )
                 return
+            self.ended_stats = self.stats.after(self.ended_stats)
             self.stats = EngineStats()
+            self.num_restarts += 1
             pause = RESTART_SECONDS[quick_deaths]
             logger.error("the engine process died; starting another in %.1f s", pause)
             await asyncio.sleep(pause)

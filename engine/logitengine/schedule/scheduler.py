@@ -110,6 +110,7 @@ class Scheduler:
         self.parked: list[Sequence] = []
         self.dropped: list[Sequence] = []
         self.num_preemptions = 0
+        self.num_prefix_query_tokens = 0
         self.num_prefix_hit_tokens = 0
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -285,6 +286,9 @@ class Scheduler:
                 self._preempt(idle[-1])
             if sequence.num_cached is None:
                 sequence.num_cached = sequence.num_computed
+                self.num_prefix_query_tokens += (
+                    sequence.num_prompt_tokens if self._config.prefix_caching else 0
+                )
                 self.num_prefix_hit_tokens += sequence.num_computed
         self._move(sequence, SequenceState.RUNNING)
         return True

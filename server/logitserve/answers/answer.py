@@ -7,7 +7,7 @@ from typing import Protocol
 
 from logitserve.errors import ApiError
 from logitserve.jobs.job import Job
-from logitserve.jobs.run import Counts
+from logitserve.telemetry.record import Counts
 from logitserve.text.choice import Delta
 
 Piece = bytes | memoryview

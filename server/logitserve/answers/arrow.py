@@ -13,7 +13,7 @@ from logitengine.link.messages import Array, LogitsRows, LogitsSpec, Logprobs
 
 from logitserve.errors import ApiError
 from logitserve.jobs.job import Job
-from logitserve.jobs.run import Counts
+from logitserve.telemetry.record import Counts
 from logitserve.text.choice import Delta
 
 MEDIA_TYPE = "application/vnd.apache.arrow.stream"

@@ -14,7 +14,7 @@ from logitserve.answers.json_pieces import dumps
 from logitserve.answers.record import Record
 from logitserve.errors import ApiError
 from logitserve.jobs.job import Job
-from logitserve.jobs.run import Counts
+from logitserve.telemetry.record import Counts
 from logitserve.text.choice import Delta
 
 DONE = b"data: [DONE]\n\n"

@@ -16,8 +16,8 @@ from logitserve.answers.json_pieces import dumps
 from logitserve.answers.row_blocks import to_numpy
 from logitserve.errors import ApiError, BadRequestError
 from logitserve.jobs.job import Job
-from logitserve.jobs.run import Counts
 from logitserve.state import Model
+from logitserve.telemetry.record import Counts
 from logitserve.text.choice import Delta
 
 

@@ -28,12 +28,19 @@ from logitserve.routes import (
     embeddings,
     health,
     logits,
+    metrics,
     models,
     perplexity,
     rewards,
     tokens,
 )
 from logitserve.state import ServerState
+from logitserve.telemetry.routes import RouteNames
+
+ROUTERS = [
+    noun.router
+    for noun in (chat, completions, logits, perplexity, rewards, embeddings, models, tokens, health, metrics)
+]
 
 
 def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: bool = False) -> FastAPI:
@@ -73,8 +80,8 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.server = state
-    for noun in (chat, completions, logits, perplexity, rewards, embeddings, models, tokens, health):
-        app.include_router(noun.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.add_route("/openapi.json", OpenApiDocument(app, config).respond, include_in_schema=False)
     install_error_handlers(app)
     # The last one added is the outermost.
@@ -83,7 +90,8 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
     app.add_middleware(BodyLimit, config=config)
     app.add_middleware(KeyGate, keys=state.keys)
     app.add_middleware(OriginGate, config=config, on_loopback=on_loopback)
-    app.add_middleware(RequestLog, state=state)
+    routes = [*app.routes, *(route for router in ROUTERS for route in router.routes)]
+    app.add_middleware(RequestLog, state=state, routes=RouteNames(routes))
     app.add_middleware(LingeringClose)
     app.add_middleware(WriteTimeout, config=config)
     if config.root_path:

@@ -9,6 +9,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from logitserve.errors import ApiError
+from logitserve.telemetry.record import note_failure
 
 HTTP_RESPONSE = "websocket.http.response"
 """The ASGI extension by which a server lets a WebSocket's handshake be answered with an HTTP response."""
@@ -28,6 +29,7 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) ->
     if scope["type"] == "http" or HTTP_RESPONSE in scope.get("extensions", {}):
         await error.response()(scope, receive, send)
         return
+    note_failure(scope, error)
     code = CLOSE_CODES.get(error.status, INTERNAL_ERROR)
     await send({"type": "websocket.close", "code": code, "reason": error.code or ""})
 

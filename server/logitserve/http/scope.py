@@ -6,6 +6,7 @@ from starlette._utils import get_route_path
 from starlette.types import Scope
 
 PROBES = frozenset({"/health", "/ready"})
+METRICS = "/metrics"
 
 
 def is_request(scope: Scope) -> bool:
@@ -19,6 +20,11 @@ def is_probe(scope: Scope) -> bool:
     The path is the one that routes are matched by, the root path taken off by the same function.
     """
     return scope["type"] == "http" and get_route_path(scope) in PROBES
+
+
+def is_watching(scope: Scope) -> bool:
+    """Return whether the request is a probe or asks for the metrics, and so is none of the server's work."""
+    return is_probe(scope) or (scope["type"] == "http" and get_route_path(scope) == METRICS)
 
 
 def header(scope: Scope, name: bytes) -> bytes:

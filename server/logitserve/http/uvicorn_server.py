@@ -7,7 +7,7 @@ import functools
 import logging
 import signal
 import socket
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from types import FrameType
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from logitserve.banner import announce
 from logitserve.config import ServerConfig
+from logitserve.errors import ApiError
 from logitserve.http.app import create_app
 from logitserve.http.backlog import accept_backlog
 from logitserve.http.http1.open_connections import OpenConnections, affordable_connections
@@ -112,8 +113,16 @@ class DrainingServer(uvicorn.Server):
             self._start(self._state.engine.close())  # open requests end with an error that is sent
 
 
-def uvicorn_config(app: ASGIApp, config: ServerConfig, open_connections: OpenConnections) -> uvicorn.Config:
-    protocol = functools.partial(HttpProtocol, options=config, open_connections=open_connections)
+def uvicorn_config(
+    app: ASGIApp,
+    config: ServerConfig,
+    open_connections: OpenConnections,
+    refused: Callable[[ApiError], None] = lambda _: None,
+) -> uvicorn.Config:
+    """Return uvicorn's options. ``refused`` is called with each error that is told before there is a request."""
+    protocol = functools.partial(
+        HttpProtocol, options=config, open_connections=open_connections, refused=refused
+    )
     return uvicorn.Config(
         app,
         http=cast("type[asyncio.Protocol]", protocol),  # uvicorn only calls it
@@ -139,8 +148,13 @@ async def run_app(
     state: ServerState = app.state.server
     open_connections = OpenConnections(affordable_connections(config.max_connections))
     server = DrainingServer(
-        uvicorn_config(app, config, open_connections), state, open_connections, listeners, stopped
+        uvicorn_config(app, config, open_connections, state.metrics.refused),
+        state,
+        open_connections,
+        listeners,
+        stopped,
     )
+    state.num_connections = open_connections.__len__
     state.stop_server = server.stop
     if config.api_key_file is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, state.keys.reload)

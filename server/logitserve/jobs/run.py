@@ -4,39 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 
 from logitengine.errors import EngineOverloadedError
-from logitengine.link.messages import DrawError, GenerationRequest, StepOutput
+from logitengine.link.messages import DrawError, GenerationRequest, LogitsRows, StepOutput
+from prometheus_client import Counter
 
 from logitserve.errors import ApiError, BadRequestError
 from logitserve.jobs.job import Job
 from logitserve.jobs.outputs import NumberedOutput, outputs_of
 from logitserve.state import ServerState
+from logitserve.telemetry.record import Counts, RequestRecord
 from logitserve.text.choice import ChoiceText, Delta
 from logitserve.text.detokenizer import Detokenizer
 from logitserve.text.parser import PlainText
 from logitserve.text.stop_strings import StopStrings
 
 
-@dataclass(slots=True)
-class Counts:
-    """Counts of tokens so far, for ``usage`` and the log."""
-
-    prompt: int
-    completion: int = 0
-    cached: int = 0
-
-
 class RunningJob:
-    """A job that the engine works on. Closing its ``deltas`` aborts the requests that still run."""
+    """A job that the engine works on. Closing its ``deltas`` aborts the requests that still run.
 
-    def __init__(self, job: Job, state: ServerState) -> None:
+    Its counts and times go into the request's record.
+    """
+
+    def __init__(self, job: Job, state: ServerState, record: RequestRecord) -> None:
         self._job = job
         self._state = state
-        self._with_cached: set[int] = set()
-        self.counts = Counts(job.num_prompt_tokens)
+        self._metrics = state.metrics
+        self._record = record
+        self._begun_prompts: set[int] = set()
+        self._last_token_at = [0.0] * job.num_choices
+        self.counts = record.counts = Counts(job.num_prompt_tokens)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Yield deltas of choices, numbered prompt by prompt: choice j of prompt i is ``i * n + j``.
@@ -58,9 +57,10 @@ class RunningJob:
                     if output.finish_reason == "error":
                         raise _not_drawn(output.error)
                     delta = choice.advance(output, index)
-                    self._count(prompt, output)
+                    self._count(prompt, index, output)
                     if delta.finish_reason is not None:
                         num_open -= 1
+                        self._record.finish_reasons.append(delta.finish_reason)
                         if output.finish_reason is None:
                             engine.abort_choice(output.request_id, output.index)
                     yield delta
@@ -69,6 +69,7 @@ class RunningJob:
     async def _first(self, outputs: AsyncGenerator[NumberedOutput, None]) -> NumberedOutput | None:
         """Wait in the queue until the engine has begun the job. Raises EngineError, ApiError."""
         queue, seconds = self._state.queue, self._state.config.queue_timeout
+        self._record.queued = time.monotonic()
         with queue.stay(self.counts.prompt) as place:
             try:
                 async with asyncio.timeout(seconds or None) as limit:
@@ -86,13 +87,38 @@ class RunningJob:
                     headers=queue.retry_after,
                 ) from None
             place.begin()
+            if first is not None:
+                _, output = first
+                self._record.begun = time.monotonic() - output.begun_seconds
+                self._metrics.begun(self._record)
             return first
 
-    def _count(self, prompt: int, output: StepOutput) -> None:
-        self.counts.completion += len(output.token_ids)
-        if output.index == 0 and prompt not in self._with_cached:
-            self._with_cached.add(prompt)
+    def _count(self, prompt: int, choice: int, output: StepOutput) -> None:
+        if output.token_ids:
+            self._count_tokens(choice, len(output.token_ids))
+        if output.index == 0 and prompt not in self._begun_prompts:
+            self._begun_prompts.add(prompt)
             self.counts.cached += output.num_cached_tokens
+            self._metrics.prompt_tokens.inc(len(self._job.requests[prompt].prompt_token_ids))
+        if output.logits is not None:
+            self._count_rows(output.logits, self._metrics.generated_rows)
+        if output.prompt is not None and output.prompt.logits is not None:
+            self._count_rows(output.prompt.logits, self._metrics.prompt_rows)
+
+    def _count_tokens(self, choice: int, count: int) -> None:
+        self.counts.completion += count
+        now, record = time.monotonic(), self._record
+        last = self._last_token_at[choice]
+        if last:
+            self._metrics.inter_token_latency.observe(now - last)
+        elif record.first_token is None:
+            record.first_token = now
+            self._metrics.answered(record)
+        self._last_token_at[choice] = record.last_token = now
+
+    def _count_rows(self, rows: LogitsRows, counter: Counter) -> None:
+        counter.inc(rows.values.shape[0])
+        self._metrics.row_bytes.inc(rows.nbytes)
 
     def _choice(self, request: GenerationRequest) -> ChoiceText:
         text = self._job.text

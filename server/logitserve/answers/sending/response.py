@@ -20,11 +20,11 @@ from logitserve.answers.sending.outlet import Outlet
 from logitserve.answers.sending.time_limit import TimeLimit
 from logitserve.errors import ApiError, from_exception
 from logitserve.held_bytes import AnswerBytes
-from logitserve.http.middleware.request_log import LogFields
 from logitserve.jobs.job import Job
 from logitserve.jobs.limits import answer_too_large
 from logitserve.jobs.run import RunningJob
 from logitserve.state import ServerState
+from logitserve.telemetry.record import RequestRecord
 from logitserve.text.choice import Delta
 
 logger = logging.getLogger(__name__)
@@ -50,10 +50,9 @@ def respond(job: Job, answer: Answer, state: ServerState, request: Request) -> R
 
     The response raises EngineError or ApiError while nothing has been sent.
     """
-    running = RunningJob(job, state)
-    fields = LogFields.of(request.scope)
-    fields.answer_id, fields.counts = answer.id, running.counts
-    return AnswerResponse(job, running, answer, state)
+    record = RequestRecord.of(request.scope)
+    record.answer_id = answer.id
+    return AnswerResponse(job, RunningJob(job, state, record), answer, state, record)
 
 
 class AnswerResponse(Response):
@@ -64,32 +63,36 @@ class AnswerResponse(Response):
     body is left without an end, so that the client's HTTP library sees the truncation.
     """
 
-    def __init__(self, job: Job, running: RunningJob, answer: Answer, state: ServerState) -> None:
+    def __init__(
+        self, job: Job, running: RunningJob, answer: Answer, state: ServerState, record: RequestRecord
+    ) -> None:
         super().__init__(media_type=answer.media_type, headers=STREAM_HEADERS if job.answer.stream else None)
         del self.headers["Content-Length"]  # Starlette's own, of an empty body
         self._job = job
         self._running = running
         self._answer = answer
         self._state = state
+        self._record = record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         config, answer = self._state.config, self._answer
         if self._job.answer.stream:
             outlet = Outlet(send, self._head, config.ping_interval, answer.fill_silence)
-            work = self._stream(outlet)
+            work = self._stream(outlet, scope)
         else:
             outlet = Outlet(send, self._head)
             work = self._send_whole(outlet)
         try:
             await until_disconnect(receive, work)
         except ClientDisconnectedError:
+            self._record.has_left = True
             if not outlet.has_begun:
                 await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
 
     def _head(self) -> Message:
         return {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
 
-    async def _stream(self, outlet: Outlet) -> None:
+    async def _stream(self, outlet: Outlet, scope: Scope) -> None:
         async with outlet:
             try:
                 with TimeLimit(self._state.config.request_timeout, outlet):
@@ -97,7 +100,7 @@ class AnswerResponse(Response):
             except Exception as error:
                 if not outlet.has_begun:
                     raise
-                await self._tell(from_exception(error), outlet)
+                await self._tell(from_exception(error, scope), outlet)
                 return
             await outlet.close()
 
@@ -110,8 +113,9 @@ class AnswerResponse(Response):
             await outlet.write(piece)
 
     async def _tell(self, error: ApiError, outlet: Outlet) -> None:
+        self._record.failure = error
         if not self._answer.tells_errors:
-            logger.warning("a stream was cut off: %s", error)
+            logger.warning("a stream was cut off: %s", error, extra=self._record.names())
             return
         for piece in self._answer.tell(error):
             await outlet.write(piece)

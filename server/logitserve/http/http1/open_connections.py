@@ -43,6 +43,9 @@ class OpenConnections:
         self.none_left = asyncio.Event()
         self.none_left.set()
 
+    def __len__(self) -> int:
+        return len(self._open)
+
     def add(self, connection: Member) -> bool:
         """Count a new connection.
 

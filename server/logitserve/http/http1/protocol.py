@@ -6,6 +6,7 @@ import asyncio
 import enum
 import logging
 import urllib.parse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import httptools
@@ -80,10 +81,12 @@ class HttpProtocol(HttpToolsProtocol):
         *,
         options: ServerConfig,
         open_connections: OpenConnections,
+        refused: Callable[[ApiError], None],
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._options = options
         self._open_connections = open_connections
+        self._refused = refused
         self._started_at = self.loop.time()
         self._stage = Stage.NOTHING
         self._num_requests = 0
@@ -102,7 +105,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._connection = Connection(transport)
         if not self._open_connections.add(self):
             self._is_deaf = True
-            transport.write(raw_response(_too_many_connections(self._options.max_connections)))
+            error = _too_many_connections(self._options.max_connections)
+            self._refused(error)
+            transport.write(raw_response(error))
             transport.close()
             return
         self._timer.call_later(self._options.head_timeout, transport.close)
@@ -297,6 +302,7 @@ class HttpProtocol(HttpToolsProtocol):
             fault.message,
             extra={"status": fault.status, "client": self.client and self.client[0]},
         )
+        self._refused(fault)
         self.transport.write(raw_response(fault, self.server_state.default_headers))
         self.transport.write_eof()
         # No timeout covers this client, and closing would wait for it to read.

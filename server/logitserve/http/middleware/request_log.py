@@ -1,21 +1,24 @@
-"""A line in the log for every request, with an id to find it by."""
+"""A record of every request: it is counted at its end, and becomes a line in the log with an id to find it by."""
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import re
 import time
 import uuid
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from logitserve.errors import from_exception
 from logitserve.http.refusal import INTERNAL_ERROR, refuse
-from logitserve.http.scope import header, is_probe, is_request
+from logitserve.http.scope import header, is_request, is_watching
 from logitserve.state import ServerState
+from logitserve.telemetry.record import KEY, RequestRecord
+from logitserve.telemetry.routes import RouteNames, method_name
+from logitserve.telemetry.trace_context import trace_id_of
 
 access_logger = logging.getLogger("logitserve.access")
 
@@ -26,67 +29,60 @@ SWITCHING_PROTOCOLS = 101
 FORBIDDEN = 403
 
 
-class TokenCounts(Protocol):
-    """A request's tokens so far. They are read when it is over."""
-
-    @property
-    def prompt(self) -> int: ...
-
-    @property
-    def completion(self) -> int: ...
-
-    @property
-    def cached(self) -> int: ...
-
-
-@dataclass(slots=True)
-class LogFields:
-    """Fields that a route adds to its request's log line. They never hold a prompt or an answer."""
-
-    request_id: str
-    answer_id: str | None = None
-    counts: TokenCounts | None = None
-
-    @classmethod
-    def of(cls, scope: Scope) -> Self:
-        fields: Self = scope["logitserve.log"]
-        return fields
-
-
 class RequestLog:
-    """Gives each request an id, counts it as running and writes a line at its end.
+    """Gives each request an id and a record, counts it as running, and tells of it at its end.
 
     An uncaught exception is a 500.
 
     A WebSocket is one request, from its handshake until its app returns.
     """
 
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+    def __init__(self, app: ASGIApp, state: ServerState, routes: RouteNames) -> None:
         self._app = app
         self._state = state
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not is_request(scope):
             await self._app(scope, receive, send)
             return
-        fields = scope["logitserve.log"] = LogFields(_request_id(scope))
-        headers = scope["logitserve.reply_headers"] = [(b"x-request-id", fields.request_id.encode())]
+        is_work = not is_watching(scope)
+        record = scope[KEY] = self._record(scope)
+        headers = scope["logitserve.reply_headers"] = [(b"x-request-id", record.request_id.encode())]
         reply = _Reply(send, headers)
-        started = time.perf_counter()
-        if not is_probe(scope):
+        if is_work:
             self._state.request_started()
+        try:
+            await self._answer(scope, receive, reply)
+        except asyncio.CancelledError:
+            record.has_left = True
+            raise
+        finally:
+            record.ended, record.status = time.monotonic(), reply.status
+            if is_work:
+                self._state.request_ended()
+            self._state.metrics.ended(record)
+            _log(scope, record, logging.INFO if is_work else logging.DEBUG)
+
+    def _record(self, scope: Scope) -> RequestRecord:
+        return RequestRecord(
+            _request_id(scope),
+            method=method_name(scope),
+            route=self._routes.of(scope),
+            trace_id=trace_id_of(header(scope, b"traceparent")),
+        )
+
+    async def _answer(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
         try:
             await self._app(scope, receive, reply.send)
         except Exception as error:  # noqa: BLE001 - the last stop: whatever was not foreseen is a 500 with an id
-            failure = from_exception(error)
+            failure = from_exception(error, scope)
             if reply.status == 0:
                 await refuse(failure, scope, receive, reply.send)
-            elif reply.is_open_websocket:
+                return
+            RequestRecord.of(scope).failure = failure
+            if reply.is_open_websocket:
                 await reply.send({"type": "websocket.close", "code": INTERNAL_ERROR})
-        finally:
-            if not is_probe(scope):
-                self._state.request_ended()
-            _log(scope, fields, reply.status, time.perf_counter() - started)
 
 
 class _Reply:
@@ -133,20 +129,19 @@ def _client(scope: Scope) -> str | None:
         return "unknown"
 
 
-def _log(scope: Scope, fields: LogFields, status: int, seconds: float) -> None:
+def _log(scope: Scope, record: RequestRecord, level: int) -> None:
     line: dict[str, Any] = {
-        "request_id": fields.request_id,
+        **record.names(),
         "client": _client(scope),
         "method": scope.get("method", "GET"),  # a WebSocket's handshake is a GET
         "path": scope["path"][:LONGEST_LOGGED_PATH],
-        "status": status,
-        "duration_ms": round(seconds * 1000, 1),
+        "status": record.status,
+        "duration_ms": round(record.seconds * 1000, 1),
     }
-    if fields.answer_id is not None:
-        line["answer_id"] = fields.answer_id
-    if fields.counts is not None:
-        line["prompt_tokens"] = fields.counts.prompt
-        line["completion_tokens"] = fields.counts.completion
-        line["cached_tokens"] = fields.counts.cached
-    level = logging.DEBUG if is_probe(scope) else logging.INFO
+    if record.answer_id is not None:
+        line["answer_id"] = record.answer_id
+    if record.counts is not None:
+        line["prompt_tokens"] = record.counts.prompt
+        line["completion_tokens"] = record.counts.completion
+        line["cached_tokens"] = record.counts.cached
     access_logger.log(level, "request", extra=line)

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from logitserve.config import ServerConfig
 from logitserve.http.connection import EXTENSION, Connection
 from logitserve.http.scope import is_request
+from logitserve.telemetry.record import names_of
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class WriteTimeout:
         except TimeoutError:
             if not end.expired():
                 raise
-            extra = {"path": scope["path"], "client": scope.get("client")}
+            extra = {"path": scope["path"], "client": scope.get("client"), **names_of(scope)}
             logger.warning("a client took nothing for %g s and was dropped", self._seconds, extra=extra)
 
 

@@ -139,5 +139,8 @@ OPERATIONS = {
     "get_tokenizer_info": Operation(answers={JSON: server.TokenizerInfo}, refusals=GUARDED),
     "health": Operation(answers={JSON: server.Health}, refusals=ANY, is_open=True),
     "ready": Operation(answers={JSON: server.Readiness}, refusals=ANY, is_open=True),
+    "metrics": Operation(
+        description="Prometheus's text format.", answers={"text/plain": None}, refusals=GUARDED
+    ),
     "version": Operation(answers={JSON: server.Version}, refusals=GUARDED),
 }
