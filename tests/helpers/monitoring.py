@@ -22,7 +22,7 @@ DASHBOARD = DOCKER / "grafana" / "dashboard.json"
 SCRAPE_CONFIG = DOCKER / "prometheus" / "prometheus.yml"
 ALERTS = DOCKER / "prometheus" / "alerts.yml"
 
-METRIC = re.compile(r"\b(?:vllm|logitserve):[a-z_]+")
+METRIC = re.compile(r"\b(?:vllm|logitserve):\w+")
 """Names of the server's metrics in a query."""
 
 START_SECONDS = 60
