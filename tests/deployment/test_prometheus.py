@@ -25,7 +25,7 @@ from monitoring import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-pytestmark = pytest.mark.deployments
+pytestmark = [pytest.mark.deployments, pytest.mark.timeout(600)]
 
 KEY = "a-key-of-the-tests"
 MODEL = "tiny"
