@@ -18,6 +18,7 @@ from logitserve.cli_flags import Command, Parser, flag_of
 from logitserve.config import ENV_PREFIX, ServerConfig
 from logitserve.extract.config import ExtractConfig
 from logitserve.http.listener import ListenError
+from logitserve.telemetry.otlp import MissingPackageError
 
 _SOURCES = SettingsConfigDict(env_prefix=ENV_PREFIX)
 
@@ -99,7 +100,7 @@ def _serve(command: Command, arguments: argparse.Namespace) -> int:
 
     try:
         return serve(server_config, engine_config)
-    except (CheckpointError, ListenError) as error:
+    except (CheckpointError, ListenError, MissingPackageError) as error:
         command.parser.error(str(error))
 
 

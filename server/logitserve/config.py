@@ -15,6 +15,7 @@ from pydantic_settings import NoDecode
 from logitserve.access.keys import check_key, check_key_file, split_keys
 from logitserve.access.origins import check_hosts, check_origins
 from logitserve.access.proxies import check_root_path, check_trusted_proxies
+from logitserve.telemetry.otlp import check_endpoint
 
 ENV_PREFIX = "LOGITSERVE_"
 
@@ -223,7 +224,17 @@ class Logging(BaseModel):
     )
 
 
-class ServerConfig(Listening, Access, RequestBounds, AnswerBounds, QueueBounds, Times, Logging):
+class Tracing(BaseModel):
+    """Where traces go."""
+
+    otlp_endpoint: Annotated[str, AfterValidator(check_endpoint), Word("URL")] | None = Field(
+        None,
+        description="collector that gets a span of each request by OTLP over HTTP, as http://127.0.0.1:4318; "
+        "needs logitserve[otel]",
+    )
+
+
+class ServerConfig(Listening, Access, RequestBounds, AnswerBounds, QueueBounds, Times, Logging, Tracing):
     """The server's options: every bound on what clients may ask for or use up is one of its fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

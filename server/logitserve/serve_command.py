@@ -18,6 +18,7 @@ from uvloop import new_event_loop
 
 from logitserve.config import ServerConfig
 from logitserve.http.listener import bind
+from logitserve.telemetry.otlp import check_packages
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +27,12 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
     """Serve until a signal. Returns the exit code: 0, or 1 when the model could not be loaded.
 
     Before anything is started, raises CheckpointError for a model whose files show that it cannot be served.
-    Raises ListenError for an address that cannot be listened on.
+    Raises ListenError for an address that cannot be listened on, and MissingPackageError for an option whose
+    packages are not installed.
     """
     configure_logging(server_config.log_level, server_config.log_format)
+    if server_config.otlp_endpoint is not None:
+        check_packages()
     check_model(engine_config)
     listeners = bind(server_config)
     names = server_config.served_model_name or [display_name(engine_config.model)]

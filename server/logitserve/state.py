@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from fastapi import Depends, Request
 from logitengine.errors import EngineError
@@ -25,6 +25,9 @@ from logitserve.telemetry.metrics import Metrics
 from logitserve.telemetry.readings import Readings
 from logitserve.text.tokenizer import ModelTokenizer
 from logitserve.text.tokenizer_workers import TokenizerWorkers
+
+if TYPE_CHECKING:
+    from logitserve.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +80,7 @@ class ServerState:
         self.queue = RequestQueue(config.max_queued_requests, config.max_queued_tokens)
         self.metrics = Metrics()
         self.metrics.registry.register(Readings(self))
+        self.tracing: Tracing | None = None
         self.num_connections: Callable[[], int] = lambda: 0
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._model: Model | None = None
@@ -162,9 +166,11 @@ class ServerState:
         if self.num_in_flight == 0:
             self.idle.set()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.tokenizer_workers.close()
         self._encoding_pool.shutdown(wait=False, cancel_futures=True)
+        if self.tracing is not None:
+            await self.tracing.close()
 
 
 def get_state(request: Request) -> ServerState:

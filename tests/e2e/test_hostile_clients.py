@@ -294,7 +294,16 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("/tokenize", {"prompt": "a b c " * 1000}),
     ("/detokenize", {"tokens": [5] * 400}),
 ]
-GETS = ["/v1/models", "/v1/models/x", "/tokenizer_info", "/openapi.json", "/version", "/health", "/ready"]
+GETS = [
+    "/v1/models",
+    "/v1/models/x",
+    "/tokenizer_info",
+    "/openapi.json",
+    "/version",
+    "/metrics",
+    "/health",
+    "/ready",
+]
 
 
 async def vanish(server: Server, chance: random.Random) -> None:

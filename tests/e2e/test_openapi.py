@@ -204,7 +204,9 @@ def test_a_generated_client_makes_a_call_of_each_kind_that_answers_json(
     url: str, document: Document, generated_client: Path
 ) -> None:
     calls = []
-    for name, (_, _, operation) in document.operations.items():
+    with_json = {name for name, operation in OPERATIONS.items() if "application/json" in operation.answers}
+    for name in with_json:
+        _, _, operation = document.operations[name]
         body = next(iter(OPERATIONS[name].requests.values()), None)
         kind = getattr(OPERATIONS[name].body, "__name__", None)
         calls.append((operation["tags"][0], name, body, kind))
@@ -217,7 +219,7 @@ def test_a_generated_client_makes_a_call_of_each_kind_that_answers_json(
     )
     assert made.returncode == 0, made.stderr.decode()[-4000:]
     answers = orjson.loads(made.stdout)
-    assert answers.keys() == OPERATIONS.keys()
+    assert answers.keys() == with_json
     for name, (status, kind, parsed) in answers.items():
         assert status == 200
         assert kind == OPERATIONS[name].answers["application/json"].__name__

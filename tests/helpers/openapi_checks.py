@@ -45,6 +45,8 @@ class Document:
         match media_type:
             case "application/json":
                 self.validate(response.json(), schema)
+            case "text/plain":
+                self.validate(response.text, schema)
             case "text/event-stream":
                 _, data = schema["properties"]["data"]["anyOf"]
                 for event in events(response.text):

@@ -52,6 +52,10 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
     ``on_loopback`` is true for a server that listens on loopback addresses alone.
     """
     state = ServerState(engine, config)
+    if config.otlp_endpoint is not None:
+        from logitserve.telemetry.tracing import Tracing
+
+        state.tracing = Tracing(config.otlp_endpoint)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -66,8 +70,7 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            await engine.close()
-            state.close()
+            await asyncio.gather(engine.close(), state.close())
 
     app = FastAPI(
         title="logitserve",
@@ -78,6 +81,8 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
         # Turns off the interactive pages too, which load scripts from elsewhere. /openapi.json is our own.
         openapi_url=None,
         generate_unique_id_function=lambda route: route.name,
+        # FastAPI's own spans and logs, which it sends where variables tell it to, know nothing of our bounds.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.server = state
     for router in ROUTERS:

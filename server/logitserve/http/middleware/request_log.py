@@ -48,6 +48,8 @@ class RequestLog:
             return
         is_work = not is_watching(scope)
         record = scope[KEY] = self._record(scope)
+        tracing = self._state.tracing if is_work else None
+        span = None if tracing is None else tracing.begin(record, scope)
         headers = scope["logitserve.reply_headers"] = [(b"x-request-id", record.request_id.encode())]
         reply = _Reply(send, headers)
         if is_work:
@@ -62,6 +64,8 @@ class RequestLog:
             if is_work:
                 self._state.request_ended()
             self._state.metrics.ended(record)
+            if tracing is not None and span is not None:
+                tracing.end(span, record, self._state.model_name)
             _log(scope, record, logging.INFO if is_work else logging.DEBUG)
 
     def _record(self, scope: Scope) -> RequestRecord:

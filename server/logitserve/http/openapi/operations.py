@@ -18,6 +18,7 @@ from logitserve.protocol.tokens import DetokenizeBody, TokenizeBody
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
+TEXT = "text/plain"
 
 ANY = frozenset({400, 403, 405, 408, 413, 415, 431, 500, 501, 503, 505})
 """Refusals that no request is exempt from."""
@@ -139,8 +140,6 @@ OPERATIONS = {
     "get_tokenizer_info": Operation(answers={JSON: server.TokenizerInfo}, refusals=GUARDED),
     "health": Operation(answers={JSON: server.Health}, refusals=ANY, is_open=True),
     "ready": Operation(answers={JSON: server.Readiness}, refusals=ANY, is_open=True),
-    "metrics": Operation(
-        description="Prometheus's text format.", answers={"text/plain": None}, refusals=GUARDED
-    ),
+    "metrics": Operation(description="Prometheus's text format.", answers={TEXT: str}, refusals=GUARDED),
     "version": Operation(answers={JSON: server.Version}, refusals=GUARDED),
 }
