@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 
 import pytest
-from monitoring import ALERTS, DOCKER, SCRAPE_CONFIG, dashboard, dashboard_queries
+from monitoring import ALERTS, DOCKER, METRIC, SCRAPE_CONFIG, dashboard, dashboard_queries
 
 PROVISIONING = DOCKER / "grafana" / "provisioning"
 DATASOURCE = (PROVISIONING / "datasources" / "prometheus.yml").read_text()
 PROVIDER = (PROVISIONING / "dashboards" / "logitserve.yml").read_text()
 COMPOSE = DOCKER / "compose.yaml"
-OPERATIONS = (DOCKER.parent / "docs" / "operations.md").read_text()
+DOCS = DOCKER.parent / "docs"
+OPERATIONS = (DOCS / "operations.md").read_text()
+DEPLOYMENT = (DOCS / "deployment.md").read_text()
 
 COLUMNS = 24
 SCREEN = 24
@@ -52,6 +54,15 @@ def test_every_query_of_the_dashboard_obeys_its_variables() -> None:
         assert selectors, name
         assert all('{model_name=~"$model_name", instance=~"$instance"' in selector for selector in selectors)
         assert len(selectors) == len(re.findall(r"\b(?:vllm|logitserve):", query)), name
+
+
+def test_the_page_explains_every_metric_and_names_every_alert() -> None:
+    explained = set(METRIC.findall(DEPLOYMENT))
+    used = set(METRIC.findall(" ".join([*dashboard_queries().values(), ALERTS.read_text()])))
+    assert {name.removesuffix("_bucket") for name in used} <= explained
+    assert re.findall(r"- alert: (\w+)", ALERTS.read_text()) == re.findall(
+        r"^\| (Logit\w+) ", DEPLOYMENT, re.MULTILINE
+    )
 
 
 def test_the_dashboard_finds_the_provisioned_datasource() -> None:

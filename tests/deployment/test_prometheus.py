@@ -14,6 +14,7 @@ import httpx
 import psutil
 import pytest
 from live_server import START_SECONDS, LiveServer, serving
+from metrics_page import Page
 from monitoring import (
     ALERTS,
     METRIC,
@@ -23,7 +24,6 @@ from monitoring import (
     scrape_config,
     variable_queries,
 )
-from prometheus_client.parser import text_string_to_metric_families
 
 pytestmark = [pytest.mark.deployments, pytest.mark.timeout(600)]
 
@@ -51,8 +51,7 @@ class Watched:
         """Return the names of all series at /metrics."""
         answer = httpx.get(f"{self.server.url}/metrics", headers=HEADERS, timeout=30)
         assert answer.status_code == 200
-        families = text_string_to_metric_families(answer.text)
-        return {sample.name for family in families for sample in family.samples}
+        return Page.of(answer.text).names
 
 
 @pytest.fixture(scope="module")
