@@ -121,7 +121,6 @@ class Soak:
         self.traffic = Traffic(addresses)
         self.end = MINUTE * arguments.minutes
         self.restarts: list[float] = []
-        self.metrics: list[dict[str, Any]] = []
         self.at_rest: list[dict[int, int]] = []
         self.logged: list[str] = []
         self._started = time.monotonic()
@@ -157,12 +156,10 @@ class Soak:
 
     async def sample(self) -> None:
         for number in itertools.count():
-            seconds = self.seconds
+            seconds = round(self.seconds, 1)
             for replica in self.replicas:
                 replica.sample(seconds)
-                figures = await replica.metrics()
-                if figures:
-                    self.metrics.append({"replica": replica.number, "seconds": seconds, **figures})
+                await replica.sample_metrics(seconds)
             if number % SAMPLES_PER_LINE == 0:
                 answered = sum(self.traffic.counts.values())
                 failed = f"{self.traffic.num_failed} failed"
@@ -181,7 +178,7 @@ class Soak:
             await asyncio.sleep(number * every - self.seconds)
             await asyncio.to_thread(self.restarted.stop)
             await asyncio.to_thread(self.restarted.start)
-            self.restarts.append(self.seconds)
+            self.restarts.append(round(self.seconds, 1))
             number += 1
 
     @property
@@ -207,12 +204,12 @@ class Soak:
         return checks
 
     def cache_check(self) -> Check:
-        filled = [
-            figures["logitserve:kv_blocks_used"] / figures["logitserve:kv_blocks"]
-            for figures in self.metrics
-            if figures["replica"] == self.steady.number and figures["seconds"] < 2 * MINUTE
-        ]
-        most = max(filled, default=0)
+        seconds, used, blocks = (
+            self.steady.metrics[name]
+            for name in ("seconds", "logitserve:kv_blocks_used", "logitserve:kv_blocks")
+        )
+        early = sum(second < 2 * MINUTE for second in seconds)
+        most = max((x / y for x, y in zip(used[:early], blocks[:early], strict=True)), default=0)
         return Check("replica 1: KV cache before minute two", most >= FULL, f"{100 * most:.0f} % used")
 
     def failure_checks(self) -> list[Check]:
@@ -239,15 +236,17 @@ def report(soak: Soak, checks: list[Check]) -> None:
 
 
 def document(soak: Soak, checks: list[Check], counts: dict[str, dict[str, int]]) -> str:
-    """Return everything as JSON, a process or a sample of the metrics on each line."""
-    parts = {
+    """Return everything as JSON, with a line for each process and for each replica's metrics."""
+    parts: dict[str, Any] = {
         "machine": machine(),
-        "options": {name: str(value) for name, value in vars(soak.arguments).items()},
+        "options": {
+            name: value for name, value in vars(soak.arguments).items() if name not in ("json", "plot")
+        },
         "checks": [vars(check) for check in checks],
         "requests": counts,
         "restarts": soak.restarts,
         "processes": [vars(life) for life in soak.lives],
-        "metrics": soak.metrics,
+        "metrics": [replica.metrics for replica in soak.replicas],
     }
     members = []
     for name, value in parts.items():
@@ -264,13 +263,15 @@ def metric_panels(soak: Soak) -> list[Panel]:
         ("held for clients, MiB", "logitserve:held_bytes", 1 << 20),
         ("requests in flight", "logitserve:requests_in_flight", 1),
     ):
-        lines = []
-        for replica, colour in zip(soak.replicas, COLOURS, strict=False):
-            samples = [figures for figures in soak.metrics if figures["replica"] == replica.number]
-            xs = [figures["seconds"] for figures in samples]
-            lines.append(
-                Line(f"replica {replica.number}", colour, xs, [figures[name] / scale for figures in samples])
+        lines = [
+            Line(
+                f"replica {replica.number}",
+                colour,
+                replica.metrics["seconds"],
+                [value / scale for value in replica.metrics[name]],
             )
+            for replica, colour in zip(soak.replicas, COLOURS, strict=False)
+        ]
         panels.append(Panel(title, lines))
     return panels
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from http_load import wait_until_ready
+from http_load import HEAD_END, wait_until_ready
 from prometheus_client.parser import text_string_to_metric_families
 from soak_load import Address, closing
 
@@ -63,6 +63,7 @@ class Replica:
         self.number = number
         self.address: Address = ("127.0.0.1", free_port())
         self.lives: list[Life] = []
+        self.metrics: dict[str, list[float]] = {name: [] for name in ("seconds", *GAUGES, *COUNTERS)}
         self.is_up = False
         self._log = log
         flags = ["--port", str(self.address[1]), "--log-level", "warning", "--log-format", "json"]
@@ -129,14 +130,16 @@ class Replica:
         """Return the number of open descriptors by process id."""
         return {life.pid: psutil.Process(life.pid).num_fds() for life in self.current}
 
-    async def metrics(self) -> dict[str, float]:
-        """Return the sums of some metrics; nothing while the server is down."""
-        with contextlib.suppress(OSError):
-            with closing(await asyncio.open_connection(*self.address)) as (reader, writer):
-                writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                text = (await reader.read()).partition(b"\r\n\r\n")[2].decode()
-            return sums(text)
-        return {}
+    async def sample_metrics(self, seconds: float) -> None:
+        """Note the sums of some metrics; nothing while the server is down."""
+        with (
+            contextlib.suppress(OSError),
+            closing(await asyncio.open_connection(*self.address)) as (reader, writer),
+        ):
+            writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            text = (await reader.read()).partition(HEAD_END)[2].decode()
+            for name, value in {"seconds": seconds, **sums(text)}.items():
+                self.metrics[name].append(value)
 
     def log_lines(self) -> list[str]:
         """Return warnings and errors that the server and its engine logged."""
@@ -151,11 +154,11 @@ class Replica:
 
 
 def sums(text: str) -> dict[str, float]:
-    found = dict.fromkeys((*GAUGES, *COUNTERS), 0.0)
+    found: dict[str, float] = dict.fromkeys((*GAUGES, *COUNTERS), 0)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name in found:
-                found[sample.name] += sample.value
+                found[sample.name] += int(sample.value)
     return found
 
 
