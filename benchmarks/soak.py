@@ -232,7 +232,7 @@ def report(soak: Soak, checks: list[Check]) -> None:
     if arguments.json:
         arguments.json.write_text(document(soak, checks, counts))
     if arguments.plot:
-        arguments.plot.write_text(svg([*process_panels(soak.lives), *metric_panels(soak)], soak.end))
+        arguments.plot.write_text(svg([*process_panels(soak.lives), *metric_panels(soak)]))
 
 
 def document(soak: Soak, checks: list[Check], counts: dict[str, dict[str, int]]) -> str:

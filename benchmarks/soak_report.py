@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from soak_processes import Life
 
 MINUTE = 60.0
+GAP_SECONDS = 12
 TOLERANCE = 0.05
 MIB = 1 << 20
 
@@ -93,8 +94,9 @@ def process_panels(lives: list[Life]) -> list[Panel]:
     ]
 
 
-def svg(panels: list[Panel], seconds: float) -> str:
+def svg(panels: list[Panel]) -> str:
     """Draw the panels below each other over the same time."""
+    seconds = max(x for panel in panels for line in panel.lines for x in line.xs)
     height = len(panels) * (PANEL_HEIGHT + GAP) + GAP
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="12">',
@@ -105,10 +107,32 @@ def svg(panels: list[Panel], seconds: float) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
+def round_up(most: float) -> float:
+    """Return the least number of 4, 8, 12, 20, 40 ... that is not below ``most``, so that quarters of it are round."""
+    power = 1
+    while True:
+        for step in (4, 8, 12, 20):
+            if step * power >= most:
+                return step * power
+        power *= 10
+
+
+def pieces(line: Line) -> list[list[tuple[float, float]]]:
+    """Return the line's points, parted where there was no sample for a while: the process did not run."""
+    parted: list[list[tuple[float, float]]] = []
+    last = -float("inf")
+    for x, y in zip(line.xs, line.ys, strict=True):
+        if x - last > GAP_SECONDS:
+            parted.append([])
+        parted[-1].append((x, y))
+        last = x
+    return parted
+
+
 def panel_parts(panel: Panel, top: float, seconds: float) -> list[str]:
     width = WIDTH - LEFT - RIGHT
     bottom = top + PANEL_HEIGHT
-    most = 1.05 * max((y for line in panel.lines for y in line.ys), default=0) or 1
+    most = round_up(max((y for line in panel.lines for y in line.ys), default=0))
     parts = [f'<text x="{LEFT}" y="{top - 8}" font-weight="bold">{html.escape(panel.title)}</text>']
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = bottom - share * PANEL_HEIGHT
@@ -118,11 +142,13 @@ def panel_parts(panel: Panel, top: float, seconds: float) -> list[str]:
         x = LEFT + minute * MINUTE / seconds * width
         parts.append(f'<text x="{x:.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{minute}</text>')
     for line in panel.lines:
-        points = " ".join(
-            f"{LEFT + x / seconds * width:.1f},{bottom - y / most * PANEL_HEIGHT:.1f}"
-            for x, y in zip(line.xs, line.ys, strict=True)
-        )
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{line.colour}" stroke-width="1.5"/>')
+        for piece in pieces(line):
+            points = " ".join(
+                f"{LEFT + x / seconds * width:.1f},{bottom - y / most * PANEL_HEIGHT:.1f}" for x, y in piece
+            )
+            parts.append(
+                f'<polyline points="{points}" fill="none" stroke="{line.colour}" stroke-width="1.5"/>'
+            )
     for number, (label, colour) in enumerate({line.label: line.colour for line in panel.lines}.items()):
         y = top + 12 + 18 * number
         parts.append(f'<path d="M{WIDTH - RIGHT + 10} {y - 4}h16" stroke="{colour}" stroke-width="3"/>')
