@@ -82,6 +82,11 @@ class Readings(Collector):
         held.add_metric(["answers"], state.held_bytes.num_answer_bytes)
         yield held
         yield gauge(
+            "logitserve:max_held_bytes",
+            "--max-held-bytes: half for windows, half for answers.",
+            state.config.max_held_bytes,
+        )
+        yield gauge(
             "logitserve:held_body_bytes", "Bytes of bodies that are being read.", state.held_bodies.nbytes
         )
         yield gauge("logitserve:open_connections", "Open connections.", state.num_connections())
