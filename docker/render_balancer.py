@@ -18,7 +18,12 @@ SHIPPED = {"nginx": DOCKER / "nginx" / "nginx.conf", "haproxy": DOCKER / "haprox
 
 
 def render(
-    balancer: str, *, listen: str, replicas: tuple[str, str], directory: Path, changes: Mapping[str, str] | None = None
+    balancer: str,
+    *,
+    listen: str,
+    replicas: tuple[str, str],
+    directory: Path,
+    changes: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the configuration of ``balancer``, "nginx" or "haproxy", into ``directory`` and return its path.
 
@@ -50,11 +55,15 @@ def render(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("balancer", choices=SHIPPED)
     parser.add_argument("--listen", required=True, metavar="HOST:PORT")
     parser.add_argument("--replica", required=True, action="append", metavar="HOST:PORT", help="twice")
-    parser.add_argument("--directory", required=True, type=Path, help="existing directory for the file, and for nginx's own")
+    parser.add_argument(
+        "--directory", required=True, type=Path, help="existing directory for the file, and for nginx's own"
+    )
     options = parser.parse_args()
     if len(options.replica) != 2:
         parser.error("--replica: exactly two are needed; write the file by hand for more")
