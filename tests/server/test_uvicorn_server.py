@@ -175,7 +175,7 @@ async def test_with_listen_when_ready_clients_are_refused_until_the_first_can_be
     assert refused(listener)
     engine.loaded.set()
     async with asyncio.timeout(SECONDS):
-        while refused(listener):
+        while refused(listener):  # noqa: ASYNC110 - a port tells nobody that it is listened on
             await asyncio.sleep(0)
     client = connected(listener)
     answer = await asyncio.to_thread(lambda: client.send(get("/ready", "connection: close")).answer())
