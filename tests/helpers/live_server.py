@@ -33,12 +33,13 @@ class LiveServer:
 
     def wait_ready(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, f"the server ended:\n{self.tail()}"
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
-                    return
-            time.sleep(0.05)
+        with httpx.Client(timeout=5) as client:
+            while time.monotonic() < deadline:
+                assert self.process.poll() is None, f"the server ended:\n{self.tail()}"
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get(f"{self.url}/ready").status_code == 200:
+                        return
+                time.sleep(0.05)
         pytest.fail(f"the server was not ready within {seconds} s:\n{self.tail()}")
 
     async def logged(self, request_id: str) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import faulty_server
 import live_server
 import psutil
 from live_server import LiveServer, free_port
 
+SERVER = Path(__file__).with_name("faulty_server.py")
 OPTIONS = ("--dtype", "float32", "--num-threads", "1", "--listen-when-ready", "--drain-timeout", "60")
 
 
@@ -36,6 +36,9 @@ class Replica:
     def url(self) -> str:
         return self.server.url
 
+    def log(self) -> str:
+        return self._log.read_text()
+
     @property
     def engine(self) -> psutil.Process:
         """Return the engine process that runs."""
@@ -47,7 +50,7 @@ class Replica:
         return live_server.start(
             self._log,
             *self._arguments,
-            program=(faulty_server.__file__,),
+            program=(str(SERVER),),
             port=self._port,
             env={"LOGITSERVE_FAULTS": str(self.faults)},
         )
@@ -69,6 +72,17 @@ class Replica:
         """Kill the server. Its engine ends by itself."""
         self.server.process.kill()
         self.server.process.wait()
+
+    def hold(self) -> None:
+        """Let the engine compute nothing but the steps that `allow_step` allows."""
+        (self.faults / "hold").touch()
+
+    def allow_step(self) -> None:
+        (self.faults / "allow").touch()
+
+    def release(self) -> None:
+        for name in ("allow", "hold"):
+            (self.faults / name).unlink(missing_ok=True)
 
     def clean_up(self) -> None:
         """End what may still run, its stopped engine too."""
