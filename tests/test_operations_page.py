@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from logitengine.config import Steps
+from logitengine.config import Steps, Watching
 from logitserve.cli import main
 from logitserve.cli_flags import flag_of
 from logitserve.config import AnswerBounds, QueueBounds, RequestBounds, Times
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 PACKAGES = ("server/logitserve", "engine/logitengine", "kernels/logitkernels")
 
-BOUNDS = (RequestBounds, AnswerBounds, QueueBounds, Times, Steps)
+BOUNDS = (RequestBounds, AnswerBounds, QueueBounds, Times, Steps, Watching)
 OTHER_BOUNDS = (
     "max_connections",
     "max_model_len",

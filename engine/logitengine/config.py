@@ -5,14 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from logitengine.option_types import Bytes, Word
+from logitengine.option_types import Bytes, Seconds, Word
 
 
 def _integer(value: Any) -> Any:
     """Convert a flag's or variable's string to an integer, because a Literal of integers does not accept strings."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+SHORTEST_SILENCE = 3.0
+"""Shortest ``engine_timeout``: heartbeats come every second, and one may be late."""
+
+
+def _no_heartbeat_missed(seconds: float) -> float:
+    if 0 < seconds < SHORTEST_SILENCE:
+        msg = f"should be 0, or at least {SHORTEST_SILENCE:g}: a process is heard once a second"
+        raise ValueError(msg)
+    return seconds
 
 
 class ModelChoice(BaseModel):
@@ -85,7 +96,20 @@ class Steps(BaseModel):
     )
 
 
-class EngineConfig(ModelChoice, Computing, CacheMemory, Steps):
+class Watching(BaseModel):
+    """When an engine process that hangs is replaced."""
+
+    engine_timeout: Annotated[Seconds, AfterValidator(_no_heartbeat_missed)] = Field(
+        30.0, ge=0, description="seconds of silence after which the engine process is replaced; 0: never"
+    )
+    step_timeout: Seconds = Field(
+        600.0,
+        ge=0,
+        description="seconds that one step may run before the engine process is replaced; 0: no limit",
+    )
+
+
+class EngineConfig(ModelChoice, Computing, CacheMemory, Steps, Watching):
     """Options of the engine.
 
     Frozen: values that depend on the model are derived when it is loaded, never written back.

@@ -3,8 +3,8 @@
 CheckpointError              the model cannot be found, read or served
 
 EngineError                  base of the engine client's errors
-├── EngineNotReadyError      still loading, draining, or restarting after a crash
-├── EngineDeadError          died while working on this request
+├── EngineNotReadyError      still loading, or ended
+├── EngineDeadError          ended before it had finished this request
 ├── EngineOverloadedError    the queue is full
 └── RequestRefusedError      this request cannot be served (the message says why)
 """
@@ -21,11 +21,11 @@ class EngineError(Exception):
 
 
 class EngineNotReadyError(EngineError):
-    """The engine takes no requests at the moment."""
+    """The engine takes no requests: its model is not loaded, or it has ended."""
 
 
 class EngineDeadError(EngineError):
-    """The engine process died while working on the request."""
+    """The engine process died while working on the request, or the engine ended before it was finished."""
 
 
 class EngineOverloadedError(EngineError):

@@ -75,7 +75,10 @@ def main() -> int:
 
 
 class Heart:
-    """Sends how long the current step has run. It has its own thread, because the stepping thread may be stuck."""
+    """Sends how long the current step has run. It has its own thread, because the stepping thread may be stuck.
+
+    A step's seconds are counted by its heartbeats: while the process or the machine is stopped, neither goes on.
+    """
 
     def __init__(self, channel: BlockingChannel[ToEngine]) -> None:
         self._channel = channel
@@ -102,9 +105,13 @@ class Heart:
         self._longest_step_seconds = max(self._longest_step_seconds, time.monotonic() - started)
 
     def _run(self) -> None:
+        num_beats, last_started = 0, None
         while not self._stopping.wait(HEARTBEAT_SECONDS):
             started = self._step_started
-            seconds = None if started is None else time.monotonic() - started
+            num_beats, last_started = num_beats + 1 if started == last_started else 1, started
+            seconds = (
+                None if started is None else min(time.monotonic() - started, num_beats * HEARTBEAT_SECONDS)
+            )
             try:
                 self._channel.send(Heartbeat(seconds, self._longest_step_seconds))
             except OSError:
@@ -124,6 +131,7 @@ class EngineLoop:
         """Load, then serve until the server closes the socket. Returns the process's exit status."""
         receiving = threading.Thread(target=self._receive, name="receive", daemon=True)
         receiving.start()
+        self._heart.start()  # also while the model loads, which may hang too
         try:
             self._serve(config)
             status = 0
@@ -166,7 +174,6 @@ class EngineLoop:
         gc.freeze()
         gc.enable()
         self._send(Ready(engine.info))
-        self._heart.start()
         computed = False
         while self._take_messages(engine, pages, wait=not computed):
             steps_before = engine.num_steps

@@ -146,8 +146,38 @@ async def test_small_outputs_are_acknowledged_together() -> None:
         await reading
 
 
-async def test_a_request_without_a_process_is_turned_away_with_the_reason() -> None:
+async def test_a_request_is_turned_away_with_the_reason_where_no_process_will_come() -> None:
     streams = Streams(WINDOW)
-    streams.disconnect("gone for lunch")
+    streams.end("gone for lunch")
     with pytest.raises(EngineNotReadyError, match="gone for lunch"):
         await anext(streams.generate(choices("a", 1)))
+
+
+async def test_a_request_between_two_processes_is_sent_to_the_next_one() -> None:
+    streams = Streams(WINDOW)
+    streams.disconnect()
+    async with aclosing(streams.generate(choices("a", 1))) as outputs:
+        first = asyncio.ensure_future(anext(outputs))
+        await asyncio.sleep(0)
+        async with connected(streams) as engine:
+            message = await engine.receive()
+            assert isinstance(message, Generate)
+            engine.send(row("a", 0, last=True))
+            assert (await first).token_ids == [7]
+
+
+async def test_a_client_that_leaves_while_its_request_waits_costs_the_next_process_nothing() -> None:
+    streams = Streams(WINDOW)
+    streams.disconnect()
+    left = asyncio.ensure_future(anext(streams.generate(choices("left", 1))))
+    async with aclosing(streams.generate(choices("stays", 1))) as outputs:
+        first = asyncio.ensure_future(anext(outputs))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        async with connected(streams) as engine:
+            message = await engine.receive()
+            assert isinstance(message, Generate)
+            assert message.request.request_id == "stays"
+            engine.send(row("stays", 0, last=True))
+            await first

@@ -12,7 +12,7 @@ import pytest
 import scripted_process
 from logitengine import EngineClient, EngineConfig, EngineDeadError, EngineNotReadyError
 from logitengine.errors import EngineError
-from logitengine.link import supervisor
+from logitengine.link import supervisor, watch
 from support import Collected, greedy
 
 pytestmark = pytest.mark.anyio
@@ -23,6 +23,11 @@ DEADLINE = 60.0
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture
+def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "RESTART_SECONDS", (0.0, 0.0, 0.0))
 
 
 class Clock:
@@ -36,10 +41,10 @@ class Clock:
 
 
 @asynccontextmanager
-async def running(model: Path, clock: Clock | None = None) -> AsyncIterator[EngineClient]:
-    client = EngineClient(
-        EngineConfig(model=str(model)), command=scripted_process.COMMAND, clock=clock or Clock()
-    )
+async def running(model: Path, clock: Clock | None = None, **options: float) -> AsyncIterator[EngineClient]:
+    # The scripted process has no heartbeats, so it must not count as hung.
+    config = EngineConfig.model_validate({"model": str(model), "engine_timeout": 0, **options})
+    client = EngineClient(config, command=scripted_process.COMMAND, clock=clock or Clock())
     await client.start()
     try:
         async with asyncio.timeout(DEADLINE):
@@ -61,6 +66,13 @@ async def error_of(client: EngineClient, name: str) -> EngineError:
     with pytest.raises(EngineError) as caught:
         await ask(client, name)
     return caught.value
+
+
+async def until_restarted(client: EngineClient) -> None:
+    """Wait until a process has ended and the next one is not ready."""
+    async with asyncio.timeout(DEADLINE):
+        while "restarted" not in (client.not_ready_reason() or ""):  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.001)
 
 
 async def test_a_process_that_says_nothing_for_ten_seconds_does_not_answer(tmp_path: Path) -> None:
@@ -95,26 +107,20 @@ async def test_a_step_is_stuck_when_it_takes_ten_times_the_longest_and_half_a_mi
         assert client.not_ready_reason() is None
 
 
-async def test_newcomers_are_turned_away_while_a_dead_process_is_reaped(tmp_path: Path) -> None:
+async def test_newcomers_wait_while_a_dead_process_is_reaped(tmp_path: Path) -> None:
     """The dead process has closed its socket and takes its time to exit."""
     async with running(tmp_path) as client:
         pid = client.pid
         assert pid is not None
-        asked = asyncio.create_task(error_of(client, "hang up"))
-        number = 0
-        pending: set[asyncio.Task[EngineError]] = set()
-        turned_away: list[EngineError] = []
-        while not turned_away:
-            number += 1
-            pending.add(asyncio.create_task(error_of(client, f"wait {number}")))
-            done, pending = await asyncio.wait(pending, timeout=0.01)
-            turned_away = [error for task in done if isinstance(error := task.result(), EngineNotReadyError)]
+        asked = asyncio.create_task(error_of(client, "begin, then hang up"))
+        await until_restarted(client)
         os.kill(pid, 0)  # the process still exists
-        assert "restarted" in str(turned_away[0])
-        assert "restarted" in (client.not_ready_reason() or "")
+        newcomers = [asyncio.create_task(ask(client, f"answer {number}")) for number in range(3)]
         assert isinstance(await asked, EngineDeadError)
-        for task in pending:
-            assert isinstance(await task, EngineDeadError)
+        for newcomer in newcomers:
+            assert (await newcomer).token_ids == [7]
+        assert client.not_ready_reason() is None
+        assert client.pid != pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
@@ -130,20 +136,38 @@ async def test_a_failing_step_fails_what_it_had_begun_and_the_rest_is_queued_aga
         assert isinstance(await untold, EngineDeadError)
         with pytest.raises(EngineDeadError):
             await anext(told)
-        assert isinstance(await error_of(client, "answer early"), EngineNotReadyError)
         assert "restarted" in (client.not_ready_reason() or "")
+        assert (await ask(client, "answer early")).token_ids == [7]
         for answer in waiting:
             assert (await answer).token_ids == [7]
         assert client.not_ready_reason() is None
         assert (await ask(client, "answer late")).token_ids == [7]
 
 
-async def test_a_silent_death_fails_every_request(tmp_path: Path) -> None:
-    """The process cannot report which of the requests had begun."""
+async def test_a_silent_death_fails_what_was_answered_in_part_and_the_rest_is_queued_again(
+    tmp_path: Path,
+) -> None:
+    """Nothing of the others has reached a client, so another process can serve them."""
     async with running(tmp_path) as client:
-        asked = [asyncio.create_task(error_of(client, name)) for name in ("later 1", "later 2", "exit")]
-        for error in asked:
-            assert isinstance(await error, EngineDeadError)
+        told = client.generate(greedy("begin", [1], 5))
+        await anext(told)
+        waiting = [asyncio.create_task(ask(client, f"later {number}")) for number in range(3)]
+        assert isinstance(await error_of(client, "begin, then exit"), EngineDeadError)
+        with pytest.raises(EngineDeadError, match="working on this request"):
+            await anext(told)
+        for answer in waiting:
+            assert (await answer).token_ids == [7]
+
+
+@pytest.mark.usefixtures("without_pauses")
+async def test_a_request_that_ends_every_process_ends_two(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        lost = asyncio.create_task(client.wait_lost())
+        assert isinstance(await error_of(client, "exit"), EngineDeadError)
+        assert (await ask(client, "answer")).token_ids == [7]
+        assert not lost.done()
+        lost.cancel()
+    assert len((tmp_path / "lived").read_text().split()) == 3
 
 
 async def test_a_request_is_queued_again_once(tmp_path: Path) -> None:
@@ -158,16 +182,28 @@ async def test_a_request_is_queued_again_once(tmp_path: Path) -> None:
         assert isinstance(await survivor, EngineDeadError)
 
 
-@pytest.mark.parametrize("ending", ["close", "broken"])
-async def test_what_was_to_be_queued_again_fails_when_no_process_comes(tmp_path: Path, ending: str) -> None:
+@pytest.mark.usefixtures("without_pauses")
+@pytest.mark.parametrize(
+    ("ending", "reason"), [("close", "the server is shutting down"), ("broken", "died 3 times in a row")]
+)
+async def test_what_waits_for_another_process_fails_with_the_reason_when_none_comes(
+    tmp_path: Path, ending: str, reason: str
+) -> None:
     async with running(tmp_path) as client:
-        waiting = asyncio.create_task(error_of(client, "later"))
+        waiting = [asyncio.create_task(error_of(client, "later"))]
         await ask(client, "answer 1")
-        (tmp_path / "broken").touch()
+        (tmp_path / ("hangs" if ending == "close" else "broken")).touch()
         await error_of(client, "fail 1")
+        waiting.append(asyncio.create_task(error_of(client, "newcomer")))
+        await asyncio.sleep(0)
         if ending == "close":
             await client.close()
-        assert isinstance(await waiting, EngineDeadError)
+        for error in [await task for task in waiting]:
+            assert isinstance(error, EngineDeadError)
+            assert reason in str(error)
+        late = await error_of(client, "late")
+        assert isinstance(late, EngineNotReadyError)
+        assert reason in str(late)
 
 
 async def test_the_model_is_described_by_the_process_that_serves(tmp_path: Path) -> None:
@@ -176,7 +212,7 @@ async def test_the_model_is_described_by_the_process_that_serves(tmp_path: Path)
             info = await client.wait_ready()
             assert client.info == info
             assert info.num_blocks == client.pid
-            await error_of(client, "exit")
+            await error_of(client, "begin, then exit")
 
 
 async def test_a_process_that_scored_a_prompt_has_served(
@@ -187,15 +223,10 @@ async def test_a_process_that_scored_a_prompt_has_served(
         for _ in range(2):
             await client.wait_ready()
             await ask(client, "score")
-            await error_of(client, "exit")
+            await error_of(client, "begin, then exit")
         await client.wait_ready()
     pauses = [record.args for record in caplog.records if "starting another" in record.msg]
     assert pauses == [(0.1,), (0.1,)]
-
-
-@pytest.fixture
-def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "RESTART_SECONDS", (0.0, 0.0, 0.0))
 
 
 @pytest.mark.usefixtures("without_pauses")
@@ -205,7 +236,7 @@ async def test_an_engine_that_dies_quickly_three_times_in_a_row_is_lost(tmp_path
         for _ in range(3):
             await client.wait_ready()
             assert not lost.done()
-            await error_of(client, "exit")
+            await error_of(client, "begin, then exit")
         assert "died 3 times" in await lost
         assert client.not_ready_reason() == lost.result()
         with pytest.raises(EngineDeadError):
@@ -216,7 +247,7 @@ async def test_an_engine_that_dies_quickly_three_times_in_a_row_is_lost(tmp_path
 async def test_an_engine_that_cannot_be_started_again_is_lost(tmp_path: Path) -> None:
     async with running(tmp_path) as client:
         (tmp_path / "broken").touch()
-        await error_of(client, "exit")
+        await error_of(client, "begin, then exit")
         assert "died 3 times" in await client.wait_lost()
 
 
@@ -234,7 +265,53 @@ async def test_a_death_after_work_or_after_a_long_life_is_not_quick(tmp_path: Pa
                 clock.now += supervisor.QUICK_SECONDS + 1
                 async with aclosing(client.generate(greedy("begin", [1], 5))) as outputs:
                     await anext(outputs)
-            await error_of(client, "exit")
+            await error_of(client, "begin, then exit")
         await client.wait_ready()
         assert not lost.done()
         lost.cancel()
+
+
+async def test_a_silent_process_is_replaced_and_the_next_one_serves_what_waited(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path, engine_timeout=3) as client:
+        told = client.generate(greedy("begin", [1], 5))
+        await anext(told)
+        untold = asyncio.create_task(ask(client, "later"))
+        with pytest.raises(EngineDeadError):
+            await anext(told)
+        assert client.not_ready_reason() == "the engine hung and is being restarted"
+        assert (await ask(client, "answer")).token_ids == [7]
+        assert (await untold).token_ids == [7]
+    assert "the engine hangs and is killed: it has said nothing for 4 s (--engine-timeout)" in caplog.messages
+
+
+@pytest.mark.parametrize("served", [False, True], ids=["at once", "after an hour"])
+@pytest.mark.usefixtures("without_pauses")
+async def test_a_process_with_an_endless_step_is_replaced(tmp_path: Path, *, served: bool) -> None:
+    """It died when the step began: engines that hang at each first request must not be started for ever."""
+    clock = Clock()
+    async with running(tmp_path, clock, step_timeout=600) as client:
+        lost = asyncio.create_task(client.wait_lost())
+        for number in range(2):
+            await client.wait_ready()
+            if served:
+                clock.now += 3600
+            # Both the first process and the one after it hang at the request.
+            assert isinstance(await error_of(client, f"stuck 70{number}"), EngineDeadError)
+        if served:
+            assert (await ask(client, "answer")).token_ids == [7]
+            assert not lost.done()
+            lost.cancel()
+        else:
+            assert "died 3 times" in await lost
+
+
+async def test_a_first_load_that_hangs_ends_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "LOADING_FACTOR", 1)
+    (tmp_path / "hangs").touch()
+    with pytest.raises(EngineDeadError, match="hung while it was loading: it has said nothing for 4 s"):
+        async with running(tmp_path, engine_timeout=3):
+            pass

@@ -6,11 +6,14 @@
         later …             nothing in the first process of a directory, as answer in the others
         beat STEP LONGEST   a heartbeat with these seconds (STEP may be None), then as answer
         fail ID …           a step fails that had begun these requests and this one
+        stuck STEP          a heartbeat with these seconds, and nothing more
         hang up             the socket closes, and the process stays
     exit                the process ends
+    begin, then …       one token, and then as the rest of the name
 
-Any other name does nothing. The process ends before it is ready if the model's directory has a file
-``broken``.
+Any other name does nothing. No heartbeat comes by itself. Before it is ready the process ends if the model's
+directory has a file ``broken``, and waits for ever if it has a file ``hangs``. Each process adds its id to
+the file ``lived``.
 """
 
 from __future__ import annotations
@@ -75,7 +78,10 @@ def main() -> int:
     if (directory / "broken").exists():
         return 1
     is_first = not (directory / "lived").exists()
-    (directory / "lived").touch()
+    with (directory / "lived").open("a") as lived:
+        lived.write(f"{os.getpid()}\n")
+    if (directory / "hangs").exists():
+        signal.pause()
     channel: BlockingChannel[ToEngine] = BlockingChannel(connection, ToEngine)
     channel.send(Located("/models/scripted"))
     channel.send(Ready(model_info()))
@@ -100,16 +106,18 @@ def act(request_id: str, channel: BlockingChannel[ToEngine], connection: socket.
         output = StepOutput(request_id=request_id, index=0, token_ids=token_ids, finish_reason=finish_reason)
         channel.send(StepOutputs([output], EngineStats(num_generated_tokens=len(token_ids))))
 
-    match request_id.split():
+    if request_id.startswith("begin"):
+        say([7], None)
+    match request_id.removeprefix("begin, then ").split():
         case ["answer" | "later", *_]:
             say([7], "length")
         case ["score", *_]:
             say([], "length")
-        case ["begin", *_]:
-            say([7], None)
         case ["beat", step, longest]:
             channel.send(Heartbeat(None if step == "None" else float(step), float(longest)))
             say([7], "length")
+        case ["stuck", step]:
+            channel.send(Heartbeat(float(step), 0.0))
         case ["fail", *begun]:
             channel.send(Failed("a fault for a test", [*begun, request_id]))
             return False

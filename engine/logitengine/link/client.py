@@ -15,8 +15,8 @@ from logitengine.link.supervisor import ENGINE_COMMAND, Supervisor
 class EngineClient(EngineProtocol):
     """A supervised process and the streams to it.
 
-    When the process dies, every request in progress ends with EngineDeadError and another process is started, unless
-    three die quickly in a row (`wait_lost`).
+    When the process dies or hangs, another one is started, unless three die quickly in a row (`wait_lost`). Requests
+    that have given an output end with EngineDeadError; the others wait for the next process, and newcomers too.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ class EngineProtocol(Protocol):
         """Begin to load the model. Does nothing if it was already started."""
 
     async def close(self) -> None:
-        """Stop the engine; requests in progress end with EngineDeadError."""
+        """Stop the engine; requests in progress end with EngineDeadError, also those that wait for a restart."""
 
     async def wait_located(self) -> str:
         """Wait for the model's files and return the directory of its tokenizer.
@@ -42,6 +42,8 @@ class EngineProtocol(Protocol):
         The first output shows that the request has left the queue, and is empty where more of the prompt is to
         be computed. Closing the generator early (``aclose``, cancellation) aborts the request and frees its
         blocks. An output's arrays count against the request's window until the next output is requested.
+
+        A request waits while the engine is restarted.
 
         Raises EngineNotReadyError, EngineOverloadedError or RequestRefusedError before the first output;
         EngineDeadError at any time.

@@ -130,23 +130,30 @@ class Streams:
         self._window_bytes = window_bytes
         self._streams: dict[str, _Stream] = {}
         self._channel: AsyncChannel[FromEngine] | None = None
-        self._reason = "not started"
+        self._refusal: str | None = "not started"
 
     def connect(self, channel: AsyncChannel[FromEngine]) -> None:
-        """Send requests over ``channel`` to a ready process, first the ones that outlived another process."""
-        self._channel = channel
+        """Send requests over ``channel`` to a ready process, first the ones that waited for it."""
+        self._channel, self._refusal = channel, None
         for stream in self._streams.values():
             stream.send(channel)
 
-    def disconnect(self, reason: str, begun: Collection[str] | None = None) -> None:
-        """Reject new requests with ``reason``, and fail those in progress, because no process takes them.
+    def disconnect(self, begun: Collection[str] = ()) -> None:
+        """Let requests wait for the next process, because this one has ended. Newcomers wait with them.
 
-        If ``begun`` tells which of them the process had begun, the others wait for the next process.
+        Those of which something was delivered fail, and those that the process says it had ``begun``: they may
+        be why it ended.
         """
-        self._channel, self._reason = None, reason
+        self._channel, self._refusal = None, None
         for stream in self._streams.values():
-            if begun is None or not stream.outlive(begun):
+            if not stream.outlive(begun):
                 stream.fail(EngineDeadError("the engine died while it was working on this request"))
+
+    def end(self, reason: str) -> None:
+        """Reject new requests with ``reason``, and fail those in progress: no process comes for them."""
+        self._channel, self._refusal = None, reason
+        for stream in self._streams.values():
+            stream.fail(EngineDeadError(f"the request was not finished: {reason}"))
 
     def receive(self, message: StepOutputs | Refused) -> None:
         """Pass on a message of the connected process."""
@@ -164,12 +171,13 @@ class Streams:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[StepOutput, None]:
         """Implement `EngineProtocol.generate`."""
-        if self._channel is None:
-            raise EngineNotReadyError(self._reason)
+        if self._refusal is not None:
+            raise EngineNotReadyError(self._refusal)
         if request.request_id in self._streams:
             raise RequestRefusedError(f"request id {request.request_id!r} is in use")
         stream = self._streams[request.request_id] = _Stream(request, self._window_bytes)
-        stream.send(self._channel)
+        if self._channel is not None:
+            stream.send(self._channel)
         try:
             while (output := await stream.next()) is not None:
                 yield output

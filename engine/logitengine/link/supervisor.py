@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -29,6 +30,7 @@ from logitengine.link.messages import (
     StepOutputs,
 )
 from logitengine.link.streams import Streams
+from logitengine.link.watch import TICK_SECONDS, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +38,17 @@ ENGINE_COMMAND = (sys.executable, "-m", "logitengine.process")
 """Command of the engine process; it takes ``--socket`` and ``--config``."""
 
 SILENT_SECONDS = 10.0
-"""Silence after which a process counts as not answering.
-
-A process sends a message every second, also in a step.
-"""
+"""Silence after which /ready is 503. A process sends a message every second, also in a step."""
 
 STUCK_SECONDS = 30.0
 STUCK_FACTOR = 10
-"""A step is stuck when it takes longer than this many seconds and this many times the longest step before it."""
+"""/ready is 503 while a step takes longer than this many seconds and this many times the longest step before it."""
 
 QUICK_SECONDS = 30.0
-"""Time after ready within which the death of a process counts as quick, if it has answered no request."""
+"""Time after ready within which a process that ended has died quickly, if it has answered no request.
+
+One that was killed because it hung died when it began to hang.
+"""
 
 RESTART_SECONDS = (0.1, 1.0, 5.0)
 """Pauses before a restart, by the number of quick deaths in a row.
@@ -108,6 +110,7 @@ class Supervisor:
         self._unavailable: str | None = "not started"
         self._last_heard = clock()
         self._heartbeat = Heartbeat(None, 0.0)
+        self._watch = Watch(config)
         # State of the process that runs or ran last.
         self._has_answered = False
         self._has_failed = False
@@ -148,7 +151,7 @@ class Supervisor:
     async def close(self) -> None:
         """Stop the engine process."""
         self._closing = True
-        self._turn_away("shut down")
+        self._turn_away("the server is shutting down")
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -195,7 +198,9 @@ class Supervisor:
 
     def _died_quickly(self) -> bool:
         """Return whether the last process died quickly. Its messages came every second while it lived."""
-        lived = 0.0 if self._ready_at is None else self._last_heard - self._ready_at
+        if self._ready_at is None:
+            return True
+        lived = self._last_heard - self._ready_at - (self._heartbeat.step_seconds or 0.0)
         return not self._has_answered and lived <= QUICK_SECONDS
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
@@ -214,17 +219,30 @@ class Supervisor:
         self._loaded.set()
         self._lost.set()
 
-    def _turn_away(self, reason: str, begun: Collection[str] | None = None) -> None:
-        """Reject requests for this reason; ``begun`` is that of `Streams.disconnect`."""
+    def _turn_away(self, reason: str) -> None:
+        """Reject requests for this reason, those in progress too."""
         self._unavailable = reason
         self._loaded.clear()
-        self._streams.disconnect(reason, begun)
+        self._streams.end(reason)
+
+    def _on_loss(self, reason: str, begun: Collection[str] = ()) -> None:
+        """Have requests wait for the next process; ``begun`` is that of `Streams.disconnect`.
+
+        There is no next process if the model was never loaded.
+        """
+        if self.info is None:
+            self._turn_away(self._load_error or "the engine died")
+            return
+        self._unavailable = reason
+        self._loaded.clear()
+        self._streams.disconnect(begun)
 
     async def _run_process(self) -> None:
         """Run one life of the engine: spawn, connect, pass messages until its socket closes, reap."""
         directory = Path(tempfile.mkdtemp(prefix="logitserve-"))  # mode 0700: no other user can connect
         path = directory / "engine.sock"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        watching: asyncio.Task[None] | None = None
         try:
             listener.bind(str(path))
             listener.listen(1)
@@ -234,16 +252,33 @@ class Supervisor:
                 *self._command, *arguments, env=engine_environment()
             )
             self._spawned.set()
+            watching = asyncio.create_task(self._watch_over(self._process), name="engine-watch")
             connection = await self._accept(listener, self._process)
             if connection is not None:
                 await self._converse(connection)
         finally:
+            if watching is not None:
+                watching.cancel()
             # Comes before the reaping, which takes seconds if the process does not exit by itself.
             if not self._has_failed and not self._closing:
-                self._turn_away("the engine died and is being restarted" if self.info else "the engine died")
+                self._on_loss("the engine died and is being restarted")
             listener.close()
             shutil.rmtree(directory, ignore_errors=True)
             await self._reap()
+
+    async def _watch_over(self, process: asyncio.subprocess.Process) -> None:
+        """Kill the process when it hangs. Its socket closes then, as at any other death."""
+        self._watch = Watch(self._config)
+        fault = None
+        while fault is None:
+            await asyncio.sleep(TICK_SECONDS)
+            fault = self._watch.tick()
+        logger.error("the engine hangs and is killed: %s", fault)
+        if self.info is None:
+            self._load_error = f"the engine hung while it was loading: {fault}"
+        self._on_fault("the engine hung and is being restarted")
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
 
     async def _accept(
         self, listener: socket.socket, process: asyncio.subprocess.Process
@@ -288,6 +323,7 @@ class Supervisor:
 
     def _handle(self, message: FromEngine) -> None:
         self._last_heard = self._clock()
+        self._watch.hear(message)
         match message:
             case StepOutputs(outputs, stats):
                 self.stats = stats
@@ -308,13 +344,14 @@ class Supervisor:
     def _on_failed(self, reason: str, begun: list[str]) -> None:
         if self.info is not None:  # wait_ready reports a failed first load
             logger.error("the engine failed: %s", reason)
-        was_ready = self._unavailable is None
-        self._has_failed = True
-        if self.info is None:
+        else:
             self._load_error = reason
-        self._turn_away(
-            "the engine failed and is being restarted" if self.info else reason, begun if was_ready else None
-        )
+        self._on_fault("the engine failed and is being restarted", begun)
+
+    def _on_fault(self, reason: str, begun: Collection[str] = ()) -> None:
+        """End with a process that failed or hangs, before it has closed its socket."""
+        self._has_failed = True
+        self._on_loss(reason, begun)
         if self._channel is not None:
             self._channel.close()  # otherwise a process that hangs at its exit would delay the next one
 

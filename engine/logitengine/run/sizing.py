@@ -59,8 +59,8 @@ class RunnerFactory:
         capacity = num_blocks * self.config.block_size
         if self.config.max_model_len is not None and self.config.max_model_len > capacity:
             raise CheckpointError(
-                f"max_model_len={self.config.max_model_len} needs more than the {capacity} tokens of the KV cache; "
-                "raise kv_cache_bytes"
+                f"--max-model-len {self.config.max_model_len} needs more than the {capacity} tokens of the KV cache; "
+                "raise --kv-cache-bytes"
             )
         return capacity if self.longest is None else min(self.longest, capacity)
 
@@ -93,7 +93,7 @@ class RunnerFactory:
         if num_blocks < 2:
             raise CheckpointError(
                 f"the KV cache has {budget} bytes, which hold {max(num_blocks, 0)} blocks; at least 2 are needed: "
-                "raise kv_cache_bytes or memory_fraction, or lower max_num_seqs or max_num_batched_tokens"
+                "raise --kv-cache-bytes or --memory-fraction, or lower --max-num-seqs or --max-num-batched-tokens"
             )
         return num_blocks
 
