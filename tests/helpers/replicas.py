@@ -36,8 +36,8 @@ class Replica:
     def url(self) -> str:
         return self.server.url
 
-    def log(self) -> str:
-        return self._log.read_text()
+    def has_logged(self, request_id: str) -> bool:
+        return f'"request_id":"{request_id}"' in self._log.read_text()
 
     @property
     def engine(self) -> psutil.Process:

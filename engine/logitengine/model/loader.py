@@ -208,5 +208,7 @@ def _check_head(network: Network, model: PreTrainedModel, dtype: torch.dtype, de
 def _longest(config: EngineConfig, own: int | None) -> int | None:
     """Return the model's own limit or a shorter one from the options; None if there is neither."""
     if config.max_model_len is not None and own is not None and config.max_model_len > own:
-        raise CheckpointError(f"--max-model-len {config.max_model_len} exceeds the model's own {own} positions")
+        raise CheckpointError(
+            f"--max-model-len {config.max_model_len} exceeds the model's own {own} positions"
+        )
     return own if config.max_model_len is None else config.max_model_len
