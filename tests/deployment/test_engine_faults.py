@@ -19,7 +19,8 @@ COMPLETIONS = "/v1/completions"
 SHORT = {"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "ignore_eos": True}
 LONG = {**SHORT, "max_tokens": 1500, "stream": True, "return_logits": {"top_k": 1}}
 STREAMS = 8
-ENGINE_TIMEOUT = "5"
+ENGINE_TIMEOUT = "15"
+"""Seconds: ten times as many are allowed while an engine loads, and machines may be slow."""
 
 
 @pytest.fixture
