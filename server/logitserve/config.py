@@ -52,6 +52,10 @@ class Listening(BaseModel):
     fd: Annotated[int, AfterValidator(_open_socket), Word("FD")] | None = Field(
         None, description="file descriptor of a bound socket to listen on, in place of host and port"
     )
+    listen_when_ready: bool = Field(
+        False,
+        description="refuse connections until the model is loaded, so that a balancer without checks of its own takes another server",
+    )
     max_connections: int = Field(
         4096, ge=1, description="most connections; more get 503, or the place of the oldest that said nothing"
     )
@@ -68,6 +72,13 @@ class Listening(BaseModel):
         [],
         description="addresses and networks of proxies, comma-separated, whose X-Forwarded-For is believed; '*': all",
     )
+
+    @model_validator(mode="after")
+    def _own_socket(self) -> Self:
+        if self.listen_when_ready and self.fd is not None:
+            msg = "--listen-when-ready and --fd exclude each other: whoever made that socket listens already"
+            raise ValueError(msg)
+        return self
 
 
 class Access(BaseModel):

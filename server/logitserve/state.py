@@ -85,6 +85,7 @@ class ServerState:
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._model: Model | None = None
         self.load_error: str | None = None
+        self.load_ended = asyncio.Event()
         self.engine_lost: str | None = None
         self.stop_server: Callable[[], None] | None = None
         self.on_ready: Callable[[Model], None] | None = None
@@ -95,6 +96,12 @@ class ServerState:
 
     async def load(self) -> None:
         """Read the model's tokenizer while the engine loads the rest. A failure is logged and shown by /ready."""
+        try:
+            await self._load()
+        finally:
+            self.load_ended.set()
+
+    async def _load(self) -> None:
         try:
             directory = Path(await self.engine.wait_located())
             info, tokenizer = await asyncio.gather(

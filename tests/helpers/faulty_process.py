@@ -1,6 +1,7 @@
 """The real engine process, whose steps obey files in the directory LOGITSERVE_FAULTS.
 
 hold     a step does not end while this file exists, and creates ``held`` in the meantime
+allow    steps end in spite of ``hold``, and the first that has outputs removes this file
 fault    the next step that has begun a request raises, once
 """
 
@@ -22,10 +23,14 @@ step = Engine.step
 
 def faulty_step(engine: Engine) -> list[StepOutput]:
     faults = Path(os.environ["LOGITSERVE_FAULTS"])
-    while (faults / "hold").exists():
+    is_allowed = False
+    while not is_allowed and (faults / "hold").exists():
         (faults / "held").touch()
         time.sleep(0.01)
+        is_allowed = (faults / "allow").exists()
     outputs = step(engine)
+    if is_allowed and outputs:
+        (faults / "allow").unlink(missing_ok=True)
     if (faults / "fault").exists() and engine.begun_request_ids:
         (faults / "fault").unlink()
         raise RuntimeError("a fault for a test")

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,13 @@ class LiveServer:
 
     def wait_ready(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, f"the server ended:\n{self.tail()}"
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
-                    return
-            time.sleep(0.05)
+        with httpx.Client(timeout=5) as client:
+            while time.monotonic() < deadline:
+                assert self.process.poll() is None, f"the server ended:\n{self.tail()}"
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get(f"{self.url}/ready").status_code == 200:
+                        return
+                time.sleep(0.05)
         pytest.fail(f"the server was not ready within {seconds} s:\n{self.tail()}")
 
     async def logged(self, request_id: str) -> dict[str, Any]:
@@ -62,6 +63,25 @@ def free_port() -> int:
         return port
 
 
+def start(
+    log: Path,
+    *arguments: str,
+    program: Sequence[str] = ("-m", "logitserve"),
+    port: int | None = None,
+    env: Mapping[str, str] | None = None,
+) -> LiveServer:
+    """Start a server on ``port`` or a free one. Its lines are appended to ``log``."""
+    port = free_port() if port is None else port
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, *program, "serve", "--port", str(port), *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+        )
+    return LiveServer(f"http://127.0.0.1:{port}", process, log)
+
+
 @contextlib.contextmanager
 def serving(
     log: Path, *arguments: str, program: Sequence[str] = ("-m", "logitserve")
@@ -71,15 +91,8 @@ def serving(
     ``program`` is what Python runs, with the same arguments as ``logitserve``.
     A server that still runs at the end gets SIGTERM and must exit with 0.
     """
-    port = free_port()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, *program, "serve", "--port", str(port), *arguments],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-    server = LiveServer(f"http://127.0.0.1:{port}", process, log)
+    server = start(log, *arguments, program=program)
+    process = server.process
     try:
         server.wait_ready(START_SECONDS)
         yield server

@@ -95,3 +95,19 @@ def test_a_given_socket_must_carry_streams() -> None:
         pytest.raises(ListenError, match=f"--fd {datagrams.fileno()} is no stream socket"),
     ):
         bind(ServerConfig(fd=datagrams.fileno()))
+
+
+def test_with_listen_when_ready_a_port_is_bound_and_refuses_clients() -> None:
+    with (
+        bound(ServerConfig(port=0, listen_when_ready=True)) as (listener,),
+        pytest.raises(ConnectionRefusedError),
+    ):
+        socket.create_connection(listener.getsockname())
+
+
+def test_a_given_socket_cannot_listen_later() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.raises(ValueError, match="--listen-when-ready and --fd exclude each other"),
+    ):
+        ServerConfig(fd=listener.fileno(), listen_when_ready=True)

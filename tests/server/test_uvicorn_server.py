@@ -139,3 +139,64 @@ def test_the_server_ends_though_draining_fails(
 
     at_draining(fail)
     assert end() == 0
+
+
+class SlowEngine(ScriptedEngine):
+    """Engine whose model is loaded when ``loaded`` is set."""
+
+    def __init__(self, info: ModelInfo) -> None:
+        super().__init__(info, lambda _: [])
+        self.loading = asyncio.Event()
+        self.loaded = asyncio.Event()
+
+    async def wait_ready(self) -> ModelInfo:
+        self.loading.set()
+        await self.loaded.wait()
+        return await super().wait_ready()
+
+
+def refused(listener: socket.socket) -> bool:
+    try:
+        connected(listener).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+@pytest.mark.anyio
+async def test_with_listen_when_ready_clients_are_refused_until_the_first_can_be_served(
+    model_info: ModelInfo,
+) -> None:
+    engine = SlowEngine(model_info)
+    config = ServerConfig(port=0, listen_when_ready=True)
+    (listener,) = bind(config)
+    running = asyncio.create_task(run_app(engine, config, [listener], asyncio.Event()))
+    await engine.loading.wait()
+    assert refused(listener)
+    engine.loaded.set()
+    async with asyncio.timeout(SECONDS):
+        while refused(listener):  # noqa: ASYNC110 - a port tells nobody that it is listened on
+            await asyncio.sleep(0)
+    client = connected(listener)
+    answer = await asyncio.to_thread(lambda: client.send(get("/ready", "connection: close")).answer())
+    client.close()
+    assert answer.status == 200
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert await running == 0
+
+
+@pytest.mark.anyio
+async def test_with_listen_when_ready_a_server_that_is_stopped_before_never_listens(
+    model_info: ModelInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = SlowEngine(model_info)
+    config = ServerConfig(port=0, listen_when_ready=True)
+    listened: list[object] = []
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(loop, "create_server", lambda *_, **options: listened.append(options))
+    running = asyncio.create_task(run_app(engine, config, bind(config), asyncio.Event()))
+    await engine.loading.wait()
+    os.kill(os.getpid(), signal.SIGTERM)
+    async with asyncio.timeout(SECONDS):
+        assert await running == 0
+    assert listened == []

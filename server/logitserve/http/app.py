@@ -65,6 +65,8 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
             asyncio.create_task(state.watch_engine(), name="watch-engine"),
         ]
         try:
+            if config.listen_when_ready:
+                await state.load_ended.wait()  # the server listens when this function yields
             yield
         finally:
             for task in tasks:

@@ -35,7 +35,8 @@ def bind(config: Listening) -> list[socket.socket]:
     """Return a bound socket for each address of the host, or the one that ``--fd`` names.
 
     They listen already, because another server can bind a port that is only bound. Clients that connect wait
-    until the app accepts. With port 0 every address gets the port that the first one was given.
+    until the app accepts. With ``listen_when_ready`` they are only bound, and clients are refused. With port 0 every
+    address gets the port that the first one was given.
 
     Raises ListenError when an address is taken or forbidden, and when a host is unknown or none of its addresses is ours.
     """
@@ -47,7 +48,9 @@ def bind(config: Listening) -> list[socket.socket]:
         port = config.port
         for family, address in _addresses(config.host):
             try:
-                listener = opened.enter_context(_listen(family, (address[0], port, *address[2:])))
+                listener = opened.enter_context(_bound(family, (address[0], port, *address[2:])))
+                if not config.listen_when_ready:
+                    listener.listen(BACKLOG)
             except OSError as error:
                 if error.errno not in _ABSENT:
                     raise ListenError(_reason(error, address[0], port)) from error
@@ -71,14 +74,13 @@ def _given(fd: int) -> socket.socket:
     return listener
 
 
-def _listen(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.socket:
+def _bound(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.socket:
     with contextlib.ExitStack() as opened:
         listener = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind(address)
-        listener.listen(BACKLOG)
         opened.pop_all()
         return listener
 

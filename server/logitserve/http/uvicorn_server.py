@@ -56,6 +56,7 @@ class DrainingServer(uvicorn.Server):
         self._state = state
         self._open_connections = open_connections
         self._listeners = listeners
+        self._to_listen = listeners.copy()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -63,15 +64,18 @@ class DrainingServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
-    async def startup(self, sockets: Any = None) -> None:
-        """Listen, unless the server was stopped before it took the signals."""
+    async def startup(self, sockets: Any = None) -> None:  # noqa: ARG002 - uvicorn's signature
+        """Start the app, and listen unless the server was stopped before."""
         if self._stopped.is_set():
             self.should_exit = True
         else:
-            await super().startup(sockets)
+            await super().startup(self._to_listen)
 
     def stop(self) -> None:
         self.should_exit = True
+        # uvicorn listens on what the list holds once the app has started. The app may wait for the model.
+        self._to_listen.clear()
+        self._state.load_ended.set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
         """Drain, or end at a second signal. uvicorn's own handler would raise the signal again and lose exit code 0."""
@@ -95,6 +99,9 @@ class DrainingServer(uvicorn.Server):
     async def _let_end(self) -> None:
         config = self._state.config
         logger.info("draining", extra={"requests": self._state.num_in_flight})
+        if not self.started:
+            self.stop()
+            return
         self._open_connections.drain()
         await asyncio.sleep(config.drain_delay)
         await accept_backlog(self._listeners, are_ours=config.fd is None)
