@@ -63,7 +63,7 @@ class Computing(BaseModel):
     num_threads: int | None = Field(
         None,
         ge=1,
-        description="CPU threads; default: one for each CPU this process may use; the native kernels then pin them",
+        description="CPU threads; default: one for each CPU that affinity and quota allow; the native kernels then pin them",
     )
     prepared: DirectoryPath | None = Field(
         None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
 from logitengine.link.messages import ModelInfo
 from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
+from logitengine.model.cpus import num_usable_cpus
 from logitengine.model.fuse import Packer, fuse
 from logitengine.model.layer_shapes import probe_layers
 from logitengine.model.network import Network
@@ -57,7 +57,7 @@ def load(
     """
     started = time.monotonic()
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.num_threads or num_usable_cpus())
     checkpoint = checkpoint or resolve_checkpoint(config.model, config.prepared)
     try:
         device = device or choose_device(config.device)
