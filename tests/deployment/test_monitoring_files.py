@@ -97,7 +97,7 @@ def test_every_alert_points_to_a_heading_that_exists() -> None:
 @pytest.mark.skipif(not COMPOSE.exists(), reason="docker/compose.yaml is not there")
 def test_compose_mounts_what_the_configuration_names() -> None:
     compose = COMPOSE.read_text()
-    mounts = dict(re.findall(r"^ *- (\./\S+?):(/\S+?)(?::ro)?$", compose, re.MULTILINE))
+    mounts = dict(re.findall(r"(\./[\w./-]+):(/[\w./-]+)", compose))
     assert mounts["./grafana/provisioning"] == "/etc/grafana/provisioning"
     provided = value_of("path", PROVIDER)
     assert mounts["./grafana/dashboard.json"].startswith(f"{provided}/")
@@ -105,3 +105,5 @@ def test_compose_mounts_what_the_configuration_names() -> None:
     for target in re.findall(r'"(server-\d):8000"', SCRAPE_CONFIG.read_text()):
         assert re.search(rf"^  {target}:$", compose, re.MULTILINE), target
     assert re.search(r"^  prometheus:$", compose, re.MULTILINE), value_of("url", DATASOURCE)
+    secret = value_of("credentials_file", SCRAPE_CONFIG.read_text())
+    assert f"LOGITSERVE_API_KEY_FILE: {secret}" in compose
