@@ -207,7 +207,7 @@ def process_of(port: int) -> psutil.Process:
     (pid,) = {
         connection.pid
         for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and tuple(connection.laddr)[1:] == (port,)
+        if connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,)
     }
     return psutil.Process(pid)
 
