@@ -80,10 +80,10 @@ $(DEV): $(RUNTIME)
 
 # Debian's programs that deploy-test and image-test run. RUNLEVEL=1 keeps the packages from starting their services.
 $(DEBIAN): | $(DEV)
-	@echo "Installing Debian packages with apt-get, once: nginx, haproxy, prometheus, buildah, debootstrap."
+	@echo "Installing Debian packages with apt-get, once: nginx, haproxy, prometheus, openssl, docker-compose, buildah, debootstrap."
 	$(SUDO) apt-get update --quiet --quiet
 	$(SUDO) env RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install --quiet --quiet --yes --no-install-recommends \
-		nginx-light haproxy prometheus buildah debootstrap
+		nginx-light haproxy prometheus openssl docker-compose buildah debootstrap
 	touch $@
 
 $(NPM)/node_modules/.installed: $(NPM)/package.json

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import pytest
 from monitoring import ALERTS, DOCKER, METRIC, SCRAPE_CONFIG, dashboard, dashboard_queries
 
 PROVISIONING = DOCKER / "grafana" / "provisioning"
@@ -94,7 +93,6 @@ def test_every_alert_points_to_a_heading_that_exists() -> None:
     assert set(links) <= headings
 
 
-@pytest.mark.skipif(not COMPOSE.exists(), reason="docker/compose.yaml is not there")
 def test_compose_mounts_what_the_configuration_names() -> None:
     compose = COMPOSE.read_text()
     mounts = dict(re.findall(r"(\./[\w./-]+):(/[\w./-]+)", compose))

@@ -211,6 +211,8 @@ async def test_a_rolling_restart_fails_no_request(
         for replica in replicas:
             await asyncio.to_thread(replica.stop)
             await asyncio.to_thread(replica.start)
+            for balancer in balancers.values():
+                await asyncio.to_thread(balancer.wait_all_up)
         for load in loads:
             await load.end()
     for load in loads:

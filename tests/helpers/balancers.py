@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -20,6 +21,7 @@ from render_balancer import render
 
 Kind = Literal["nginx", "haproxy"]
 KINDS: tuple[Kind, ...] = ("nginx", "haproxy")
+SERVER_STATE = re.compile(r"^Server replicas/(\S+) is (UP|DOWN)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,19 @@ class Balancer:
                     return entry
             time.sleep(0.01)
         pytest.fail(f"{self.kind} logged no request {request_id}")
+
+    def wait_all_up(self) -> None:
+        """Wait until no replica counts as down. nginx, which checks none, never takes one for down."""
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            if all(state == "UP" for state in self._states().values()):
+                return
+            time.sleep(0.01)
+        pytest.fail(f"{self.kind} takes a replica for down: {self._states()}")
+
+    def _states(self) -> dict[str, str]:
+        """Return the last state that haproxy's checks logged of each server, by its name. At first all are up."""
+        return dict(SERVER_STATE.findall((self.directory / "access.log").read_text()))
 
 
 @contextlib.contextmanager
