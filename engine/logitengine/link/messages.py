@@ -273,6 +273,8 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     """False for a sequence classifier, which has hidden states and heads but no logits over a vocabulary."""
     heads: dict[str, int]
     """Value heads and classifiers by name, with the number of values that each gives per position."""
+    fingerprint: str
+    """Digest of all that decides the bits of a row; where rows are batch invariant, equal ones promise equal rows."""
 
 
 class EngineStats(Struct, frozen=True, kw_only=True, array_like=True):
