@@ -91,11 +91,11 @@ def _from_texts(source: Texts, limit: int | None, model: Model) -> list[Tokenize
 def _from_text(prompt: str | list[int], source: Texts, limit: int | None, model: Model) -> TokenizedPrompt:
     if not isinstance(prompt, str):
         return TokenizedPrompt(prompt if limit is None else prompt[-limit:], None)
-    token_ids = model.tokenizer.encode(prompt, add_special_tokens=source.add_special_tokens)
-    if limit is None or len(token_ids) <= limit:
-        return TokenizedPrompt(token_ids, prompt)
-    cut = model.tokenizer.encode(prompt, add_special_tokens=source.add_special_tokens, limit=limit)
-    return TokenizedPrompt(cut, None)
+    add = source.add_special_tokens
+    if limit is None:
+        return TokenizedPrompt(model.tokenizer.encode(prompt, add_special_tokens=add), prompt)
+    token_ids = model.tokenizer.encode(prompt, add_special_tokens=add, limit=limit)
+    return TokenizedPrompt(token_ids, prompt if len(token_ids) < limit else None)
 
 
 def _from_messages(

@@ -145,7 +145,8 @@ class ControlTokens:
         kept = [entry for entry in spec.get("added_tokens", []) if entry["content"] not in controls]
         guarded.add_tokens([_added(entry, entry["content"]) for entry in kept])
         named = list(zip(self._entries, self._private_names, strict=True))
-        guarded.add_tokens([_added(entry, name) for entry, name in named])
+        # Not normalized: a normalizer may change a name so that it is found in some places only.
+        guarded.add_tokens([_added({**entry, "normalized": False}, name) for entry, name in named])
         known_ids = {}
         for entry, spelt in [*((entry, entry["content"]) for entry in kept), *named]:
             token_id, own = tokenizer.token_to_id(entry["content"]), guarded.token_to_id(spelt)
