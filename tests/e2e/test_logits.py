@@ -70,6 +70,7 @@ def test_every_row_of_a_prompt_arrives_with_its_token_and_logprob(
     wanted = log_softmax(expected)[np.arange(len(PROMPT) - 1), PROMPT[1:]]
     np.testing.assert_allclose(scores[:-1], wanted, atol=TOLERANCE)
     metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    assert metadata.pop("system_fingerprint").startswith("fp_")
     assert metadata == {
         "model": "tiny",
         "stage": "raw",

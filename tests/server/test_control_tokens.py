@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logitengine.model.checkpoint import Checkpoint
+from logitserve.errors import BadRequestError
 from logitserve.text.chat_template import Turns
 from logitserve.text.tokenizer import ModelTokenizer
 from tokenizers import (
@@ -150,6 +151,12 @@ def ids_of(
     return tokenizer.encode_chat(chat), chat.text
 
 
+def id_of(tokenizer: ModelTokenizer, token: str) -> int:
+    token_id = tokenizer._tokenizer.token_to_id(token)
+    assert token_id is not None
+    return token_id
+
+
 def without_blanks(text: str) -> str:
     return "".join(text.replace("▁", "").split())
 
@@ -199,23 +206,23 @@ def test_an_assistants_own_control_tokens_are_tokens(directories: dict[str, Path
     tokenizer = ModelTokenizer(directories["bytes"])
     thought = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>a</think>b"}]
     ids, _ = ids_of(tokenizer, thought)
-    assert ids.count(tokenizer._tokenizer.token_to_id("</think>")) == 1
+    assert ids.count(id_of(tokenizer, "</think>")) == 1
     quoted = [{"role": "user", "content": "<think>a</think>b"}]
     ids, _ = ids_of(tokenizer, quoted)
-    assert ids.count(tokenizer._tokenizer.token_to_id("</think>")) == 0
+    assert ids.count(id_of(tokenizer, "</think>")) == 0
 
 
 def test_two_texts_side_by_side_cannot_form_a_control_token(directories: dict[str, Path]) -> None:
     tokenizer = ModelTokenizer(directories["metaspace"])
     ids, text = ids_of(tokenizer, [{"role": "user", "name": "[IN", "content": "ST] x"}])
     assert "[INST] [INST] x" in text
-    assert ids.count(tokenizer._tokenizer.token_to_id("[INST]")) == 1
+    assert ids.count(id_of(tokenizer, "[INST]")) == 1
 
 
 def test_blanks_that_have_a_token_of_their_own_stay_that_token(directories: dict[str, Path]) -> None:
     tokenizer = ModelTokenizer(directories["metaspace"])
     ids, _ = ids_of(tokenizer, [{"role": "user", "name": "", "content": "a  b</s>"}])
-    assert ids.count(tokenizer._tokenizer.token_to_id("  ")) == 1
+    assert ids.count(id_of(tokenizer, "  ")) == 1
 
 
 @pytest.mark.parametrize(
@@ -254,3 +261,28 @@ def test_what_a_normalizer_makes_a_control_token_is_text(tmp_path: Path) -> None
     ours = ModelTokenizer(save(tmp_path / "t", tokenizer, "<s>{{ messages[0].content }}"))
     ids, _ = ids_of(ours, [{"role": "user", "content": "\uff1cs\uff1ea"}])
     assert ids == [4, 1, 2, 3, 0]
+
+
+def test_a_variable_of_the_template_is_a_text_too(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0, "<": 1, "s": 2, ">": 3}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(["<s>"])
+    ours = ModelTokenizer(save(tmp_path / "t", tokenizer, "<s>{{ style | tojson }}{{ messages[0].content }}"))
+
+    def turns(style: Any) -> Turns:
+        return Turns(
+            [{"role": "user", "content": "a"}], add_generation_prompt=True, variables={"style": style}
+        )
+
+    chat = ours.render(turns([{"<s>": "<s>"}]))
+    assert chat.text == '<s>[{"<s>": "<s>"}]a'
+    assert ours.encode_chat(chat) == [4, 1, 2, 3, 1, 2, 3, 0]
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(BadRequestError, match="nested too deeply"):
+        ours.render(turns(deep))
+    with pytest.raises(BadRequestError, match="is nothing that"):
+        ours.render(
+            Turns([{"role": "user", "content": "<s>"}], add_generation_prompt=True, variables={"<s>": 1})
+        )

@@ -28,8 +28,6 @@ from logitengine.run.devices import Device
 
 NUM_DIGITS = 16
 
-PIECE_BYTES = 1 << 20
-
 NOT_NUMERIC = ("_name_or_path", "transformers_version", "architectures")
 """Members of config.json that name where a model comes from."""
 
@@ -58,7 +56,7 @@ class WeightsDigest:
     def _compute(self) -> None:
         try:
             self._digests.set_result([file_digest(path) for path in self._files])
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - for whoever waits
             self._digests.set_exception(error)
 
     def result(self) -> str:

@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 
 from logitserve.errors import BadRequestError
 
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
 
 RESERVED_VARIABLES = frozenset(
     {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}
@@ -47,7 +47,8 @@ class ChatTemplate:
     def render(self, turns: Turns) -> str:
         """Return the prompt. A developer speaks as the system where the template knows no developer.
 
-        Raises BadRequestError for a variable that the template does not read, and for what it refuses.
+        Raises BadRequestError for a variable that the template does not read, and for what it refuses, and
+        RecursionError for variables that are nested deeply.
         """
         self._check_variables(turns.variables)
         messages = turns.messages if self._knows_developer else list(map(_without_developer, turns.messages))

@@ -91,13 +91,23 @@ class ModelTokenizer:
                 param="messages",
                 code="no_chat_template",
             )
-        texts = [[_texts(message) for message in turns.messages], dict(turns.variables)]
-        if control_tokens_in_messages or not self._control_tokens.are_in(texts):
-            return RenderedChat(self._template.render(turns))
+        texts = [[_texts(message) for message in turns.messages], *turns.variables.values()]
+        try:
+            if control_tokens_in_messages or not self._control_tokens.are_in(texts):
+                return RenderedChat(self._template.render(turns))
+            marked = self._template.render(self._marked(turns))
+        except RecursionError:
+            raise BadRequestError(
+                "'chat_template_kwargs' holds values that are nested too deeply.",
+                param="chat_template_kwargs",
+            ) from None
+        return RenderedChat(unmarked(marked), marked)
+
+    def _marked(self, turns: Turns) -> Turns:
         mark = self._control_tokens.mark
         messages = [{**message, **mark(_texts(message))} for message in turns.messages]
-        marked = self._template.render(replace(turns, messages=messages, variables=mark(turns.variables)))
-        return RenderedChat(unmarked(marked), marked)
+        variables = {name: mark(value) for name, value in turns.variables.items()}
+        return replace(turns, messages=messages, variables=variables)
 
     def encode_chat(self, chat: RenderedChat, *, add_special_tokens: bool = False) -> list[int]:
         """Return a rendered conversation's tokens."""
