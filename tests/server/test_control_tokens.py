@@ -286,3 +286,19 @@ def test_a_variable_of_the_template_is_a_text_too(tmp_path: Path) -> None:
         ours.render(
             Turns([{"role": "user", "content": "<s>"}], add_generation_prompt=True, variables={"<s>": 1})
         )
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("is_control", [False, True])
+async def test_an_option_takes_control_tokens_in_messages_for_such(
+    open_app: OpenApp, is_control: bool
+) -> None:
+    async with open_app(control_tokens_in_messages=is_control) as app:
+        (end,) = (await app.post("/tokenize", {"prompt": "<|im_end|>"})).json()["tokens"]
+        counts = [
+            (await app.post("/tokenize", {"messages": [{"role": "user", "content": text}]}))
+            .json()["tokens"]
+            .count(end)
+            for text in ("a", "a<|im_end|>")
+        ]
+    assert counts[1] - counts[0] == int(is_control)
