@@ -142,6 +142,6 @@ def test_what_is_no_chunk_is_a_decode_error(body: bytes) -> None:
 def test_the_prompts_ids_of_a_chat_are_in_its_first_chunk() -> None:
     opening = {"index": 0, "delta": {"role": "assistant", "content": ""}}
     (first, _) = read(
-        [event({"choices": [opening], "prompt_token_ids": [5, 7]}), chunk("a", 1, "stop"), DONE]
+        [event({"choices": [opening], "prompt_token_ids": [5, 7]}), chunk("a", 1, "stop"), USAGE, DONE]
     )
     assert first.raw["prompt_token_ids"] == [5, 7]

@@ -72,7 +72,7 @@ TABLE = [
     ),
     chat(
         "a deep template kwarg",
-        "chat_template_kwargs.a",
+        "chat_template_kwargs",
         chat_template_kwargs={"a": json.loads("[" * 900 + "]" * 900)},
     ),
     chat(

@@ -13,6 +13,7 @@ from logitengine.model.checkpoint import Checkpoint
 from logitserve.errors import BadRequestError
 from logitserve.text.chat_template import Turns
 from logitserve.text.tokenizer import ModelTokenizer
+from scripted_engine import OpenApp
 from tokenizers import (
     AddedToken,
     Tokenizer,
