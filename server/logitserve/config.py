@@ -149,6 +149,15 @@ class RequestBounds(BaseModel):
     max_logit_bias: int = Field(1024, ge=1, description="most entries of logit_bias")
 
 
+class Conversations(BaseModel):
+    """How conversations become prompts."""
+
+    control_tokens_in_messages: bool = Field(
+        False,
+        description="take control tokens that messages spell, such as <|im_end|>, for control tokens; else they are text",
+    )
+
+
 class AnswerBounds(BaseModel):
     """What answers may hold."""
 
@@ -245,7 +254,9 @@ class Tracing(BaseModel):
     )
 
 
-class ServerConfig(Listening, Access, RequestBounds, AnswerBounds, QueueBounds, Times, Logging, Tracing):
+class ServerConfig(
+    Listening, Access, RequestBounds, Conversations, AnswerBounds, QueueBounds, Times, Logging, Tracing
+):
     """The server's options: every bound on what clients may ask for or use up is one of its fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

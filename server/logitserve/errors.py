@@ -167,6 +167,10 @@ def from_validation(error: ValidationError) -> BadRequestError:
             return BadRequestError(f"Unknown field: '{path}'.", param=path, code="unknown_parameter")
         case "missing":
             return BadRequestError(f"Missing field: '{path}'.", param=path, code="missing_required_parameter")
+        case "member":
+            about = fault["ctx"]
+            path = field_path((*fault["loc"], about["member"]))
+            return BadRequestError(f"'{path}' {about['fault']}.", param=path, code=about["code"])
         case "value_error":
             message = fault["msg"].removeprefix("Value error, ")
             return BadRequestError(f"'{path}' {message}." if path else f"{message}.", param=path or None)

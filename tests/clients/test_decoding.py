@@ -92,6 +92,13 @@ def test_every_choice_is_kept() -> None:
     assert found.choices[1].token_ids is None
 
 
+def test_the_prompts_ids_of_a_chat_are_the_first_choices() -> None:
+    choices = [{"index": i, "message": {"content": "a"}, "finish_reason": "stop"} for i in range(2)]
+    body = {"id": "x", "model": "m", "choices": choices, "prompt_token_ids": [5, 7]}
+    answer = operations.chat([], {}).read(json.dumps(body).encode())
+    assert [choice.raw.get("prompt_token_ids") for choice in answer.choices] == [[5, 7], None]
+
+
 def test_hidden_states_are_rows_too() -> None:
     states = {"generated": BLOCK, "prompt": {**BLOCK, "offset": 1}}
     found = operations.chat([], {}).read(json.dumps(chat_answer(hidden_states=states)).encode())

@@ -137,3 +137,11 @@ def test_a_stream_without_its_end_marker_was_cut_off() -> None:
 def test_what_is_no_chunk_is_a_decode_error(body: bytes) -> None:
     with pytest.raises(DecodeError):
         operations.stream_chat([], {}).decoder().feed(body)
+
+
+def test_the_prompts_ids_of_a_chat_are_in_its_first_chunk() -> None:
+    opening = {"index": 0, "delta": {"role": "assistant", "content": ""}}
+    (first, _) = read(
+        [event({"choices": [opening], "prompt_token_ids": [5, 7]}), chunk("a", 1, "stop"), USAGE, DONE]
+    )
+    assert first.raw["prompt_token_ids"] == [5, 7]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -62,7 +63,23 @@ TABLE = [
     # Unknown and unsupported fields.
     chat("unknown field", "temprature", "Unknown field", temprature=1),
     chat("unknown null field", "foo", foo=None),
-    chat("vLLM's template kwargs", "chat_template_kwargs", chat_template_kwargs={"tokenize": True}),
+    chat("a renderer's option", "chat_template_kwargs.tokenize", chat_template_kwargs={"tokenize": True}),
+    chat("template kwargs as a list", "chat_template_kwargs", chat_template_kwargs=[1]),
+    chat(
+        "a thousand template kwargs",
+        "chat_template_kwargs",
+        chat_template_kwargs={str(i): i for i in range(1000)},
+    ),
+    chat(
+        "a deep template kwarg",
+        "chat_template_kwargs",
+        chat_template_kwargs={"a": json.loads("[" * 900 + "]" * 900)},
+    ),
+    chat(
+        "a control token as a name",
+        "chat_template_kwargs.<|im_end|>",
+        chat_template_kwargs={"<|im_end|>": "<|im_end|>"},
+    ),
     chat("a template", "chat_template", chat_template="{{ 1 }}"),
     chat("tools", "tools", tools=[{"type": "function", "function": {"name": "f"}}]),
     chat("malformed tools", "tools", tools="yes"),
@@ -71,7 +88,8 @@ TABLE = [
     chat("audio", "modalities", modalities=["text", "audio"]),
     chat("suffix in chat", "suffix", suffix="x"),
     completion("suffix", "suffix", suffix="x"),
-    completion("best_of over n", "best_of", best_of=3),
+    completion("best_of under n", "best_of", n=3, best_of=2),
+    completion("a streamed best_of", "best_of", best_of=3, stream=True),
     completion("messages in completions", "messages", messages=MESSAGES),
     # Messages.
     Bad("no messages", CHAT, {"max_tokens": 1}, param="messages"),
@@ -135,7 +153,7 @@ TABLE = [
     completion("hot temperature", "temperature", temperature=2.1),
     completion("temperature as text", "temperature", temperature="1"),
     completion("temperature as bool", "temperature", temperature=True),
-    completion("top_p zero", "top_p", top_p=0),
+    completion("negative top_p", "top_p", top_p=-0.1),
     completion("top_p over one", "top_p", top_p=1.5),
     completion("top_k negative", "top_k", top_k=-2),
     completion("min_p over one", "min_p", min_p=2),

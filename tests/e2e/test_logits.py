@@ -70,6 +70,7 @@ def test_every_row_of_a_prompt_arrives_with_its_token_and_logprob(
     wanted = log_softmax(expected)[np.arange(len(PROMPT) - 1), PROMPT[1:]]
     np.testing.assert_allclose(scores[:-1], wanted, atol=TOLERANCE)
     metadata = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    assert metadata.pop("system_fingerprint").startswith("fp_")
     assert metadata == {
         "model": "tiny",
         "stage": "raw",
@@ -260,8 +261,9 @@ def test_hidden_states_are_the_models_and_the_same_whole_and_streamed(
         "return_token_ids": True,
         "return_hidden_states": {"positions": "all", "dtype": dtype},
     }
-    (choice,) = post(client, path, **asked)["choices"]
-    prompt, drawn = choice["prompt_token_ids"], choice["token_ids"]
+    answer = post(client, path, **asked)
+    (choice,) = answer["choices"]
+    prompt, drawn = {**answer, **choice}["prompt_token_ids"], choice["token_ids"]
     blocks = choice["hidden_states"]
     assert blocks["prompt"]["shape"] == [len(prompt), 64]
     assert blocks["prompt"]["offset"] == 0

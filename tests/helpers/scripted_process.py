@@ -64,6 +64,7 @@ def model_info() -> ModelInfo:
         kv_cache_bytes=1 << 20,
         can_generate=True,
         heads={},
+        fingerprint="fp_scripted",
     )
 
 

@@ -41,6 +41,7 @@ def model_info(smollm2: Checkpoint) -> ModelInfo:
         kv_cache_bytes=1 << 20,
         can_generate=True,
         heads={},
+        fingerprint="fp_scripted",
     )
 
 

@@ -59,4 +59,4 @@ async def test_the_model_is_the_one_that_the_engine_serves_after_a_restart(
         refused = await app.post("/v1/completions", {"prompt": [5] * 8, "max_tokens": 1})
     assert (before["max_model_len"], after["max_model_len"]) == (64, 8)
     assert refused.status_code == 400
-    assert "context is 8 tokens" in refused.json()["error"]["message"]
+    assert "context length is 8 tokens" in refused.json()["error"]["message"]

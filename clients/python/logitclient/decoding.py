@@ -136,7 +136,7 @@ def _token_logprobs(entry: Any) -> dict[int, TokenLogprob] | None:
 
 
 def chat_completion(body: dict[str, Any]) -> Completion:
-    _copy_prompt_logprobs(body)
+    _copy_prompt(body)
     return _completion(body, lambda choice: choice["message"]["content"])
 
 
@@ -145,7 +145,7 @@ def text_completion(body: dict[str, Any]) -> Completion:
 
 
 def chat_chunks(body: dict[str, Any]) -> list[Chunk]:
-    _copy_prompt_logprobs(body)
+    _copy_prompt(body)
     return [_choice(Chunk, choice, choice["delta"].get("content")) for choice in body["choices"]]
 
 
@@ -153,10 +153,11 @@ def text_chunks(body: dict[str, Any]) -> list[Chunk]:
     return [_choice(Chunk, choice, choice["text"]) for choice in body["choices"]]
 
 
-def _copy_prompt_logprobs(body: dict[str, Any]) -> None:
-    """Copy ``prompt_logprobs`` into the first choice. A chat has it beside its choices, completions in them."""
-    if body["choices"] and "prompt_logprobs" in body:
-        body["choices"][0]["prompt_logprobs"] = body["prompt_logprobs"]
+def _copy_prompt(body: dict[str, Any]) -> None:
+    """Copy what belongs to the prompt into the first choice. A chat has it beside its choices, completions in them."""
+    for name in ("prompt_logprobs", "prompt_token_ids"):
+        if body["choices"] and name in body:
+            body["choices"][0][name] = body[name]
 
 
 def chunk_usage(body: dict[str, Any]) -> Usage | None:

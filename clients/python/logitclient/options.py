@@ -68,13 +68,20 @@ class GenerationOptions(SamplingOptions, total=False):
     return_hidden_states: bool | HiddenStatesSpec
 
 
-class ChatOptions(GenerationOptions, total=False):
+class TemplateOptions(TypedDict, total=False):
+    """Options of how messages become a prompt. ``chat_template_kwargs`` are variables that the model's template reads."""
+
+    add_generation_prompt: bool
+    continue_final_message: bool
+    chat_template_kwargs: Mapping[str, object]
+
+
+class ChatOptions(GenerationOptions, TemplateOptions, total=False):
     """Options of chat."""
 
     max_completion_tokens: int
     logprobs: bool
     top_logprobs: int
-    add_generation_prompt: bool
 
 
 class CompletionOptions(GenerationOptions, total=False):
@@ -83,9 +90,11 @@ class CompletionOptions(GenerationOptions, total=False):
     echo: bool
     logprobs: int
     add_special_tokens: bool
+    truncate_prompt_tokens: int
+    best_of: int
 
 
-class LogitsOptions(SamplingOptions, total=False):
+class LogitsOptions(SamplingOptions, TemplateOptions, total=False):
     """Members of LogitsSpec, and of sampling beside them. ``top_k`` counts columns. ``positions`` is "prompt" by default."""
 
     positions: Positions
@@ -95,22 +104,25 @@ class LogitsOptions(SamplingOptions, total=False):
     dtype: Dtype
     hidden_states: bool
     add_special_tokens: bool
-    add_generation_prompt: bool
+    truncate_prompt_tokens: int
 
 
 class InputOptions(TypedDict, total=False):
-    """Options of every call that reads an input. ``add_special_tokens`` concerns text, and is true by default."""
+    """Options of every call that reads an input. ``add_special_tokens`` concerns text, and is true by default.
+
+    ``truncate_prompt_tokens`` keeps the last tokens of each input; -1 keeps as many as the context holds.
+    """
 
     model: str
     add_special_tokens: bool
+    truncate_prompt_tokens: int
     cache_salt: str
 
 
-class PoolingOptions(InputOptions, total=False):
+class PoolingOptions(InputOptions, TemplateOptions, total=False):
     """Options of pooling. ``head`` may be left out where the server has one head, or none."""
 
     head: str
-    add_generation_prompt: bool
 
 
 class RewardOptions(PoolingOptions, total=False):
@@ -127,12 +139,11 @@ class EmbeddingOptions(InputOptions, total=False):
     normalize: bool
 
 
-class TokenizeOptions(TypedDict, total=False):
+class TokenizeOptions(TemplateOptions, total=False):
     """Options of tokenize. ``add_special_tokens`` is true by default for a prompt, and false for messages."""
 
     model: str
     add_special_tokens: bool
-    add_generation_prompt: bool
     return_token_strs: bool
 
 

@@ -276,6 +276,8 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     """False for a sequence classifier, which has hidden states and heads but no logits over a vocabulary."""
     heads: dict[str, int]
     """Value heads and classifiers by name, with the number of values that each gives per position."""
+    fingerprint: str
+    """Digest of all that decides the bits of a row; where rows are batch invariant, equal ones promise equal rows."""
 
 
 STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

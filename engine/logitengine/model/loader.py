@@ -17,6 +17,7 @@ from logitengine.errors import CheckpointError
 from logitengine.link.messages import ModelInfo
 from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
 from logitengine.model.cpus import num_usable_cpus
+from logitengine.model.fingerprint import WeightsDigest, fingerprint
 from logitengine.model.fuse import Packer, fuse
 from logitengine.model.layer_shapes import probe_layers
 from logitengine.model.network import Network
@@ -73,6 +74,7 @@ def load(
         raise CheckpointError(
             "the native CPU kernels compute in bfloat16 or float32; use kernels=reference for float16"
         )
+    digest = WeightsDigest(checkpoint.path)
     blocks = _stored_blocks(config, checkpoint, kernels)
     dtype = torch.bfloat16 if config.dtype == "auto" else TORCH_DTYPES[config.dtype]
     model = load_pretrained(checkpoint, dtype, device.torch_device)
@@ -81,7 +83,7 @@ def load(
         weights = Int8Weights(model)
     elif blocks is not None:
         weights = StoredWeights(blocks, weights)
-    loaded = prepare(config, checkpoint, model, kernels, device, weights)
+    loaded = prepare(config, checkpoint, model, kernels, device, weights, digest)
     logger.info("loaded %s", config.model, extra={"seconds": round(time.monotonic() - started, 1)})
     return loaded
 
@@ -93,11 +95,12 @@ def prepare(
     kernels: Kernels,
     device: Device,
     weights: WeightSource | None = None,
+    digest: WeightsDigest | None = None,
 ) -> LoadedModel:
     """Fuse a model on ``device`` that uses the project's attention function, and size the KV cache for it.
 
     The model cannot be used afterwards, because fused parts are taken out of it. Its linear layers use the
-    weights of ``weights`` if given.
+    weights of ``weights`` if given. ``digest`` is the checkpoint's, if it is under way.
 
     Raises CheckpointError for a model that cannot be served, with the reason.
     """
@@ -128,6 +131,7 @@ def prepare(
         can_generate=can_generate,
     )
     runner = factory.runner()
+    stored_as, dtype_name = _stored_as(weights), str(dtype).removeprefix("torch.")
     info = ModelInfo(
         model_path=str(checkpoint.path),
         tokenizer_path=str(checkpoint.tokenizer_path),
@@ -135,10 +139,10 @@ def prepare(
         vocab_size=text_config.vocab_size,
         max_model_len=factory.max_model_len(runner.kv_cache.num_blocks),
         eos_token_ids=eos_token_ids(model),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name,
         device=str(device.torch_device),
         kernels=kernels.name,
-        weights=_stored_as(weights),
+        weights=stored_as,
         batch_invariant=kernels.batch_invariant and network.is_fused,
         block_size=config.block_size,
         num_blocks=runner.kv_cache.num_blocks,
@@ -146,6 +150,14 @@ def prepare(
         hidden_size=text_config.hidden_size,
         can_generate=can_generate,
         heads={name: head.num_outputs for name, head in heads.items()},
+        fingerprint=fingerprint(
+            (digest or WeightsDigest(checkpoint.path)).result(),
+            stored_as,
+            dtype_name,
+            kernels,
+            device,
+            is_fused=network.is_fused,
+        ),
     )
     return LoadedModel(info, runner, kernels, device)
 

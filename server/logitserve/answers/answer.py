@@ -37,8 +37,8 @@ class Answer(Protocol):
     def nbytes(self) -> int:
         """Bytes that the answer holds for its end; about 0 where it is streamed."""
 
-    def add(self, delta: Delta) -> Iterable[Piece]:
-        """Take in a delta and return the part of the body that can leave."""
+    def add(self, delta: Delta, counts: Counts) -> Iterable[Piece]:
+        """Take in a delta and return the part of the body that can leave. ``counts`` include the delta."""
 
     def end(self, counts: Counts) -> Iterable[Piece]:
         """Return the rest of the body, once the job is done. The answer keeps nothing of it."""

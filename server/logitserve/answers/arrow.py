@@ -46,7 +46,7 @@ class ArrowAnswer:
         self._pieces = _Pieces()
         self._writer = pa.ipc.new_stream(self._pieces, self._schema)
 
-    def add(self, delta: Delta) -> Iterator[bytes | memoryview]:
+    def add(self, delta: Delta, counts: Counts) -> Iterator[bytes | memoryview]:  # noqa: ARG002 - as for the end
         """Yield batches of the delta's prompt rows and generated rows.
 
         The schema precedes the first batch.
@@ -167,6 +167,7 @@ def _schema(job: Job, logits: LogitsSpec) -> pa.Schema:
         "stage": logits.stage,
         "dtype": logits.dtype,
         "positions": logits.positions,
+        "system_fingerprint": info.fingerprint,
         "batch_invariant": orjson.dumps(info.batch_invariant),
     }
     fields = [

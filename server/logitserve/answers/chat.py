@@ -10,7 +10,7 @@ from logitserve.answers.record import Record
 
 
 class ChatAnswer(ChoicesAnswer[Record]):
-    """A chat answer. Its prompt_logprobs stand beside the choices, because a chat has one prompt."""
+    """A chat answer. What belongs to its prompt stands beside the choices, because a chat has one prompt."""
 
     id_prefix: ClassVar[str] = "chatcmpl"
     whole_object: ClassVar[str] = "chat.completion"
@@ -28,8 +28,7 @@ class ChatAnswer(ChoicesAnswer[Record]):
         Its npm package counts a first chunk's logprobs twice.
         """
         delta = {"role": "assistant", "content": ""}
-        choice = {"index": record.index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return [{**choice, **record.prompt_token_ids()}]
+        return [{"index": record.index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
     def chunk_choice(self, record: Record) -> dict[str, Any]:
         delta = {"content": record.text} if record.text else {}
@@ -37,10 +36,13 @@ class ChatAnswer(ChoicesAnswer[Record]):
 
     def whole_choice(self, record: Record) -> dict[str, Any]:
         message = {"role": "assistant", "content": record.text, "refusal": None}
-        return {"index": record.index, "message": message, **_tail(record), **record.prompt_token_ids()}
+        return {"index": record.index, "message": message, **_tail(record)}
 
     def envelope_extras(self, record: Record) -> dict[str, Any]:
         return record.prompt_logprobs()
+
+    def opening_extras(self, record: Record) -> dict[str, Any]:
+        return record.prompt_token_ids()
 
 
 def _tail(record: Record) -> dict[str, Any]:

@@ -44,6 +44,8 @@ class ChoicesAnswer(ABC, Generic[R]):
         self.tells_errors = job.answer.stream
         self.nbytes = 0
         self._created = int(time.time())
+        self._fingerprint = job.model.info.fingerprint
+        self._chunk_usage: dict[str, Any] = {"usage": None} if job.answer.include_usage else {}
         self._begun: set[int] = set()
         self._records: list[R] = []
         if not job.answer.stream:
@@ -69,13 +71,21 @@ class ChoicesAnswer(ABC, Generic[R]):
         """Return the members beside ``choices`` that a choice's record brings."""
         return {}
 
+    def opening_extras(self, record: R) -> dict[str, Any]:  # noqa: ARG002 - for subclasses
+        """Return those that come once, in a stream with the chunks that open the choice."""
+        return {}
+
     # Methods of Answer.
 
-    def add(self, delta: Delta) -> Sequence[bytes]:
+    def add(self, delta: Delta, counts: Counts) -> Sequence[bytes]:
         if not self.job.answer.stream:
             self.nbytes += self._records[delta.index].add(delta)
             return ()
-        return self._events(delta) if self._says_something(delta) else ()
+        if not self._says_something(delta):
+            return ()
+        if self.job.answer.continuous_usage:
+            self._chunk_usage = {"usage": usage(counts)}
+        return self._events(delta)
 
     def end(self, counts: Counts) -> Sequence[bytes]:
         if self.job.answer.stream:
@@ -84,7 +94,7 @@ class ChoicesAnswer(ABC, Generic[R]):
         document = self._envelope(self.whole_object, [self.whole_choice(record) for record in self._records])
         document["usage"] = usage(counts)
         for record in self._records:
-            document.update(self.envelope_extras(record))
+            document.update(self.envelope_extras(record), **self.opening_extras(record))
         self._records = []  # lets each piece be freed once it is sent
         return dumps(document)
 
@@ -124,7 +134,11 @@ class ChoicesAnswer(ABC, Generic[R]):
 
     def _opening(self, index: int) -> list[bytes]:
         self._begun.add(index)
-        return [event(self._chunk(choice)) for choice in self.opening_choices(self.record(index))]
+        record = self.record(index)
+        chunks = [self._chunk(choice) for choice in self.opening_choices(record)]
+        if chunks:
+            chunks[0].update(self.opening_extras(record))
+        return [event(chunk) for chunk in chunks]
 
     def _event(self, delta: Delta) -> bytes:
         record = self.record(delta.index)
@@ -140,8 +154,7 @@ class ChoicesAnswer(ABC, Generic[R]):
         return WRITTEN_PER_BYTE * delta.nbytes > LONGEST_EVENT
 
     def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
-        envelope = self._envelope(self.chunk_object, [choice])
-        return {**envelope, "usage": None} if self.job.answer.include_usage else envelope
+        return {**self._envelope(self.chunk_object, [choice]), **self._chunk_usage}
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -149,6 +162,7 @@ class ChoicesAnswer(ABC, Generic[R]):
             "object": kind,
             "created": self._created,
             "model": self.job.model_name,
+            "system_fingerprint": self._fingerprint,
             "choices": choices,
         }
 

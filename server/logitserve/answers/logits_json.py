@@ -26,7 +26,7 @@ class LogitsAnswer:
         self._job = job
         self._records = [Record(job, index) for index in range(job.num_choices)]
 
-    def add(self, delta: Delta) -> Sequence[bytes]:
+    def add(self, delta: Delta, counts: Counts) -> Sequence[bytes]:  # noqa: ARG002 - counted at the end
         self.nbytes += self._records[delta.index].add(delta)
         return ()
 
@@ -43,7 +43,15 @@ class LogitsAnswer:
             for record in self._records
         ]
         self._records = []  # lets each piece be freed once it is sent
-        return dumps({"object": "list", "model": self._job.model_name, "data": data, "usage": usage(counts)})
+        return dumps(
+            {
+                "object": "list",
+                "model": self._job.model_name,
+                "system_fingerprint": self._job.model.info.fingerprint,
+                "data": data,
+                "usage": usage(counts),
+            }
+        )
 
     def fill_silence(self) -> Sequence[bytes]:
         return ()

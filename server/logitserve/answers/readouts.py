@@ -56,7 +56,7 @@ class ReadoutsAnswer:
         self._readouts = [new_readout() for _ in job.requests]
         self._extras = extras or {}
 
-    def add(self, delta: Delta) -> Sequence[bytes]:
+    def add(self, delta: Delta, counts: Counts) -> Sequence[bytes]:  # noqa: ARG002 - counted at the end
         if delta.prompt is not None:
             self._readouts[delta.index].add(delta.prompt)
             kept = (delta.prompt.values, delta.prompt.pooled)

@@ -89,7 +89,7 @@ class Record:
         return {"prompt_logprobs": self._prompt_logprobs.finish()}
 
     def prompt_token_ids(self) -> dict[str, Any]:
-        """The member ``prompt_token_ids``, which the first choice of a prompt has once."""
+        """The member ``prompt_token_ids``, which comes once, with the first choice of a prompt."""
         if self._job.answer.return_token_ids and self.is_first_of_prompt:
             return {"prompt_token_ids": self.prompt.token_ids}
         return {}

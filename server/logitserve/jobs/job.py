@@ -58,7 +58,9 @@ async def make_job(options: JobOptions, state: ServerState, caller: Caller) -> J
     model = state.model()
     name = model.check_name(options.model)
     check_options(options, model)
-    prompts = await tokenize(options.prompts, state)
+    wanted = options.max_tokens
+    reserved = (options.default_max_tokens or 1) if wanted is None else wanted
+    prompts = await tokenize(options.prompts, state, reserved_tokens=reserved)
     bounds = settle_bounds(options, [prompt.token_ids for prompt in prompts], model, state.config)
     cache_salt = caller.cache_salt(options.cache_salt)
     requests = [

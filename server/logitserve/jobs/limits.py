@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from logitserve.config import ServerConfig
 from logitserve.errors import BadRequestError
 from logitserve.jobs.options import JobOptions
+from logitserve.jobs.prompts import context_exceeded
 from logitserve.protocol.limits import too_large
 from logitserve.state import Model
 
@@ -175,18 +176,15 @@ def _check_context(num_prompt_tokens: int, max_tokens: int | None, model: Model,
         raise BadRequestError(f"'{param}' is empty: it has no tokens.", param=param)
     context = model.info.max_model_len
     left = context - num_prompt_tokens
-    if left < (1 if max_tokens is None else max_tokens):
-        both = (
-            f" and 'max_tokens' is {max_tokens}: {num_prompt_tokens + max_tokens} in all"
-            if max_tokens
-            else ""
+    if left >= (1 if max_tokens is None else max_tokens):
+        return
+    if max_tokens and left > 0:
+        total = num_prompt_tokens + max_tokens
+        what = (
+            f"you requested {total} tokens ({num_prompt_tokens} in '{param}', {max_tokens} in 'max_tokens')"
         )
-        raise BadRequestError(
-            f"'{param}' has {num_prompt_tokens} tokens{both}; the model's context is {context} tokens, "
-            "the answer included.",
-            param="max_tokens" if max_tokens and left > 0 else param,
-            code="context_length_exceeded",
-        )
+        raise context_exceeded(model, "max_tokens", what)
+    raise context_exceeded(model, param, f"'{param}' resulted in {num_prompt_tokens} tokens")
 
 
 def _position_nbytes(outputs: OutputSpec, model: Model) -> int:

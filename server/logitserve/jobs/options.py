@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from logitengine.link.messages import HeadSpec, HiddenStatesSpec, LogitsSpec, OutputSpec, SamplingParams
 
 from logitserve.jobs.prompts import Conversation, PromptSource, Texts
-from logitserve.protocol.chat import ChatBody
+from logitserve.protocol.chat import ChatBody, Message, TemplateFields
 from logitserve.protocol.completions import CompletionBody
-from logitserve.protocol.generation import GenerationBody, SamplingBody
+from logitserve.protocol.generation import GenerationBody, SamplingBody, StreamOptions
 from logitserve.protocol.inputs import InputBody, InputOrMessagesBody
 from logitserve.protocol.logits import LogitsBody
 from logitserve.protocol.rows import Encoding, ReturnLogits
 from logitserve.protocol.tokens import TokenizeBody
+from logitserve.text.chat_template import Turns
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing a float32 logit by them would overflow."""
@@ -30,12 +31,24 @@ class TextOptions:
     skip_special_tokens: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class BestChoices:
+    """How many of a prompt's choices are returned, and the ``logprobs`` that the request asked for."""
+
+    n: int
+    logprobs: int | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerOptions:
     """How the answer is written."""
 
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
+    """Whether every chunk has the counts of tokens so far."""
+    best: BestChoices | None = None
+    """The choices that are returned; None: all."""
     return_token_ids: bool = False
     echo: bool = False
     prompt_logprobs: int | None = None
@@ -74,7 +87,7 @@ class JobOptions:
 def chat_options(body: ChatBody) -> JobOptions:
     return _generation_options(
         body,
-        prompts=_conversation(body),
+        prompts=_conversation(body, body.messages),
         max_tokens=body.token_limit,
         default_max_tokens=None,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -85,11 +98,17 @@ def chat_options(body: ChatBody) -> JobOptions:
 def completion_options(body: CompletionBody) -> JobOptions:
     return _generation_options(
         body,
-        prompts=Texts("prompt", body.prompt, add_special_tokens=body.add_special_tokens),
+        prompts=Texts(
+            "prompt",
+            body.prompt,
+            add_special_tokens=body.add_special_tokens,
+            truncate_to=body.truncate_prompt_tokens,
+        ),
         max_tokens=body.max_tokens,
         default_max_tokens=DEFAULT_COMPLETION_TOKENS,
         logprobs=body.logprobs,
         echo=body.echo,
+        best_of=body.best_of,
     )
 
 
@@ -139,25 +158,36 @@ def head_outputs(name: str, *, every_position: bool = False) -> OutputSpec:
 def input_prompts(body: InputBody | InputOrMessagesBody) -> PromptSource:
     """The body's inputs, or its messages as the only prompt."""
     if isinstance(body, InputOrMessagesBody) and body.messages is not None:
-        return _conversation(body)
-    return Texts("input", body.input or [], add_special_tokens=body.add_special_tokens)
+        return _conversation(body, body.messages, truncate_to=body.truncate_prompt_tokens)
+    return Texts(
+        "input",
+        body.input or [],
+        add_special_tokens=body.add_special_tokens,
+        truncate_to=body.truncate_prompt_tokens,
+    )
 
 
 def tokenize_prompts(body: TokenizeBody) -> PromptSource:
     """The body's text or messages. A template writes special tokens itself, so they are added to text alone by default."""
     if body.prompt is not None:
         return Texts("prompt", [body.prompt], add_special_tokens=body.add_special_tokens is not False)
-    messages = [message.for_template() for message in body.messages or []]
-    return Conversation(
-        messages,
-        add_generation_prompt=body.add_generation_prompt,
-        add_special_tokens=body.add_special_tokens is True,
+    return _conversation(body, body.messages or [], add_special_tokens=body.add_special_tokens is True)
+
+
+def _conversation(
+    body: TemplateFields,
+    messages: Sequence[Message],
+    *,
+    add_special_tokens: bool = False,
+    truncate_to: int | None = None,
+) -> Conversation:
+    turns = Turns(
+        [message.for_template() for message in messages],
+        add_generation_prompt=body.opens_turn,
+        continue_final_message=body.continue_final_message,
+        variables=body.chat_template_kwargs,
     )
-
-
-def _conversation(body: ChatBody | InputOrMessagesBody) -> Conversation:
-    messages = [message.for_template() for message in body.messages or []]
-    return Conversation(messages, add_generation_prompt=body.add_generation_prompt)
+    return Conversation(turns, add_special_tokens, truncate_to)
 
 
 def _generation_options(
@@ -169,8 +199,13 @@ def _generation_options(
     logprobs: int | None,
     logprobs_param: str = "logprobs",
     echo: bool = False,
+    best_of: int | None = None,
 ) -> JobOptions:
     logits, hidden_states = body.return_logits, body.return_hidden_states
+    stream_options = body.stream_options or StreamOptions()
+    best = None
+    if best_of is not None and best_of > body.n:
+        best = BestChoices(body.n, logprobs)
     prompt_logprobs = body.prompt_logprobs
     if echo and logprobs is not None:
         prompt_logprobs = max(logprobs, prompt_logprobs or 0)
@@ -185,10 +220,10 @@ def _generation_options(
         default_max_tokens=default_max_tokens,
         logit_bias=body.logit_bias,
         seed=body.seed,
-        n=body.n,
+        n=body.n if best_of is None else best_of,
         outputs=OutputSpec(
             logits=None if logits is None else _logits_spec(logits),
-            logprobs=logprobs,
+            logprobs=0 if best is not None and logprobs is None else logprobs,
             prompt_logprobs=prompt_logprobs,
             hidden_states=spec,
         ),
@@ -196,7 +231,9 @@ def _generation_options(
         text=TextOptions(stop=body.stop, skip_special_tokens=body.skip_special_tokens),
         answer=AnswerOptions(
             stream=body.stream,
-            include_usage=body.include_usage,
+            include_usage=stream_options.include_usage,
+            continuous_usage=stream_options.continuous_usage_stats,
+            best=best,
             return_token_ids=body.return_token_ids,
             echo=echo,
             prompt_logprobs=body.prompt_logprobs,
@@ -230,12 +267,13 @@ def _logits_spec(logits: ReturnLogits) -> LogitsSpec:
 
 
 def _sampling(body: SamplingBody, *, top_k: int) -> SamplingParams:
+    """How tokens are drawn. No probability at all leaves the likeliest token, as temperature 0 does."""
     return SamplingParams(
         max_tokens=0,
         min_tokens=body.min_tokens,
-        temperature=body.temperature if body.temperature >= GREEDY_BELOW else 0.0,
+        temperature=0.0 if body.temperature < GREEDY_BELOW or body.top_p == 0 else body.temperature,
         top_k=top_k,
-        top_p=body.top_p,
+        top_p=body.top_p or 1.0,
         min_p=body.min_p,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from logitserve.errors import BadRequestError
+from logitserve.protocol.limits import too_large
 from logitserve.state import Model, ServerState
+from logitserve.text.chat_template import Turns
 
 CHARACTERS_PER_TOKEN = 4
 """Usual length of a token, by which text that waits to be tokenized is counted."""
@@ -16,22 +18,26 @@ CHARACTERS_PER_TOKEN = 4
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Texts and lists of token ids that came in the field ``param``, a prompt each."""
+    """Texts and lists of token ids that came in the field ``param``, a prompt each.
+
+    ``truncate_to`` is the number of last tokens that are kept of each; -1: as many as there is room for; None: all.
+    """
 
     param: str
     prompts: Sequence[str | list[int]]
     add_special_tokens: bool = True
+    truncate_to: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages that the model's chat template makes one prompt of."""
+    """A conversation that the model's chat template makes one prompt of. ``truncate_to`` is that of Texts."""
 
     param: ClassVar[str] = "messages"
 
-    messages: list[dict[str, Any]]
-    add_generation_prompt: bool
+    turns: Turns
     add_special_tokens: bool = False
+    truncate_to: int | None = None
 
 
 PromptSource = Texts | Conversation
@@ -39,54 +45,92 @@ PromptSource = Texts | Conversation
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """A prompt's tokens, and its text where it came as text."""
+    """A prompt's tokens, and its text where it came as text and is whole."""
 
     token_ids: list[int]
     text: str | None
 
 
-async def tokenize(source: PromptSource, state: ServerState) -> list[TokenizedPrompt]:
+async def tokenize(
+    source: PromptSource, state: ServerState, *, reserved_tokens: int = 0
+) -> list[TokenizedPrompt]:
     """Return the prompts of ``source``, whatever ids the tokenizer gives.
 
-    Raises ApiError, naming the source's field.
+    A prompt that may be cut leaves room for ``reserved_tokens`` in the context. Raises ApiError, naming the source's
+    field.
     """
     model = state.model()
+    limit = _limit(source.truncate_to, reserved_tokens, model)
     if isinstance(source, Texts):
         texts = [prompt for prompt in source.prompts if isinstance(prompt, str)]
-        _check_length(max(map(len, texts), default=0), model, source.param)
+        _check_length(max(map(len, texts), default=0), limit, model, source.param)
         num_ids = sum(len(prompt) for prompt in source.prompts if not isinstance(prompt, str))
         num_tokens = num_ids + sum(map(len, texts)) // CHARACTERS_PER_TOKEN
-        work = partial(_from_texts, source, model)
+        work = partial(_from_texts, source, limit, model)
     else:
-        num_characters = sum(len(message["content"]) for message in source.messages)
-        _check_length(num_characters, model, source.param)
+        num_characters = sum(len(message["content"]) for message in source.turns.messages)
+        _check_length(num_characters, limit, model, source.param)
         num_tokens = num_characters // CHARACTERS_PER_TOKEN
-        work = partial(_from_messages, source, model)
+        work = partial(_from_messages, source, limit, model, state.config.control_tokens_in_messages)
     with state.queue.enter(num_tokens):
         return await state.tokenizer_workers.run(work, param=source.param)
 
 
-def _from_texts(source: Texts, model: Model) -> list[TokenizedPrompt]:
-    encode = model.tokenizer.encode
-    return [
-        TokenizedPrompt(encode(prompt, add_special_tokens=source.add_special_tokens), prompt)
-        if isinstance(prompt, str)
-        else TokenizedPrompt(prompt, None)
-        for prompt in source.prompts
-    ]
+def _limit(truncate_to: int | None, reserved_tokens: int, model: Model) -> int | None:
+    """Return the most tokens to keep of a prompt; None where none may be cut. Raises BadRequestError."""
+    context = model.info.max_model_len
+    if truncate_to is not None and truncate_to > context:
+        raise too_large("truncate_prompt_tokens", truncate_to, context, "tokens (--max-model-len)")
+    return max(1, context - reserved_tokens) if truncate_to == -1 else truncate_to
 
 
-def _from_messages(source: Conversation, model: Model) -> list[TokenizedPrompt]:
-    text = model.tokenizer.render(source.messages, add_generation_prompt=source.add_generation_prompt)
-    _check_length(len(text), model, source.param)
-    return [TokenizedPrompt(model.tokenizer.encode(text, add_special_tokens=source.add_special_tokens), text)]
+def _from_texts(source: Texts, limit: int | None, model: Model) -> list[TokenizedPrompt]:
+    return [_from_text(prompt, source, limit, model) for prompt in source.prompts]
 
 
-def _check_length(num_characters: int, model: Model, param: str) -> None:
-    """Refuse text that no tokens of the model can make short enough. Raises BadRequestError."""
-    if num_characters > model.longest_prompt:
-        raise BadRequestError(
-            f"'{param}' has {num_characters} characters; nothing over {model.longest_prompt} can fit the context.",
-            param=param,
-            code="context_length_exceeded",
+def _from_text(prompt: str | list[int], source: Texts, limit: int | None, model: Model) -> TokenizedPrompt:
+    if not isinstance(prompt, str):
+        return TokenizedPrompt(prompt if limit is None else prompt[-limit:], None)
+    add = source.add_special_tokens
+    if limit is None:
+        return TokenizedPrompt(model.tokenizer.encode(prompt, add_special_tokens=add), prompt)
+    token_ids = model.tokenizer.encode(prompt, add_special_tokens=add, limit=limit)
+    return TokenizedPrompt(token_ids, prompt if len(token_ids) < limit else None)
+
+
+def _from_messages(
+    source: Conversation,
+    limit: int | None,
+    model: Model,
+    control_tokens_in_messages: bool,  # noqa: FBT001 - partial() hands it over
+) -> list[TokenizedPrompt]:
+    tokenizer = model.tokenizer
+    chat = tokenizer.render(source.turns, control_tokens_in_messages=control_tokens_in_messages)
+    _check_length(len(chat.text), limit, model, source.param)
+    token_ids = tokenizer.encode_chat(chat, add_special_tokens=source.add_special_tokens)
+    if limit is None or len(token_ids) <= limit:
+        return [TokenizedPrompt(token_ids, chat.text)]
+    return [TokenizedPrompt(token_ids[-limit:], None)]
+
+
+def _check_length(num_characters: int, limit: int | None, model: Model, param: str) -> None:
+    """Refuse text that no tokens of the model can make short enough, unless it may be cut. Raises BadRequestError."""
+    if limit is None and num_characters > model.longest_prompt:
+        raise context_exceeded(
+            model,
+            param,
+            f"'{param}' has {num_characters} characters, and nothing over {model.longest_prompt} fits",
         )
+
+
+def context_exceeded(model: Model, param: str, what: str) -> BadRequestError:
+    """Return the refusal of a prompt that does not fit, in OpenAI's words, by which clients recognise it.
+
+    ``what`` is too long; ``param`` is the field to change.
+    """
+    return BadRequestError(
+        f"This model's maximum context length is {model.info.max_model_len} tokens. However, {what}. Please shorten "
+        "the input or the completion; the server's limit is --max-model-len.",
+        param=param,
+        code="context_length_exceeded",
+    )

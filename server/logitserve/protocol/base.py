@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
-from logitserve.errors import BadRequestError
 from logitserve.protocol.json_schema import Schema, any_of, nullable
 
 IGNORED_FIELDS = {
@@ -18,6 +18,8 @@ IGNORED_FIELDS = {
     "service_tier": "chooses OpenAI's price and queue",
     "prompt_cache_key": "a routing hint; equal prefixes are found without it",
     "prompt_cache_retention": "how long OpenAI keeps a cached prefix",
+    "prompt_cache_options": "OpenAI's options for its cache of prefixes",
+    "verbosity": "a hint of length for OpenAI's own models",
     "parallel_tool_calls": "says nothing where there are no tools",
 }
 """OpenAI's fields that may be sent and change nothing, each with its reason."""
@@ -32,13 +34,12 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "reasoning_effort": (),
-    "verbosity": (),
     "web_search_options": (),
     "moderation": (),
     "suffix": ("",),
-    "best_of": (),
+    "extra_body": ({},),
 }
-"""OpenAI's fields that change the answer and are not served, each with the values that change nothing."""
+"""Fields that change the answer and are not served, each with the values that change nothing."""
 
 
 CacheSalt = Annotated[str, Field(min_length=1, max_length=256)]
@@ -58,53 +59,49 @@ Each unknown one is an error that validation keeps until its end.
 class StrictModel(BaseModel):
     """No coercion: ``true`` is no integer, ``"1"`` no number, and NaN and infinity are no values.
 
-    A string under a field describes it in the OpenAPI document.
+    A member that is null counts as absent, as it does at OpenAI. A string under a field describes it in the OpenAPI
+    document.
+
+    Attributes:
+        ignored: members that may be sent and change nothing; ``reasons`` says why.
+        refused: members that are not served; ``neutral_values`` has the values that change nothing, and may be sent.
+        takes_any_null: whether a null member may have any name.
     """
 
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _bound_members(cls, members: Any) -> Any:
-        if isinstance(members, dict) and len(members) > MOST_MEMBERS:
-            msg = f"has {len(members)} members; no object has more than {MOST_MEMBERS}"
-            raise ValueError(msg)
-        return members
-
-
-class RequestBody(StrictModel):
-    """A request body. A field that is null counts as absent, as it does at OpenAI."""
-
     ignored: ClassVar[frozenset[str]] = frozenset()
     refused: ClassVar[frozenset[str]] = frozenset()
+    reasons: ClassVar[Mapping[str, str]] = IGNORED_FIELDS
+    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL_VALUES
+    takes_any_null: ClassVar[bool] = False
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_neutral_fields(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
+    def _drop_absent_members(cls, members: Any) -> Any:
+        if not isinstance(members, dict):
+            return members
+        if len(members) > MOST_MEMBERS:
+            msg = f"has {len(members)} members; no object has more than {MOST_MEMBERS}"
+            raise ValueError(msg)
         known = cls.model_fields.keys() | cls.ignored | cls.refused
+        ignored = cls._ignored_in(members)
         kept = {}
-        for name, value in body.items():
-            if name in cls.ignored or (value is None and name in known):
+        for name, value in members.items():
+            if name in ignored or (value is None and (cls.takes_any_null or name in known)):
                 continue
-            if name in cls.refused:
-                if not cls._is_neutral(name, value, body):
-                    raise BadRequestError(
-                        f"'{name}' is not supported by this server.", param=name, code="unsupported_parameter"
-                    )
-                continue
-            kept[name] = value
+            if name not in cls.refused:
+                kept[name] = value
+            elif value not in cls.neutral_values[name]:
+                raise member_error("unsupported_parameter", "is not supported by this server", name)
         return kept
 
     @classmethod
-    def _is_neutral(cls, name: str, value: Any, body: dict[str, Any]) -> bool:
-        """Return whether a field that is not served holds a value that changes nothing."""
-        if name == "best_of":
-            return type(value) is int and value == body.get("n", 1)
-        return value in NEUTRAL_VALUES[name]
+    def _ignored_in(cls, members: dict[str, Any]) -> frozenset[str]:  # noqa: ARG003 - for subclasses
+        """Return those of ``ignored`` that change nothing beside these members."""
+        return cls.ignored
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> Schema:
@@ -116,11 +113,27 @@ class RequestBody(StrictModel):
             for name, field in schema["properties"].items()
         }
         for name in sorted(cls.ignored):
-            properties[name] = {"description": f"Changes nothing: {IGNORED_FIELDS[name]}."}
+            properties[name] = {"description": f"Changes nothing: {cls.reasons[name]}."}
         for name in sorted(cls.refused):
             properties[name] = {
-                **(nullable({"type": "integer"}) if name == "best_of" else any_of(NEUTRAL_VALUES[name])),
+                **any_of(cls.neutral_values[name]),
                 "description": "Not served: only values that change nothing are taken.",
             }
         schema["properties"] = properties
         return reference
+
+
+class RequestBody(StrictModel):
+    """A request body."""
+
+
+def member_error(code: str, fault: str, member: str) -> PydanticCustomError:
+    """Return the error of an object's validator about one of its members. ``fault`` follows the member's path."""
+    return PydanticCustomError("member", "{fault}", {"code": code, "fault": fault, "member": member})
+
+
+def without_nulls(members: Any) -> Any:
+    """Return an object of any members without those that are null."""
+    if not isinstance(members, dict):
+        return members
+    return {name: value for name, value in members.items() if value is not None}

@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
-from logitserve.protocol.base import IGNORED_FIELDS, NEUTRAL_VALUES, StrictModel
+from logitserve.protocol.base import (
+    IGNORED_FIELDS,
+    MOST_MEMBERS,
+    NEUTRAL_VALUES,
+    RequestBody,
+    StrictModel,
+    member_error,
+    without_nulls,
+)
 from logitserve.protocol.generation import GenerationBody
-from logitserve.protocol.limits import at_most, at_most_items
+from logitserve.protocol.limits import at_most, at_most_items, at_most_members_of
 
-COMPLETIONS_ONLY = frozenset({"suffix", "best_of"})
+COMPLETIONS_ONLY = frozenset({"suffix"})
+
+OUTPUT_FIELDS = {
+    "reasoning_content": "an assistant's past reasoning, which clients send back",
+    "reasoning": "the same by OpenRouter's name",
+    "annotations": "sources that OpenAI's assistant named",
+    "refusal": "OpenAI's text of a refusal, beside the content",
+    "provider_specific_fields": "what LiteLLM keeps of other providers' answers",
+}
+"""Members of an assistant's past answers that clients send back, each with its reason to change nothing."""
+
+IGNORED_IN_MESSAGES = {**OUTPUT_FIELDS, "cache_control": "Anthropic's hint for its cache of prefixes"}
+
+NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "type": ("text",),
+    "tool_calls": ([],),
+    "function_call": (),
+    "audio": (),
+}
 
 
 class TextPart(StrictModel):
     """One part of a message's content; only text is served."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset({"cache_control"})
+    reasons: ClassVar[dict[str, str]] = IGNORED_IN_MESSAGES
 
     type: Literal["text"]
     text: str
@@ -30,26 +59,37 @@ _Parts = Annotated[list[TextPart], Field(fail_fast=True), at_most_items("max_mes
 
 
 class Message(StrictModel):
-    """One message. Text parts are joined by newlines before the chat template sees them."""
+    """One message. Text parts are joined by newlines before the chat template sees them.
+
+    Clients send answers back with every member that OpenAI defines, null where empty.
+    """
+
+    ignored: ClassVar[frozenset[str]] = frozenset(IGNORED_IN_MESSAGES)
+    refused: ClassVar[frozenset[str]] = frozenset(NEUTRAL_IN_MESSAGES)
+    reasons: ClassVar[dict[str, str]] = IGNORED_IN_MESSAGES
+    neutral_values: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL_IN_MESSAGES
+    takes_any_null: ClassVar[bool] = True
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[_Parts, BeforeValidator(_as_parts, json_schema_input_type=str | _Parts)]
+    """A developer is the system where the model's chat template knows no developer."""
+    content: Annotated[_Parts | None, BeforeValidator(_as_parts, json_schema_input_type=str | _Parts)] = None
+    """Only an assistant may have said nothing."""
     name: str | None = None
     tool_call_id: str | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, message: Any) -> Any:
-        """Drop null fields.
+    def _ignored_in(cls, members: dict[str, Any]) -> frozenset[str]:
+        """Return the members of answers where an assistant speaks."""
+        return cls.ignored if members.get("role") == "assistant" else cls.ignored - OUTPUT_FIELDS.keys()
 
-        Clients send answers back with every field that OpenAI defines, null where empty.
-        """
-        if not isinstance(message, dict):
-            return message
-        return {name: value for name, value in message.items() if value is not None}
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise member_error("missing_required_parameter", "is missing", "content")
+        return self
 
     def for_template(self) -> dict[str, str]:
-        fields = {"role": self.role, "content": "\n".join(part.text for part in self.content)}
+        fields = {"role": self.role, "content": "\n".join(part.text for part in self.content or [])}
         if self.name is not None:
             fields["name"] = self.name
         if self.tool_call_id is not None:
@@ -60,7 +100,37 @@ class Message(StrictModel):
 Messages = Annotated[list[Message], Field(fail_fast=True), at_most_items("max_messages", "messages")]
 
 
-class ChatBody(GenerationBody):
+class TemplateFields(RequestBody):
+    """How a conversation becomes a prompt, by the model's chat template."""
+
+    add_generation_prompt: bool = True
+    """Opens the assistant's turn."""
+    continue_final_message: bool = False
+    """Goes on with the last message's text: its turn stays open, and no other is opened."""
+    chat_template_kwargs: Annotated[
+        dict[str, Any],
+        BeforeValidator(without_nulls, json_schema_input_type=dict[str, Any]),
+        at_most_members_of(MOST_MEMBERS, "members"),
+    ] = Field({})
+    """Variables that the model's chat template reads, such as `enable_thinking`."""
+
+    @property
+    def opens_turn(self) -> bool:
+        """Return whether the assistant's turn is opened."""
+        return self.add_generation_prompt and not self.continue_final_message
+
+    def check_template(self) -> None:
+        """Raise BadRequestError for fields that contradict each other."""
+        is_asked = "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt
+        if self.continue_final_message and is_asked:
+            raise BadRequestError(
+                "'continue_final_message' leaves the last turn open and 'add_generation_prompt' opens another: "
+                "set one of them to false.",
+                param="continue_final_message",
+            )
+
+
+class ChatBody(TemplateFields, GenerationBody):
     """The body of a chat request."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(IGNORED_FIELDS)
@@ -70,15 +140,15 @@ class ChatBody(GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=0, le=LARGEST_ID)
     logprobs: bool = False
     top_logprobs: Annotated[int | None, at_most("max_logprobs")] = Field(None, ge=0)
-    add_generation_prompt: bool = True
 
     @property
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def check(self) -> None:
-        super().check()
-        if self.top_logprobs is not None and not self.logprobs:
+        GenerationBody.check(self)
+        self.check_template()
+        if self.top_logprobs and not self.logprobs:
             raise BadRequestError("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:

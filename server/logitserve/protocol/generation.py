@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
-from logitserve.protocol.base import CacheSalt, RequestBody, StrictModel
+from logitserve.protocol.base import CacheSalt, RequestBody, StrictModel, without_nulls
 from logitserve.protocol.limits import at_most, at_most_items, at_most_members, config_of, too_large
 from logitserve.protocol.rows import ReturnHiddenStates, ReturnLogits, TokenId, all_or
 
@@ -41,6 +41,9 @@ class StreamOptions(StrictModel):
     """Options of a stream; ``include_obfuscation`` is accepted and pads nothing."""
 
     include_usage: bool = False
+    """Adds a chunk with the counts of tokens at the end."""
+    continuous_usage_stats: bool = False
+    """Adds the counts so far to every chunk."""
     include_obfuscation: bool = False
 
 
@@ -54,13 +57,18 @@ class SamplingBody(RequestBody):
     """One of the names that /v1/models lists; the first by default."""
     max_tokens: int | None = Field(None, ge=0, le=LARGEST_ID)
     temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, ge=0, le=1)
+    """Share of the probability that the likeliest tokens to draw from have; 0: the likeliest token."""
     min_p: float = Field(0.0, ge=0, le=1)
     """Smallest probability of a token to draw, as a share of the likeliest token's."""
     stop: StopStrings = Field([])
     seed: int | None = Field(None, ge=SMALLEST_SEED, le=LARGEST_SEED)
     """Requests that are equal, their seed included, draw equal tokens."""
-    logit_bias: Annotated[dict[str, Bias], at_most_members("max_logit_bias", "entries")] = Field({})
+    logit_bias: Annotated[
+        dict[str, Bias],
+        BeforeValidator(without_nulls, json_schema_input_type=dict[str, Bias | None]),
+        at_most_members("max_logit_bias", "entries"),
+    ] = Field({})
     """Token ids, as strings, and what is added to their logits before the draw."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
@@ -92,7 +100,7 @@ class GenerationBody(SamplingBody):
     """Likeliest tokens to draw from; 0 and -1: all."""
     skip_special_tokens: bool = True
     return_token_ids: bool = False
-    """Adds `token_ids` to choices and `prompt_token_ids` to the first."""
+    """Adds `token_ids` to choices, and `prompt_token_ids` to a chat's answer or to each prompt's first choice."""
     prompt_logprobs: Annotated[int | None, at_most("max_prompt_logprobs")] = Field(None, ge=0)
     """Likely tokens to show at every position of the prompt, beside its own."""
     return_logits: Annotated[ReturnLogits | None, all_or(ReturnLogits)] = None
@@ -100,13 +108,9 @@ class GenerationBody(SamplingBody):
     return_hidden_states: Annotated[ReturnHiddenStates | None, all_or(ReturnHiddenStates)] = None
     """Adds the last layer's output after the final norm."""
 
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
     def check(self) -> None:
         super().check()
-        if self.stream_options is not None and not self.stream:
+        if not self.stream and self.stream_options not in (None, StreamOptions()):
             raise BadRequestError("'stream_options' needs 'stream' to be true.", param="stream_options")
         if self.return_logits is not None:
             self.return_logits.check_columns("return_logits.")

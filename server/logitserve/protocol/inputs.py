@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, PlainValidator, ValidationInfo
+from pydantic import AfterValidator, Field, PlainValidator, ValidationInfo
 
 from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
 from logitserve.protocol.base import IGNORED_FIELDS, CacheSalt, RequestBody
-from logitserve.protocol.chat import Messages
+from logitserve.protocol.chat import Messages, TemplateFields
 from logitserve.protocol.limits import at_most_items, at_most_of, config_of, too_large
 from logitserve.protocol.rows import MOST_TOKEN_IDS, TokenId
 
@@ -53,6 +53,18 @@ _OneOrMany = (
 Prompts = Annotated[list[Prompt], PlainValidator(_as_prompts, json_schema_input_type=_OneOrMany)]
 
 
+def _not_zero(value: int | None) -> int | None:
+    if value == 0:
+        msg = "must be -1 or at least 1"
+        raise ValueError(msg)
+    return value
+
+
+TruncatePromptTokens = Annotated[
+    Annotated[int, Field(ge=-1, le=LARGEST_ID)] | None, AfterValidator(_not_zero)
+]
+
+
 class InputBody(RequestBody):
     """A model and what it reads. Special tokens are added to text as they are to a completions prompt."""
 
@@ -62,14 +74,16 @@ class InputBody(RequestBody):
     input: Prompts
     """A text or its token ids, or a list of texts or of lists of ids."""
     add_special_tokens: bool = True
+    truncate_prompt_tokens: TruncatePromptTokens = None
+    """Keeps the last tokens of each input; -1: as many as the context holds."""
     cache_salt: CacheSalt | None = None
 
     def check(self) -> None:
         """Check the fields against each other. Raises BadRequestError with the field to change."""
 
 
-class InputOrMessagesBody(RequestBody):
-    """The same, or a conversation under the chat template; ``add_generation_prompt`` opens the assistant's turn."""
+class InputOrMessagesBody(TemplateFields):
+    """The same, or a conversation under the chat template."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(IGNORED_FIELDS)
 
@@ -78,6 +92,8 @@ class InputOrMessagesBody(RequestBody):
     """A text or its token ids, or a list of texts or of lists of ids. Either this or `messages` is needed."""
     messages: Messages | None = Field(None, min_length=1)
     add_special_tokens: bool = True
+    truncate_prompt_tokens: TruncatePromptTokens = None
+    """Keeps the last tokens of each prompt; -1: as many as the context holds."""
     add_generation_prompt: bool = False
     cache_salt: CacheSalt | None = None
 
@@ -85,3 +101,4 @@ class InputOrMessagesBody(RequestBody):
         """Raise BadRequestError unless exactly one of ``input`` and ``messages`` is given."""
         if (self.input is None) == (self.messages is None):
             raise BadRequestError("Exactly one of 'input' and 'messages' is needed.", param="input")
+        self.check_template()

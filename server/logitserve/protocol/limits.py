@@ -74,6 +74,11 @@ def at_most_of(limit: int, unit: str) -> BeforeValidator:
     return _length(limit, unit, "maxItems")
 
 
+def at_most_members_of(limit: int, unit: str) -> BeforeValidator:
+    """Return the validator of an object with a fixed bound."""
+    return _length(limit, unit, "maxProperties")
+
+
 def _length(limit: int | str, unit: str, keyword: Literal["maxItems", "maxProperties"]) -> BeforeValidator:
     def check(value: Any, info: ValidationInfo) -> Any:
         most: int = getattr(config_of(info), limit) if isinstance(limit, str) else limit

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from logitserve.access.caller import Caller
+from logitserve.answers.best_of import BestOfAnswer
 from logitserve.answers.completion import CompletionAnswer
 from logitserve.answers.sending.response import respond
 from logitserve.http.body import JsonBody
@@ -25,4 +26,6 @@ async def create_completion(
 ) -> Response:
     """Continue one or more prompts as they are, without a chat template."""
     job = await make_job(completion_options(body), state, Caller.of(request.scope))
-    return respond(job, CompletionAnswer(job), state, request)
+    best = job.answer.best
+    answer = CompletionAnswer(job) if best is None else BestOfAnswer(job, best)
+    return respond(job, answer, state, request)

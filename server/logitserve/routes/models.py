@@ -29,6 +29,7 @@ def describe(model: Model, name: str) -> dict[str, Any]:
         "device": info.device,
         "kernels": info.kernels,
         "batch_invariant": info.batch_invariant,
+        "system_fingerprint": info.fingerprint,
     }
 
 

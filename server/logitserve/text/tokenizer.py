@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
-from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from logitserve.errors import BadRequestError
+from logitserve.text.chat_template import ChatTemplate, Turns
+from logitserve.text.control_tokens import ControlTokens, unmarked
 from logitserve.text.token_table import TokenTable
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """A conversation as a prompt. ``marked`` has marks at control tokens that its texts spell; None where none does."""
+
+    text: str
+    marked: str | None = None
 
 
 class ModelTokenizer:
@@ -23,12 +32,15 @@ class ModelTokenizer:
     def __init__(self, directory: Path) -> None:
         """Read the tokenizer's files. Raises OSError, ValueError or UnsupportedDecoderError."""
         tokenizer_json = (directory / "tokenizer.json").read_bytes()
-        self.table = TokenTable(orjson.loads(tokenizer_json))
+        spec = orjson.loads(tokenizer_json)
+        self.table = TokenTable(spec)
         self._tokenizer = Tokenizer.from_buffer(tokenizer_json)
         settings = _read_settings(directory)
         self._class_name: str = settings.get("tokenizer_class") or type(self._tokenizer).__name__
         self._special_tokens = _special_tokens(settings)
-        self._template = _chat_template(directory, settings)
+        source = _chat_template(directory, settings)
+        self._template = None if source is None else ChatTemplate(source, self._special_tokens)
+        self._control_tokens = ControlTokens(self._tokenizer, spec, source or "")
 
     @property
     def has_template(self) -> bool:
@@ -41,12 +53,22 @@ class ModelTokenizer:
             "tokenizer_class": self._class_name,
             "vocab_size": self._tokenizer.get_vocab_size(with_added_tokens=True),
             **{name: self._special_tokens.get(name) for name in SPECIAL_TOKENS},
-            "chat_template": self._template,
+            "chat_template": None if self._template is None else self._template.source,
         }
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+    def encode(self, text: str, *, add_special_tokens: bool, limit: int | None = None) -> list[int]:
+        """Return the text's tokens, at most the last ``limit`` of them beside those that the tokenizer adds."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        if limit is None or len(ids) <= limit:
+            return ids
+        is_added = encoding.special_tokens_mask
+        num_before = next((i for i, added in enumerate(is_added) if not added), 0)
+        num_after = next((i for i, added in enumerate(reversed(is_added)) if not added), 0)
+        first = len(ids) - (limit - num_before)
+        if first >= len(ids) - num_after:
+            return ids[-limit:]  # not even room for one token of the text
+        return ids[:num_before] + ids[first:]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of the tokens, special ones included."""
@@ -57,27 +79,48 @@ class ModelTokenizer:
         """Return the tokens as the vocabulary spells them."""
         return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
-    def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        """Return the prompt that the model's chat template makes of ``messages``. Raises BadRequestError."""
+    def render(self, turns: Turns, *, control_tokens_in_messages: bool = False) -> RenderedChat:
+        """Return the prompt that the model's chat template makes of a conversation.
+
+        Control tokens that texts spell are text, those of the assistant's own turns excepted, unless
+        ``control_tokens_in_messages``. Raises BadRequestError.
+        """
         if self._template is None:
             raise BadRequestError(
-                "This model has no chat template; use /v1/completions.",
+                "This model has no chat template for 'messages'; use /v1/completions.",
                 param="messages",
                 code="no_chat_template",
             )
+        texts = [[_texts(message) for message in turns.messages], *turns.variables.values()]
         try:
-            rendered = render_jinja_template(
-                conversations=[messages],
-                chat_template=self._template,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )[0]
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            if control_tokens_in_messages or not self._control_tokens.are_in(texts):
+                return RenderedChat(self._template.render(turns))
+            marked = self._template.render(self._marked(turns))
+        except RecursionError:
             raise BadRequestError(
-                f"The model's chat template refuses these messages: {str(error)[:200]}", param="messages"
-            ) from error
-        text: str = rendered[0]
-        return text
+                "'chat_template_kwargs' holds values that are nested too deeply.",
+                param="chat_template_kwargs",
+            ) from None
+        return RenderedChat(unmarked(marked), marked)
+
+    def _marked(self, turns: Turns) -> Turns:
+        mark = self._control_tokens.mark
+        messages = [{**message, **mark(_texts(message))} for message in turns.messages]
+        variables = {name: mark(value) for name, value in turns.variables.items()}
+        return replace(turns, messages=messages, variables=variables)
+
+    def encode_chat(self, chat: RenderedChat, *, add_special_tokens: bool = False) -> list[int]:
+        """Return a rendered conversation's tokens."""
+        if chat.marked is None:
+            return self.encode(chat.text, add_special_tokens=add_special_tokens)
+        return self._control_tokens.encode(chat.marked, add_special_tokens=add_special_tokens)
+
+
+def _texts(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a message's members that the client wrote: none of an assistant's, and never the role."""
+    if message["role"] == "assistant":
+        return {}
+    return {name: value for name, value in message.items() if name != "role"}
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:

@@ -155,8 +155,10 @@ class AnswerResponse(Response):
         answer = self._answer
         cost = delta.nbytes + LOGPROBS_WEIGHT * delta.logprobs_nbytes
         if cost <= answer.inline_bytes:
-            return answer.add(delta)
-        return await self._state.encode(partial(answer.add, delta), cost, answer.inline_bytes)
+            return answer.add(delta, self._running.counts)
+        return await self._state.encode(
+            partial(answer.add, delta, self._running.counts), cost, answer.inline_bytes
+        )
 
     def _check_size(self, nbytes: int) -> None:
         if nbytes > self._state.config.max_answer_bytes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, with_config
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
 answer = with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -60,3 +60,10 @@ class ErrorAnswer(TypedDict):
 
 Finish = Literal["stop", "length"]
 """Why a choice ended: a stop token or string, or its limit of tokens."""
+
+Fingerprint = Annotated[
+    str,
+    Field(
+        description="Digest of all that decides the bits of a row. Equal ones promise equal rows, where `batch_invariant`."
+    ),
+]

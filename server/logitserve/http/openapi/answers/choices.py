@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from logitserve.http.openapi.answers.base import Finish, Usage, answer
+from logitserve.http.openapi.answers.base import Fingerprint, Finish, Usage, answer
 from logitserve.http.openapi.answers.logprobs import ChatLogprobs, CompletionLogprobs, PromptLogprobs
 from logitserve.http.openapi.answers.rows import HiddenStates, Logits
 
@@ -22,14 +22,15 @@ TokenIds = Annotated[
 ]
 PromptTokenIds = Annotated[
     list[int],
-    Field(description="Tokens of the prompt, for return_token_ids, in the first choice of each prompt."),
+    Field(
+        description="Tokens of the prompt, for return_token_ids; a completion has them in each prompt's first choice."
+    ),
 ]
 
 
 @answer
 class _Tokens(TypedDict):
     token_ids: NotRequired[TokenIds]
-    prompt_token_ids: NotRequired[PromptTokenIds]
     logits: NotRequired[Logits]
     hidden_states: NotRequired[HiddenStates]
 
@@ -62,9 +63,11 @@ class ChatCompletion(TypedDict):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: Fingerprint
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: NotRequired[PromptLogprobs]
+    prompt_token_ids: NotRequired[PromptTokenIds]
 
 
 @answer
@@ -94,9 +97,11 @@ class ChatCompletionChunk(TypedDict):
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
+    system_fingerprint: Fingerprint
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
     prompt_logprobs: NotRequired[PromptLogprobs]
+    prompt_token_ids: NotRequired[PromptTokenIds]
 
 
 @answer
@@ -106,6 +111,7 @@ class _CompletionChoice(_Tokens):
     logprobs: CompletionLogprobs | None
     stop_reason: StopReason
     prompt_logprobs: NotRequired[PromptLogprobs]
+    prompt_token_ids: NotRequired[PromptTokenIds]
 
 
 @answer
@@ -128,6 +134,7 @@ class _CompletionEnvelope(TypedDict):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: Fingerprint
 
 
 @answer

@@ -6,7 +6,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from logitserve.http.openapi.answers.base import Finish, ReadUsage, Usage, answer
+from logitserve.http.openapi.answers.base import Fingerprint, Finish, ReadUsage, Usage, answer
 from logitserve.http.openapi.answers.rows import HiddenStates, Logits
 
 
@@ -30,6 +30,7 @@ class LogitsList(TypedDict):
 
     object: Literal["list"]
     model: str
+    system_fingerprint: Fingerprint
     data: list[InputLogits]
     usage: Usage
 

@@ -53,6 +53,8 @@ class Model(TypedDict):
     kernels: str
     batch_invariant: bool
     """Whether the bits of a request's rows never depend on the requests beside it."""
+    system_fingerprint: str
+    """Digest of all that decides the bits of a row."""
 
 
 @answer

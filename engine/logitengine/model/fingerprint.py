@@ -1,0 +1,141 @@
+"""The fingerprint of a loaded model: a digest of all that decides the bits of its rows.
+
+Where rows are batch invariant, two servers with one fingerprint give equal rows for equal token ids. The reverse
+need not hold: an edit of a comment in the kernels' sources changes the fingerprint and no bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import logitkernels
+import torch
+import transformers
+from logitkernels import Kernels
+
+import logitengine
+from logitengine.run.devices import Device
+
+NUM_DIGITS = 16
+
+NOT_NUMERIC = ("_name_or_path", "transformers_version", "architectures")
+"""Members of config.json that name where a model comes from."""
+
+SOURCES = {Path(logitkernels.__file__).parent: ("**/*.py", "**/*.cpp", "**/*.h")} | {
+    Path(logitengine.__file__).parent / room: ("**/*.py",) for room in ("model", "run")
+}
+"""Folders whose files compute rows, and which of their files do."""
+
+CPU_PATH = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni")
+"""Instruction sets with which the native kernels sum bfloat16 products in the processor's own order."""
+
+
+class WeightsDigest:
+    """The digest of a checkpoint's weights and config, computed on a thread while the model loads.
+
+    A file's digest is kept in the user's cache, under its path, size and times.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._files = sorted(directory.glob("*.safetensors"))
+        self._config = directory / "config.json"
+        self._digests: Future[list[str]] = Future()
+        # A daemon: a model that is refused meanwhile ends the process at once.
+        threading.Thread(target=self._compute, name="digest", daemon=True).start()
+
+    def _compute(self) -> None:
+        try:
+            self._digests.set_result([file_digest(path) for path in self._files])
+        except Exception as error:  # noqa: BLE001 - for whoever waits
+            self._digests.set_exception(error)
+
+    def result(self) -> str:
+        """Wait for the digest. Raises OSError for a file that cannot be read."""
+        config = json.loads(self._config.read_bytes())
+        known = {name: value for name, value in config.items() if name not in NOT_NUMERIC}
+        names = [path.name for path in self._files]
+        return digest_of([known, list(zip(names, self._digests.result(), strict=True))])
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's content. It is computed once for a path, size and time of change."""
+    status = path.resolve().stat()
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    identity = f"{path.resolve()}|{status.st_size}|{status.st_ino}|{times}"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logitserve" / "digests"
+    kept = root / hashlib.sha256(identity.encode()).hexdigest()[:24]
+    with contextlib.suppress(OSError):
+        return kept.read_text()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next start this time again
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor, draft = tempfile.mkstemp(dir=root, prefix=".draft-")
+        with os.fdopen(descriptor, "w") as file_of_digest:
+            file_of_digest.write(digest)
+        Path(draft).replace(kept)
+    return digest
+
+
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(
+    weights: str, stored_as: str, dtype: str, kernels: Kernels, device: Device, *, is_fused: bool
+) -> str:
+    """Return the fingerprint.
+
+    Args:
+        weights: the result of WeightsDigest.
+        stored_as: how linear layers store their weights.
+    """
+    facts = [weights, stored_as, dtype, kernels.name, kernels.batch_invariant, is_fused, _sources_digest()]
+    facts += [
+        torch.__version__,
+        transformers.__version__,
+        *_machine(kernels, device, stored_as, dtype, is_fused=is_fused),
+    ]
+    return f"fp_{digest_of(facts)[:NUM_DIGITS]}"
+
+
+def _machine(kernels: Kernels, device: Device, stored_as: str, dtype: str, *, is_fused: bool) -> list[Any]:
+    """Return what the machine adds: nothing of its instruction sets where no row depends on them."""
+    if device.torch_device.type == "cuda":
+        return [torch.cuda.get_device_name(device.torch_device), torch.version.cuda]
+    machine: list[Any] = [platform.machine()]
+    if kernels.name != "cpu" or not is_fused:  # torch computes
+        machine += [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    elif stored_as == "dense" and dtype == "bfloat16":
+        machine.append(_sums_bfloat16_itself())
+    return machine
+
+
+def _sums_bfloat16_itself() -> bool:
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+        return set(CPU_PATH) <= set(flags)
+    return False
+
+
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    for path in _source_files():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _source_files() -> Iterable[Path]:
+    for folder, patterns in SOURCES.items():
+        yield from sorted(path for pattern in patterns for path in folder.glob(pattern))
