@@ -31,7 +31,9 @@ class Grammars:
         self._vocabulary = vocabulary
         self._wake = wake
         self._kept: OrderedDict[str, Future[CompiledGrammar]] = OrderedDict()
-        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="grammar", initializer=_yield_to_steps)
+        self._pool = ThreadPoolExecutor(
+            NUM_THREADS, thread_name_prefix="grammar", initializer=_yield_to_steps
+        )
 
     def state(self, grammar: str) -> ParseState:
         """Return the state before the first token. Raises GrammarError if this model's tokens have no grammars."""

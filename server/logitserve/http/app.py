@@ -60,7 +60,7 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await engine.close()
-            state.close()
+            await state.close()
 
     app = FastAPI(
         title="logitserve",
