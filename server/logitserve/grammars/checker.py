@@ -36,6 +36,10 @@ class _CheckerProcess:
         pipe = asyncio.subprocess.PIPE
         return cls(await asyncio.create_subprocess_exec(*COMMAND, *arguments, stdin=pipe, stdout=pipe))
 
+    @property
+    def is_dead(self) -> bool:
+        return self._process.returncode is not None
+
     async def ask(self, question: Question) -> Verdict:
         """Return the process's verdict. Raises EOFError when it dies."""
         content = msgspec.msgpack.encode(question)
@@ -56,7 +60,7 @@ class _CheckerProcess:
         return msgspec.msgpack.decode(await stdout.readexactly(length), type=Verdict)
 
     async def kill(self) -> None:
-        if self._process.returncode is None:
+        if not self.is_dead:
             self._process.kill()
         await self._process.wait()
 
@@ -117,7 +121,7 @@ class GrammarChecker:
         """Ask the process. It is killed whenever it does not answer, as when the client leaves."""
         is_answered = False
         try:
-            if self._process is None:
+            if self._process is None or self._process.is_dead:
                 await self._start(info)
             assert self._process is not None  # noqa: S101 - it has just been started
             async with asyncio.timeout(self._seconds):
