@@ -208,7 +208,7 @@ class Times(BaseModel):
     grammar_timeout: Seconds = Field(
         5.0,
         gt=0,
-        description="seconds to compile one request's schema or grammar, and to wait for the process that does so",
+        description="seconds to compile one request's schema or grammar",
     )
     drain_delay: Seconds = Field(
         0.0,

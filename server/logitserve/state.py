@@ -71,7 +71,7 @@ class ServerState:
         self.config = config
         self.keys = KeyRing(config.api_key, config.api_key_file)
         self.tokenizer_workers = TokenizerWorkers(config.tokenize_timeout)
-        self.grammars = GrammarChecker(config.grammar_timeout)
+        self.grammars = GrammarChecker(config.grammar_timeout, config.queue_timeout)
         self.held_bodies = HeldBodies(config.max_total_body_bytes)
         self.held_bytes = HeldBytes(config.max_held_bytes, config.held_timeout or None)
         self.queue = RequestQueue(config.max_queued_requests, config.max_queued_tokens)

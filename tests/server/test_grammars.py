@@ -184,11 +184,11 @@ async def test_a_grammar_that_compiles_for_long_is_refused_and_its_process_repla
 
 
 async def test_a_grammar_that_waits_for_others_for_long_is_told_to_come_again(open_app: OpenApp) -> None:
-    async with open_app(one_token, grammar_timeout=0.5) as app:
+    async with open_app(one_token, queue_timeout=0.1) as app:
         async with app.state.grammars._free:
             answer = await app.post(CHAT, body(CHAT, response_format={"type": "json_object"}))
         assert answer.status_code == 503
-        assert answer.json()["error"]["code"] == "grammar_busy"
+        assert answer.json()["error"]["code"] == "queue_timeout"
         assert "Retry-After" in answer.headers
 
 

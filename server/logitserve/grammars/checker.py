@@ -72,11 +72,13 @@ class GrammarChecker:
     grammar at a time; verdicts are kept by content.
 
     Args:
-        seconds: time for one grammar, and for the process to come free.
+        seconds: time for one grammar.
+        queue_seconds: time for the process to come free; 0: any.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, queue_seconds: float) -> None:
         self._seconds = seconds
+        self._queue_seconds = queue_seconds
         self._process: _CheckerProcess | None = None
         self._free = asyncio.Lock()
         self._kept: OrderedDict[tuple[GrammarKind, str], Verdict] = OrderedDict()
@@ -107,13 +109,13 @@ class GrammarChecker:
 
     async def _wait_free(self) -> None:
         try:
-            async with asyncio.timeout(self._seconds):
+            async with asyncio.timeout(self._queue_seconds or None):
                 await self._free.acquire()
         except TimeoutError:
             raise ApiError(
                 503,
-                f"Grammars of other requests were being compiled for {self._seconds:g} s (--grammar-timeout); try again.",
-                code="grammar_busy",
+                f"Grammars of other requests were being compiled for {self._queue_seconds:g} s (--queue-timeout); try again.",
+                code="queue_timeout",
                 headers={"Retry-After": RETRY_AFTER_SECONDS},
             ) from None
 

@@ -34,7 +34,11 @@ def translate(kind: GrammarKind, text: str) -> str:
             return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
         case "regex":
             return LLMatcher.grammar_from_regex(text)
-        case "choice" | "grammar":
+        case "choice":
+            # One terminal: the parser bounds the alternatives of a rule.
+            choices = " | ".join(orjson.dumps(choice).decode() for choice in orjson.loads(text))
+            return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
+        case "grammar":
             try:
                 return grammar_from(kind, text)
             except (ValueError, RecursionError) as error:
