@@ -300,7 +300,9 @@ def test_a_gated_sequence_holds_up_no_other(overlapping: LoadedModel, plain: Loa
     with_both = [index for index, names in enumerate(steps) if "a" in names]
     assert min(np.diff(with_both)) >= 2
     assert answers["a"].finish_reason == "stop"
-    assert_same(answers["n"], run(make_engine(overlapping), [neighbour])["n", 0])
+    alone = run(make_engine(overlapping), [neighbour])["n", 0]
+    assert answers["n"].token_ids == alone.token_ids
+    assert answers["n"].rows.tobytes() == alone.rows.tobytes()
     without_overlap = run(make_engine(plain), [constrained])["a", 0]
     assert_same(answers["a"], without_overlap)
 

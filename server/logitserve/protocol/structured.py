@@ -15,6 +15,13 @@ from logitserve.protocol.limits import at_most_of
 MOST_CHOICES = 65_536
 
 
+def _schema_source(schema: dict[str, Any], param: str) -> GrammarSource:
+    try:
+        return GrammarSource("json_schema", orjson.dumps(schema).decode(), param)
+    except orjson.JSONEncodeError as error:
+        raise BadRequestError(f"'{param}' is nested too deep: {error}.", param=param) from error
+
+
 class JsonSchemaFormat(StrictModel):
     """A named JSON Schema. The answer follows it whether or not it is ``strict``."""
 
@@ -42,8 +49,7 @@ class ResponseFormat(StrictModel):
     @property
     def source(self) -> GrammarSource | None:
         if self.json_schema is not None:
-            schema = orjson.dumps(self.json_schema.schema_).decode()
-            return GrammarSource("json_schema", schema, "response_format.json_schema.schema")
+            return _schema_source(self.json_schema.schema_, "response_format.json_schema.schema")
         return GrammarSource("json_object", "", "response_format") if self.type == "json_object" else None
 
 
@@ -89,7 +95,7 @@ class StructuredOutputs(StrictModel):
     @property
     def source(self) -> GrammarSource:
         if self.json_ is not None:
-            return GrammarSource("json_schema", orjson.dumps(self.json_).decode(), "structured_outputs.json")
+            return _schema_source(self.json_, "structured_outputs.json")
         if self.regex is not None:
             return GrammarSource("regex", self.regex, "structured_outputs.regex")
         if self.choice is not None:
