@@ -6,6 +6,7 @@ The model reads and writes bytes. Its head has more logits than the tokenizer ha
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -252,15 +253,14 @@ def test_masks_that_take_long_are_made_on_threads(
     expected = run(make_engine(plain), requests)
     monkeypatch.setattr(parse_state, "SLOW_SECONDS", -1.0)
     engine = make_engine(plain)
-    later = []
-    monkeypatch.setattr(
-        parse_state.ParseState,
-        "make_mask_later",
-        lambda state, making, known=parse_state.ParseState.make_mask_later: (
-            later.append(state),
-            known(state, making),
-        ),
-    )
+    later: list[Future[None]] = []
+    make_mask_later = parse_state.ParseState.make_mask_later
+
+    def counted(state: parse_state.ParseState, making: Future[None]) -> None:
+        later.append(making)
+        make_mask_later(state, making)
+
+    monkeypatch.setattr(parse_state.ParseState, "make_mask_later", counted)
     answers = run(engine, requests)
     assert len(later) > 5
     for key, answer in answers.items():

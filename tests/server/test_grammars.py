@@ -27,7 +27,7 @@ def one_token(request: GenerationRequest) -> list[Step]:
 
 
 def body(path: str, **fields: Any) -> dict[str, Any]:
-    prompt = {
+    prompt: dict[str, dict[str, Any]] = {
         CHAT: {"messages": [{"role": "user", "content": "Hi"}]},
         "/v1/completions": {"prompt": "Hi"},
         "/v1/logits": {"input": "Hi", "positions": "generated"},
