@@ -55,6 +55,12 @@ class ParseState:
         return self._mask
 
     @property
+    def may_end(self) -> bool:
+        """Whether the answer may end here."""
+        mask = self.mask
+        return mask is not None and self._vocabulary.allows_end(mask)
+
+    @property
     def is_over(self) -> bool:
         """Whether nothing but the answer's end may come next."""
         mask = self.mask

@@ -71,6 +71,12 @@ class Vocabulary:
             mask[token_id // WORD_BITS] |= np.uint32(1 << token_id % WORD_BITS)
         return mask.view(np.int32)
 
+    def allows_end(self, mask: Mask) -> bool:
+        """Whether the mask holds a token that ends an answer."""
+        return any(
+            int(mask[token_id // WORD_BITS]) >> token_id % WORD_BITS & 1 for token_id in self._eos_token_ids
+        )
+
     def compile(self, grammar: str) -> CompiledGrammar:
         """Compile a grammar of llguidance, and find its first tokens. Raises GrammarError.
 
@@ -88,7 +94,8 @@ class Vocabulary:
     def fill(self, matcher: LLMatcher) -> Mask:
         """Return the mask of the matcher's next token. It means nothing if the matcher is in error afterwards."""
         mask = np.empty(-(-self.tokenizer.vocab_size // WORD_BITS), np.int32)
-        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        # Ten times faster than mask.ctypes.data.
+        matcher.unsafe_compute_mask_ptr(mask.__array_interface__["data"][0], mask.nbytes)
         return mask[: self._num_words]
 
 

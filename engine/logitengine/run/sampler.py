@@ -54,9 +54,10 @@ class Sampler:
         sampling, grammar = sequence.sampling, sequence.grammar
         is_early = sequence.num_generated < sampling.min_tokens
         if grammar is not None:
-            if not (is_early or sampling.ignore_eos) or grammar.is_over:
-                return ()
-            return self._eos_token_ids + (sampling.stop_token_ids if is_early else ())
+            stops = sampling.stop_token_ids if is_early else ()
+            if not (is_early or sampling.ignore_eos) or not grammar.may_end:
+                return stops
+            return () if grammar.is_over else self._eos_token_ids + stops
         if not is_early:
             return ()
         return sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos_token_ids)
