@@ -5,6 +5,7 @@
     python benchmarks/serve.py --peer transformers               # and transformers' batched generate, interleaved
     python benchmarks/serve.py --peer openvino                   # and OpenVINO GenAI, if it is installed
     python benchmarks/serve.py --peer-url http://127.0.0.1:9000  # and any OpenAI-compatible server
+    python benchmarks/serve.py --schema --streams 16             # and answers that follow a JSON schema
     python benchmarks/serve.py --logits                          # and full-vocabulary float32 base64 rows on every token
 
 Every round measures each contestant once, one after the other, so that a slow minute of the machine affects
@@ -27,6 +28,29 @@ from typing import Any
 
 from http_load import RandomPrompts, greedy, machine, post, serving
 from peers import IN_PROCESS, Measure
+
+LONG_SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "people",
+        "schema": {
+            "type": "array",
+            "minItems": 10_000,
+            "items": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string", "maxLength": 20},
+                    "age": {"type": "integer", "minimum": 0, "maximum": 120},
+                    "kind": {"enum": ["friend", "colleague", "stranger"]},
+                    "tags": {"type": "array", "items": {"type": "string", "maxLength": 10}, "maxItems": 3},
+                },
+                "required": ["name", "age", "kind", "tags"],
+                "additionalProperties": False,
+            },
+        },
+    },
+}
+"""A schema whose shortest text is longer than any answer that is measured."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +100,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--logits", action="store_true", help="also with the whole vocabulary on every token")
+    parser.add_argument("--schema", action="store_true", help="also with a JSON schema that answers follow")
     parser.add_argument("--peer", choices=sorted(IN_PROCESS), action="append", default=[])
     parser.add_argument("--peer-url", action="append", default=[], help="an OpenAI-compatible server")
     parser.add_argument("--peer-model", help="the model name that the peer's URL expects")
@@ -87,6 +112,8 @@ def make_contestants(url: str, arguments: argparse.Namespace) -> dict[str, Measu
     contestants: dict[str, Measure] = {"logitserve": http_measure(url, {})}
     if arguments.logits:
         contestants["logitserve, full float32 logits"] = http_measure(url, {"return_logits": True})
+    if arguments.schema:
+        contestants["logitserve, JSON schema"] = http_measure(url, {"response_format": LONG_SCHEMA})
     for peer_url in arguments.peer_url:
         extra = {"model": arguments.peer_model} if arguments.peer_model else {}
         contestants[peer_url] = http_measure(peer_url, extra)

@@ -24,6 +24,7 @@ FORBIDDEN = {
 ROOMS = {
     "link": {"schedule", "model", "run", "engine", "process"},
     "schedule": {"model", "run", "engine", "process"},
+    "grammar": {"link", "schedule", "model", "run", "engine", "process"},
 }
 """Rooms of the engine that are free of torch, each with the modules that it must not import."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from logitkernels.sampling import NOTHING_ALLOWED
@@ -12,6 +12,9 @@ from msgspec.structs import replace
 
 from logitengine.config import EngineConfig
 from logitengine.errors import EngineOverloadedError, RequestRefusedError
+from logitengine.grammar.grammars import Grammars
+from logitengine.grammar.parse_state import ParseState
+from logitengine.grammar.vocabulary import GrammarError, Vocabulary
 from logitengine.link.messages import STEP_SECONDS, EngineStats, GenerationRequest, ModelInfo, StepOutput
 from logitengine.link.row_bytes import prompt_row_nbytes
 from logitengine.model.loader import LoadedModel
@@ -51,9 +54,14 @@ class Engine:
     """Continuous batching over one model.
 
     ``add`` and ``abort`` change the queue; ``step`` computes the next batch and returns its outputs.
+
+    Args:
+        wake: called on a thread when a step may have work after one that had none.
     """
 
-    def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
+    def __init__(
+        self, config: EngineConfig, loaded: LoadedModel, wake: Callable[[], None] = lambda: None
+    ) -> None:
         self.config = config
         self.info: ModelInfo = loaded.info
         self._runner = loaded.runner
@@ -63,6 +71,10 @@ class Engine:
         )
         self._scheduler = Scheduler(config, self._blocks)
         self._sampler = Sampler(loaded.info.eos_token_ids)
+        info = loaded.info
+        self._vocabulary = Vocabulary(info.tokenizer_path, info.vocab_size, info.eos_token_ids)
+        self._grammars = Grammars(self._vocabulary, wake)
+        self._awaiting: set[Sequence] = set()
         self._under_way: _Step | None = None
         self._requests: dict[str, _Request] = {}
         self._num_arrivals = 0
@@ -75,18 +87,36 @@ class Engine:
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises RequestRefusedError or EngineOverloadedError; nothing has changed then."""
         self._check(request)
+        grammars = self._parse_states(request)
         info = self.info
         row_nbytes = prompt_row_nbytes(request.outputs, info.vocab_size, info.hidden_size, info.heads)
         sequences: list[Sequence] = []
         for index in range(request.n):
             leader = sequences[0] if sequences else None
             sequences.append(
-                Sequence.of(request, index, self._num_arrivals, leader=leader, row_nbytes=row_nbytes)
+                Sequence.of(
+                    request,
+                    index,
+                    self._num_arrivals,
+                    leader=leader,
+                    row_nbytes=row_nbytes,
+                    grammar=grammars[index],
+                )
             )
+            if grammars[index] is not None:
+                self._awaiting.add(sequences[-1])
             self._num_arrivals += 1
             self._scheduler.add(sequences[-1])
         window = self.config.logits_window_bytes
         self._requests[request.request_id] = _Request(sequences, min(window, request.window_bytes or window))
+
+    def prepare_grammars(self) -> str | None:
+        """Make what the first request with a grammar would wait for. Returns why this model has no grammars, if so."""
+        try:
+            _ = self._vocabulary.tokenizer
+        except GrammarError as error:
+            return str(error)
+        return None
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Forget a request or one of its choices, and free its blocks. Unknown ids are ignored."""
@@ -151,14 +181,15 @@ class Engine:
         On a device that overlaps, the outputs are those of the step before the one launched here.
         """
         begun_at = time.monotonic()
+        outputs = self._settle_grammars()
         launched = self._launch(begun_at)
         if self._device.overlaps:
             launched, self._under_way = self._under_way, launched
         if launched is None:
-            return []
-        outputs = self._report(launched)
-        self._count(launched.plan.chunks, outputs, time.monotonic() - begun_at)
-        return outputs
+            return outputs
+        reported = self._report(launched)
+        self._count(launched.plan.chunks, reported, time.monotonic() - begun_at)
+        return outputs + reported
 
     def _launch(self, begun_at: float) -> _Step | None:
         """Launch the next step on the device. Sequences continue from tokens that only the device knows yet."""
@@ -202,7 +233,7 @@ class Engine:
                     output = replace(output, begun_seconds=time.monotonic() - step.begun_at)
                 outputs.append(output)
                 self._deliver(sequence, output)
-        return outputs
+        return outputs + self._make_masks(drawn)
 
     def _drawn_output(
         self, sequence: Sequence, row: int, position: int, token_id: int, rows: StepRows
@@ -218,6 +249,53 @@ class Engine:
         if position + 1 - sequence.num_prompt_tokens >= sequence.sampling.max_tokens:
             return replace(output, finish_reason="length")
         return output
+
+    def _make_masks(self, sequences: Iterable[Sequence]) -> list[StepOutput]:
+        """Make the masks of the next tokens. On a device that overlaps, the next step of the others is under way."""
+        advanced = [
+            (sequence, sequence.grammar)
+            for sequence in sequences
+            if sequence.grammar is not None and not sequence.is_finished
+        ]
+        if not advanced:
+            return []
+        for sequence, grammar in advanced:
+            grammar.learn(sequence.token_ids[sequence.num_known - 1])
+        self._grammars.make_masks(grammar for _, grammar in advanced)
+        self._awaiting.update(sequence for sequence, _ in advanced)
+        return self._settle_grammars()
+
+    def _settle_grammars(self) -> list[StepOutput]:
+        """Fail the sequences whose grammar cannot be followed any further. Those whose threads still work are left."""
+        outputs: list[StepOutput] = []
+        for sequence in list(self._awaiting):
+            grammar = sequence.grammar
+            if grammar is not None and not grammar.is_settled and not sequence.is_finished:
+                continue
+            self._awaiting.remove(sequence)
+            if grammar is None or grammar.mask is not None or sequence.is_finished:
+                continue
+            outputs.append(
+                StepOutput(
+                    request_id=sequence.request_id,
+                    index=sequence.index,
+                    num_cached_tokens=sequence.num_cached or 0,
+                    finish_reason="error",
+                    error="grammar_failed",
+                    error_detail=grammar.error,
+                )
+            )
+            self._deliver(sequence, outputs[-1])
+        return outputs
+
+    def _parse_states(self, request: GenerationRequest) -> list[ParseState | None]:
+        """Return a state for each choice. A request for no tokens has none. Raises RequestRefusedError."""
+        if request.grammar is None or request.sampling.max_tokens == 0:
+            return [None] * request.n
+        try:
+            return [self._grammars.state(request.grammar) for _ in range(request.n)]
+        except GrammarError as error:
+            raise RequestRefusedError(str(error)) from error
 
     def _prompt_output(self, chunk: Chunk, rows: StepRows) -> StepOutput | None:
         """Report a chunk without a draw: prompt rows, a prompt-only request's end, a request's beginning."""

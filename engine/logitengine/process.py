@@ -118,6 +118,10 @@ class Heart:
                 return  # the receiving thread reports that the server is gone
 
 
+class _Wake:
+    """Ends the wait for a message: a step may have work."""
+
+
 class EngineLoop:
     """Moves messages between the channel and the engine."""
 
@@ -125,7 +129,7 @@ class EngineLoop:
         self._channel = channel
         self._heart = Heart(channel)
         self._engine: Engine | None = None
-        self._inbox: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToEngine | _Wake | None] = queue.SimpleQueue()
 
     def run(self, config: EngineConfig) -> int:
         """Load, then serve until the server closes the socket. Returns the process's exit status."""
@@ -169,7 +173,10 @@ class EngineLoop:
         logger.info("loading %s", config.model)
         loaded = load(config, checkpoint=checkpoint)
         loaded.kernels.pin_threads()
-        engine = self._engine = Engine(config, loaded)
+        engine = self._engine = Engine(config, loaded, self._wake)
+        missing = engine.prepare_grammars() if engine.info.can_generate else None
+        if missing is not None:
+            logger.info("%s", missing)
         pages = PageTaker(loaded.runner.kv_cache.blocks)
         gc.freeze()
         gc.enable()
@@ -193,7 +200,8 @@ class EngineLoop:
                 message = self._inbox.get(block=wait, timeout=IDLE_SECONDS)
                 if message is None or isinstance(message, Shutdown):
                     return False
-                self._handle(engine, message)
+                if not isinstance(message, _Wake):
+                    self._handle(engine, message)
                 wait = False
         except queue.Empty:
             return True
@@ -219,6 +227,9 @@ class EngineLoop:
         except (OSError, TransportError):
             logger.exception("nothing more can be received from the server")
         self._inbox.put(None)
+
+    def _wake(self) -> None:
+        self._inbox.put(_Wake())
 
     def _send(self, message: FromEngine) -> None:
         try:

@@ -147,6 +147,9 @@ class RequestBounds(BaseModel):
     max_stop: int = Field(16, ge=1, description="most stop strings, and most stop token ids")
     max_stop_length: int = Field(256, ge=1, description="longest stop string, in characters")
     max_logit_bias: int = Field(1024, ge=1, description="most entries of logit_bias")
+    max_grammar_bytes: Bytes = Field(
+        256 << 10, ge=1, description="largest JSON schema, list of choices, regex or grammar of an answer"
+    )
 
 
 class Conversations(BaseModel):
@@ -222,6 +225,11 @@ class Times(BaseModel):
         10.0,
         gt=0,
         description="seconds to render and tokenize one request's prompts, and to wait for a thread that does so",
+    )
+    grammar_timeout: Seconds = Field(
+        5.0,
+        gt=0,
+        description="seconds to compile one request's schema or grammar",
     )
     drain_delay: Seconds = Field(
         0.0,

@@ -18,6 +18,7 @@ from logitengine.link.messages import ModelInfo
 from logitserve.access.keys import KeyRing
 from logitserve.config import ServerConfig
 from logitserve.errors import ApiError, not_ready
+from logitserve.grammars.checker import GrammarChecker
 from logitserve.held_bodies import HeldBodies
 from logitserve.held_bytes import HeldBytes
 from logitserve.request_queue import RequestQueue
@@ -75,6 +76,7 @@ class ServerState:
         self.config = config
         self.keys = KeyRing(config.api_key, config.api_key_file)
         self.tokenizer_workers = TokenizerWorkers(config.tokenize_timeout)
+        self.grammars = GrammarChecker(config.grammar_timeout, config.queue_timeout)
         self.held_bodies = HeldBodies(config.max_total_body_bytes)
         self.held_bytes = HeldBytes(config.max_held_bytes, config.held_timeout or None)
         self.queue = RequestQueue(config.max_queued_requests, config.max_queued_tokens)
@@ -174,6 +176,7 @@ class ServerState:
             self.idle.set()
 
     async def close(self) -> None:
+        await self.grammars.close()
         self.tokenizer_workers.close()
         self._encoding_pool.shutdown(wait=False, cancel_futures=True)
         if self.tracing is not None:

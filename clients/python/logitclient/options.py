@@ -54,6 +54,8 @@ class SamplingOptions(TypedDict, total=False):
     stop_token_ids: TokenIds
     ignore_eos: bool
     cache_salt: str
+    response_format: Mapping[str, object]
+    structured_outputs: Mapping[str, object]
 
 
 class GenerationOptions(SamplingOptions, total=False):

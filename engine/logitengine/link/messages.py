@@ -16,8 +16,9 @@ LogitsDtype = Literal["float32", "float16", "bfloat16"]
 LogitsStage = Literal["raw", "processed"]
 LogitsPositions = Literal["generated", "prompt", "all"]
 FinishReason = Literal["stop", "length", "error"]
-DrawError = Literal["not_finite", "nothing_allowed"]
-"""Why no token could be drawn: the model's logits were not finite, or the request's bans left no token."""
+DrawError = Literal["not_finite", "nothing_allowed", "grammar_failed"]
+"""Why no token could be drawn: the model's logits were not finite, the request's bans left no token, or its grammar
+could not be followed any further."""
 Pooling = Literal["mean", "last", "cls"]
 
 
@@ -148,6 +149,8 @@ class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     n: int = 1
     cache_salt: str | None = None
     window_bytes: int | None = None
+    grammar: str | None = None
+    """The grammar that every choice follows, in llguidance's own JSON."""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logits: LogitsSpec | None = None
@@ -241,6 +244,8 @@ class StepOutput(Struct, frozen=True, kw_only=True, array_like=True):
     """Set where ``finish_reason`` is "error"."""
     begun_seconds: float = 0.0
     """Seconds since the request's first step began; set on the output of that step."""
+    error_detail: str | None = None
+    """What the grammar's parser said, where ``error`` is "grammar_failed"."""
 
     @property
     def nbytes(self) -> int:

@@ -136,7 +136,7 @@ def plan_step(
         chunks=chunks,
         batch=batch,
         sampling=[sampling_of(chunk.sequence) for chunk in drawing],
-        allowed=None,
+        allowed=_masks(drawing),
         logits=[DrawnGroup(spec, rows) for spec, rows in logits.items()],
         logprobs=[DrawnGroup(top, rows) for top, rows in logprobs.items()],
         hidden_states=[DrawnGroup(spec, rows) for spec, rows in hidden_states.items()],
@@ -144,6 +144,19 @@ def plan_step(
         holds=[_hold(chunk, starts[chunk.sequence]) for chunk in computing if chunk.num_held],
         dropped=list(dropped),
     )
+
+
+def _masks(drawing: list[Chunk]) -> NDArray[np.int32] | None:
+    """Return the masks of the draw's rows, if any sequence follows a grammar: int32 [rows, words]."""
+    grammars = [chunk.sequence.grammar for chunk in drawing]
+    masks = {row: grammar.mask for row, grammar in enumerate(grammars) if grammar is not None}
+    allowed: NDArray[np.int32] | None = None
+    for row, mask in masks.items():
+        assert mask is not None  # noqa: S101 - the scheduler has seen to it
+        if allowed is None:
+            allowed = np.full((len(drawing), len(mask)), -1, dtype=np.int32)
+        allowed[row] = mask
+    return allowed
 
 
 def _prompt_rows(chunk: Chunk, batch_start: int) -> PromptRows:

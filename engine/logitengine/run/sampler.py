@@ -42,12 +42,22 @@ class Sampler:
         """Whether this token is a stop or EOS token of the sequence."""
         sampling = sequence.sampling
         return token_id in sampling.stop_token_ids or (
-            token_id in self._eos_token_ids and not sampling.ignore_eos
+            # A grammar allows these tokens at its own end only.
+            token_id in self._eos_token_ids and (not sampling.ignore_eos or sequence.grammar is not None)
         )
 
     def _banned(self, sequence: Sequence) -> tuple[int, ...]:
-        """Return the stop and EOS tokens until ``min_tokens`` are generated, so that nothing ends the answer before."""
-        sampling = sequence.sampling
-        if sequence.num_generated >= sampling.min_tokens:
+        """Return the stop and EOS tokens until ``min_tokens`` are generated, so that nothing ends the answer before.
+
+        A grammar that is over ends it all the same. With ``ignore_eos`` a grammar goes on as long as it can.
+        """
+        sampling, grammar = sequence.sampling, sequence.grammar
+        is_early = sequence.num_generated < sampling.min_tokens
+        if grammar is not None:
+            stops = sampling.stop_token_ids if is_early else ()
+            if not (is_early or sampling.ignore_eos) or not grammar.may_end:
+                return stops
+            return () if grammar.is_over else self._eos_token_ids + stops
+        if not is_early:
             return ()
         return sampling.stop_token_ids + (() if sampling.ignore_eos else self._eos_token_ids)

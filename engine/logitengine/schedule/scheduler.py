@@ -181,7 +181,7 @@ class Scheduler:
                 break
             if sequence.state is not SequenceState.WAITING or sequence.is_answered:
                 continue
-            if sequence.must_wait_for_leader:
+            if sequence.must_wait_for_leader or sequence.must_wait_for_grammar:
                 continue
             if not self._admit(sequence):
                 break
@@ -201,6 +201,9 @@ class Scheduler:
         if self._config.max_prefill_chunk is not None:
             count = min(count, self._config.max_prefill_chunk)
         stop = start + max(count, 0)
+        if sequence.awaits_mask:
+            # It may compute all but the token whose step draws. Nobody else waits for it.
+            stop = max(start, min(stop, sequence.num_tokens - 1))
         given = sequence.num_rows_given
         rows = range(given, given)
         if sequence.owes_rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from logitengine.grammar.parse_state import ParseState
 from logitengine.link.messages import GenerationRequest, OutputSpec, SamplingParams
 from logitengine.schedule.prompt import Prompt, root_digest
 from logitengine.schedule.token_counts import TokenCounts
@@ -33,6 +34,7 @@ class Sequence:
         leader: the first choice of the same request; the others wait for its prefill, then share its blocks.
         row_nbytes: bytes that the reader gets for each prompt row; 0 if nothing is sent.
         window_bytes: the request's own bound on unread outputs; None: the engine's.
+        grammar: where the answer stands in its grammar; None without one.
         token_ids: the prompt, then the generated tokens. The newest ``num_unknown`` of them are placeholders
             for tokens that launched steps have drawn.
         draw_row: row of the newest token in the latest draw while the host does not know the token, else
@@ -55,6 +57,7 @@ class Sequence:
     leader: Sequence | None = None
     row_nbytes: int = 0
     window_bytes: int | None = None
+    grammar: ParseState | None = None
     state: SequenceState = SequenceState.WAITING
     token_ids: list[int] = field(init=False)
     block_table: list[int] = field(default_factory=list)
@@ -87,6 +90,7 @@ class Sequence:
         *,
         leader: Sequence | None = None,
         row_nbytes: int = 0,
+        grammar: ParseState | None = None,
     ) -> Sequence:
         """Make the sequence for choice ``index`` of a request."""
         return cls(
@@ -99,6 +103,7 @@ class Sequence:
             leader=leader,
             row_nbytes=row_nbytes,
             window_bytes=request.window_bytes,
+            grammar=grammar,
         )
 
     @property
@@ -167,6 +172,17 @@ class Sequence:
             and not leader.is_finished
             and (leader.num_computed < leader.num_prompt_tokens or leader.owes_rows)
         )
+
+    @property
+    def must_wait_for_grammar(self) -> bool:
+        """Whether its grammar is still being compiled."""
+        return self.grammar is not None and not self.grammar.is_compiled
+
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether it is unknown which tokens may come next: because of a token that the host has not read, or a thread."""
+        grammar = self.grammar
+        return grammar is not None and (self.num_unknown > 0 or grammar.mask is None)
 
     def await_token(self, row: int) -> int:
         """Expect the next token from row ``row`` of the latest draw; return the position to `learn` it at."""

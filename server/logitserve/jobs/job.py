@@ -11,6 +11,7 @@ from logitengine.link.messages import GenerationRequest
 from msgspec.structs import replace
 
 from logitserve.access.caller import Caller
+from logitserve.jobs.grammar import check_grammar
 from logitserve.jobs.limits import RowBytes, check_options, settle_bounds
 from logitserve.jobs.options import AnswerOptions, JobOptions, TextOptions
 from logitserve.jobs.prompts import TokenizedPrompt, tokenize
@@ -58,13 +59,14 @@ async def make_job(options: JobOptions, state: ServerState, caller: Caller) -> J
     model = state.model()
     name = model.check_name(options.model)
     check_options(options, model)
+    grammar = None if options.grammar is None else await check_grammar(options.grammar, state)
     wanted = options.max_tokens
     reserved = (options.default_max_tokens or 1) if wanted is None else wanted
     prompts = await tokenize(options.prompts, state, reserved_tokens=reserved)
     bounds = settle_bounds(options, [prompt.token_ids for prompt in prompts], model, state.config)
     cache_salt = caller.cache_salt(options.cache_salt)
     requests = [
-        _request(options, prompt, max_tokens, bounds.logit_bias, cache_salt)
+        _request(options, prompt, max_tokens, bounds.logit_bias, cache_salt, grammar)
         for prompt, max_tokens in zip(prompts, bounds.max_tokens, strict=True)
     ]
     return Job(
@@ -85,6 +87,7 @@ def _request(
     max_tokens: int,
     bias: dict[int, float],
     cache_salt: str | None,
+    grammar: str | None,
 ) -> GenerationRequest:
     """Return the engine's request.
 
@@ -98,6 +101,7 @@ def _request(
         sampling=replace(options.sampling, max_tokens=max_tokens, logit_bias=bias, seed=seed),
         n=options.n,
         cache_salt=cache_salt,
+        grammar=grammar,
         logprobs=outputs.logprobs,
         prompt_logprobs=outputs.prompt_logprobs,
         logits=outputs.logits,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from logitengine.link.messages import HeadSpec, HiddenStatesSpec, LogitsSpec, OutputSpec, SamplingParams
 
+from logitserve.grammars.source import GrammarSource
 from logitserve.jobs.prompts import Conversation, PromptSource, Texts
 from logitserve.protocol.chat import ChatBody, Message, TemplateFields
 from logitserve.protocol.completions import CompletionBody
@@ -77,6 +78,7 @@ class JobOptions:
     n: int = 1
     outputs: OutputSpec
     cache_salt: str | None = None
+    grammar: GrammarSource | None = None
     text: TextOptions = TextOptions()
     answer: AnswerOptions = AnswerOptions()
     logprobs_param: str = "logprobs"
@@ -131,6 +133,7 @@ def logits_options(body: LogitsBody, *, as_arrow: bool) -> JobOptions:
             hidden_states=hidden_states if body.hidden_states else None,
         ),
         cache_salt=body.cache_salt,
+        grammar=body.grammar,
         text=TextOptions(stop=body.stop),
         answer=AnswerOptions(stream=as_arrow, logits_encoding=encoding, hidden_states_encoding=encoding),
         rows_param="input",
@@ -228,6 +231,7 @@ def _generation_options(
             hidden_states=spec,
         ),
         cache_salt=body.cache_salt,
+        grammar=body.grammar,
         text=TextOptions(stop=body.stop, skip_special_tokens=body.skip_special_tokens),
         answer=AnswerOptions(
             stream=body.stream,

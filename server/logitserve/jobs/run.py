@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator
 
 from logitengine.errors import EngineOverloadedError
-from logitengine.link.messages import DrawError, GenerationRequest, LogitsRows, StepOutput
+from logitengine.link.messages import GenerationRequest, LogitsRows, StepOutput
 from prometheus_client import Counter
 
 from logitserve.errors import ApiError, BadRequestError
@@ -55,7 +55,7 @@ class RunningJob:
                 choice = choices[index]
                 if choice.finish_reason is None:
                     if output.finish_reason == "error":
-                        raise _not_drawn(output.error)
+                        raise _not_drawn(output)
                     delta = choice.advance(output, index)
                     self._count(prompt, index, output)
                     if delta.finish_reason is not None:
@@ -130,8 +130,13 @@ class RunningJob:
         )
 
 
-def _not_drawn(error: DrawError | None) -> ApiError:
+def _not_drawn(output: StepOutput) -> ApiError:
     """Return the error for a token that could not be drawn: the request's fault, or the model's."""
-    if error == "nothing_allowed":
+    if output.error == "nothing_allowed":
         return BadRequestError("The request's bans and masks leave no token to draw.", code="nothing_allowed")
+    if output.error == "grammar_failed":
+        return BadRequestError(
+            f"The answer's grammar could not be followed any further: {output.error_detail}.",
+            code="grammar_failed",
+        )
     return ApiError(500, "The model's logits were not finite.", code="model_error")

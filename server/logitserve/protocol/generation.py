@@ -8,9 +8,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
 from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
+from logitserve.grammars.source import GrammarSource
 from logitserve.protocol.base import CacheSalt, RequestBody, StrictModel, without_nulls
 from logitserve.protocol.limits import at_most, at_most_items, at_most_members, config_of, too_large
 from logitserve.protocol.rows import ReturnHiddenStates, ReturnLogits, TokenId, all_or
+from logitserve.protocol.structured import ResponseFormat, StructuredOutputs
 
 SMALLEST_SEED = -(2**63)
 LARGEST_SEED = 2**64 - 1
@@ -83,9 +85,29 @@ class SamplingBody(RequestBody):
     """Goes on after the model's own end."""
     cache_salt: CacheSalt | None = None
     """Cached prefixes are shared by requests with the same salt only."""
+    response_format: ResponseFormat | None = None
+    """The form of the answer's text: any JSON object, or JSON of a schema."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the answer's text must follow, in place of `response_format`."""
+
+    @property
+    def grammar(self) -> GrammarSource | None:
+        """What the text must follow, if anything."""
+        if self.structured_outputs is not None:
+            return self.structured_outputs.source
+        return None if self.response_format is None else self.response_format.source
 
     def check(self) -> None:
         """Check the fields against each other. Raises BadRequestError with the field to change."""
+        if self.response_format is not None:
+            self.response_format.check()
+        if self.structured_outputs is not None:
+            self.structured_outputs.check()
+            if self.response_format is not None and self.response_format.type != "text":
+                raise BadRequestError(
+                    "'response_format' and 'structured_outputs' exclude each other.",
+                    param="structured_outputs",
+                )
         if any(not text for text in self.stop):
             raise BadRequestError("'stop' holds an empty string.", param="stop")
 

@@ -1,0 +1,45 @@
+"""Translation of what clients write to llguidance's own grammars. It runs in the checker's process alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from llguidance import LLMatcher, grammar_from
+from logitengine.grammar.vocabulary import GrammarError
+
+from logitserve.grammars.schemas import drop_idle
+from logitserve.grammars.source import GrammarKind
+
+JSON_OPTIONS: Any = {
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "coerce_one_of": False,
+    "lenient": False,
+}
+"""One line, with or without a space after ',' and ':'.
+
+Where whitespace may stand anywhere, models fill whole answers with it.
+"""
+
+
+def translate(kind: GrammarKind, text: str) -> str:
+    """Return the grammar in llguidance's JSON. Raises GrammarError for what is no schema or grammar at all."""
+    match kind:
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=JSON_OPTIONS)
+        case "json_schema":
+            schema = drop_idle(orjson.loads(text))
+            return LLMatcher.grammar_from_json_schema(schema, overrides=JSON_OPTIONS)
+        case "regex":
+            return LLMatcher.grammar_from_regex(text)
+        case "choice":
+            # One terminal: the parser bounds the alternatives of a rule.
+            choices = " | ".join(orjson.dumps(choice).decode() for choice in orjson.loads(text))
+            return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
+        case "grammar":
+            try:
+                return grammar_from(kind, text)
+            except (ValueError, RecursionError) as error:
+                raise GrammarError(str(error)) from error
