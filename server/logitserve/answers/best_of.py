@@ -14,7 +14,7 @@ from logitserve.answers.completion import CompletionAnswer
 from logitserve.errors import ApiError
 from logitserve.jobs.job import Job
 from logitserve.jobs.options import BestChoices
-from logitserve.jobs.run import Counts
+from logitserve.telemetry.record import Counts
 from logitserve.text.choice import Delta
 
 WRITTEN_PER_BYTE = 7 / 3
