@@ -96,7 +96,8 @@ def test_what_a_replica_may_use_fits_its_limits(compose: dict[str, Any], tmp_pat
         service = compose["services"][name]
         keys = tmp_path / "keys"
         keys.write_text("key")
-        variables = {**service["environment"], f"{ENV_PREFIX}API_KEY_FILE": str(keys)}
+        given = {**service["environment"], f"{ENV_PREFIX}API_KEY_FILE": keys}
+        variables = {name: str(value) for name, value in given.items()}
         gibibytes = float(service["mem_limit"].removesuffix("g"))
         check_limits(settings_of([], variables), float(service["cpus"]), gibibytes * (1 << 30))
 
