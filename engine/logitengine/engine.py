@@ -64,7 +64,6 @@ class Engine:
         self._scheduler = Scheduler(config, self._blocks)
         self._sampler = Sampler(loaded.info.eos_token_ids)
         self._under_way: _Step | None = None
-        self._launch_seconds = 0.0  # of the step under way
         self._requests: dict[str, _Request] = {}
         self._num_arrivals = 0
         self.num_steps = 0
@@ -153,15 +152,12 @@ class Engine:
         """
         begun_at = time.monotonic()
         launched = self._launch(begun_at)
-        launched_at = time.monotonic()
-        seconds = launched_at - begun_at
         if self._device.overlaps:
             launched, self._under_way = self._under_way, launched
-            seconds, self._launch_seconds = self._launch_seconds, seconds
         if launched is None:
             return []
         outputs = self._report(launched)
-        self._count(launched.plan.chunks, outputs, seconds + time.monotonic() - launched_at)
+        self._count(launched.plan.chunks, outputs, time.monotonic() - begun_at)
         return outputs
 
     def _launch(self, begun_at: float) -> _Step | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -163,25 +162,6 @@ def test_a_step_is_on_its_way_while_the_one_before_is_read(models: Models) -> No
     outputs = finish(engine)["a", 0].outputs
     assert [output.finish_reason for output in outputs] == [None, "length"]
     assert not engine.is_computing
-
-
-def test_the_time_of_every_launch_is_that_of_its_own_step(
-    models: Models, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first step is launched in a call that has nothing to report yet."""
-    engine = engine_of(models.overlapping)
-    seconds, launch = [0.0], engine._launch
-
-    def launch_for_a_second(begun_at: float) -> object:
-        launched = launch(begun_at)
-        seconds[0] += launched is not None
-        return launched
-
-    monkeypatch.setattr(engine, "_launch", launch_for_a_second)
-    monkeypatch.setattr("logitengine.engine.time", SimpleNamespace(monotonic=lambda: seconds[0]))
-    run(engine, [request("a", PROMPTS[0])])
-    assert engine.num_steps > 1
-    assert engine.stats.step_seconds == engine.num_steps
 
 
 def test_an_engine_without_overlap_reports_what_it_launched(models: Models) -> None:
