@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from logitengine.errors import EngineDeadError
-from logitengine.link.messages import GenerationRequest, StepOutput
+from logitengine.link.messages import FinishReason, GenerationRequest, StepOutput
 from logitserve.telemetry.otlp import check_endpoint
 from logitserve.telemetry.trace_context import trace_id_of
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
@@ -244,7 +244,7 @@ async def test_the_clients_trace_stays_in_the_log_where_the_sdk_is_turned_off(
 
 async def test_each_finish_reason_is_exported_once(open_app: OpenApp, collector: SpanCollector) -> None:
     def three_choices(request: GenerationRequest) -> list[Step]:
-        reasons = ("stop", "length", "stop")
+        reasons: tuple[FinishReason, ...] = ("stop", "length", "stop")
         return [
             StepOutput(request_id=request.request_id, index=index, token_ids=[338], finish_reason=reason)
             for index, reason in enumerate(reasons)
