@@ -6,11 +6,12 @@
 #   docker/image.sh healthcheck        runs the command of its HEALTHCHECK
 #   docker/image.sh config             prints its configuration as JSON
 #   docker/image.sh files              writes its root file system to standard output, as a tar archive
-#   docker/image.sh remove             removes it, and without Docker the base too
+#   docker/image.sh remove             removes it, and without Docker the base too when no other image is left
 #
-# Variables: IMAGE (logitserve:cpu), CACHE (a directory, for run and healthcheck), and LOGITSERVE_ ones, which run and
-# healthcheck pass on. Without Docker: IMAGE_STORAGE, a directory for images. The server is then in the network
-# of this machine, root must run this on Debian, and Debian's debootstrap makes the base.
+# Variables: IMAGE (logitserve:cpu), CACHE (a directory, for run and healthcheck; it becomes the image's user's, which only
+# root can do), and LOGITSERVE_ ones, which run and healthcheck pass on. Without Docker: IMAGE_STORAGE, a directory
+# for images. The server is then in the network of this machine, root must run this on Debian, and Debian's
+# debootstrap makes the base.
 set -eu
 
 IMAGE=${IMAGE:-logitserve:cpu}
@@ -29,14 +30,20 @@ has_docker() { docker info >/dev/null 2>&1; }
 
 variables() { env | sed -n 's/^\(LOGITSERVE_[A-Z_]*\)=.*/\1/p'; }
 
+# Give the cache to the image's user, if it is not theirs.
+own_cache() {
+    [ -n "$CACHE" ] || fail "CACHE names no directory"
+    [ "$(stat --format %u "$CACHE")" = "$USER_ID" ] || chown "$USER_ID:$USER_ID" "$CACHE" 2>/dev/null ||
+        fail "CACHE must belong to the image's user: sudo chown $USER_ID:$USER_ID $CACHE"
+}
+
 # --- With Docker ---
 
 # docker_run ENTRYPOINT ARGUMENT ...: the image's own entrypoint if it is empty.
 docker_run() {
     entrypoint=$1
     shift
-    [ -n "$CACHE" ] || fail "CACHE names no directory"
-    chown "$USER_ID:$USER_ID" "$CACHE"
+    own_cache
     for name in $(variables); do set -- --env "$name" "$@"; done
     exec docker run --rm --init=false --network host --read-only --tmpfs /tmp --cap-drop ALL \
         --security-opt no-new-privileges --volume "$(cd "$CACHE" && pwd):/cache" \
@@ -92,6 +99,8 @@ build_without_docker() {
     mkdir -p "$IMAGE_STORAGE"
     make_base
     for mount in $(mounts | sort -u); do set -- --volume "$mount:ro" "$@"; done
+    # A container of an earlier image would go on showing that one.
+    store rm "$(container_name)" >/dev/null 2>&1 || true
     store bud --isolation chroot --format docker --pull-never --target "$target" --build-arg PYTHON_IMAGE="$BASE" \
         --file "$source/docker/Dockerfile" --tag "localhost/$IMAGE" "$@" "$source"
 }
@@ -100,8 +109,7 @@ field() { store inspect --type image --format "$1" "localhost/$IMAGE"; }
 
 # enter COMMAND ...: a container's way in, without a runtime. The process that called becomes the command.
 enter() {
-    [ -n "$CACHE" ] || fail "CACHE names no directory"
-    chown "$USER_ID:$USER_ID" "$CACHE"
+    own_cache
     root=$(store mount "$(container)")
     directory=$(field '{{.Docker.Config.WorkingDir}}')
     user=$(field '{{.Docker.Config.User}}')
@@ -127,9 +135,11 @@ enter() {
     ' sh "$root" "$(cd "$CACHE" && pwd)" "$directory" "$user" "$@"
 }
 
+container_name() { echo "logitserve-$(echo "$IMAGE" | tr ':/' '--')"; }
+
 # One container for all that looks into the image.
 container() {
-    name=logitserve-$(echo "$IMAGE" | tr ':/' '--')
+    name=$(container_name)
     store inspect --type container "$name" >/dev/null 2>&1 ||
         store from --pull-never --name "$name" "localhost/$IMAGE" >/dev/null
     echo "$name"
@@ -142,6 +152,24 @@ run_without_docker() {
     fi
     # shellcheck disable=SC2046  # one word each
     enter $(field '{{range .Docker.Config.Entrypoint}}{{println .}}{{end}}') "$@"
+}
+
+files_of_docker() {
+    container=$(docker create "$IMAGE")
+    trap 'docker rm "$container" >/dev/null' EXIT
+    docker export "$container"
+}
+
+# Remove the image and its container. The base, what failed builds left, and the storage go with the last image. All
+# else in IMAGE_STORAGE is somebody else's.
+remove_without_docker() {
+    store rm "$(container_name)" >/dev/null 2>&1 || true
+    store rmi --force "localhost/$IMAGE" >/dev/null
+    if store images --noheading --format '{{.Name}}' | grep -qvxE "$BASE|<none>"; then return; fi
+    store rm --all >/dev/null
+    store rmi --all --force >/dev/null
+    rm -rf "$IMAGE_STORAGE/images" "$IMAGE_STORAGE/run" "$IMAGE_STORAGE/base"
+    rmdir --ignore-fail-on-non-empty "$IMAGE_STORAGE"
 }
 
 healthcheck_without_docker() {
@@ -174,7 +202,7 @@ container = subprocess.check_output(["docker", "ps", "--quiet", "--filter", f"an
 sys.exit(subprocess.call(["docker", "exec", container.split()[0], entrypoint, *arguments]))' "$IMAGE"
             ;;
         config) docker inspect --format '{{json .Config}}' "$IMAGE" ;;
-        files) docker export "$(docker create "$IMAGE")" ;;
+        files) files_of_docker ;;
         remove) docker image rm --force "$IMAGE" ;;
         *) fail "unknown action $action" ;;
     esac
@@ -189,11 +217,7 @@ import json, sys
 json.dump(json.load(sys.stdin)["Docker"]["config"], sys.stdout)'
             ;;
         files) tar --create --directory "$(store mount "$(container)")" . ;;
-        remove)
-            store rm --all >/dev/null
-            store rmi --all --force >/dev/null
-            rm -rf "$IMAGE_STORAGE"
-            ;;
+        remove) remove_without_docker ;;
         *) fail "unknown action $action" ;;
     esac
 fi

@@ -9,6 +9,7 @@ from logitengine.errors import (
     EngineError,
     EngineNotReadyError,
     EngineOverloadedError,
+    RequestFatalError,
     RequestRefusedError,
 )
 from logitengine.link.client import EngineClient
@@ -26,6 +27,7 @@ __all__ = [
     "GenerationRequest",
     "LogitsSpec",
     "ModelInfo",
+    "RequestFatalError",
     "RequestRefusedError",
     "SamplingParams",
     "StepOutput",

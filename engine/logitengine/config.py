@@ -12,17 +12,16 @@ from logitengine.option_types import Bytes, Seconds, Word
 KERNELS_DIRECTORY = "kernels"
 """Name of the directory of native kernels in one that ``logitengine.prepare`` fills."""
 
+SHORTEST_SILENCE = 3.0
+"""Shortest ``engine_timeout``: heartbeats come every second, and one may be late."""
+
 
 def _integer(value: Any) -> Any:
     """Convert a flag's or variable's string to an integer, because a Literal of integers does not accept strings."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-SHORTEST_SILENCE = 3.0
-"""Shortest ``engine_timeout``: heartbeats come every second, and one may be late."""
-
-
-def _no_heartbeat_missed(seconds: float) -> float:
+def _longer_than_heartbeats(seconds: float) -> float:
     if 0 < seconds < SHORTEST_SILENCE:
         msg = f"should be 0, or at least {SHORTEST_SILENCE:g}: a process is heard once a second"
         raise ValueError(msg)
@@ -112,11 +111,16 @@ class Steps(BaseModel):
 class Watching(BaseModel):
     """When an engine process that hangs is replaced."""
 
-    engine_timeout: Annotated[Seconds, AfterValidator(_no_heartbeat_missed)] = Field(
+    engine_timeout: Annotated[Seconds, AfterValidator(_longer_than_heartbeats)] = Field(
         30.0, ge=0, description="seconds of silence after which the engine process is replaced; 0: never"
     )
+    load_timeout: Seconds = Field(
+        1800.0,
+        ge=0,
+        description="seconds that a load may take before the engine process is replaced; 0: no limit",
+    )
     step_timeout: Seconds = Field(
-        600.0,
+        240.0,  # below the server's queue_timeout, so that what waits for another process is served by it
         ge=0,
         description="seconds that one step may run before the engine process is replaced; 0: no limit",
     )

@@ -5,6 +5,7 @@ CheckpointError              the model cannot be found, read or served
 EngineError                  base of the engine client's errors
 ├── EngineNotReadyError      still loading, or ended
 ├── EngineDeadError          ended before it had finished this request
+│   └── RequestFatalError    so did the next process, maybe because of this request
 ├── EngineOverloadedError    the queue is full
 └── RequestRefusedError      this request cannot be served (the message says why)
 """
@@ -26,6 +27,10 @@ class EngineNotReadyError(EngineError):
 
 class EngineDeadError(EngineError):
     """The engine process died while working on the request, or the engine ended before it was finished."""
+
+
+class RequestFatalError(EngineDeadError):
+    """As many engine processes died in turn as a request may have. Another try may end the next one."""
 
 
 class EngineOverloadedError(EngineError):

@@ -30,15 +30,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     configure_logging("info", "auto")
     directory: Path = arguments.directory
+    found = _files(directory)
     try:
         build_ahead(directory / KERNELS_DIRECTORY)
         for model in arguments.models:
             resolve_checkpoint(model, cache=directory)
     except (BuildError, CheckpointError) as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
-    for path in (directory, *directory.rglob("*")):  # servers of other users read it
-        path.chmod(0o755 if path.is_dir() else 0o644)
+    finally:
+        _let_all_read(directory, _files(directory) - found)  # servers run as other users
     return 0
+
+
+def _files(directory: Path) -> set[tuple[Path, int]]:
+    """Return what is below the directory, each path with its inode: a file that was replaced has another."""
+    return {(path, path.lstat().st_ino) for path in directory.rglob("*")}
+
+
+def _let_all_read(directory: Path, made: set[tuple[Path, int]]) -> None:
+    """Let every user read what was made, and pass the directories above it. Links are left as they are."""
+    paths = {path for path, _ in made if not path.is_symlink()}
+    above = {parent for path in paths for parent in path.parents if parent.is_relative_to(directory)}
+    for path in paths | above:
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 if __name__ == "__main__":

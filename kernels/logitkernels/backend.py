@@ -23,9 +23,8 @@ def load_kernels(
     a cost in speed. The native CPU kernels come from the directory ``prebuilt`` if it is given.
 
     Raises ValueError for a name that is unknown or cannot run on the device, for a directory without kernels
-    that fit, and for a backend that is not
-    batch invariant when ``batch_invariant`` is set. Raises RuntimeError when a backend requested by name does
-    not build.
+    that fit and load, and for a backend that is not batch invariant when ``batch_invariant`` is set. Raises
+    RuntimeError when a backend requested by name does not build.
     """
     kernels = _load(name, device, batch_invariant=batch_invariant, prebuilt=prebuilt)
     if batch_invariant and not kernels.batch_invariant:

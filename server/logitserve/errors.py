@@ -17,6 +17,7 @@ from logitengine.errors import (
     EngineError,
     EngineNotReadyError,
     EngineOverloadedError,
+    RequestFatalError,
     RequestRefusedError,
 )
 from starlette.exceptions import HTTPException
@@ -127,6 +128,9 @@ def from_engine(error: EngineError) -> ApiError:
             return ApiError(429, str(error) or "The queue is full.", code="engine_overloaded", headers=retry)
         case EngineNotReadyError():
             return not_ready(str(error) or "the engine is not ready")
+        case RequestFatalError():
+            # A 503 would be tried again, by clients and on other servers, until none has an engine.
+            return ApiError(500, str(error), code="request_fatal", headers={"x-should-retry": "false"})
         case EngineDeadError():
             return ApiError(503, str(error) or "The engine died.", code="engine_dead", headers=retry)
         case _:

@@ -175,7 +175,9 @@ def test_a_conversation_stays_on_one_replica(balancer: Balancer) -> None:
     assert len(set.union(*used.values())) == 2
 
 
-@pytest.mark.parametrize("given", [None, "request-7.a:b_c", "two words", "x" * 65])
+@pytest.mark.parametrize(
+    "given", [None, "request-7.a:b_c", "two words", "x" * 65, "ok, two words", "two words, ok", 'ok, x"y']
+)
 def test_a_request_has_one_id_everywhere(
     balancer: Balancer, replicas: tuple[Replica, Replica], given: str | None
 ) -> None:
@@ -235,6 +237,12 @@ def test_headers_that_are_too_large_are_refused_by_nginx_with_an_error_object(ba
     with RawClient(balancers["nginx"].url) as client:
         answer = client.send(get("/health", "x: " + "y" * 40_000)).answer()
     assert (answer.status, answer.error["code"]) == (431, "headers_too_large")
+
+
+def test_paths_of_nginxs_own_are_unknown_to_clients(balancers: Balancers) -> None:
+    answer = httpx.get(f"{balancers['nginx'].url}/.error/400")
+    assert (answer.status_code, error_of(answer)["code"]) == (404, "not_found")
+    assert request_id_of(answer)
 
 
 def test_metrics_are_not_offered(balancer: Balancer) -> None:
@@ -322,10 +330,13 @@ def test_without_replicas_the_answer_is_an_error_object(kind: Kind, tmp_path: Pa
     addresses = (f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")
     with balancing(kind, tmp_path / "run", addresses) as balancer:
         for headers in ({}, {"x-conversation-id": "one"}):
-            answer = httpx.post(balancer.url + COMPLETIONS, json=SHORT, headers=headers, timeout=SECONDS)
+            answer = httpx.post(
+                f"{balancer.url}{COMPLETIONS}?secret=1", json=SHORT, headers=headers, timeout=SECONDS
+            )
             assert answer.status_code == (502 if kind == "nginx" else 503)
             assert error_of(answer)["type"] == "server_error"
-            assert request_id_of(answer)
+            assert balancer.logged(request_id_of(answer))["path"] == COMPLETIONS
+        assert "secret" not in balancer.messages()
 
 
 def test_nginx_speaks_tls_where_the_lines_for_it_are_taken_in(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from deployed_replica import check_limits, settings_of
 from logitengine.config import EngineConfig
 from logitserve.config import ENV_PREFIX, ServerConfig
 
@@ -71,8 +72,34 @@ def test_the_balancers_have_the_bounds_of_the_servers(compose: dict[str, Any]) -
 def test_files_that_are_mounted_exist(compose: dict[str, Any]) -> None:
     mounted = [volume for service in compose["services"].values() for volume in service["volumes"]]
     files = [volume.split(":")[0] for volume in mounted if volume.startswith("./")]
-    assert "./nginx/nginx.conf" in files
     assert [file for file in files if not (DOCKER / file).exists()] == []
+
+
+def test_nginx_sees_a_changed_configuration_since_its_directory_is_mounted(compose: dict[str, Any]) -> None:
+    (volume,) = compose["services"]["nginx"]["volumes"]
+    source, target, access = volume.split(":")
+    assert ((DOCKER / source / "nginx.conf").read_text(), access) == (NGINX, "ro")
+    assert f"{target}/nginx.conf" in compose["services"]["nginx"]["command"]
+
+
+def test_nginx_starts_without_the_replicas(compose: dict[str, Any]) -> None:
+    assert "depends_on" not in compose["services"]["nginx"]
+
+
+def test_the_replicas_are_checked_by_the_images_own_command(compose: dict[str, Any]) -> None:
+    for name in REPLICAS:
+        assert "test" not in compose["services"][name]["healthcheck"]
+
+
+def test_what_a_replica_may_use_fits_its_limits(compose: dict[str, Any], tmp_path: Path) -> None:
+    for name in REPLICAS:
+        service = compose["services"][name]
+        keys = tmp_path / "keys"
+        keys.write_text("key")
+        given = {**service["environment"], f"{ENV_PREFIX}API_KEY_FILE": keys}
+        variables = {name: str(value) for name, value in given.items()}
+        gibibytes = float(service["mem_limit"].removesuffix("g"))
+        check_limits(settings_of([], variables), float(service["cpus"]), gibibytes * (1 << 30))
 
 
 def test_nothing_is_published_but_the_balancer_and_grafana_on_loopback(compose: dict[str, Any]) -> None:

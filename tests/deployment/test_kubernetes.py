@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
-from logitserve.cli import EngineSettings, ServerSettings
-from logitserve.cli_flags import Command, Parser
+from deployed_replica import Settings, check_limits, settings_of
 
 ROOT = Path(__file__).parents[2]
 MANIFESTS = ROOT / "docker" / "kubernetes"
@@ -18,8 +16,6 @@ KUBERNETES_VERSIONS = ("1.27", "1.37")
 """The oldest version that knows all fields, and the latest that the validator knows."""
 
 SUFFIXES = {"Mi": 1 << 20, "Gi": 1 << 30}
-ENGINE_BYTES = 3 << 29
-"""Memory of both processes with the default model while it loads, without the KV cache: 1.3 GiB were measured."""
 
 Manifest = dict[str, Any]
 
@@ -54,25 +50,14 @@ def container(pod: Manifest) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def settings(
-    container: Manifest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[ServerSettings, EngineSettings]:
+def settings(container: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """The options that the pod's server has: its arguments and variables, as the command line reads them."""
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(read("secret.example.yaml")["stringData"]["keys"])
     word, model, *flags = container["args"]
     assert (word, model.startswith("-")) == ("serve", False)
     given = [flag.replace("/etc/logitserve/keys", str(keys)) for flag in flags]
-    parser = Parser(prog="logitserve")
-    command = Command(parser, (EngineSettings, ServerSettings))
-    arguments = parser.parse_args(given)
-    with pytest.MonkeyPatch.context() as patch:
-        for variable in container.get("env", []):
-            assert variable["name"].startswith("LOGITSERVE_")
-            name = variable["name"].removeprefix("LOGITSERVE_").lower()
-            assert name in {**ServerSettings.model_fields, **EngineSettings.model_fields}
-            patch.setenv(variable["name"], variable["value"])
-        return command.read(ServerSettings, arguments), command.read(EngineSettings, arguments)
+    return settings_of(given, {variable["name"]: variable["value"] for variable in container.get("env", [])})
 
 
 def number_of(quantity: str) -> float:
@@ -92,14 +77,12 @@ def test_everything_but_the_examples_is_applied() -> None:
 
 
 def test_the_server_listens_where_probes_and_the_service_reach_it(
-    settings: tuple[ServerSettings, EngineSettings],
+    settings: Settings,
 ) -> None:
     assert settings[0].host == "0.0.0.0"  # noqa: S104 - the pod's own address is not known before
 
 
-def test_a_pod_has_more_time_to_end_than_its_server_needs(
-    pod: Manifest, settings: tuple[ServerSettings, EngineSettings]
-) -> None:
+def test_a_pod_has_more_time_to_end_than_its_server_needs(pod: Manifest, settings: Settings) -> None:
     server, _ = settings
     assert server.drain_delay >= 5
     assert pod["terminationGracePeriodSeconds"] >= server.drain_delay + server.drain_timeout + 10
@@ -123,9 +106,7 @@ def test_probes_use_the_open_paths_and_are_patient(container: Manifest) -> None:
     assert {probe["httpGet"]["port"] for probe in probes.values()} == {"http"}
 
 
-def test_ports_and_labels_agree(
-    deployment: Manifest, container: Manifest, settings: tuple[ServerSettings, EngineSettings]
-) -> None:
+def test_ports_and_labels_agree(deployment: Manifest, container: Manifest, settings: Settings) -> None:
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"http": settings[0].port}
     (service_port,) = read("service.yaml")["spec"]["ports"]
@@ -150,7 +131,7 @@ def test_ports_and_labels_agree(
 
 
 def test_the_autoscalers_metric_is_the_one_that_the_adapter_makes(
-    settings: tuple[ServerSettings, EngineSettings],
+    settings: Settings,
 ) -> None:
     (metric,) = read("autoscaler.yaml")["spec"]["metrics"]
     (rule,) = read("prometheus-adapter.example.yaml")["rules"]["custom"]
@@ -198,19 +179,10 @@ def test_keys_come_from_a_secret_and_none_is_in_the_repository(pod: Manifest, co
     assert example["stringData"][credentials["key"]] in keys
 
 
-def test_what_the_server_may_use_fits_the_limits_of_the_pod(
-    container: Manifest, settings: tuple[ServerSettings, EngineSettings]
-) -> None:
-    server, engine = settings
+def test_what_the_server_may_use_fits_the_limits_of_the_pod(container: Manifest, settings: Settings) -> None:
     limits = container["resources"]["limits"]
     assert container["resources"]["requests"] == limits, "no other quality of service keeps the CPUs"
-    assert engine.num_threads is not None, "the process cannot see the limit on its CPUs"
-    assert engine.num_threads + 1 <= math.floor(number_of(limits["cpu"]))
-    assert engine.kv_cache_bytes is not None
-    in_use = (
-        engine.kv_cache_bytes + server.max_held_bytes + server.max_answer_bytes + server.max_total_body_bytes
-    )
-    assert in_use + ENGINE_BYTES <= number_of(limits["memory"])
+    check_limits(settings, number_of(limits["cpu"]), number_of(limits["memory"]))
 
 
 def test_only_the_ingress_and_prometheus_reach_the_server_and_it_reaches_nobody() -> None:

@@ -10,6 +10,7 @@ PROVISIONING = DOCKER / "grafana" / "provisioning"
 DATASOURCE = (PROVISIONING / "datasources" / "prometheus.yml").read_text()
 PROVIDER = (PROVISIONING / "dashboards" / "logitserve.yml").read_text()
 COMPOSE = DOCKER / "compose.yaml"
+KUBERNETES = DOCKER / "kubernetes"
 DOCS = DOCKER.parent / "docs"
 OPERATIONS = (DOCS / "operations.md").read_text()
 DEPLOYMENT = (DOCS / "deployment.md").read_text()
@@ -80,6 +81,12 @@ def test_grafana_knows_how_often_prometheus_scrapes() -> None:
 def test_the_alerts_name_the_job_that_is_scraped() -> None:
     job = value_of("job_name", SCRAPE_CONFIG.read_text())
     assert set(re.findall(r'job="(\w+)"', ALERTS.read_text())) == {job}
+    # The operator would call the job after the PodMonitor and its namespace, without a label to take it from.
+    label = value_of("jobLabel", (KUBERNETES / "pod-monitor.example.yaml").read_text())
+    labels = re.findall(
+        rf"^ +{re.escape(label)}: (\S+)", (KUBERNETES / "deployment.yaml").read_text(), re.MULTILINE
+    )
+    assert set(labels) == {job}
 
 
 def test_every_alert_points_to_a_heading_that_exists() -> None:
@@ -104,4 +111,5 @@ def test_compose_mounts_what_the_configuration_names() -> None:
         assert re.search(rf"^  {target}:$", compose, re.MULTILINE), target
     assert re.search(r"^  prometheus:$", compose, re.MULTILINE), value_of("url", DATASOURCE)
     secret = value_of("credentials_file", SCRAPE_CONFIG.read_text())
-    assert f"LOGITSERVE_API_KEY_FILE: {secret}" in compose
+    prometheus = compose.split("\n  prometheus:\n")[1].split("\n\n")[0]
+    assert f"secrets: [{secret.removeprefix('/run/secrets/')}]" in prometheus

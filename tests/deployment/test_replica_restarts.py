@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import pytest
 from balancers import KINDS, Balancer, balancing
 from byte_model import save_byte_model
 from raw_http import SECONDS
+from render_balancer import SHIPPED
 from replicas import Replica, two_replicas
 
 pytestmark = [pytest.mark.deployments, pytest.mark.anyio]
@@ -26,8 +28,8 @@ SHORT = {"prompt": [5, 6, 7], "max_tokens": 20, "temperature": 0, "ignore_eos": 
 LONG = {**SHORT, "max_tokens": 1500, "stream": True, "return_logits": {"top_k": 1}}
 STREAMS = 16
 
-# haproxy notices within two checks, a second apart, that a replica drains or is ready again.
-DRAIN_DELAY = "6"
+(DRAIN_DELAY,) = re.findall(r"--drain-delay (\d+)", SHIPPED["haproxy"].read_text())
+"""What haproxy.cfg advises: it notices within two checks, a second apart, that a replica drains."""
 
 Balancers = dict[str, Balancer]
 
@@ -166,7 +168,18 @@ class Load:
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
         asks = (self._stream, self._stream, self._whole, self._whole, self._arrow)
+        self._has_ended = asyncio.Event()
+        self._clients = Counter(ask.__name__ for ask in asks)
         self._tasks = [asyncio.create_task(self._ask_on(ask)) for ask in asks]
+
+    async def go_on(self) -> None:
+        """Wait until requests of each kind have ended, one at least that began after this call."""
+        # Each client has at most one request that began before.
+        enough = {ask: self.counts[ask] + 2 * number for ask, number in self._clients.items()}
+        async with asyncio.timeout(SECONDS):
+            while any(self.counts[ask] < count for ask, count in enough.items()):
+                self._has_ended.clear()
+                await self._has_ended.wait()
 
     async def end(self) -> None:
         self._is_over = True
@@ -181,6 +194,7 @@ class Load:
             except (httpx.HTTPError, AssertionError, pa.ArrowInvalid) as fault:
                 self.faults.append(f"{type(fault).__name__}: {fault}")
             self.counts[ask.__name__] += 1
+            self._has_ended.set()
 
     async def _stream(self, headers: dict[str, str]) -> None:
         body = {**SHORT, "stream": True}
@@ -210,6 +224,8 @@ async def test_a_rolling_restart_fails_no_request(
             loads.append(Load(await opened.enter_async_context(client)))
         for replica in replicas:
             await asyncio.to_thread(replica.stop)
+            for load in loads:
+                await load.go_on()
             await asyncio.to_thread(replica.start)
             for balancer in balancers.values():
                 await asyncio.to_thread(balancer.wait_all_up)
@@ -218,3 +234,4 @@ async def test_a_rolling_restart_fails_no_request(
     for load in loads:
         assert load.faults == []
         assert load.counts.keys() == {"_stream", "_whole", "_arrow"}
+    assert {entry["status"] for entry in balancers["nginx"].retried()} == {200}

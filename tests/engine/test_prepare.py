@@ -64,6 +64,31 @@ def test_kernels_for_every_processor_of_the_platform_can_be_read_by_all(tmp_path
 
 
 @pytest.mark.usefixtures("small_kernels")
+def test_files_that_others_put_into_the_directory_keep_their_modes(tmp_path: Path) -> None:
+    directory, private, key = tmp_path / "ahead", tmp_path / "ahead/private", tmp_path / "key"
+    private.mkdir(parents=True)
+    (private / "program").touch(0o700)
+    private.chmod(0o700)
+    key.touch(0o600)
+    (directory / "link").symlink_to(key)
+    (directory / "dangling").symlink_to(tmp_path / "missing")
+    directory.chmod(0o700)
+    assert prepare.main([str(directory)]) == 0
+    modes = {
+        path.name: path.stat().st_mode & 0o777 for path in (directory, private, private / "program", key)
+    }
+    assert modes == {"ahead": 0o755, "private": 0o700, "program": 0o700, "key": 0o600}
+    assert {path.stat().st_mode & 0o777 for path in (directory / "kernels").iterdir()} == {0o644}
+
+
+@pytest.mark.usefixtures("small_kernels")
+def test_kernels_are_readable_by_all_where_a_model_could_not_be_prepared(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        prepare.main([str(tmp_path / "ahead"), str(tmp_path / "missing.gguf")])
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "ahead/kernels").iterdir()} == {0o644}
+
+
+@pytest.mark.usefixtures("small_kernels")
 def test_what_cannot_be_prepared_ends_the_command_with_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

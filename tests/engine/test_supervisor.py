@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import pytest
 import scripted_process
-from logitengine import EngineClient, EngineConfig, EngineDeadError, EngineNotReadyError
+from logitengine import EngineClient, EngineConfig, EngineDeadError, EngineNotReadyError, RequestFatalError
 from logitengine.errors import EngineError
 from logitengine.link import supervisor, watch
+from logitengine.link.messages import Failed, FromEngine, Ready
 from support import Collected, greedy
 
 pytestmark = pytest.mark.anyio
@@ -163,7 +165,7 @@ async def test_a_silent_death_fails_what_was_answered_in_part_and_the_rest_is_qu
 async def test_a_request_that_ends_every_process_ends_two(tmp_path: Path) -> None:
     async with running(tmp_path) as client:
         lost = asyncio.create_task(client.wait_lost())
-        assert isinstance(await error_of(client, "exit"), EngineDeadError)
+        assert isinstance(await error_of(client, "exit"), RequestFatalError)
         assert (await ask(client, "answer")).token_ids == [7]
         assert not lost.done()
         lost.cancel()
@@ -179,7 +181,7 @@ async def test_a_request_is_queued_again_once(tmp_path: Path) -> None:
         await client.wait_ready()
         assert not survivor.done()
         await error_of(client, "fail 1")
-        assert isinstance(await survivor, EngineDeadError)
+        assert type(await survivor) is EngineDeadError  # not because of it
 
 
 @pytest.mark.usefixtures("without_pauses")
@@ -328,3 +330,54 @@ async def test_a_first_load_that_hangs_ends_with_the_reason(
     with pytest.raises(EngineDeadError, match="hung while it was loading: it has said nothing for 4 s"):
         async with running(tmp_path, engine_timeout=3):
             pass
+
+
+async def test_an_engine_whose_process_cannot_be_killed_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that the kernel holds in a call stays, whatever it is sent."""
+    monkeypatch.setattr(supervisor, "EXIT_SECONDS", 0.05)
+    monkeypatch.setattr(asyncio.subprocess.Process, "kill", lambda _: None)
+    async with running(tmp_path) as client:
+        pid = client.pid
+        assert pid is not None
+        try:
+            waiting = asyncio.create_task(error_of(client, "later"))
+            await error_of(client, "begin, then hang up")
+            assert "cannot be killed" in await client.wait_lost()
+            assert "cannot be killed" in str(await waiting)
+            assert client.not_ready_reason() == await client.wait_lost()
+        finally:
+            os.kill(pid, signal.SIGKILL)
+    assert f"the engine process {pid} does not end although it was killed" in caplog.messages
+    assert (tmp_path / "lived").read_text().split() == [str(pid)]
+
+
+async def test_a_server_that_ends_beside_a_process_that_cannot_be_killed_does_not_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "EXIT_SECONDS", 0.05)
+    monkeypatch.setattr(asyncio.subprocess.Process, "kill", lambda _: None)
+    async with running(tmp_path) as client:
+        pid = client.pid
+        assert pid is not None
+        await error_of(client, "begin, then hang up")
+        try:
+            await client.close()
+            assert client.not_ready_reason() == "the server is shutting down"
+        finally:
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("message", [Failed("a late fault", []), Ready(scripted_process.model_info())])
+async def test_what_a_process_says_after_the_end_began_changes_nothing(
+    tmp_path: Path, message: FromEngine
+) -> None:
+    async with running(tmp_path) as client:
+        ended = asyncio.create_task(client.close())
+        await asyncio.sleep(0)
+        client._supervisor._handle(message)
+        assert client.not_ready_reason() == "the server is shutting down"
+        with pytest.raises(EngineNotReadyError, match="shutting down"):
+            await anext(client.generate(greedy("late", [1], 5)))
+        await ended

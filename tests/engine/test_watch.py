@@ -42,6 +42,22 @@ def test_a_process_that_loads_may_be_silent_for_ten_times_as_long() -> None:
     assert ticks_until_replaced(watch) == LOADING_FACTOR * 30 + 1
 
 
+def test_a_load_that_outlasts_the_option_is_replaced_though_heartbeats_go_on() -> None:
+    watch = Watch(Watching(load_timeout=100))
+    for _ in range(100):
+        watch.hear(BEAT)
+        assert watch.tick() is None
+    watch.hear(BEAT)
+    assert watch.tick() == "it has loaded for 101 s (--load-timeout)"
+
+
+def test_a_loaded_process_is_not_held_to_the_time_of_a_load() -> None:
+    watch = loaded(load_timeout=100)
+    for _ in range(200):
+        watch.hear(BEAT)
+        assert watch.tick() is None
+
+
 def test_a_process_that_is_heard_every_second_is_never_silent() -> None:
     watch = loaded(engine_timeout=3)
     for _ in range(1000):
@@ -65,7 +81,7 @@ def test_a_step_that_ended_is_no_reason() -> None:
 
 
 def test_no_process_is_replaced_where_the_options_are_zero() -> None:
-    watch = loaded(engine_timeout=0, step_timeout=0)
+    watch = Watch(Watching(engine_timeout=0, step_timeout=0, load_timeout=0))
     watch.hear(Heartbeat(1e9, 1.0))
     assert [watch.tick() for _ in range(10_000)] == [None] * 10_000
 

@@ -43,6 +43,15 @@ class Balancer:
             time.sleep(0.01)
         pytest.fail(f"{self.kind} logged no request {request_id}")
 
+    def retried(self) -> list[dict[str, Any]]:
+        """Return what nginx wrote of requests that it tried at more than one replica."""
+        lines = (self.directory / "access.log").read_text().splitlines()
+        return [entry for entry in map(json.loads, lines) if ", " in entry["upstream"]]
+
+    def messages(self) -> str:
+        """Return what it wrote elsewhere than in its access log."""
+        return (self.directory / "errors.log").read_text()
+
     def wait_all_up(self) -> None:
         """Wait until no replica counts as down. nginx, which checks none, never takes one for down."""
         deadline = time.monotonic() + SECONDS

@@ -62,6 +62,11 @@ def test_processors_with_and_without_avx_512_are_described(
     assert set(line.split(" : ")[1].split()) <= set(read_processor(cpuinfo).flags)
 
 
+def test_a_processor_that_is_not_described_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedCpuError, match="cpuinfo, which cannot be read: No such file"):
+        read_processor(tmp_path / "cpuinfo")
+
+
 def test_another_platform_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     with pytest.raises(UnsupportedCpuError, match="riscv64"):
@@ -167,6 +172,13 @@ def test_the_fastest_library_that_was_built_ahead_is_loaded_without_a_compiler(
 def test_libraries_of_other_sources_are_refused_and_not_replaced_by_the_reference(ahead: Path) -> None:
     (build.SOURCES / "one.cpp").write_text('extern "C" int one() { return 2; }\n')
     with pytest.raises(PrebuiltError, match=r"no native kernels of this version .* \(it has logitkernels-"):
+        load_kernels("auto", "cpu", prebuilt=ahead)
+
+
+def test_libraries_that_cannot_be_loaded_are_refused_and_not_replaced_by_the_reference(ahead: Path) -> None:
+    for path in ahead.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(PrebuiltError, match=r"cannot load .*logitkernels-.*file too short"):
         load_kernels("auto", "cpu", prebuilt=ahead)
 
 

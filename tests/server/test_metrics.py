@@ -99,7 +99,7 @@ async def test_times_add_up_to_the_whole(open_app: OpenApp) -> None:
         page(f"vllm:request_{name}_time_seconds_sum") for name in ("queue", "prefill", "decode")
     )
     assert queue > 0.04
-    assert 0.05 <= prefill < 0.1
+    assert prefill >= 0.05
     assert decode > 0.09
     assert page("vllm:inter_token_latency_seconds_sum") == pytest.approx(decode)
     assert page("vllm:time_to_first_token_seconds_sum") >= queue + prefill

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 import pytest
+from fastapi import Request
 from logitengine.link.messages import GenerationRequest, StepOutput
+from logitserve.telemetry.record import RequestRecord
 from scripted_engine import OpenApp, Step
-from starlette.types import Message
+from starlette.types import Message, Scope
 from starlette.websockets import WebSocket
 from websocket_scope import connect
 
@@ -118,3 +121,46 @@ async def test_a_log_line_has_the_clients_address(
             await app.asgi_post("/version", None, send, client=client)
     (line,) = [vars(record) for record in caplog.records if record.name == "logitserve.access"]
     assert line["client"] == told
+
+
+@pytest.mark.parametrize(
+    ("path", "key", "level"),
+    [
+        ("/metrics", "wrong", logging.INFO),
+        ("/metrics", "right", logging.DEBUG),
+        ("/ready", "wrong", logging.DEBUG),
+        ("/version", "right", logging.INFO),
+    ],
+)
+async def test_scrapes_are_told_only_where_they_fail_and_probes_never(
+    open_app: OpenApp, caplog: pytest.LogCaptureFixture, path: str, key: str, level: int
+) -> None:
+    with caplog.at_level(logging.DEBUG):
+        async with open_app(api_key=["right"]) as app:
+            app.state.draining = path == "/ready"
+            await app.client.get(path, headers={"authorization": f"Bearer {key}"})
+    (line,) = [record for record in caplog.records if record.name == "logitserve.access"]
+    assert line.levelno == level
+
+
+@pytest.mark.parametrize(("draining", "ending"), [(True, "shutting_down"), (False, None)])
+async def test_a_request_that_the_servers_end_cancels_has_failed_and_its_client_has_not_left(
+    open_app: OpenApp, *, draining: bool, ending: str | None
+) -> None:
+    begun = asyncio.Event()
+    scopes: list[Scope] = []
+
+    async def wait(request: Request) -> None:
+        scopes.append(request.scope)
+        begun.set()
+        await asyncio.Event().wait()
+
+    async with open_app() as app:
+        app.asgi.add_api_route("/wait", wait)
+        asked = asyncio.create_task(app.client.get("/wait"))
+        await begun.wait()
+        app.state.draining = draining
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+    record = RequestRecord.of(scopes[0])
+    assert (record.has_left, record.failure and record.failure.code) == (not draining, ending)

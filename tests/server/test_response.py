@@ -15,6 +15,7 @@ from logitengine.errors import (
     EngineError,
     EngineNotReadyError,
     EngineOverloadedError,
+    RequestFatalError,
     RequestRefusedError,
 )
 from logitengine.link.messages import (
@@ -246,6 +247,7 @@ async def test_prompt_blocks_join_and_keep_their_offsets(open_app: OpenApp) -> N
         (EngineOverloadedError("the queue is full"), 429, True),
         (EngineNotReadyError("restarting"), 503, True),
         (EngineDeadError("died"), 503, True),
+        (RequestFatalError("died twice"), 500, False),
         (RequestRefusedError("cannot fit"), 400, False),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, EngineError) else None,
@@ -258,6 +260,13 @@ async def test_a_failure_before_the_first_token_is_a_status(
     assert answer.status_code == status
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
     assert ("retry-after" in answer.headers) is retries
+
+
+async def test_a_request_that_ended_every_process_it_had_is_not_to_be_tried_again(open_app: OpenApp) -> None:
+    async with open_app(lambda _: [RequestFatalError("died twice")]) as app:
+        answer = await app.post(COMPLETIONS, PROMPT)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "request_fatal")
+    assert answer.headers["x-should-retry"] == "false"
 
 
 async def test_a_failure_in_a_stream_is_one_error_event_and_the_end(open_app: OpenApp) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from logitengine.errors import EngineDeadError
-from logitengine.link.messages import GenerationRequest, StepOutput
+from logitengine.link.messages import FinishReason, GenerationRequest, StepOutput
 from logitserve.telemetry.otlp import check_endpoint
 from logitserve.telemetry.trace_context import trace_id_of
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
@@ -225,3 +225,32 @@ def test_without_its_packages_a_start_is_refused_in_one_line() -> None:
 def test_the_sdk_is_not_imported_unless_it_is_asked_for() -> None:
     code = "import sys, logitserve.cli, logitserve.http.app; sys.exit('opentelemetry.sdk' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_the_clients_trace_stays_in_the_log_where_the_sdk_is_turned_off(
+    open_app: OpenApp,
+    collector: SpanCollector,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    with caplog.at_level(logging.INFO):
+        async with open_app(two_tokens, otlp_endpoint=collector.url) as app:
+            await app.post("/v1/completions", BODY)
+            await app.post("/v1/completions", BODY, headers={"traceparent": SAMPLED})
+    lines = [vars(record) for record in caplog.records if record.name == "logitserve.access"]
+    assert [line.get("trace_id") for line in lines] == [None, TRACE]
+
+
+async def test_each_finish_reason_is_exported_once(open_app: OpenApp, collector: SpanCollector) -> None:
+    def three_choices(request: GenerationRequest) -> list[Step]:
+        reasons: tuple[FinishReason, ...] = ("stop", "length", "stop")
+        return [
+            StepOutput(request_id=request.request_id, index=index, token_ids=[338], finish_reason=reason)
+            for index, reason in enumerate(reasons)
+        ]
+
+    async with open_app(three_choices, otlp_endpoint=collector.url) as app:
+        await app.post("/v1/completions", {**BODY, "n": 3})
+    (span,) = collector.spans
+    assert attributes(span.attributes)["gen_ai.response.finish_reasons"] == ["length", "stop"]

@@ -17,7 +17,7 @@ import uvloop
 from logitengine.link.messages import ModelInfo
 from logitserve.config import ServerConfig
 from logitserve.http.backlog import SO_ATTACH_FILTER
-from logitserve.http.listener import bind
+from logitserve.http.listener import ListenError, bind
 from logitserve.http.uvicorn_server import run_app
 from raw_http import SECONDS, Answer, RawClient, get
 from scripted_engine import ScriptedEngine
@@ -148,11 +148,15 @@ class SlowEngine(ScriptedEngine):
         super().__init__(info, lambda _: [])
         self.loading = asyncio.Event()
         self.loaded = asyncio.Event()
+        self.was_closed = False
 
     async def wait_ready(self) -> ModelInfo:
         self.loading.set()
         await self.loaded.wait()
         return await super().wait_ready()
+
+    async def close(self) -> None:
+        self.was_closed = True
 
 
 def refused(listener: socket.socket) -> bool:
@@ -165,11 +169,21 @@ def refused(listener: socket.socket) -> bool:
 
 @pytest.mark.anyio
 async def test_with_listen_when_ready_clients_are_refused_until_the_first_can_be_served(
-    model_info: ModelInfo,
+    model_info: ModelInfo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The server announces that it is ready once it listens."""
     engine = SlowEngine(model_info)
     config = ServerConfig(port=0, listen_when_ready=True)
     (listener,) = bind(config)
+    were_refused: list[bool] = []
+
+    def look(record: logging.LogRecord) -> bool:
+        if record.msg == "ready":
+            were_refused.append(refused(listener))
+        return True
+
+    monkeypatch.setattr(logging.getLogger("logitserve.banner"), "filters", [look])
+    caplog.set_level(logging.INFO)
     running = asyncio.create_task(run_app(engine, config, [listener], asyncio.Event()))
     await engine.loading.wait()
     assert refused(listener)
@@ -181,6 +195,7 @@ async def test_with_listen_when_ready_clients_are_refused_until_the_first_can_be
     answer = await asyncio.to_thread(lambda: client.send(get("/ready", "connection: close")).answer())
     client.close()
     assert answer.status == 200
+    assert were_refused == [False]
     os.kill(os.getpid(), signal.SIGTERM)
     assert await running == 0
 
@@ -200,3 +215,24 @@ async def test_with_listen_when_ready_a_server_that_is_stopped_before_never_list
     async with asyncio.timeout(SECONDS):
         assert await running == 0
     assert listened == []
+
+
+@pytest.mark.parametrize("loop_factory", [uvloop.new_event_loop, asyncio.new_event_loop])
+def test_with_listen_when_ready_a_port_that_another_server_took_meanwhile_is_named(
+    model_info: ModelInfo, loop_factory: Callable[[], asyncio.AbstractEventLoop]
+) -> None:
+    async def lose_the_port() -> None:
+        engine = SlowEngine(model_info)
+        config = ServerConfig(port=0, listen_when_ready=True)
+        (listener,) = bind(config)
+        port = listener.getsockname()[1]
+        running = asyncio.create_task(run_app(engine, config, [listener], asyncio.Event()))
+        await engine.loading.wait()
+        with socket.create_server(("127.0.0.1", port)):
+            engine.loaded.set()
+            with pytest.raises(ListenError, match=f"port {port} of 127.0.0.1 is taken"):
+                await running
+        assert engine.was_closed
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(lose_the_port())

@@ -10,6 +10,7 @@ from logitengine.errors import (
     EngineError,
     EngineNotReadyError,
     EngineOverloadedError,
+    RequestFatalError,
     RequestRefusedError,
 )
 from logitengine.link.channel import AsyncChannel
@@ -61,12 +62,19 @@ class _Stream:
         for index in self._aborted_choices:
             channel.send(Abort(self._request.request_id, index))
 
-    def outlive(self, begun: Collection[str]) -> bool:
-        """Detach from a process that ended, to be sent to the next one. False: the next cannot continue the request."""
+    def disconnect(self, begun: Collection[str]) -> None:
+        """Detach from a process that ended, to be sent to the next one, or fail where that cannot continue the request."""
         self._channel = None
-        return (
-            not self._has_output and self._request.request_id not in begun and self._num_sent < MOST_PROCESSES
-        )
+        was_begun = self._request.request_id in begun
+        if self._has_output or self._num_sent < MOST_PROCESSES:
+            if self._has_output or was_begun:
+                self.fail(EngineDeadError("the engine died while it was working on this request"))
+        elif was_begun or not begun:
+            self.fail(RequestFatalError(f"the engine died {self._num_sent} times in turn with this request"))
+        else:
+            self.fail(
+                EngineDeadError(f"the engine died {self._num_sent} times before it had begun this request")
+            )
 
     def put(self, output: StepOutput) -> None:
         """Take an output from the engine; an aborted choice has no reader."""
@@ -146,8 +154,7 @@ class Streams:
         """
         self._channel, self._refusal = None, None
         for stream in self._streams.values():
-            if not stream.outlive(begun):
-                stream.fail(EngineDeadError("the engine died while it was working on this request"))
+            stream.disconnect(begun)
 
     def end(self, reason: str) -> None:
         """Reject new requests with ``reason``, and fail those in progress: no process comes for them."""

@@ -57,7 +57,7 @@ After one more death no process is started.
 """
 
 EXIT_SECONDS = 5.0
-"""Time for a process to exit by itself once its socket is closed."""
+"""Time for a process to exit by itself once its socket is closed, and then for one that was killed."""
 
 OPENMP_SPINS = "1000"
 
@@ -116,6 +116,7 @@ class Supervisor:
         # State of the process that runs or ran last.
         self._has_answered = False
         self._has_failed = False
+        self._is_immortal = False
         self._ready_at: float | None = None
 
     async def start(self) -> None:
@@ -182,6 +183,10 @@ class Supervisor:
             self._has_answered = self._has_failed = False
             self._ready_at = None
             await self._run_process()
+            if self._is_immortal:
+                # It may hold a device's memory, and whoever starts the server again can see to that.
+                self._give_up("the engine process cannot be killed; no other is started beside it")
+                return
             if self.info is None:
                 # The engine never loaded, and another try would fail too, so every waiter gets the failure.
                 self._give_up(self._load_error or "the engine died while it was loading")
@@ -234,6 +239,8 @@ class Supervisor:
 
         There is no next process if the model was never loaded.
         """
+        if self._closing:
+            return  # requests have been turned away, and for that reason
         if self.info is None:
             self._turn_away(self._load_error or "the engine died")
             return
@@ -264,7 +271,7 @@ class Supervisor:
             if watching is not None:
                 watching.cancel()
             # Comes before the reaping, which takes seconds if the process does not exit by itself.
-            if not self._has_failed and not self._closing:
+            if not self._has_failed:
                 self._on_loss("the engine died and is being restarted")
             listener.close()
             shutil.rmtree(directory, ignore_errors=True)
@@ -322,8 +329,16 @@ class Supervisor:
             logger.warning("the engine process did not exit within %.0f s and is killed", EXIT_SECONDS)
         finally:
             if process.returncode is None:
-                process.kill()
-                await process.wait()
+                await self._kill(process)
+
+    async def _kill(self, process: asyncio.subprocess.Process) -> None:
+        """Kill the process and wait until it is gone, which one that the kernel holds in a call never is."""
+        process.kill()
+        try:
+            await asyncio.wait_for(process.wait(), EXIT_SECONDS)
+        except TimeoutError:
+            logger.error("the engine process %d does not end although it was killed", process.pid)  # noqa: TRY400
+            self._is_immortal = True
 
     def _handle(self, message: FromEngine) -> None:
         self._last_heard = self._clock()
@@ -361,8 +376,8 @@ class Supervisor:
 
     def _on_ready(self, info: ModelInfo) -> None:
         channel = self._channel
-        if channel is None:
-            return  # the process is being reaped
+        if channel is None or self._closing:
+            return  # the process is being reaped, or will be
         if self.info is not None:
             logger.info("the engine is ready again")
         self.info, self._unavailable, self._ready_at = info, None, self._clock()

@@ -13,7 +13,7 @@ LOADING_FACTOR = 10
 
 
 class Watch:
-    """Counts the seconds in which one process has said nothing, and knows how long its step has run.
+    """Counts the seconds in which one process has loaded or said nothing, and knows how long its step has run.
 
     Nothing here reads a clock: a second counts when a task that slept for it calls `tick`. So a pause of the
     whole machine or of the server's own process counts as one second, however long it took.
@@ -22,6 +22,7 @@ class Watch:
     def __init__(self, limits: Watching) -> None:
         self._limits = limits
         self._is_loaded = False
+        self._num_loading_ticks = 0
         self._num_silent_ticks = 0
         self._step_seconds = 0.0
 
@@ -41,6 +42,12 @@ class Watch:
         longest_silence = self._limits.engine_timeout * (1 if self._is_loaded else LOADING_FACTOR)
         if longest_silence and silence > longest_silence:
             return f"it has said nothing for {silence:.0f} s (--engine-timeout)"
+        if not self._is_loaded:
+            # Its heartbeats begin before the model loads, and go on while a file system or a device hangs.
+            self._num_loading_ticks += 1
+            loading = self._num_loading_ticks * TICK_SECONDS
+            if self._limits.load_timeout and loading > self._limits.load_timeout:
+                return f"it has loaded for {loading:.0f} s (--load-timeout)"
         if self._limits.step_timeout and self._step_seconds > self._limits.step_timeout:
             return f"a step has run for {self._step_seconds:.0f} s (--step-timeout)"
         return None

@@ -122,19 +122,20 @@ def load(target: Target = NATIVE, prebuilt: Path | None = None) -> ctypes.CDLL:
     """Load the library: from the directory ``prebuilt`` if given, else built for ``target`` if it is not built yet.
 
     Raises:
-        PrebuiltError: the directory has no library that fits.
+        PrebuiltError: the directory has no library that fits, or it cannot be loaded.
         BuildError: the library cannot be built, or it would bring a second OpenMP runtime into the process.
     """
     path = build(target) if prebuilt is None else find_prebuilt(prebuilt)
+    unloadable = CompilationError if prebuilt is None else PrebuiltError
     before = _openmp_runtimes()
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         msg = f"cannot load {path}: {error}"
-        raise CompilationError(msg) from error
+        raise unloadable(msg) from error
     if brought := _openmp_runtimes() - before:
         msg = f"{path} brought a second OpenMP runtime ({', '.join(sorted(brought))}) beside torch's"
-        raise CompilationError(msg)
+        raise unloadable(msg)
     return library
 
 

@@ -4,7 +4,7 @@ BuildError
   UnsupportedCpuError     the processor or the platform lacks what the sources need
   CompilerMissingError    neither $CXX nor g++ is on the path
   CompilationError        the compiler refused the sources, or the library cannot be loaded beside torch
-PrebuiltError             a directory of prebuilt libraries has none of these sources
+PrebuiltError             a directory of prebuilt libraries has none of these sources that can be loaded
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class CompilationError(BuildError):
 
 
 class PrebuiltError(ValueError):
-    """A directory of prebuilt libraries has none of these sources.
+    """A directory of prebuilt libraries has none of these sources that can be loaded.
 
     No BuildError: whoever names such a directory does not want the torch reference instead.
     """

@@ -80,11 +80,16 @@ def read_processor(cpuinfo: Path = CPUINFO) -> Processor:
 
     Raises:
         UnsupportedCpuError: the system is not Linux on x86-64 or aarch64, or the processor lacks
-            what the sources need at least.
+            what the sources need at least, or does not tell what it has.
     """
     platform_targets()
+    try:
+        text = cpuinfo.read_text()
+    except OSError as error:
+        msg = f"the native kernels need {cpuinfo}, which cannot be read: {error.strerror}"
+        raise UnsupportedCpuError(msg) from error
     fields: dict[str, str] = {}
-    for line in cpuinfo.read_text().split("\n\n", maxsplit=1)[0].splitlines():
+    for line in text.split("\n\n", maxsplit=1)[0].splitlines():
         name, _, value = line.partition(":")
         fields[name.strip()] = value.strip()
     flags = frozenset(fields.get("flags", fields.get("Features", "")).split())

@@ -97,6 +97,7 @@ def create_app(engine: EngineProtocol, config: ServerConfig, *, on_loopback: boo
     app.add_middleware(BodyLimit, config=config)
     app.add_middleware(KeyGate, keys=state.keys)
     app.add_middleware(OriginGate, config=config, on_loopback=on_loopback)
+    # The app's own routes hold an included router as one object, and not the routes in it.
     routes = [*app.routes, *(route for router in ROUTERS for route in router.routes)]
     app.add_middleware(RequestLog, state=state, routes=RouteNames(routes))
     app.add_middleware(LingeringClose)

@@ -85,6 +85,15 @@ def _bound(family: socket.AddressFamily, address: tuple[Any, ...]) -> socket.soc
         return listener
 
 
+def listen(listener: socket.socket) -> None:
+    """Listen on a bound socket. Raises ListenError where another server has taken its port since it was bound."""
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        address, port = listener.getsockname()[:2]
+        raise ListenError(_reason(error, address, port)) from error
+
+
 def _reason(error: OSError, address: str, port: int) -> str:
     if error.errno == errno.EADDRINUSE:
         return f"port {port} of {address} is taken; choose another by --port, or any free one by --port 0"

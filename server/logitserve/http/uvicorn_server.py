@@ -22,7 +22,7 @@ from logitserve.http.app import create_app
 from logitserve.http.backlog import accept_backlog
 from logitserve.http.http1.open_connections import OpenConnections, affordable_connections
 from logitserve.http.http1.protocol import HttpProtocol
-from logitserve.http.listener import on_loopback
+from logitserve.http.listener import ListenError, listen, on_loopback
 from logitserve.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ class DrainingServer(uvicorn.Server):
         self._to_listen = listeners.copy()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.listen_error: ListenError | None = None
 
     async def serve(self, sockets: Any = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -68,8 +69,29 @@ class DrainingServer(uvicorn.Server):
         """Start the app, and listen unless the server was stopped before."""
         if self._stopped.is_set():
             self.should_exit = True
+            return
+        try:
+            await super().startup(self._listening())
+        except ListenError as error:
+            self.listen_error = error
+            for server in self.servers:
+                server.close()
+            for listener in self._listeners:
+                listener.close()
+            self.should_exit = True
+            await self.lifespan.shutdown()
         else:
-            await super().startup(self._to_listen)
+            if self._state.config.listen_when_ready and self._to_listen:
+                announce(self._state.model(), self._state.config, self._listeners)
+
+    def _listening(self) -> Any:
+        """Yield each socket once it listens. uvicorn asks for the first when the app has started.
+
+        Another server may have taken a port that was only bound, and uvloop tells nobody that it cannot listen.
+        """
+        for listener in self._to_listen:
+            listen(listener)
+            yield listener
 
     def stop(self) -> None:
         self.should_exit = True
@@ -149,7 +171,8 @@ async def run_app(
 ) -> int:
     """Serve on bound sockets until a signal, or not at all if ``stopped`` is set.
 
-    Returns the exit code: 0, or 1 when the model could not be loaded or its engine kept dying.
+    Returns the exit code: 0, or 1 when the model could not be loaded or its engine kept dying. Raises ListenError when
+    another server has taken the port meanwhile, which happens with ``listen_when_ready`` alone.
     """
     app = create_app(engine, config, on_loopback=on_loopback(listeners))
     state: ServerState = app.state.server
@@ -165,8 +188,11 @@ async def run_app(
     state.stop_server = server.stop
     if config.api_key_file is not None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, state.keys.reload)
-    state.on_ready = lambda model: announce(model, config, listeners)
+    if not config.listen_when_ready:
+        state.on_ready = lambda model: announce(model, config, listeners)
     await server.serve(listeners)
+    if server.listen_error is not None:
+        raise server.listen_error
     if state.engine_lost is not None:
         logger.error("the server ended: %s", state.engine_lost)
     return 0 if state.load_error is None and state.engine_lost is None else 1

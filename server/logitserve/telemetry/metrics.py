@@ -79,7 +79,7 @@ class Metrics:
         )
         self._refusals = Counter(
             "logitserve:refusals",
-            "Errors that clients were answered with, in a stream's events too.",
+            "Errors that answered requests, or ended answers that had begun.",
             ["status", "code"],
             registry=registry,
         )

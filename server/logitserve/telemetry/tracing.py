@@ -88,7 +88,9 @@ class Tracing:
             attributes=attributes,
             start_time=start,
         )
-        record.trace_id = format_trace_id(span.get_span_context().trace_id)
+        context = span.get_span_context()
+        if context.is_valid:  # it is not where OTEL_SDK_DISABLED is set
+            record.trace_id = format_trace_id(context.trace_id)
         return RequestSpan(span, start)
 
     def end(self, request_span: RequestSpan, record: RequestRecord, model_name: str | None) -> None:
@@ -155,7 +157,7 @@ def _attributes(record: RequestRecord, model_name: str | None) -> dict[str, Valu
         "gen_ai.usage.input_tokens": record.counts.prompt,
         "gen_ai.usage.output_tokens": record.counts.completion,
         "gen_ai.usage.cache_read.input_tokens": record.counts.cached,
-        "gen_ai.response.finish_reasons": record.finish_reasons,
+        "gen_ai.response.finish_reasons": sorted(set(record.finish_reasons)),
     }
     if model_name is not None:
         attributes["gen_ai.response.model"] = model_name

@@ -12,9 +12,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from logitserve.errors import from_exception
+from logitserve.errors import ApiError, from_exception
 from logitserve.http.refusal import INTERNAL_ERROR, refuse
-from logitserve.http.scope import header, is_request, is_watching
+from logitserve.http.scope import header, is_probe, is_request, is_watching
 from logitserve.state import ServerState
 from logitserve.telemetry.record import KEY, RequestRecord
 from logitserve.telemetry.routes import RouteNames, method_name
@@ -26,6 +26,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 LONGEST_LOGGED_PATH = 200
 
 SWITCHING_PROTOCOLS = 101
+FAILURE = 400
 FORBIDDEN = 403
 
 
@@ -57,7 +58,7 @@ class RequestLog:
         try:
             await self._answer(scope, receive, reply)
         except asyncio.CancelledError:
-            record.has_left = True
+            self._cancelled(record)
             raise
         finally:
             record.ended, record.status = time.monotonic(), reply.status
@@ -66,7 +67,8 @@ class RequestLog:
             self._state.metrics.ended(record)
             if tracing is not None and span is not None:
                 tracing.end(span, record, self._state.model_name)
-            _log(scope, record, logging.INFO if is_work else logging.DEBUG)
+            is_told = is_work or (record.status >= FAILURE and not is_probe(scope))
+            _log(scope, record, logging.INFO if is_told else logging.DEBUG)
 
     def _record(self, scope: Scope) -> RequestRecord:
         return RequestRecord(
@@ -75,6 +77,15 @@ class RequestLog:
             route=self._routes.of(scope),
             trace_id=trace_id_of(header(scope, b"traceparent")),
         )
+
+    def _cancelled(self, record: RequestRecord) -> None:
+        """Note whether the server's end or the client's leave has cancelled a request."""
+        if self._state.draining:
+            record.failure = ApiError(
+                503, "The server ended before the request was answered.", code="shutting_down"
+            )
+        else:
+            record.has_left = True
 
     async def _answer(self, scope: Scope, receive: Receive, reply: _Reply) -> None:
         try:
