@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from logitserve.errors import BadRequestError
 from logitserve.protocol.limits import too_large
@@ -63,13 +63,15 @@ async def tokenize(
     limit = _limit(source.truncate_to, reserved_tokens, model)
     if isinstance(source, Texts):
         texts = [prompt for prompt in source.prompts if isinstance(prompt, str)]
-        _check_length(max(map(len, texts), default=0), limit, model, source.param)
+        _check_length(max(map(len, texts), default=0), model, source.param)
         num_ids = sum(len(prompt) for prompt in source.prompts if not isinstance(prompt, str))
         num_tokens = num_ids + sum(map(len, texts)) // CHARACTERS_PER_TOKEN
         work = partial(_from_texts, source, limit, model)
     else:
-        num_characters = sum(len(message["content"]) for message in source.turns.messages)
-        _check_length(num_characters, limit, model, source.param)
+        # All of it is searched for control tokens, whatever the template reads.
+        num_characters = _num_characters(source.turns.messages)
+        _check_length(num_characters, model, source.param)
+        _check_length(_num_characters(source.turns.variables), model, "chat_template_kwargs")
         num_tokens = num_characters // CHARACTERS_PER_TOKEN
         work = partial(_from_messages, source, limit, model, state.config.control_tokens_in_messages)
     with state.queue.enter(num_tokens):
@@ -106,16 +108,28 @@ def _from_messages(
 ) -> list[TokenizedPrompt]:
     tokenizer = model.tokenizer
     chat = tokenizer.render(source.turns, control_tokens_in_messages=control_tokens_in_messages)
-    _check_length(len(chat.text), limit, model, source.param)
+    _check_length(len(chat.text), model, source.param)
     token_ids = tokenizer.encode_chat(chat, add_special_tokens=source.add_special_tokens)
     if limit is None or len(token_ids) <= limit:
         return [TokenizedPrompt(token_ids, chat.text)]
     return [TokenizedPrompt(token_ids[-limit:], None)]
 
 
-def _check_length(num_characters: int, limit: int | None, model: Model, param: str) -> None:
-    """Refuse text that no tokens of the model can make short enough, unless it may be cut. Raises BadRequestError."""
-    if limit is None and num_characters > model.longest_prompt:
+def _num_characters(value: Any) -> int:
+    """Return the length of all texts in ``value``, names of members included."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_num_characters(name) + _num_characters(member) for name, member in value.items())
+    return sum(map(_num_characters, value)) if isinstance(value, list | tuple) else 0
+
+
+def _check_length(num_characters: int, model: Model, param: str) -> None:
+    """Refuse text that no tokens of the model can make short enough. Raises BadRequestError.
+
+    This holds for text that may be cut too: to tokenize it takes seconds in which the interpreter does nothing else.
+    """
+    if num_characters > model.longest_prompt:
         raise context_exceeded(
             model,
             param,

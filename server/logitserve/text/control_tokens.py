@@ -101,9 +101,10 @@ class ControlTokens:
 
     def _marked(self, text: str) -> str:
         pieces, position = [], 0
+        first, last = len(text) - len(text.lstrip()), len(text.rstrip())
         for start, end, _ in self._find(text):
             # A template may ask how a text begins, or how it ends.
-            is_first = not text[:start].strip() and bool(text[end:].strip())
+            is_first = start <= first and end < last
             pieces += [
                 text[position:start],
                 *((text[start:end], AFTER) if is_first else (BEFORE, text[start:end])),
