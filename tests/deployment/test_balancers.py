@@ -24,7 +24,7 @@ from raw_http import SECONDS, RawClient, get, post
 from recording_server import RecordingServer, recording
 from replicas import Replica, two_replicas
 
-pytestmark = pytest.mark.deployments
+pytestmark = [pytest.mark.deployments, pytest.mark.timeout(900)]
 
 COMPLETIONS = "/v1/completions"
 SHORT = {"prompt": [5, 6, 7], "max_tokens": 2, "temperature": 0, "ignore_eos": True}

@@ -13,7 +13,7 @@ from byte_model import save_byte_model
 from raw_http import SECONDS
 from replicas import Replica, two_replicas
 
-pytestmark = [pytest.mark.deployments, pytest.mark.anyio]
+pytestmark = [pytest.mark.deployments, pytest.mark.anyio, pytest.mark.timeout(900)]
 
 COMPLETIONS = "/v1/completions"
 SHORT = {"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "ignore_eos": True}

@@ -21,7 +21,7 @@ from raw_http import SECONDS
 from render_balancer import SHIPPED
 from replicas import Replica, two_replicas
 
-pytestmark = [pytest.mark.deployments, pytest.mark.anyio]
+pytestmark = [pytest.mark.deployments, pytest.mark.anyio, pytest.mark.timeout(900)]
 
 COMPLETIONS = "/v1/completions"
 SHORT = {"prompt": [5, 6, 7], "max_tokens": 20, "temperature": 0, "ignore_eos": True}

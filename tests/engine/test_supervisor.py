@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import scripted_process
 from logitengine import EngineClient, EngineConfig, EngineDeadError, EngineNotReadyError, RequestFatalError
@@ -332,6 +333,13 @@ async def test_a_first_load_that_hangs_ends_with_the_reason(
             pass
 
 
+async def reaped(pid: int) -> None:
+    """Wait until asyncio has noticed the end of a process, or its transport would be left open."""
+    while psutil.pid_exists(pid):  # noqa: ASYNC110 - nothing announces it
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.01)
+
+
 async def test_an_engine_whose_process_cannot_be_killed_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -349,6 +357,7 @@ async def test_an_engine_whose_process_cannot_be_killed_is_lost(
             assert client.not_ready_reason() == await client.wait_lost()
         finally:
             os.kill(pid, signal.SIGKILL)
+            await reaped(pid)
     assert f"the engine process {pid} does not end although it was killed" in caplog.messages
     assert (tmp_path / "lived").read_text().split() == [str(pid)]
 
@@ -367,6 +376,7 @@ async def test_a_server_that_ends_beside_a_process_that_cannot_be_killed_does_no
             assert client.not_ready_reason() == "the server is shutting down"
         finally:
             os.kill(pid, signal.SIGKILL)
+            await reaped(pid)
 
 
 @pytest.mark.parametrize("message", [Failed("a late fault", []), Ready(scripted_process.model_info())])
