@@ -6,7 +6,6 @@ The model reads and writes bytes. Its head has more logits than the tokenizer ha
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from llguidance import LLMatcher
 from logitengine.config import EngineConfig
 from logitengine.engine import Engine
 from logitengine.errors import RequestRefusedError
-from logitengine.grammar import parse_state
+from logitengine.grammar import grammars, vocabulary
+from logitengine.grammar.parse_state import ParseState
 from logitengine.grammar.vocabulary import GrammarError, Vocabulary
 from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingParams
 from logitengine.model.loader import LoadedModel, load
@@ -251,20 +251,26 @@ def test_masks_that_take_long_are_made_on_threads(
         asked(f"r{number}", schema_of(number), seed=number, logits=LogitsSpec()) for number in range(5)
     ]
     expected = run(make_engine(plain), requests)
-    monkeypatch.setattr(parse_state, "SLOW_SECONDS", -1.0)
+    monkeypatch.setattr(vocabulary, "SLOW_SECONDS", -1.0)
     engine = make_engine(plain)
-    later: list[Future[None]] = []
-    make_mask_later = parse_state.ParseState.make_mask_later
-
-    def counted(state: parse_state.ParseState, making: Future[None]) -> None:
-        later.append(making)
-        make_mask_later(state, making)
-
-    monkeypatch.setattr(parse_state.ParseState, "make_mask_later", counted)
+    later = count_given_away(monkeypatch)
     answers = run(engine, requests)
     assert len(later) > 5
     for key, answer in answers.items():
         assert_same(answer, expected[key])
+
+
+def count_given_away(monkeypatch: pytest.MonkeyPatch) -> list[ParseState]:
+    """Return a list that grows by each state whose mask is made on a thread."""
+    later: list[ParseState] = []
+    give_away = ParseState.give_away
+
+    def counted(state: ParseState) -> None:
+        later.append(state)
+        give_away(state)
+
+    monkeypatch.setattr(ParseState, "give_away", counted)
+    return later
 
 
 def test_the_engine_wakes_its_owner_when_a_grammar_is_compiled(plain: LoadedModel) -> None:
