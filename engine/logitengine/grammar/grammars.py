@@ -134,6 +134,8 @@ class Grammars:
                 continue
             try:
                 seconds_left -= state.advance()
+            except BaseException as error:  # noqa: BLE001 - a panic of llguidance is no Exception
+                state.take_back(error)
             finally:
                 compiled.lock.release()
             if state.has_outgrown:

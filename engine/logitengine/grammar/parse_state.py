@@ -9,8 +9,8 @@ from llguidance import LLMatcher
 
 from logitengine.grammar.vocabulary import CompiledGrammar, Mask, Vocabulary, error_of, shortened
 
-TOO_MANY_STATES = "LexerTooComplex"
-"""Stop reason of a matcher whose lexer has reached `MOST_LEXER_STATES`."""
+LEXER_FAILED = "InternalError"
+"""Stop reason of a matcher whose lexer has reached `MOST_LEXER_STATES`, or was left broken by another answer's failure."""
 
 
 class ParseState:
@@ -130,7 +130,7 @@ class ParseState:
             mask = self._vocabulary.fill(matcher)
         if not matcher.is_error():
             self._mask = mask
-        elif matcher.stop_reason() == TOO_MANY_STATES and not self._is_private:
+        elif matcher.stop_reason() == LEXER_FAILED and not self._is_private:
             self.has_outgrown = True
         else:
             self.error = error_of(matcher)

@@ -43,7 +43,10 @@ class Workers:
             self._has_started = True
             for number in range(self._num_threads):
                 threading.Thread(
-                    target=_work, args=(self._queue, self._running), name=f"{self._name}-{number}", daemon=True
+                    target=_work,
+                    args=(self._queue, self._running),
+                    name=f"{self._name}-{number}",
+                    daemon=True,
                 ).start()
             weakref.finalize(self, _end, self._queue, self._num_threads).atexit = False
         future: Future[T] = Future()
