@@ -379,9 +379,12 @@ def test_the_bound_of_states_is_of_one_answer_though_all_share_a_lexer(
     monkeypatch.setattr(vocabulary, "MOST_LEXER_STATES", 400)
     alone: list[str] = []
     begin_alone = ParseState.begin_alone
-    monkeypatch.setattr(
-        ParseState, "begin_alone", lambda state: (alone.append(state.grammar), begin_alone(state))
-    )
+
+    def counted(state: ParseState) -> None:
+        alone.append(state.grammar)
+        begin_alone(state)
+
+    monkeypatch.setattr(ParseState, "begin_alone", counted)
     requests = [asked(f"r{seed}", STATES, max_tokens=110, seed=seed, temperature=1.5) for seed in range(4)]
     neighbour = greedy("n", PROMPTS[1], 110, EVERY_ROW)
     engine = make_engine(plain)
