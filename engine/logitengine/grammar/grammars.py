@@ -10,7 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from logitengine.grammar.parse_state import ParseState
-from logitengine.grammar.vocabulary import CompiledGrammar, Vocabulary
+from logitengine.grammar.vocabulary import MOST_LEXER_STATES, CompiledGrammar, Vocabulary
 from logitengine.grammar.workers import Workers
 
 MOST_KEPT = 64
@@ -22,8 +22,11 @@ MOST_KEPT_BYTES = 512 << 20
 BYTES_PER_CHARACTER = 512
 """Memory of a compiled grammar per character of its text, at most: 150 to 420 for schemas of many properties."""
 
-BYTES_PER_SECOND = 256 << 20
+BYTES_PER_SECOND = 1 << 30
 """Memory that a lexer may take in a second of CPU time in which its states are made."""
+
+MOST_LEXER_BYTES = MOST_LEXER_STATES * 2048
+"""Memory of a lexer's states, at most."""
 
 NUM_COMPILERS = 2
 NUM_MASK_MAKERS = 2
@@ -53,7 +56,7 @@ class _Kept:
         worked = 0.0
         if compiling.done() and not compiling.exception():
             worked = compiling.result().working_seconds
-        return self.text_size * BYTES_PER_CHARACTER + int(worked * BYTES_PER_SECOND)
+        return self.text_size * BYTES_PER_CHARACTER + min(int(worked * BYTES_PER_SECOND), MOST_LEXER_BYTES)
 
 
 class Grammars:
