@@ -145,6 +145,11 @@ class Engine:
         return self._under_way is not None
 
     @property
+    def is_preparing(self) -> bool:
+        """True while threads work for grammars, which nothing can stop."""
+        return self._grammars.is_busy
+
+    @property
     def begun_request_ids(self) -> set[str]:
         """Ids of requests for which something was computed or is being computed. The others have only waited."""
         return {
@@ -270,10 +275,13 @@ class Engine:
         outputs: list[StepOutput] = []
         for sequence in list(self._awaiting):
             grammar = sequence.grammar
-            if grammar is not None and not grammar.is_settled and not sequence.is_finished:
+            if sequence.is_finished or grammar is None:
+                self._awaiting.remove(sequence)
+                continue
+            if not grammar.is_settled:
                 continue
             self._awaiting.remove(sequence)
-            if grammar is None or grammar.mask is not None or sequence.is_finished:
+            if grammar.mask is not None:
                 continue
             outputs.append(
                 StepOutput(
@@ -320,6 +328,8 @@ class Engine:
         self._scheduler.remove(sequence)
         request = self._requests[sequence.request_id]
         request.sequences.remove(sequence)
+        if sequence.grammar is not None:
+            self._grammars.release(sequence.grammar)
         if not request.sequences:
             del self._requests[sequence.request_id]
 

@@ -71,7 +71,13 @@ def main() -> int:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(arguments.socket)
     channel: BlockingChannel[ToEngine] = BlockingChannel(connection, ToEngine)
-    return EngineLoop(channel).run(EngineConfig.model_validate_json(arguments.config))
+    loop = EngineLoop(channel)
+    status = loop.run(EngineConfig.model_validate_json(arguments.config))
+    if loop.is_preparing:
+        # A thread in foreign code must not meet an interpreter that is being taken apart.
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 class Heart:
@@ -130,6 +136,11 @@ class EngineLoop:
         self._heart = Heart(channel)
         self._engine: Engine | None = None
         self._inbox: queue.SimpleQueue[ToEngine | _Wake | None] = queue.SimpleQueue()
+
+    @property
+    def is_preparing(self) -> bool:
+        """Whether threads still work for grammars."""
+        return self._engine is not None and self._engine.is_preparing
 
     def run(self, config: EngineConfig) -> int:
         """Load, then serve until the server closes the socket. Returns the process's exit status."""

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from typing import cast
+
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from llguidance import LLMatcher
 from logitengine.config import EngineConfig
+from logitengine.grammar.parse_state import ParseState
+from logitengine.grammar.vocabulary import CompiledGrammar, Vocabulary
 from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingParams
 from logitengine.schedule.block_manager import BlockManager
 from logitengine.schedule.scheduler import Chunk, Scheduler
@@ -15,7 +22,13 @@ BLOCK_SIZE = 8
 
 
 def make_sequence(
-    arrival: int, prompt: int, answer: int, *, prompt_rows: bool = False, row_nbytes: int = 0
+    arrival: int,
+    prompt: int,
+    answer: int,
+    *,
+    prompt_rows: bool = False,
+    row_nbytes: int = 0,
+    grammar: ParseState | None = None,
 ) -> Sequence:
     request = GenerationRequest(
         request_id=f"r{arrival}",
@@ -23,7 +36,7 @@ def make_sequence(
         sampling=SamplingParams(max_tokens=answer),
         logits=LogitsSpec(positions="prompt") if prompt_rows else None,
     )
-    return Sequence.of(request, 0, arrival, row_nbytes=row_nbytes)
+    return Sequence.of(request, 0, arrival, row_nbytes=row_nbytes, grammar=grammar)
 
 
 class Clock:
@@ -318,6 +331,46 @@ def check_step(scheduler: Scheduler, chunks: list[Chunk], budget: int, max_seqs:
         assert planned.rows.start == sequence.num_rows_given
         assert len(sequence.block_table) * BLOCK_SIZE >= planned.stop
         assert not (planned.draws_token and planned.rows.stop < sequence.num_prompt_tokens)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12), st.booleans()), min_size=1, max_size=10),
+    st.lists(st.lists(st.booleans(), min_size=10, max_size=10), min_size=1, max_size=8),
+    st.integers(0, 5),
+)
+def test_sequences_without_a_grammar_never_wait_for_those_that_await_theirs(
+    arrivals: list[tuple[int, int, bool]], masked: list[list[bool]], compiled_at: int
+) -> None:
+    """They draw a token in every step. The others draw in no step before which their mask was missing."""
+    scheduler, blocks = make_scheduler(num_blocks=256, max_num_batched_tokens=1000, max_num_seqs=10)
+    compiling: Future[CompiledGrammar] = Future()
+    sequences = [
+        make_sequence(i, prompt, answer, grammar=ParseState("", compiling, cast("Vocabulary", None)))
+        if has_grammar
+        else make_sequence(i, prompt, answer)
+        for i, (prompt, answer, has_grammar) in enumerate(arrivals)
+    ]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    for step in range(200):
+        if step == compiled_at:
+            compiling.set_result(CompiledGrammar(cast("LLMatcher", None), np.zeros(1, np.int32)))
+        has_mask = masked[step % len(masked)] if step < 100 else [True] * 10
+        for sequence, is_masked in zip(sequences, has_mask, strict=False):
+            if sequence.grammar is not None and is_masked:
+                sequence.grammar.take_back()
+            elif sequence.grammar is not None:
+                sequence.grammar.give_away()
+        free = {sequence for sequence in scheduler if sequence.grammar is None}
+        awaiting = {sequence for sequence in scheduler if sequence.awaits_mask}
+        chunks = scheduler.schedule()
+        drawing = {chunk.sequence for chunk in chunks if chunk.draws_token}
+        assert free <= drawing
+        assert not awaiting & drawing
+        apply(scheduler, chunks)
+    assert not scheduler.has_work
+    assert blocks.num_used == 0
 
 
 class LifeMachine(RuleBasedStateMachine):

@@ -16,6 +16,7 @@ from logitengine import EngineClient, EngineConfig, EngineDeadError, EngineNotRe
 from logitengine.errors import EngineError
 from logitengine.link import supervisor, watch
 from logitengine.link.messages import Failed, FromEngine, Ready
+from msgspec.structs import replace
 from support import Collected, greedy
 
 pytestmark = pytest.mark.anyio
@@ -57,9 +58,9 @@ async def running(model: Path, clock: Clock | None = None, **options: float) -> 
         await client.close()
 
 
-async def ask(client: EngineClient, name: str) -> Collected:
+async def ask(client: EngineClient, name: str, grammar: str | None = None) -> Collected:
     collected = Collected()
-    async with aclosing(client.generate(greedy(name, [1], 5))) as outputs:
+    async with aclosing(client.generate(replace(greedy(name, [1], 5), grammar=grammar))) as outputs:
         async for output in outputs:
             collected.add(output)
     return collected
@@ -155,11 +156,13 @@ async def test_a_silent_death_fails_what_was_answered_in_part_and_the_rest_is_qu
         told = client.generate(greedy("begin", [1], 5))
         await anext(told)
         waiting = [asyncio.create_task(ask(client, f"later {number}")) for number in range(3)]
+        constrained = asyncio.create_task(ask(client, "later with a grammar", "five!"))
         assert isinstance(await error_of(client, "begin, then exit"), EngineDeadError)
         with pytest.raises(EngineDeadError, match="working on this request"):
             await anext(told)
         for answer in waiting:
             assert (await answer).token_ids == [7]
+        assert (await constrained).token_ids == [len("five!")], "with its grammar"
 
 
 @pytest.mark.usefixtures("without_pauses")

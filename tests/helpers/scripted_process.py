@@ -1,6 +1,6 @@
 """An engine process without an engine and without torch. It is ready at once and acts on its requests' names.
 
-    answer …            one token, and the choice is over
+    answer …            one token, and the choice is over; with a grammar, its number of characters
     score …             the same without a token
     begin …             one token, and nothing more
         later …             nothing in the first process of a directory, as answer in the others
@@ -32,6 +32,7 @@ from logitengine.link.messages import (
     Failed,
     FinishReason,
     Generate,
+    GenerationRequest,
     Heartbeat,
     Located,
     ModelInfo,
@@ -92,7 +93,7 @@ def main() -> int:
         name = message.request.request_id
         if name.startswith("later") and is_first:
             continue
-        if not act(name, channel, connection):
+        if not act(message.request, channel, connection):
             break
     channel.flush(timeout=5)
     while channel.receive() is not None:
@@ -100,8 +101,9 @@ def main() -> int:
     return 0
 
 
-def act(request_id: str, channel: BlockingChannel[ToEngine], connection: socket.socket) -> bool:
+def act(request: GenerationRequest, channel: BlockingChannel[ToEngine], connection: socket.socket) -> bool:
     """Act on the request's name. Return False if the process should end."""
+    request_id = request.request_id
 
     def say(token_ids: list[int], finish_reason: FinishReason | None) -> None:
         output = StepOutput(request_id=request_id, index=0, token_ids=token_ids, finish_reason=finish_reason)
@@ -111,7 +113,7 @@ def act(request_id: str, channel: BlockingChannel[ToEngine], connection: socket.
         say([7], None)
     match request_id.removeprefix("begin, then ").split():
         case ["answer" | "later", *_]:
-            say([7], "length")
+            say([7 if request.grammar is None else len(request.grammar)], "length")
         case ["score", *_]:
             say([], "length")
         case ["beat", step, longest]:

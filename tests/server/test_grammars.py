@@ -168,7 +168,7 @@ SLOW: dict[str, Any] = {"allOf": [{"type": "string", "pattern": f"a.{{{i}}}b"} f
 async def test_a_grammar_that_compiles_for_long_is_refused_and_its_process_replaced(
     open_app: OpenApp,
 ) -> None:
-    async with open_app(one_token, grammar_timeout=0.5) as app:
+    async with open_app(one_token, grammar_timeout=2) as app:
         warm = body(CHAT, response_format={"type": "json_object"})
         assert (await app.post(CHAT, warm)).status_code == 200
         slow, other = await asyncio.gather(

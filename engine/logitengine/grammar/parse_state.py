@@ -2,56 +2,86 @@
 
 from __future__ import annotations
 
-import time
 from concurrent.futures import Future
+from time import thread_time
 
 from llguidance import LLMatcher
 
-from logitengine.grammar.vocabulary import CompiledGrammar, Mask, Vocabulary, error_of
+from logitengine.grammar.vocabulary import CompiledGrammar, Mask, Vocabulary, error_of, shortened
 
-SLOW_SECONDS = 0.004
-"""A grammar whose mask took longer has its next mask made on a thread, so that other sequences do not wait for it."""
+LEXER_FAILED = "InternalError"
+"""Stop reason of a matcher whose lexer has reached `MOST_LEXER_STATES`, or was left broken by another answer's failure."""
 
 
 class ParseState:
     """The parse of one choice's tokens, and the mask of its next one.
 
-    It is compiled first, on a thread, and then knows a mask except while one is made on a thread. Its methods are called by the
-    engine's thread alone, except ``make_mask``.
+    It is compiled first, on a thread, and then knows a mask except while one is made on a thread. Between ``give_away``
+    and ``take_back`` a thread calls ``advance`` or ``begin_alone``; everything else is called by the engine's thread.
 
     Attributes:
+        grammar: the text of the grammar.
         error: why nothing can follow any more, else None.
+        is_abandoned: whether nobody needs it any more, so that threads need not work for it.
+        has_outgrown: whether the lexer that it shares with other answers is full, so that it needs one of its own.
     """
 
-    __slots__ = ("_compiling", "_making", "_mask", "_matcher", "_vocabulary", "error", "is_slow")
+    __slots__ = (
+        "_compiled",
+        "_compiling",
+        "_is_away",
+        "_is_private",
+        "_mask",
+        "_matcher",
+        "_token_ids",
+        "_vocabulary",
+        "error",
+        "grammar",
+        "has_outgrown",
+        "is_abandoned",
+    )
 
-    def __init__(self, compiling: Future[CompiledGrammar], vocabulary: Vocabulary) -> None:
+    def __init__(self, grammar: str, compiling: Future[CompiledGrammar], vocabulary: Vocabulary) -> None:
+        self.grammar = grammar
         self._compiling = compiling
         self._vocabulary = vocabulary
+        self._compiled: CompiledGrammar | None = None
         self._matcher: LLMatcher | None = None
         self._mask: Mask | None = None
-        self._making: Future[None] | None = None
+        self._token_ids: list[int] = []
+        self._is_away = False
+        self._is_private = False
         self.error: str | None = None
-        self.is_slow = False
+        self.has_outgrown = False
+        self.is_abandoned = False
 
     @property
     def is_compiled(self) -> bool:
         """Whether the grammar is compiled, or was refused."""
-        return self._compiling.done()
+        return self._compiled is not None or self._compiling.done()
 
     @property
     def is_settled(self) -> bool:
         """Whether no thread works for this state: it has a mask or an error."""
-        return self.is_compiled and (self._making is None or self._making.done())
+        return not self._is_away and self.is_compiled
+
+    @property
+    def compiled(self) -> CompiledGrammar | None:
+        """The compiled grammar; None while it is compiled, and if that failed."""
+        if self._compiled is None and self._compiling.done() and self.error is None:
+            failure = self._compiling.exception()
+            if failure is not None:
+                self.error = shortened(str(failure))
+            else:
+                self._compiled = self._compiling.result()
+                self._mask = self._compiled.first_mask
+        return self._compiled
 
     @property
     def mask(self) -> Mask | None:
         """The tokens that may come next; None as long as a thread works for it, and after an error."""
-        if not self.is_settled or self._has_failed():
+        if self._is_away or self.compiled is None or self.error is not None:
             return None
-        if self._matcher is None:
-            compiled = self._compiling.result()
-            self._matcher, self._mask = compiled.matcher.deep_copy(), compiled.first_mask
         return self._mask
 
     @property
@@ -66,30 +96,51 @@ class ParseState:
         mask = self.mask
         return mask is not None and not (mask & ~self._vocabulary.ends).any()
 
-    def _has_failed(self) -> bool:
-        """Whether nothing can follow. A thread's failure, a panic of llguidance included, is this state's alone."""
-        failure = self._compiling.exception() or (self._making and self._making.exception())
-        if failure and self.error is None:
-            self.error = str(failure)
-        return self.error is not None
-
     def learn(self, token_id: int) -> None:
-        """Advance by the token that was drawn. The mask is made afterwards, by ``make_mask``, here or on a thread."""
-        matcher = self._matcher
-        if matcher is None or not matcher.consume_token(token_id):
-            self.error = "a token was drawn that it does not allow" if matcher is None else error_of(matcher)
+        """Take the token that was drawn. ``advance`` consumes it, here or on a thread."""
+        self._token_ids.append(token_id)
 
-    def make_mask(self) -> None:
-        """Make the mask after the tokens learnt so far."""
-        if self._matcher is None or self.error is not None:
-            return
-        started = time.perf_counter()
-        mask = self._vocabulary.fill(self._matcher)
-        self.is_slow = time.perf_counter() - started > SLOW_SECONDS
-        if self._matcher.is_error():
-            self.error = error_of(self._matcher)
-        self._mask = mask
+    def advance(self) -> float:
+        """Consume the token learnt last and make the next one's mask. Returns the seconds of CPU that it took.
 
-    def make_mask_later(self, making: Future[None]) -> None:
-        """Have no mask until ``making``, a call of ``make_mask`` on a thread, is done."""
-        self._making = making
+        The caller holds the lock of the compiled grammar, whose lexer all its answers share.
+        """
+        started = thread_time()
+        if self._compiled is None:
+            self.error = "a token was drawn before it was compiled"
+            return 0.0
+        if self._matcher is None:
+            self._matcher = self._compiled.matcher.deep_copy()
+        self._consume(self._matcher, self._token_ids[-1:])
+        seconds = thread_time() - started
+        self._compiled.count(seconds)
+        return seconds
+
+    def begin_alone(self) -> None:
+        """Compile the grammar for this answer alone, and parse its tokens again. It may take long."""
+        self.has_outgrown = False
+        self._is_private = True
+        self._compiled = self._vocabulary.compile(self.grammar)
+        self._matcher = self._compiled.matcher
+        self._consume(self._matcher, self._token_ids)
+
+    def _consume(self, matcher: LLMatcher, token_ids: list[int]) -> None:
+        mask: Mask | None = None
+        if matcher.consume_tokens(token_ids):
+            mask = self._vocabulary.fill(matcher)
+        if not matcher.is_error():
+            self._mask = mask
+        elif matcher.stop_reason() == LEXER_FAILED and not self._is_private:
+            self.has_outgrown = True
+        else:
+            self.error = error_of(matcher)
+
+    def give_away(self) -> None:
+        """Have no mask until ``take_back``: a thread works for it."""
+        self._is_away = True
+
+    def take_back(self, error: BaseException | None = None) -> None:
+        """End a thread's work, with the error that it met if it did not expect it: a panic of llguidance."""
+        if error is not None:
+            self.error = shortened(str(error))
+        self._is_away = False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +16,19 @@ WORD_BITS = 32
 """Tokens that one int32 word of a mask covers."""
 
 MOST_LEXER_STATES = 50_000
-"""States of one answer's lexer; each takes 1 to 2 kB."""
+"""States of a lexer; each takes 1 to 2 kB. All answers of one compiled grammar share its lexer."""
+
+MOST_ERROR_CHARACTERS = 500
+"""Characters of an error that are told."""
+
+SLOW_SECONDS = 0.004
+"""CPU time of a mask after which its grammar's next `SLOW_MASKS` are made on threads, so that no other sequence waits."""
+
+WORKING_SECONDS = 0.0002
+"""CPU time of a mask that may have added states to the lexer. One that adds none takes a tenth."""
+
+SLOW_MASKS = 100
+"""Masks in a row that must be fast before a slow grammar counts as fast again: a lexer is slow while it is new."""
 
 Mask = NDArray[np.int32]
 """Bits of the tokens that may come next: int32 [ceil(V / 32)], for a model with V logits a row."""
@@ -25,12 +38,33 @@ class GrammarError(ValueError):
     """A grammar that cannot be honoured, with the reason."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class CompiledGrammar:
-    """A grammar before its first token: choices copy the matcher and share the mask."""
+    """A grammar before its first token: choices copy the matcher, whose copies share one lexer, and share the mask.
+
+    Attributes:
+        lock: held while any of the copies works. llguidance has a lock of its own, but waits for it with the
+            interpreter's lock.
+        is_full: whether an answer has met the bound of the lexer's states.
+        num_slow: masks to be made on threads from here on, because one was slow.
+        working_seconds: CPU time of the masks that took long enough to have added to the lexer.
+    """
 
     matcher: LLMatcher
     first_mask: Mask
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    is_full: bool = False
+    num_slow: int = 0
+    working_seconds: float = 0.0
+
+    def count(self, seconds: float) -> None:
+        """Count the CPU time of a mask."""
+        if seconds > SLOW_SECONDS:
+            self.num_slow = SLOW_MASKS
+        elif self.num_slow:
+            self.num_slow -= 1
+        if seconds > WORKING_SECONDS:
+            self.working_seconds += seconds
 
 
 class Vocabulary:
@@ -100,5 +134,10 @@ class Vocabulary:
 
 
 def error_of(matcher: LLMatcher) -> str:
-    """Return the matcher's error in one line."""
-    return " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
+    """Return the matcher's error in one line, shortened."""
+    return shortened(" ".join(matcher.get_error().replace("<non-verbose/>", "").split()))
+
+
+def shortened(text: str) -> str:
+    """Return the text, or its beginning if it is long: an error may quote the whole grammar."""
+    return text if len(text) <= MOST_ERROR_CHARACTERS else text[: MOST_ERROR_CHARACTERS - 1] + "…"

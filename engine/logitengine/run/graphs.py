@@ -119,7 +119,11 @@ class DecodeGraphs:
         )
 
     def record_all(self) -> None:
-        """Record every number of sequences, with short tables, few edits and no masks."""
+        """Record every number of sequences, with short tables, few edits and no masks.
+
+        Masks would double the time and memory of it, and many servers see none. The first step with masks of each number
+        of sequences is recorded when it comes, like that with longer tables: it waits for the recording once.
+        """
         for num_rows in self._rows:
             size = (num_rows, min(SMALLEST_TABLE, self._max_table), FEWEST_EDITS, False)
             if size not in self._recorded:
