@@ -47,7 +47,7 @@ class CheckerProcess:
         arguments = [info.tokenizer_path, str(info.vocab_size), *map(str, info.eos_token_ids)]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            *COMMAND, *arguments, stdin=pipe, stdout=pipe, env={**os.environ, **ENVIRONMENT}, process_group=0
+            *COMMAND, *arguments, stdin=pipe, stdout=pipe, env={**os.environ, **ENVIRONMENT}, start_new_session=True
         )
         started = cls(process)
         try:
