@@ -194,6 +194,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
             ("structural_tag", "x"),
             ("whitespace_pattern", " "),
             ("disable_any_whitespace", True),
+            ("disable_any_whitespace", 0),
             ("disable_additional_properties", True),
         )
     ),
@@ -336,6 +337,21 @@ async def test_a_check_that_nobody_waits_for_any_more_leaves_its_line(open_app: 
         for task in first:
             task.cancel()
         await asyncio.gather(*first, return_exceptions=True)
+
+
+async def test_a_grammar_that_was_tried_for_nobody_does_not_join_the_slow_ones(open_app: OpenApp) -> None:
+    async with open_app(one_token, grammar_timeout=30) as app:
+        first = asyncio.create_task(app.post(CHAT, slow("a")))
+        await running_forks(app, 1)
+        leaver = asyncio.create_task(app.post(CHAT, slow("b")))
+        await running_forks(app, 2)
+        leaver.cancel()
+        await asyncio.gather(leaver, return_exceptions=True)
+        while len(app.state.grammars._checks) > 1:  # noqa: ASYNC110 - nobody is told that a check has ended
+            await asyncio.sleep(0.01)
+        assert not first.done()
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
 
 
 async def test_a_grammar_that_waits_for_others_for_long_is_told_to_come_again(open_app: OpenApp) -> None:

@@ -47,7 +47,12 @@ class CheckerProcess:
         arguments = [info.tokenizer_path, str(info.vocab_size), *map(str, info.eos_token_ids)]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            *COMMAND, *arguments, stdin=pipe, stdout=pipe, env={**os.environ, **ENVIRONMENT}, start_new_session=True
+            *COMMAND,
+            *arguments,
+            stdin=pipe,
+            stdout=pipe,
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,
         )
         started = cls(process)
         try:
@@ -80,7 +85,8 @@ class CheckerProcess:
         if self.is_lost:
             raise ProcessLostError("it had ended")
         number = next(self._numbers)
-        answer = self._asked[number] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+        self._asked[number] = answer
         stdin = self._process.stdin
         assert stdin is not None  # noqa: S101 - it is a pipe
         try:

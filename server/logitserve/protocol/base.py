@@ -107,7 +107,9 @@ class StrictModel(BaseModel):
                 )
             if name not in cls.refused:
                 kept[name] = value
-            elif value not in cls.neutral_values[name]:
+            elif not any(
+                type(value) is type(neutral) and value == neutral for neutral in cls.neutral_values[name]
+            ):
                 raise member_error("unsupported_parameter", "is not supported by this server", name)
         return kept
 
