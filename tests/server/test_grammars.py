@@ -398,6 +398,8 @@ async def test_the_ways_in_which_a_check_dies_are_told_apart(
         assert "the check of a grammar died" in caplog.text
         working = asyncio.create_task(app.post(CHAT, slow("no memory")))
         (fork,) = await running_forks(app, 1)
+        while resource.prlimit(fork, resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.01)
         assert resource.prlimit(fork, resource.RLIMIT_AS)[0] < 2 << 30
         resource.prlimit(fork, resource.RLIMIT_AS, (1 << 20, 1 << 20))
         error = refused_with(await working, 400)

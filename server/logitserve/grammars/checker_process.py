@@ -116,7 +116,10 @@ def _end(connection: Connection, fork: _Fork) -> Verdict:
 def _limit_memory() -> None:
     with open("/proc/self/statm") as file:  # noqa: PTH123 - no file of a directory tree
         size = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MOST_BYTES, size + MOST_BYTES))
+    limit, hard = size + MOST_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard != resource.RLIM_INFINITY:  # a service's own bound, which cannot be raised
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _send(verdict: Verdict) -> None:
