@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import time
 from typing import Any
 
 import httpx
@@ -292,7 +291,7 @@ LARGE = {
     "type": "object",
     "properties": {f"p{i}": {"type": "string", "description": "x" * 80} for i in range(9000)},
 }
-SLOW = {"allOf": [{"type": "string", "pattern": f"a.{{{i}}}b"} for i in range(20)]}
+SLOW = {"allOf": [{"type": "string", "pattern": f"a.{{{i}}}b"} for i in range(40)]}
 WIDE = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(500)}}
 ENUM = {"enum": [f"value number {i}" for i in range(10_000)]}
 
@@ -306,7 +305,7 @@ def nested(depth: int) -> dict[str, Any]:
 
 HOSTILE: list[tuple[str, dict[str, Any], int, str]] = [
     ("a schema of 1 MB", {"json": LARGE}, 400, "--max-grammar-bytes"),
-    ("a minute of compiling", {"json": SLOW}, 400, "--grammar-timeout"),
+    ("minutes of compiling", {"json": SLOW}, 400, "--grammar-timeout"),
     ("many properties", {"json": WIDE}, 200, ""),
     ("10,000 values", {"json": ENUM}, 200, ""),
     ("10,000 choices", {"choice": [f"choice {i}" for i in range(10_000)]}, 200, ""),
@@ -327,8 +326,8 @@ HOSTILE: list[tuple[str, dict[str, Any], int, str]] = [
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_hostile_grammars_are_served_or_refused_in_bounded_time(url: str) -> None:
-    """Answers are 8 tokens long. A neighbour streams all the while."""
+def test_hostile_grammars_are_served_or_refused_and_disturb_nobody(url: str) -> None:
+    """All come at once, and some twice. Neighbours, one of them with small grammars, ask all the while."""
     asyncio.run(attack(url))
 
 
@@ -336,22 +335,25 @@ async def attack(url: str) -> None:
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
         neighbour = {"prompt": "Once", "max_tokens": 100, "temperature": 0, "ignore_eos": True}
         expected = (await client.post(COMPLETIONS, json=neighbour)).json()["choices"]
-        attacked = True
-        answers = []
+        hostile = [asyncio.create_task(send(client, case)) for case in (*HOSTILE, *HOSTILE[:6])]
+        num_served = 0
+        while not all(task.done() for task in hostile):
+            choice = f"choice {num_served}"
+            small = {"prompt": "A", "max_tokens": 30, "structured_outputs": {"choice": [choice]}}
+            free, constrained = await asyncio.gather(
+                client.post(COMPLETIONS, json=neighbour), client.post(COMPLETIONS, json=small)
+            )
+            assert free.json()["choices"] == expected
+            assert constrained.json()["choices"][0]["text"] == choice
+            num_served += 1
+        assert num_served
+        await asyncio.gather(*hostile)
 
-        async def keep_asking() -> None:
-            while attacked:
-                answers.append((await client.post(COMPLETIONS, json=neighbour)).json()["choices"])
 
-        asking = asyncio.create_task(keep_asking())
-        for name, grammar, status, part in HOSTILE:
-            started = time.monotonic()
-            body = {"prompt": "A", "max_tokens": 8, "seed": 1, "structured_outputs": grammar}
-            answer = await client.post(COMPLETIONS, json=body)
-            assert answer.status_code == status, (name, answer.text)
-            assert part in answer.text, (name, answer.text)
-            assert time.monotonic() - started < 60, name
-        attacked = False
-        await asking
-    assert answers
-    assert all(choices == expected for choices in answers)
+async def send(client: httpx.AsyncClient, case: tuple[str, dict[str, Any], int, str]) -> None:
+    """Ask for 8 tokens with a hostile grammar, and check the answer."""
+    name, grammar, status, part = case
+    body = {"prompt": "A", "max_tokens": 8, "seed": 1, "structured_outputs": grammar}
+    answer = await client.post(COMPLETIONS, json=body)
+    assert answer.status_code == status, (name, answer.text)
+    assert part in answer.text, (name, answer.text)

@@ -1,116 +1,124 @@
-"""Checks of clients' grammars in a process of their own, within bounds of time and memory."""
+"""Checks of clients' grammars in processes of their own, within bounds of time and memory."""
 
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections import OrderedDict
+import logging
 
-import msgspec
 from logitengine.link.messages import ModelInfo
 
 from logitserve.errors import RETRY_AFTER_SECONDS, ApiError, BadRequestError
-from logitserve.grammars.frames import LENGTH_BYTES, Question, Verdict
-from logitserve.grammars.source import GrammarKind, GrammarSource
+from logitserve.grammars.frames import MOST_BYTES, Verdict, shortened
+from logitserve.grammars.lines import Line
+from logitserve.grammars.process import CheckerProcess, ProcessLostError
+from logitserve.grammars.source import GrammarSource
+from logitserve.grammars.verdicts import Digest, KeptVerdicts, digest_of
 
-COMMAND = (sys.executable, "-m", "logitserve.grammars.checker_process")
+logger = logging.getLogger(__name__)
 
-START_SECONDS = 60.0
-"""Time for the process to read the model's tokenizer; it takes about a second."""
-
-MOST_KEPT = 64
-"""Verdicts that are kept for later requests."""
-
-LONGEST_REASON = 300
+QUICK_SHARE = 1 / 50
+"""Share of the time for a grammar in which almost all that people write are compiled, and no other is waited for."""
 
 
-class _CheckerProcess:
-    """The process that runs, with a question at a time."""
+class _Check:
+    """The check of one grammar, for all requests that ask for it.
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    Attributes:
+        num_waiting: requests that wait for its verdict.
+        is_running: whether it has a place, and not merely stands in line.
+    """
 
-    @classmethod
-    async def start(cls, info: ModelInfo) -> _CheckerProcess:
-        arguments = [info.tokenizer_path, str(info.vocab_size), *map(str, info.eos_token_ids)]
-        pipe = asyncio.subprocess.PIPE
-        return cls(await asyncio.create_subprocess_exec(*COMMAND, *arguments, stdin=pipe, stdout=pipe))
-
-    @property
-    def is_dead(self) -> bool:
-        return self._process.returncode is not None
-
-    async def ask(self, question: Question) -> Verdict:
-        """Return the process's verdict. Raises EOFError when it dies."""
-        content = msgspec.msgpack.encode(question)
-        stdin = self._process.stdin
-        assert stdin is not None  # noqa: S101 - it is a pipe
-        try:
-            stdin.write(len(content).to_bytes(LENGTH_BYTES, "little") + content)
-            await stdin.drain()
-        except ConnectionError as error:
-            raise EOFError from error
-        return await self.read()
-
-    async def read(self) -> Verdict:
-        """Return the next verdict. Raises EOFError when the process dies."""
-        stdout = self._process.stdout
-        assert stdout is not None  # noqa: S101 - it is a pipe
-        length = int.from_bytes(await stdout.readexactly(LENGTH_BYTES), "little")
-        return msgspec.msgpack.decode(await stdout.readexactly(length), type=Verdict)
-
-    async def kill(self) -> None:
-        if not self.is_dead:
-            self._process.kill()
-        await self._process.wait()
+    def __init__(self) -> None:
+        self.task: asyncio.Task[Verdict]
+        self.num_waiting = 0
+        self.is_running = False
 
 
 class GrammarChecker:
     """Says of a grammar whether it can be honoured, and in which form the engine takes it.
 
-    The process starts with the first grammar and is replaced when it takes too long or too much memory. It has one
-    grammar at a time; verdicts are kept by content.
+    Each grammar is tried for a short time first. Those that take longer stand in a second line, where one at a time
+    has all the time: they hold up nobody but each other. Equal grammars share a check, and its verdict is kept. A check
+    that has begun goes on when its clients have left.
 
     Args:
         seconds: time for one grammar.
-        queue_seconds: time for the process to come free; 0: any.
+        queue_seconds: time for which a grammar waits for others; 0: any.
     """
 
     def __init__(self, seconds: float, queue_seconds: float) -> None:
         self._seconds = seconds
         self._queue_seconds = queue_seconds
-        self._process: _CheckerProcess | None = None
-        self._free = asyncio.Lock()
-        self._kept: OrderedDict[tuple[GrammarKind, str], Verdict] = OrderedDict()
+        self._quick, self._thorough = Line(seconds * QUICK_SHARE), Line(seconds)
+        self._process: CheckerProcess | None = None
+        self._starting = asyncio.Lock()
+        self._checks: dict[Digest, _Check] = {}
+        self._kept = KeptVerdicts()
 
     async def check(self, source: GrammarSource, info: ModelInfo) -> str:
-        """Return the grammar for the engine. Raises BadRequestError, and ApiError 503 when the process came not free."""
-        key = (source.kind, source.text)
-        verdict = self._kept.get(key)
+        """Return the grammar for the engine. Raises BadRequestError for a fault of the grammar, else ApiError."""
+        digest = digest_of(source)
+        verdict = self._kept.get(digest)
         if verdict is None:
-            await self._wait_free()
-            try:
-                verdict = self._kept.get(key) or await self._ask(source, info)
-            finally:
-                self._free.release()
-            self._kept[key] = verdict
-            if len(self._kept) > MOST_KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        if verdict.error is not None:
-            raise _refused(source.param, verdict.error)
-        return verdict.grammar
+            verdict = await self._share(digest, source, info)
+        if verdict.outcome == "good":
+            return verdict.grammar
+        raise self._refusal(source.param, verdict)
 
     async def close(self) -> None:
-        """End the process."""
+        """End the process, and the checks."""
+        tasks = [check.task for check in self._checks.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         process, self._process = self._process, None
         if process is not None:
             await process.kill()
 
-    async def _wait_free(self) -> None:
+    async def _share(self, digest: Digest, source: GrammarSource, info: ModelInfo) -> Verdict:
+        """Return the verdict of the check that runs for this grammar already, or of a new one."""
+        check = self._checks.get(digest)
+        if check is None:
+            check = self._checks[digest] = _Check()
+            check.task = asyncio.create_task(self._decide(check, digest, source, info), name="check-grammar")
+        check.num_waiting += 1
         try:
-            async with asyncio.timeout(self._queue_seconds or None):
-                await self._free.acquire()
+            await asyncio.wait({check.task})
+        finally:
+            check.num_waiting -= 1
+            if not (check.num_waiting or check.is_running):
+                check.task.cancel()
+                self._checks.pop(digest, None)
+        return check.task.result()
+
+    async def _decide(self, check: _Check, digest: Digest, source: GrammarSource, info: ModelInfo) -> Verdict:
+        """Ask the process, in the quick line and then in the other, and keep the verdict."""
+        try:
+            verdict = await self._ask(check, self._quick, source, info)
+            if verdict.outcome == "timeout":
+                if not check.num_waiting:
+                    return verdict  # to nobody: it had a fraction of its time
+                verdict = await self._ask(check, self._thorough, source, info)
+            if verdict.outcome == "died":
+                logger.warning(
+                    "the check of a grammar died", extra={"param": source.param, "detail": verdict.detail}
+                )
+            self._kept.add(digest, verdict)
+            return verdict
+        finally:
+            if self._checks.get(digest) is check:
+                del self._checks[digest]
+
+    async def _ask(self, check: _Check, line: Line, source: GrammarSource, info: ModelInfo) -> Verdict:
+        """Stand in line and ask the process. Raises ApiError when the wait is too long, or the process is lost."""
+        try:
+            async with asyncio.timeout(self._queue_seconds or None) as limit, line.turn(len(source.text)):
+                limit.reschedule(None)
+                check.is_running = True
+                try:
+                    return await (await self._running_process(info)).ask(source, line.seconds)
+                finally:
+                    check.is_running = False
         except TimeoutError:
             raise ApiError(
                 503,
@@ -118,43 +126,54 @@ class GrammarChecker:
                 code="queue_timeout",
                 headers={"Retry-After": RETRY_AFTER_SECONDS},
             ) from None
+        except ProcessLostError as error:
+            logger.warning("the process that compiles grammars was lost", extra={"detail": str(error)})
+            raise ApiError(
+                503,
+                "The process that compiles grammars was lost; try again.",
+                code="grammar_checker_lost",
+                headers={"Retry-After": RETRY_AFTER_SECONDS},
+            ) from error
 
-    async def _ask(self, source: GrammarSource, info: ModelInfo) -> Verdict:
-        """Ask the process. It is killed whenever it does not answer, as when the client leaves."""
-        is_answered = False
-        try:
-            if self._process is None or self._process.is_dead:
-                await self._start(info)
-            assert self._process is not None  # noqa: S101 - it has just been started
-            async with asyncio.timeout(self._seconds):
-                verdict = await self._process.ask(Question(source.kind, source.text))
-            is_answered = True
-        except TimeoutError:
-            raise BadRequestError(
-                f"'{source.param}' took more than {self._seconds:g} s to compile (--grammar-timeout).",
-                param=source.param,
-                code="grammar_timeout",
-            ) from None
-        except EOFError:
-            raise _refused(source.param, "it takes too much memory to compile") from None
-        finally:
-            if not is_answered:
-                await self.close()
-        return verdict
+    async def _running_process(self, info: ModelInfo) -> CheckerProcess:
+        """Return the process, started if there is none. Raises ProcessLostError."""
+        async with self._starting:
+            if self._process is None or self._process.is_lost:
+                self._process = await CheckerProcess.start(info)
+            return self._process
 
-    async def _start(self, info: ModelInfo) -> None:
-        self._process = await _CheckerProcess.start(info)
-        try:
-            async with asyncio.timeout(START_SECONDS):
-                verdict = await self._process.read()
-        except (TimeoutError, EOFError) as error:
-            raise RuntimeError("the process that compiles grammars did not start") from error
-        if verdict.error is not None:
-            raise BadRequestError(verdict.error[0].upper() + verdict.error[1:], code="unsupported_parameter")
-
-
-def _refused(param: str, reason: str) -> BadRequestError:
-    reason = reason.replace("Unimplemented keys:", "unsupported keywords:").partition(" Enable '")[0]
-    if len(reason) > LONGEST_REASON:
-        reason = reason[:LONGEST_REASON] + "..."
-    return BadRequestError(f"'{param}' cannot be honoured: {reason}.", param=param, code="invalid_grammar")
+    def _refusal(self, param: str, verdict: Verdict) -> ApiError:
+        """Return the error for a grammar without a form that the engine takes."""
+        match verdict.outcome:
+            case "timeout":
+                return BadRequestError(
+                    f"'{param}' took more than {self._seconds:g} s to compile (--grammar-timeout).",
+                    param=param,
+                    code="grammar_timeout",
+                )
+            case "memory":
+                return BadRequestError(
+                    f"'{param}' cannot be honoured: it takes more than {MOST_BYTES >> 20} MiB to compile.",
+                    param=param,
+                    code="grammar_too_large",
+                )
+            case "died":
+                return ApiError(
+                    500,
+                    f"'{param}' cannot be honoured: the program that compiles it failed ({shortened(verdict.detail)}).",
+                    param=param,
+                    code="grammar_check_failed",
+                    headers={"x-should-retry": "false"},
+                )
+            case "unsupported":
+                return BadRequestError(
+                    f"'{param}' cannot be honoured: {shortened(verdict.detail)}.",
+                    param=param,
+                    code="unsupported_parameter",
+                )
+            case _:
+                reason = verdict.detail.replace("Unimplemented keys:", "unsupported keywords:")
+                reason = shortened(reason.partition(" Enable '")[0])
+                return BadRequestError(
+                    f"'{param}' cannot be honoured: {reason}.", param=param, code="invalid_grammar"
+                )

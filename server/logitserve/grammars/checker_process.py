@@ -1,32 +1,50 @@
 """The process in which grammars are translated and compiled for the first time.
 
-A small grammar can take minutes and gigabytes to compile. A thread could not be stopped then; this process is killed. What
-it has compiled in time, the engine compiles in about the same time.
+A small grammar can take minutes and gigabytes to compile. Each one is compiled in a fork, which knows the tokenizer already and
+is ended by its own alarm or at its own bound of memory. What it has compiled in time, the engine compiles in about the same time.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import signal
 import sys
-from typing import BinaryIO
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkProcess
 
 import msgspec
 from logitengine.grammar.vocabulary import GrammarError, Vocabulary
 
-from logitserve.grammars.frames import LENGTH_BYTES, Question, Verdict
+from logitserve.grammars.frames import LENGTH_BYTES, MOST_BYTES, Outcome, Question, Verdict, framed
 from logitserve.grammars.translation import translate
 
-MOST_BYTES = 1 << 30
-"""Memory that compiling may take beside what the process has at its start."""
-
 NICENESS = 10
+
+OUTCOMES: dict[int, Outcome] = {
+    -signal.SIGALRM: "timeout",
+    # Rust aborts when it gets no memory, and the kernel kills when it has none.
+    -signal.SIGABRT: "memory",
+    -signal.SIGKILL: "memory",
+}
+"""What the ways to die mean; every other is "died"."""
+
+STDIN, STDOUT = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Fork:
+    """A process that works for one question."""
+
+    process: ForkProcess
+    question: Question
 
 
 def main() -> int:
     tokenizer_path, vocab_size, *eos_token_ids = sys.argv[1:]
-    # They come to the whole process group. The server decides when to end, and then closes the pipe.
+    # They may come to all of a service's processes. The server decides when to end, and then closes the pipe.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
@@ -34,13 +52,20 @@ def main() -> int:
     try:
         _ = vocabulary.tokenizer
     except GrammarError as error:
-        _send(sys.stdout.buffer, Verdict(error=str(error)))
+        _send(Verdict(0, "unsupported", detail=str(error)))
         return 0
-    _limit_memory()
-    _send(sys.stdout.buffer, Verdict())
-    while (question := _receive(sys.stdin.buffer)) is not None:
-        _send(sys.stdout.buffer, check(question, vocabulary))
-    return 0
+    _send(Verdict(0, "good"))
+    forks: dict[Connection, _Fork] = {}
+    while True:
+        for ready in wait([STDIN, *forks]):
+            if isinstance(ready, Connection):
+                _send(_end(ready, forks.pop(ready)))
+            elif (question := _receive()) is not None:
+                _begin(question, vocabulary, forks)
+            else:
+                for fork in forks.values():
+                    fork.process.kill()
+                return 0
 
 
 def check(question: Question, vocabulary: Vocabulary) -> Verdict:
@@ -48,27 +73,74 @@ def check(question: Question, vocabulary: Vocabulary) -> Verdict:
         grammar = translate(question.kind, question.text)
         vocabulary.compile(grammar)
     except GrammarError as error:
-        return Verdict(error=str(error))
-    return Verdict(grammar)
+        return Verdict(question.number, "refused", detail=str(error))
+    except MemoryError:
+        return Verdict(question.number, "memory")
+    except BaseException as error:  # noqa: BLE001 - a panic of Rust's is no Exception
+        return Verdict(question.number, "died", detail=f"{type(error).__name__}: {error}")
+    return Verdict(question.number, "good", grammar)
+
+
+def _begin(question: Question, vocabulary: Vocabulary, forks: dict[Connection, _Fork]) -> None:
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(question, vocabulary, theirs))
+    process.start()
+    theirs.close()
+    forks[ours] = _Fork(process, question)
+
+
+def _work(question: Question, vocabulary: Vocabulary, connection: Connection) -> None:
+    """Answer one question, in a process of its own that leaves nothing open when the others end."""
+    signal.setitimer(signal.ITIMER_REAL, question.seconds)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, STDIN)
+    os.dup2(nowhere, STDOUT)
+    _limit_memory()
+    connection.send_bytes(msgspec.msgpack.encode(check(question, vocabulary)))
+
+
+def _end(connection: Connection, fork: _Fork) -> Verdict:
+    """Return what a process says, or why it says nothing."""
+    number = fork.question.number
+    try:
+        with connection:
+            verdict = msgspec.msgpack.decode(connection.recv_bytes(), type=Verdict)
+    except (EOFError, OSError):  # the end of the pipe, before a message or within it
+        fork.process.join()
+        status = fork.process.exitcode or 0
+        return Verdict(number, OUTCOMES.get(status, "died"), detail=f"its process ended with status {status}")
+    fork.process.join()
+    return verdict
 
 
 def _limit_memory() -> None:
     with open("/proc/self/statm") as file:  # noqa: PTH123 - no file of a directory tree
         size = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MOST_BYTES, size + MOST_BYTES))
+    limit, hard = size + MOST_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard != resource.RLIM_INFINITY:  # a service's own bound, which cannot be raised
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def _send(stream: BinaryIO, verdict: Verdict) -> None:
-    content = msgspec.msgpack.encode(verdict)
-    stream.write(len(content).to_bytes(LENGTH_BYTES, "little") + content)
-    stream.flush()
+def _send(verdict: Verdict) -> None:
+    content = memoryview(framed(verdict))
+    while content:
+        content = content[os.write(STDOUT, content) :]
 
 
-def _receive(stream: BinaryIO) -> Question | None:
-    head = stream.read(LENGTH_BYTES)
+def _receive() -> Question | None:
+    """Return the next question, read without a buffer that ``wait`` would not know of; None at the end."""
+    head = _read(LENGTH_BYTES)
     if len(head) < LENGTH_BYTES:
         return None
-    return msgspec.msgpack.decode(stream.read(int.from_bytes(head, "little")), type=Question)
+    return msgspec.msgpack.decode(_read(int.from_bytes(head, "little")), type=Question)
+
+
+def _read(length: int) -> bytes:
+    content = b""
+    while len(content) < length and (part := os.read(STDIN, length - len(content))):
+        content += part
+    return content
 
 
 if __name__ == "__main__":

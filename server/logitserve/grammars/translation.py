@@ -35,11 +35,14 @@ def translate(kind: GrammarKind, text: str) -> str:
         case "regex":
             return LLMatcher.grammar_from_regex(text)
         case "choice":
-            # One terminal: the parser bounds the alternatives of a rule.
-            choices = " | ".join(orjson.dumps(choice).decode() for choice in orjson.loads(text))
-            return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
+            return LLMatcher.grammar_from_regex("|".join(map(_literal, orjson.loads(text))))
         case "grammar":
             try:
                 return grammar_from(kind, text)
             except (ValueError, RecursionError) as error:
                 raise GrammarError(str(error)) from error
+
+
+def _literal(choice: str) -> str:
+    """Return the regex of one string. Lark's strings know other escapes than JSON's."""
+    return "".join(char if char.isascii() and char.isalnum() else f"\\x{{{ord(char):x}}}" for char in choice)

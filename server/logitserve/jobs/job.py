@@ -24,7 +24,7 @@ class Job:
 
     Attributes:
         prompts, requests: one of each for every prompt. All requests ask for the same outputs of the same ``n`` choices.
-        rows_param: the field of the request that asks for rows, for error messages.
+        rows_param, grammar_param: the fields of the request that ask for rows and hold a grammar, for error messages.
     """
 
     model: Model
@@ -35,6 +35,7 @@ class Job:
     answer: AnswerOptions
     row_bytes: RowBytes
     rows_param: str
+    grammar_param: str | None
 
     @property
     def n(self) -> int:
@@ -78,6 +79,7 @@ async def make_job(options: JobOptions, state: ServerState, caller: Caller) -> J
         answer=options.answer,
         row_bytes=bounds.row_bytes,
         rows_param=options.rows_param,
+        grammar_param=None if options.grammar is None else options.grammar.param,
     )
 
 
@@ -101,7 +103,7 @@ def _request(
         sampling=replace(options.sampling, max_tokens=max_tokens, logit_bias=bias, seed=seed),
         n=options.n,
         cache_salt=cache_salt,
-        grammar=grammar,
+        grammar=grammar if max_tokens else None,
         logprobs=outputs.logprobs,
         prompt_logprobs=outputs.prompt_logprobs,
         logits=outputs.logits,

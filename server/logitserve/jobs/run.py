@@ -12,6 +12,7 @@ from logitengine.link.messages import GenerationRequest, LogitsRows, StepOutput
 from prometheus_client import Counter
 
 from logitserve.errors import ApiError, BadRequestError
+from logitserve.grammars.frames import shortened
 from logitserve.jobs.job import Job
 from logitserve.jobs.outputs import NumberedOutput, outputs_of
 from logitserve.state import ServerState
@@ -55,7 +56,7 @@ class RunningJob:
                 choice = choices[index]
                 if choice.finish_reason is None:
                     if output.finish_reason == "error":
-                        raise _not_drawn(output)
+                        raise _not_drawn(output, job.grammar_param)
                     delta = choice.advance(output, index)
                     self._count(prompt, index, output)
                     if delta.finish_reason is not None:
@@ -130,13 +131,14 @@ class RunningJob:
         )
 
 
-def _not_drawn(output: StepOutput) -> ApiError:
-    """Return the error for a token that could not be drawn: the request's fault, or the model's."""
+def _not_drawn(output: StepOutput, grammar_param: str | None) -> ApiError:
+    """Return the error for a token that could not be drawn: the fault of the request, its grammar, or the model."""
     if output.error == "nothing_allowed":
         return BadRequestError("The request's bans and masks leave no token to draw.", code="nothing_allowed")
     if output.error == "grammar_failed":
         return BadRequestError(
-            f"The answer's grammar could not be followed any further: {output.error_detail}.",
+            f"'{grammar_param}' could not be followed any further: {shortened(output.error_detail or '')}.",
+            param=grammar_param,
             code="grammar_failed",
         )
     return ApiError(500, "The model's logits were not finite.", code="model_error")

@@ -64,6 +64,7 @@ class StrictModel(BaseModel):
     Attributes:
         ignored: members that may be sent and change nothing; ``reasons`` says why.
         refused: members that are not served; ``neutral_values`` has the values that change nothing, and may be sent.
+        successors: members that are not served because another one took their place, and which.
         takes_any_null: whether a null member may have any name.
     """
 
@@ -75,7 +76,15 @@ class StrictModel(BaseModel):
     refused: ClassVar[frozenset[str]] = frozenset()
     reasons: ClassVar[Mapping[str, str]] = IGNORED_FIELDS
     neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL_VALUES
+    successors: ClassVar[Mapping[str, str]] = {}
     takes_any_null: ClassVar[bool] = False
+    _known: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        super().__pydantic_init_subclass__(**options)
+        fields = {field.alias or name for name, field in cls.model_fields.items()}
+        cls._known = frozenset(fields | cls.ignored | cls.refused | cls.successors.keys())
 
     @model_validator(mode="before")
     @classmethod
@@ -85,15 +94,22 @@ class StrictModel(BaseModel):
         if len(members) > MOST_MEMBERS:
             msg = f"has {len(members)} members; no object has more than {MOST_MEMBERS}"
             raise ValueError(msg)
-        known = cls.model_fields.keys() | cls.ignored | cls.refused
         ignored = cls._ignored_in(members)
         kept = {}
         for name, value in members.items():
-            if name in ignored or (value is None and (cls.takes_any_null or name in known)):
+            if name in ignored or (value is None and (cls.takes_any_null or name in cls._known)):
                 continue
+            if name in cls.successors:
+                raise member_error(
+                    "unsupported_parameter",
+                    f"is not supported by this server: send '{cls.successors[name]}' in its place",
+                    name,
+                )
             if name not in cls.refused:
                 kept[name] = value
-            elif value not in cls.neutral_values[name]:
+            elif not any(
+                type(value) is type(neutral) and value == neutral for neutral in cls.neutral_values[name]
+            ):
                 raise member_error("unsupported_parameter", "is not supported by this server", name)
         return kept
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
@@ -12,7 +13,7 @@ from logitserve.grammars.source import GrammarSource
 from logitserve.protocol.base import CacheSalt, RequestBody, StrictModel, without_nulls
 from logitserve.protocol.limits import at_most, at_most_items, at_most_members, config_of, too_large
 from logitserve.protocol.rows import ReturnHiddenStates, ReturnLogits, TokenId, all_or
-from logitserve.protocol.structured import ResponseFormat, StructuredOutputs
+from logitserve.protocol.structured import VLLMS_OLDER_FIELDS, ResponseFormat, StructuredOutputs
 
 SMALLEST_SEED = -(2**63)
 LARGEST_SEED = 2**64 - 1
@@ -54,6 +55,8 @@ class SamplingBody(RequestBody):
 
     The sampler's ``top_k`` is missing: where columns of logits are chosen beside these fields, the name is theirs.
     """
+
+    successors: ClassVar[Mapping[str, str]] = VLLMS_OLDER_FIELDS
 
     model: str | None = None
     """One of the names that /v1/models lists; the first by default."""

@@ -61,6 +61,8 @@ def exactly(value: Any) -> Schema:
     match value:
         case str():
             return {"type": "string", "enum": [value]}
+        case bool():
+            return {"type": "boolean", "enum": [value]}
         case list():
             items = exactly(value[0]) if value else {}
             return {"type": "array", "items": items, "minItems": len(value), "maxItems": len(value)}

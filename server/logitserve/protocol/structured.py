@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
 from pydantic import BeforeValidator, Field
@@ -13,6 +14,25 @@ from logitserve.protocol.base import StrictModel
 from logitserve.protocol.limits import at_most_of
 
 MOST_CHOICES = 65_536
+
+VLLMS_OLDER_FIELDS = {
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+    "guided_whitespace_pattern": "structured_outputs.whitespace_pattern",
+}
+"""Fields of requests that vLLM removed, and what took their place."""
+
+IGNORED = {"disable_fallback": "says what vLLM does when a grammar fails; here it is refused"}
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "structural_tag": (),
+    "whitespace_pattern": (),
+    "disable_any_whitespace": (False,),
+    "disable_additional_properties": (False,),
+}
+"""Members of vLLM's structured_outputs that are not served, each with the values that change nothing."""
 
 
 def _schema_source(schema: dict[str, Any], param: str) -> GrammarSource:
@@ -65,6 +85,11 @@ def _as_schema(value: Any) -> Any:
 
 class StructuredOutputs(StrictModel):
     """What the answer's text must follow: exactly one of these."""
+
+    ignored: ClassVar[frozenset[str]] = frozenset(IGNORED)
+    reasons: ClassVar[Mapping[str, str]] = IGNORED
+    refused: ClassVar[frozenset[str]] = frozenset(NEUTRAL)
+    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
 
     json_: Annotated[
         dict[str, Any] | None, BeforeValidator(_as_schema, json_schema_input_type=dict[str, Any] | str | None)
