@@ -139,8 +139,9 @@ class RequestBounds(BaseModel):
     max_n: int = Field(32, ge=1, description="largest n")
     max_batch_prompts: int = Field(256, ge=1, description="most prompts or inputs in one request")
     max_messages: int = Field(
-        4096, ge=1, description="most messages of a conversation, and most parts of a message"
+        4096, ge=1, description="most messages of a conversation, and most parts and calls of a message"
     )
+    max_tools: int = Field(128, ge=1, description="most tools that a chat may list")
     max_logprobs: int = Field(20, ge=0, description="largest top_logprobs of a chat request")
     max_completion_logprobs: int = Field(5, ge=0, description="largest logprobs of a completions request")
     max_prompt_logprobs: int = Field(20, ge=0, description="largest prompt_logprobs")
