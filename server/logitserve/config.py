@@ -16,6 +16,7 @@ from logitserve.access.keys import check_key, check_key_file, split_keys
 from logitserve.access.origins import check_hosts, check_origins
 from logitserve.access.proxies import check_root_path, check_trusted_proxies
 from logitserve.telemetry.otlp import check_endpoint
+from logitserve.text.families.choose import check_family
 
 ENV_PREFIX = "LOGITSERVE_"
 
@@ -159,6 +160,11 @@ class Conversations(BaseModel):
     control_tokens_in_messages: bool = Field(
         False,
         description="take control tokens that messages spell, such as <|im_end|>, for control tokens; else they are text",
+    )
+    tool_template: Annotated[str, AfterValidator(check_family), Word("NAME|FILE")] | None = Field(
+        None,
+        description="how the model writes calls of tools and its thinking: hermes, mistral and others, or a file; default: "
+        "by its chat template",
     )
 
 

@@ -24,6 +24,8 @@ from logitserve.held_bytes import HeldBytes
 from logitserve.request_queue import RequestQueue
 from logitserve.telemetry.metrics import Metrics
 from logitserve.telemetry.readings import Readings
+from logitserve.text.families.choose import choose_family
+from logitserve.text.families.family import Family
 from logitserve.text.tokenizer import ModelTokenizer
 from logitserve.text.tokenizer_workers import TokenizerWorkers
 
@@ -37,11 +39,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Model:
-    """The model that is served, once it is loaded."""
+    """The model that is served, once it is loaded.
+
+    Attributes:
+        family: how the model writes its thinking and its calls; None where nothing tells it.
+    """
 
     engine: EngineProtocol
     tokenizer: ModelTokenizer
     names: list[str]
+    family: Family | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -109,6 +116,12 @@ class ServerState:
             info, tokenizer = await asyncio.gather(
                 self.engine.wait_ready(), asyncio.to_thread(ModelTokenizer, directory)
             )
+            family = choose_family(
+                tokenizer.chat_template,
+                tokenizer.response_template,
+                info.architecture,
+                self.config.tool_template,
+            )
         except Exception as error:
             foreseen = isinstance(error, EngineError)
             reason = str(error) if foreseen else f"{type(error).__name__}: {error}"
@@ -117,9 +130,8 @@ class ServerState:
             logger.error("%s", self.load_error, exc_info=None if foreseen else error)  # noqa: TRY400
             self._stop_server()
             return
-        self._model = Model(
-            self.engine, tokenizer, self.config.served_model_name or [Path(info.model_path).name]
-        )
+        names = self.config.served_model_name or [Path(info.model_path).name]
+        self._model = Model(self.engine, tokenizer, names, family)
         if self.on_ready is not None:
             self.on_ready(self._model)
 

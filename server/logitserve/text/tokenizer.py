@@ -51,11 +51,20 @@ class ModelTokenizer:
         return self._template is not None
 
     @property
+    def chat_template(self) -> str | None:
+        """The chat template's source."""
+        return None if self._template is None else self._template.source
+
+    @property
     def knows_tools(self) -> bool:
         """Return whether the chat template reads the tools that a request lists."""
         return self._template is not None and self._template.knows_tools
 
-    def added_tokens_in(self, text: str) -> list[tuple[str, int | None]]:
+    def writes(self, text: str) -> bool:
+        """Return whether the chat template holds the text."""
+        return self._template is not None and text in self._template.source
+
+    def pieces(self, text: str) -> list[tuple[str, int | None]]:
         """Return the text in pieces: each an added token with its id, or text between these with None."""
         if self._added_pattern is None:
             return [(text, None)] if text else []
@@ -68,7 +77,7 @@ class ModelTokenizer:
             "tokenizer_class": self._class_name,
             "vocab_size": self._tokenizer.get_vocab_size(with_added_tokens=True),
             **{name: self._special_tokens.get(name) for name in SPECIAL_TOKENS},
-            "chat_template": None if self._template is None else self._template.source,
+            "chat_template": self.chat_template,
         }
 
     def encode(self, text: str, *, add_special_tokens: bool, limit: int | None = None) -> list[int]:
