@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from logitserve.text.families.own_template import OwnTemplate
+from logitserve.text.families.readers import CallReader, GemmaReader, NamedReader, ObjectReader, XmlReader
+from logitserve.text.message_parser import MessageParser, mistral_id, openai_id
+from logitserve.text.regions import Kind, Opening, Region, RegionSyntax
+from logitserve.text.stop_strings import ThinkingGate
+
 if TYPE_CHECKING:
-    from logitserve.text.parser import TextParser
     from logitserve.text.tools import Tool
 
 
@@ -17,10 +24,17 @@ class _Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ReasoningSyntax(_Declaration):
-    """Strings around the thinking, as the model or its chat template writes them."""
+    """Strings around the thinking, as the model or its chat template writes them.
+
+    Attributes:
+        anywhere: whether the thinking may open behind other text, as the strings are control tokens.
+        answer: what opens the answer proper, where more than the thinking stands before it.
+    """
 
     open: str
     close: str
+    anywhere: bool = False
+    answer: str = ""
 
 
 class CallSyntax(_Declaration):
@@ -34,6 +48,7 @@ class CallSyntax(_Declaration):
         form: what stands between ``open`` and ``close``. "object": ``{"name": NAME, "arguments": {…}}``. "list": objects
             of that kind, with commas; ``open`` and ``close`` stand once around all of them. "named": NAME middle ``{…}``.
             "xml": ``<function=NAME>`` and ``<parameter=KEY>`` elements. "gemma": ``call:NAME{KEY:VALUE,…}``.
+        middle_pattern: regular expression of all middles that a reader takes.
         quote: what stands around strings instead of quotation marks ("gemma").
         listed_names: whether only calls of tools that the request lists are calls, as JSON may be an answer too.
         ends_with_answer: whether the end of the answer closes a call, as the closing string is a stop token.
@@ -46,6 +61,7 @@ class CallSyntax(_Declaration):
     end: str = ""
     between: str = ""
     middle: str = ""
+    middle_pattern: str = ""
     name_key: str = "name"
     arguments_key: str = "arguments"
     quote: str = ""
@@ -53,27 +69,75 @@ class CallSyntax(_Declaration):
     ends_with_answer: bool = False
 
 
+class Borders(_Declaration):
+    """A region's borders for reading, where the strings that the model should write do not say them all.
+
+    Each side is a list of strings or a regular expression. A region without a close runs to the end of the answer.
+    """
+
+    open: tuple[str, ...] = ()
+    open_pattern: str = ""
+    close: tuple[str, ...] = ()
+    close_pattern: str = ""
+    at_start: bool = False
+
+
 class Detection(_Declaration):
-    """Signs of a family: all strings of one of the lists stand in the chat template."""
+    """Signs of a family: all strings of one of the lists stand in the chat template, or the model's architecture."""
 
-    templates: list[list[str]] = []
-    architectures: list[str] = []
+    templates: tuple[tuple[str, ...], ...] = ()
+    architectures: tuple[str, ...] = ()
 
 
-class Family(_Declaration):
+class Family(_Declaration, dict=True):
     """A family of models.
 
     Attributes:
         call_id: the ids of its calls: "openai" is ``call_`` and 24 characters, "mistral" 9 letters and digits.
         turn: strings with which chat templates open the assistant's turn.
+        regions: borders of regions that cannot be derived from ``reasoning`` and ``calls``.
+        control: further strings that delimit something, which are special tokens in some tokenizers.
+        response_template: the tokenizer's own, which then says all about reading.
     """
 
     name: str
     detect: Detection = Detection()
-    turn: list[str] = []
+    turn: tuple[str, ...] = ()
     reasoning: ReasoningSyntax | None = None
     calls: CallSyntax | None = None
     call_id: Literal["openai", "mistral"] = "openai"
+    regions: dict[Kind, Borders] = {}
+    control: tuple[str, ...] = ()
+    response_template: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        """Raise ValueError for borders that are no regular expressions, or that are missing."""
+        assert self._syntax_without_calls  # noqa: S101 - compiles all of them
+
+    @property
+    def reads_calls(self) -> bool:
+        """Whether a parser finds calls."""
+        return self.calls is not None or (self._own is not None and self._own.has_calls)
+
+    @property
+    def reads_reasoning(self) -> bool:
+        """Whether a parser finds thinking."""
+        return any(region.kind == "reasoning" for region in self._syntax.regions.values())
+
+    @cached_property
+    def delimiters(self) -> tuple[str, ...]:
+        """Strings that a parser must see, though they be special tokens."""
+        found = list(self.control)
+        for declared in (self.reasoning, self.calls):
+            if declared is not None:
+                texts = msgspec.structs.asdict(declared)
+                names = ("open", "close", "answer", "begin", "end", "between", "middle", "quote")
+                found += [texts[name] for name in names if name in texts]
+        for borders in self.regions.values():
+            found += [*borders.open, *borders.close]
+        if self._own is not None:
+            found += self._own.delimiters
+        return tuple(dict.fromkeys(text.strip() for text in found if text.strip()))
 
     def parser(
         self,
@@ -82,11 +146,123 @@ class Family(_Declaration):
         tools: Sequence[Tool],
         parses_calls: bool,
         hidden: frozenset[str] = frozenset(),
-    ) -> TextParser:
+    ) -> MessageParser:
         """Return a parser of one choice's text.
 
         Args:
             prompt: the prompt's text, since a template may open the thinking; "" where it is unknown.
             hidden: special tokens that the parser sees and that content does not show.
         """
-        raise NotImplementedError
+        return MessageParser(
+            self._syntax if parses_calls else self._syntax_without_calls,
+            self._turn(prompt),
+            reader=lambda opening: self._reader(opening, tools),
+            ends_with_answer=self._own is not None
+            or (self.calls is not None and self.calls.ends_with_answer),
+            new_id=openai_id if self.call_id == "openai" else mistral_id,
+            hidden=hidden,
+        )
+
+    def thinking_gate(self, prompt: str) -> ThinkingGate | None:
+        """Return a gate that keeps stop strings from the thinking; None where no thinking can come."""
+        if self.reasoning is None:
+            return None
+        parser = self.parser(prompt, tools=(), parses_calls=False)
+        if not parser.in_reasoning and not parser.is_start:
+            return None
+        if self.reasoning.answer:
+            return ThinkingGate(self.reasoning.open, self.reasoning.answer, is_open=True)
+        return ThinkingGate(
+            self.reasoning.open.strip(), self.reasoning.close.strip(), is_open=parser.in_reasoning
+        )
+
+    @cached_property
+    def _own(self) -> OwnTemplate | None:
+        return None if self.response_template is None else OwnTemplate(self.response_template)
+
+    @cached_property
+    def _syntax(self) -> RegionSyntax:
+        return RegionSyntax(self._own.regions if self._own is not None else self._regions())
+
+    @cached_property
+    def _syntax_without_calls(self) -> RegionSyntax:
+        return RegionSyntax([region for region in self._syntax.regions.values() if region.kind not in {"call", "mark"}])
+
+    def _regions(self) -> list[Region]:
+        borders = dict(self.regions)
+        if self.reasoning is not None:
+            derived = Borders(
+                open=(self.reasoning.open.strip(),),
+                close=(self.reasoning.close.strip(),),
+                at_start=not self.reasoning.anywhere,
+            )
+            borders.setdefault("reasoning", derived)
+        if self.calls is not None:
+            borders.setdefault("call", _call_borders(self.calls))
+            if self.calls.end:
+                borders["mark"] = Borders(open=(self.calls.end.strip(),))
+        return [_region(kind, of) for kind, of in borders.items()]
+
+    def _turn(self, prompt: str) -> str:
+        """Return what the prompt has of the assistant's turn, as far as that can be told."""
+        if self._own is not None:
+            return self._own.turn(prompt)
+        start = max(
+            (prompt.rfind(opening) + len(opening) for opening in self.turn if opening in prompt), default=-1
+        )
+        if start >= 0:
+            return prompt[start:]
+        thinking = "" if self.reasoning is None else self.reasoning.open.strip()
+        return thinking if prompt.rstrip().endswith(thinking) else ""
+
+    def _reader(self, opening: Opening, tools: Sequence[Tool]) -> CallReader:
+        if self._own is not None:
+            return self._own.reader(opening, tools)
+        calls = self.calls
+        assert calls is not None  # noqa: S101 - a family without calls has no region of one
+        match calls.form:
+            case "object" | "list":
+                return ObjectReader(
+                    calls.name_key,
+                    calls.arguments_key,
+                    listed={tool.name for tool in tools} if calls.listed_names else None,
+                    separators=calls.between.strip(),
+                    ends_itself=calls.form == "list",
+                )
+            case "named":
+                middle = calls.middle_pattern or re.escape(calls.middle.strip())
+                return NamedReader(middle, ends_itself=not calls.close)
+            case "xml":
+                return XmlReader({tool.name: _properties(tool) for tool in tools})
+            case "gemma":
+                return GemmaReader(calls.quote)
+
+
+def _call_borders(calls: CallSyntax) -> Borders:
+    begin, opening, closing = calls.begin.strip(), calls.open.strip(), calls.close.strip()
+    return Borders(
+        open=(begin + opening, opening) if begin else (opening,), close=(closing,) if closing else ()
+    )
+
+
+def _region(kind: Kind, borders: Borders) -> Region:
+    return Region(
+        name=kind,
+        kind=kind,
+        opens={"open_pattern": borders.open_pattern}
+        if borders.open_pattern
+        else {"open": list(borders.open)},
+        closes=(
+            {"close_pattern": borders.close_pattern}
+            if borders.close_pattern
+            else {"close": list(borders.close)}
+            if borders.close
+            else {}
+        ),
+        at_start=borders.at_start,
+    )
+
+
+def _properties(tool: Tool) -> Mapping[str, Any]:
+    properties = (tool.parameters or {}).get("properties")
+    return properties if isinstance(properties, Mapping) else {}
