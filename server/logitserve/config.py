@@ -16,7 +16,7 @@ from logitserve.access.keys import check_key, check_key_file, split_keys
 from logitserve.access.origins import check_hosts, check_origins
 from logitserve.access.proxies import check_root_path, check_trusted_proxies
 from logitserve.telemetry.otlp import check_endpoint
-from logitserve.text.families.choose import check_family
+from logitserve.text.families.choose import load_family
 
 ENV_PREFIX = "LOGITSERVE_"
 
@@ -30,6 +30,11 @@ def split_commas(value: Any) -> Any:
     if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
         return value
     return [part.strip() for item in values for part in item.split(",") if part.strip()]
+
+
+def _family(name: str) -> str:
+    load_family(name)  # raises ValueError
+    return name
 
 
 def _open_socket(fd: int) -> int:
@@ -161,7 +166,7 @@ class Conversations(BaseModel):
         False,
         description="take control tokens that messages spell, such as <|im_end|>, for control tokens; else they are text",
     )
-    tool_template: Annotated[str, AfterValidator(check_family), Word("NAME|FILE")] | None = Field(
+    tool_template: Annotated[str, AfterValidator(_family), Word("NAME|FILE")] | None = Field(
         None,
         description="how the model writes calls of tools and its thinking: hermes, mistral and others, or a file; default: "
         "by its chat template",

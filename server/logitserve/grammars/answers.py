@@ -11,7 +11,6 @@ from typing import Any
 
 import msgspec
 import orjson
-from logitengine.grammar.vocabulary import GrammarError
 
 from logitserve.grammars.arguments import call_body
 from logitserve.grammars.lark import FREE, Pieces, Rules, symbols, text_until
@@ -23,12 +22,21 @@ SPACE = r"/\s{0,4}/"
 
 ITEM_SEPARATOR = "/, ?/"
 
+NO_JSON = r"/([^{\s](?s:.*))?/"
+"""A text that cannot be taken for a call where calls are bare JSON."""
+
 
 class Thinking(msgspec.Struct, forbid_unknown_fields=True):
-    """Strings around the thinking. ``is_open``: the prompt ends within it."""
+    """Strings around the thinking.
+
+    Attributes:
+        next: what stands between the thinking and what follows; white space where it is empty.
+        is_open: whether the prompt ends within it.
+    """
 
     open: Pieces
     close: Pieces
+    next: Pieces
     is_open: bool
 
 
@@ -69,9 +77,14 @@ class Format(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class AnswerForm(msgspec.Struct, forbid_unknown_fields=True):
-    """What an answer is. With calls and a format it is one of the two."""
+    """What an answer is. With calls and a format it is one of the two.
+
+    Attributes:
+        answer: what opens a text that is no call.
+    """
 
     thinking: Thinking | None = None
+    answer: Pieces = []
     calls: Calls | None = None
     format: Format | None = None
 
@@ -85,11 +98,11 @@ def answer_grammar(form: AnswerForm, format_grammar: str | None) -> str:
     choices = []
     grammars: list[dict[str, Any]] = []
     if form.calls is not None:
-        choices.append(rules.add(_calls(form.calls, rules)))
+        choices.append(rules.add(_calls(form.calls, form.answer, rules)))
     if format_grammar is not None:
         grammars = _grammars(format_grammar)
         grammars[0].setdefault("name", "format")
-        choices.append(f"@{grammars[0]['name']}")
+        choices.append(f"{symbols(form.answer)} @{grammars[0]['name']}")
     answer = rules.add(" | ".join(choices))
     thinking = "" if form.thinking is None else _thinking(form.thinking, rules)
     lark = f"start: {thinking} {answer}\n{rules.text}"
@@ -105,42 +118,39 @@ def _grammars(grammar: str) -> list[dict[str, Any]]:
 
 
 def _thinking(thinking: Thinking, rules: Rules) -> str:
-    body = f"{text_until(thinking.close, rules)} {SPACE}"
+    body = f"{text_until(thinking.close, rules)} {symbols(thinking.next) or SPACE}"
     return f"({body})" if thinking.is_open else f"({symbols(thinking.open)} {body})?"
 
 
-def _calls(calls: Calls, rules: Rules) -> str:
-    syntax = calls.syntax
+def _calls(calls: Calls, answer: Pieces, rules: Rules) -> str:
     strings = {name: symbols(pieces) for name, pieces in calls.strings.items()}
-    body = rules.add(
-        " | ".join(
-            call_body(
-                syntax, calls.strings["quote"], tool.name, tool.parameters, rules, free=not tool.follows_schema
-            )
-            for tool in calls.tools
+    bodies = [
+        call_body(
+            calls.syntax, calls.strings, tool.name, tool.parameters, rules, free=not tool.follows_schema
         )
-    )
+        for tool in calls.tools
+    ]
+    body = rules.add(" | ".join(bodies))
     more = ""
-    # A call that only the answer's end closes is the last one.
-    if calls.parallel and calls.strings["close"]:
+    if calls.parallel:
         one = f"{ITEM_SEPARATOR} {body}"
-        if syntax.form != "list":
+        if calls.syntax.form != "list":
             one = f"{strings['close']} {strings['between']} {strings['open']} {body}"
         more = f"({one})*"
     rest = f"{body} {more} {strings['close']} {strings['end']}"
     opening = [*calls.strings["begin"], *calls.strings["open"]]
-    if calls.in_text:
-        return _in_text(opening, rest, rules, parallel=calls.parallel)
-    return f"{symbols(opening)} {rest}"
+    if not calls.in_text:
+        return f"{symbols(opening)} {rest}"
+    if answer:
+        return f"{symbols(opening)} {rest} | {symbols(answer)} {FREE}"
+    if not opening:
+        return f"{rest} | {NO_JSON}"
+    return _in_text(opening, rest, rules, parallel=calls.parallel)
 
 
 def _in_text(opening: Pieces, rest: str, rules: Rules, *, parallel: bool) -> str:
     """Return a text in which ``opening`` begins what is followed by ``rest``, and nothing else."""
     trigger = _without_space(opening)
-    if not trigger:
-        raise GrammarError(
-            'this model\'s calls begin as any JSON does, so "strict" needs "tool_choice" to be "required"'
-        )
     region = rules.add(f"{text_until(trigger, rules)} {SPACE} {rest}")
     text, token_id = trigger[0]
     after = FREE if token_id is not None else rules.terminal(f"~/(?s:.*){_regex(text)}(?s:.*)/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -21,7 +22,7 @@ KEY = "/[a-zA-Z0-9_.-]{1,64}/"
 
 def call_body(
     syntax: CallSyntax,
-    quote: Pieces,
+    strings: Mapping[str, Pieces],
     name: str,
     parameters: dict[str, Any] | None,
     rules: Rules,
@@ -31,7 +32,7 @@ def call_body(
     """Return what stands between a call's opening and closing string.
 
     Args:
-        quote: what stands around strings in Gemma's form.
+        strings: those of the syntax, in pieces.
         parameters: schema of the arguments, or None for none.
         free: whether the arguments are any object, whatever the schema.
 
@@ -43,10 +44,10 @@ def call_body(
             case "xml":
                 return _xml(name, schema, rules, free=free)
             case "gemma":
-                return f"{quoted(f'call:{name}')} {_Gemma(quote, rules).arguments(schema, free=free)}"
+                return f"{quoted(f'call:{name}')} {_Gemma(strings["quote"], rules).arguments(schema, free=free)}"
             case "named":
                 arguments = rules.json(ANY_OBJECT if free else schema)
-                return f"{quoted(name + syntax.middle)} {arguments}"
+                return f"{quoted(name)} {symbols(strings['middle'])} {arguments}"
             case "object" | "list":
                 arguments = rules.json(ANY_OBJECT if free else schema)
                 head = [f'{{"{syntax.name_key}":', f'"{name}",', f'"{syntax.arguments_key}":']

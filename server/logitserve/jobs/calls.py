@@ -12,7 +12,7 @@ from logitserve.errors import BadRequestError
 from logitserve.grammars.answers import AnswerForm, CallableTool, Calls, Format, Thinking
 from logitserve.grammars.source import GrammarSource
 from logitserve.jobs.prompts import Conversation, PromptSource, TokenizedPrompt
-from logitserve.text.families.choose import FOLDER, load_family
+from logitserve.text.families.choose import load_family
 from logitserve.text.families.family import CallSyntax, Family
 from logitserve.text.tool_prompt import with_tools_in_system
 from logitserve.text.tools import Tool
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from logitserve.grammars.lark import Pieces
     from logitserve.state import Model
 
-STRINGS = ("begin", "open", "close", "between", "end", "quote")
+STRINGS = ("begin", "open", "middle", "close", "between", "end", "quote")
 """Strings of a CallSyntax that may be tokens of their own."""
 
 
@@ -51,7 +51,8 @@ def settle_tools(source: PromptSource, calls: CallOptions, model: Model) -> tupl
         return source, family
     has_syntax = family is not None and family.calls is not None
     if model.tokenizer.knows_tools:
-        if not has_syntax:
+        is_written = calls.must_call or any(tool.strict for tool in calls.tools)
+        if not has_syntax and (is_written or family is None or not family.reads_calls):
             raise BadRequestError(
                 "'tools' are rendered by this model's chat template, but how the model writes calls is not known; the "
                 "server's option --tool-template says it.",
@@ -73,7 +74,7 @@ def settle_tools(source: PromptSource, calls: CallOptions, model: Model) -> tupl
 
 
 def _with_fenced_calls(family: Family | None) -> Family:
-    fenced = load_family(FOLDER / "fenced.json")
+    fenced = load_family("fenced")
     return fenced if family is None else msgspec.structs.replace(family, calls=fenced.calls)
 
 
@@ -92,6 +93,7 @@ def answer_source(
         format_ = None  # the answer has no text that it could be the form of
     form = AnswerForm(
         thinking=thinking,
+        answer=[] if family.reasoning is None else model.tokenizer.pieces(family.reasoning.answer),
         calls=_calls(calls, family, model, with_text=format_ is None) if with_calls else None,
         format=None if format_ is None else Format(format_.kind, format_.text),
     )
@@ -105,29 +107,30 @@ def _thinking(family: Family, prompt: TokenizedPrompt, model: Model) -> Thinking
     if syntax is None:
         return None
     is_open = family.parser(prompt.text or "", tools=(), parses_calls=False).in_reasoning
-    pieces = tokenizer.pieces(syntax.open)
+    opening = syntax.open.strip()
+    pieces = tokenizer.pieces(opening)
     # A family's older models do not think, and have no token for it.
-    if not is_open and all(token_id is None for _, token_id in pieces) and not tokenizer.writes(syntax.open):
+    if not is_open and all(token_id is None for _, token_id in pieces) and not tokenizer.writes(opening):
         return None
-    return Thinking(pieces, tokenizer.pieces(syntax.close), is_open)
+    # Where messages have parts, the next one opens anew.
+    following = family.calls.between if syntax.answer and family.calls is not None else ""
+    return Thinking(pieces, tokenizer.pieces(syntax.close.strip()), tokenizer.pieces(following), is_open)
 
 
 def _calls(calls: CallOptions, family: Family, model: Model, *, with_text: bool) -> Calls:
     syntax = family.calls
     assert syntax is not None  # noqa: S101 - settle_tools has checked it
     tools = [tool for tool in calls.tools if calls.named in (None, tool.name)]
+    strings = {name: model.tokenizer.pieces(getattr(syntax, name)) for name in STRINGS}
+    parallel = calls.parallel and calls.named is None
+    if syntax.ends_with_answer and any(i in model.info.eos_token_ids for _, i in strings["close"]):
+        # The grammar's own end lets the model end its answer, by this token or another.
+        strings["close"] = []
+        parallel = False
     return Calls(
         syntax=syntax,
-        strings=_strings(syntax, model),
+        strings=strings,
         tools=[CallableTool(tool.name, tool.parameters, calls.must_call or tool.strict) for tool in tools],
         in_text=with_text and not calls.must_call,
-        parallel=calls.parallel and calls.named is None,
+        parallel=parallel,
     )
-
-
-def _strings(syntax: CallSyntax, model: Model) -> dict[str, Pieces]:
-    strings = {name: model.tokenizer.pieces(getattr(syntax, name)) for name in STRINGS}
-    # The grammar's own end lets the model end its answer, by this token or another.
-    if syntax.ends_with_answer and any(i in model.info.eos_token_ids for _, i in strings["close"]):
-        strings["close"] = []
-    return strings

@@ -35,7 +35,9 @@ class RunningJob:
         self._record = record
         self._begun_prompts: set[int] = set()
         self._last_token_at = [0.0] * job.num_choices
-        self.counts = record.counts = Counts(job.num_prompt_tokens)
+        family = job.family
+        thinks = family is not None and family.reads_reasoning
+        self.counts = record.counts = Counts(job.num_prompt_tokens, reasoning=0 if thinks else None)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Yield deltas of choices, numbered prompt by prompt: choice j of prompt i is ``i * n + j``.
@@ -58,6 +60,8 @@ class RunningJob:
                         raise _not_drawn(output)
                     delta = choice.advance(output, index)
                     self._count(prompt, index, output)
+                    if delta.reasoning_tokens and self.counts.reasoning is not None:
+                        self.counts.reasoning += delta.reasoning_tokens
                     if delta.finish_reason is not None:
                         num_open -= 1
                         self._record.finish_reasons.append(delta.finish_reason)
