@@ -32,7 +32,6 @@ class MessageParser:
     Args:
         turn: what the prompt has of the assistant's turn.
         reader: makes a reader of a call that opens.
-        ends_with_answer: whether the end of the answer closes a call.
         hidden: special tokens that content does not show.
     """
 
@@ -42,13 +41,11 @@ class MessageParser:
         turn: str,
         *,
         reader: Callable[[Opening], CallReader],
-        ends_with_answer: bool,
         new_id: Callable[[], str],
         hidden: Collection[str],
     ) -> None:
         self._regions = Regions(syntax)
         self._new_reader = reader
-        self._ends_with_answer = ends_with_answer
         self._new_id = new_id
         self._reader: CallReader | None = None
         self._held: list[str] = []
@@ -80,8 +77,9 @@ class MessageParser:
 
     def finish(self) -> Sequence[TextPart]:
         self._read(final=True)
-        if self._reader is not None:
-            self._end_call(self._reader, is_closed=self._ends_with_answer)
+        region = self._regions.open
+        if self._reader is not None and region is not None:
+            self._end_call(self._reader, is_closed=region.ends_with_answer)
         self._parts.end()
         return self._parts.take()
 

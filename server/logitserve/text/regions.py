@@ -31,6 +31,7 @@ class Region:
         opens: members "open" or "open_pattern" of a response template's field.
         closes: members "close" or "close_pattern"; none where the region runs to the end of the answer.
         at_start: whether only white space may stand before the region.
+        ends_with_answer: whether the end of the answer closes the region as its closing does.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Region:
     opens: Mapping[str, Any]
     closes: Mapping[str, Any] = field(default_factory=dict)
     at_start: bool = False
+    ends_with_answer: bool = False
 
     @cached_property
     def inner(self) -> ResponseTemplate:

@@ -23,18 +23,37 @@ class _Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of what a family's file declares: a name that is not known is an error."""
 
 
+class Borders(_Declaration):
+    """A region's borders for reading, where the strings that the model should write do not say them all.
+
+    Each side is a list of strings or a regular expression. A region without a close runs to the end of the answer.
+    """
+
+    open: tuple[str, ...] = ()
+    open_pattern: str = ""
+    close: tuple[str, ...] = ()
+    close_pattern: str = ""
+    at_start: bool = False
+
+    @property
+    def strings(self) -> tuple[str, ...]:
+        return (*self.open, *self.close)
+
+
 class ReasoningSyntax(_Declaration):
     """Strings around the thinking, as the model or its chat template writes them.
 
     Attributes:
         anywhere: whether the thinking may open behind other text, as the strings are control tokens.
         answer: what opens the answer proper, where more than the thinking stands before it.
+        borders: borders for reading.
     """
 
     open: str
     close: str
     anywhere: bool = False
     answer: str = ""
+    borders: Borders | None = None
 
 
 class CallSyntax(_Declaration):
@@ -52,6 +71,7 @@ class CallSyntax(_Declaration):
         quote: what stands around strings instead of quotation marks ("gemma").
         listed_names: whether only calls of tools that the request lists are calls, as JSON may be an answer too.
         ends_with_answer: whether the end of the answer closes a call, as the closing string is a stop token.
+        borders: borders for reading.
     """
 
     form: Literal["object", "list", "named", "xml", "gemma"]
@@ -67,19 +87,7 @@ class CallSyntax(_Declaration):
     quote: str = ""
     listed_names: bool = False
     ends_with_answer: bool = False
-
-
-class Borders(_Declaration):
-    """A region's borders for reading, where the strings that the model should write do not say them all.
-
-    Each side is a list of strings or a regular expression. A region without a close runs to the end of the answer.
-    """
-
-    open: tuple[str, ...] = ()
-    open_pattern: str = ""
-    close: tuple[str, ...] = ()
-    close_pattern: str = ""
-    at_start: bool = False
+    borders: Borders | None = None
 
 
 class Detection(_Declaration):
@@ -95,7 +103,8 @@ class Family(_Declaration, dict=True):
     Attributes:
         call_id: the ids of its calls: "openai" is ``call_`` and 24 characters, "mistral" 9 letters and digits.
         turn: strings with which chat templates open the assistant's turn.
-        regions: borders of regions that cannot be derived from ``reasoning`` and ``calls``.
+        also: further ways in which its models write calls at times. They are only read.
+        content: borders of the answer proper, where it has some.
         control: further strings that delimit something, which are special tokens in some tokenizers.
         response_template: the tokenizer's own, which then says all about reading.
     """
@@ -106,7 +115,8 @@ class Family(_Declaration, dict=True):
     reasoning: ReasoningSyntax | None = None
     calls: CallSyntax | None = None
     call_id: Literal["openai", "mistral"] = "openai"
-    regions: dict[Kind, Borders] = {}
+    also: tuple[CallSyntax, ...] = ()
+    content: Borders | None = None
     control: tuple[str, ...] = ()
     response_template: dict[str, Any] | None = None
 
@@ -128,13 +138,13 @@ class Family(_Declaration, dict=True):
     def delimiters(self) -> tuple[str, ...]:
         """Strings that a parser must see, though they be special tokens."""
         found = list(self.control)
-        for declared in (self.reasoning, self.calls):
+        for declared in (self.reasoning, self.calls, *self.also):
             if declared is not None:
                 texts = msgspec.structs.asdict(declared)
                 names = ("open", "close", "answer", "begin", "end", "between", "middle", "quote")
                 found += [texts[name] for name in names if name in texts]
-        for borders in self.regions.values():
-            found += [*borders.open, *borders.close]
+                found += declared.borders.strings if declared.borders is not None else ()
+        found += self.content.strings if self.content is not None else ()
         if self._own is not None:
             found += self._own.delimiters
         return tuple(dict.fromkeys(text.strip() for text in found if text.strip()))
@@ -157,8 +167,6 @@ class Family(_Declaration, dict=True):
             self._syntax if parses_calls else self._syntax_without_calls,
             self._turn(prompt),
             reader=lambda opening: self._reader(opening, tools),
-            ends_with_answer=self._own is not None
-            or (self.calls is not None and self.calls.ends_with_answer),
             new_id=openai_id if self.call_id == "openai" else mistral_id,
             hidden=hidden,
         )
@@ -186,22 +194,28 @@ class Family(_Declaration, dict=True):
 
     @cached_property
     def _syntax_without_calls(self) -> RegionSyntax:
-        return RegionSyntax([region for region in self._syntax.regions.values() if region.kind not in {"call", "mark"}])
+        return RegionSyntax(
+            [region for region in self._syntax.regions.values() if region.kind not in {"call", "mark"}]
+        )
 
     def _regions(self) -> list[Region]:
-        borders = dict(self.regions)
+        regions = []
         if self.reasoning is not None:
-            derived = Borders(
-                open=(self.reasoning.open.strip(),),
-                close=(self.reasoning.close.strip(),),
-                at_start=not self.reasoning.anywhere,
-            )
-            borders.setdefault("reasoning", derived)
-        if self.calls is not None:
-            borders.setdefault("call", _call_borders(self.calls))
-            if self.calls.end:
-                borders["mark"] = Borders(open=(self.calls.end.strip(),))
-        return [_region(kind, of) for kind, of in borders.items()]
+            regions.append(_region("reasoning", "reasoning", _reasoning_borders(self.reasoning)))
+        for name, calls in self._call_syntaxes.items():
+            borders = calls.borders or _call_borders(calls)
+            regions.append(_region(name, "call", borders, ends_with_answer=calls.ends_with_answer))
+        if self.calls is not None and self.calls.end:
+            regions.append(_region("end", "mark", Borders(open=(self.calls.end.strip(),))))
+        if self.content is not None:
+            regions.append(_region("content", "content", self.content))
+        return regions
+
+    @cached_property
+    def _call_syntaxes(self) -> dict[str, CallSyntax]:
+        """The ways to write a call, by the names of their regions."""
+        first = () if self.calls is None else (self.calls,)
+        return {f"call{number}": calls for number, calls in enumerate((*first, *self.also))}
 
     def _turn(self, prompt: str) -> str:
         """Return what the prompt has of the assistant's turn, as far as that can be told."""
@@ -218,8 +232,7 @@ class Family(_Declaration, dict=True):
     def _reader(self, opening: Opening, tools: Sequence[Tool]) -> CallReader:
         if self._own is not None:
             return self._own.reader(opening, tools)
-        calls = self.calls
-        assert calls is not None  # noqa: S101 - a family without calls has no region of one
+        calls = self._call_syntaxes[opening.region.name]
         match calls.form:
             case "object" | "list":
                 return ObjectReader(
@@ -238,6 +251,12 @@ class Family(_Declaration, dict=True):
                 return GemmaReader(calls.quote)
 
 
+def _reasoning_borders(reasoning: ReasoningSyntax) -> Borders:
+    return reasoning.borders or Borders(
+        open=(reasoning.open.strip(),), close=(reasoning.close.strip(),), at_start=not reasoning.anywhere
+    )
+
+
 def _call_borders(calls: CallSyntax) -> Borders:
     begin, opening, closing = calls.begin.strip(), calls.open.strip(), calls.close.strip()
     return Borders(
@@ -245,22 +264,12 @@ def _call_borders(calls: CallSyntax) -> Borders:
     )
 
 
-def _region(kind: Kind, borders: Borders) -> Region:
-    return Region(
-        name=kind,
-        kind=kind,
-        opens={"open_pattern": borders.open_pattern}
-        if borders.open_pattern
-        else {"open": list(borders.open)},
-        closes=(
-            {"close_pattern": borders.close_pattern}
-            if borders.close_pattern
-            else {"close": list(borders.close)}
-            if borders.close
-            else {}
-        ),
-        at_start=borders.at_start,
-    )
+def _region(name: str, kind: Kind, borders: Borders, *, ends_with_answer: bool = False) -> Region:
+    opens = {"open_pattern": borders.open_pattern} if borders.open_pattern else {"open": list(borders.open)}
+    closes: dict[str, Any] = {"close": list(borders.close)} if borders.close else {}
+    if borders.close_pattern:
+        closes = {"close_pattern": borders.close_pattern}
+    return Region(name, kind, opens, closes, at_start=borders.at_start, ends_with_answer=ends_with_answer)
 
 
 def _properties(tool: Tool) -> Mapping[str, Any]:

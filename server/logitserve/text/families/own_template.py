@@ -35,7 +35,14 @@ class OwnTemplate:
         # A field without an opening takes what is left, which is content here in any case.
         self._fields = {name: field for name, field in template["fields"].items() if _borders(field, _OPENS)}
         self.regions = [
-            Region(name, _KINDS.get(name, "content"), _borders(field, _OPENS), _borders(field, _CLOSES))
+            Region(
+                name,
+                _KINDS.get(name, "content"),
+                _borders(field, _OPENS),
+                _borders(field, _CLOSES),
+                # Of what may be cut, JSON alone tells whether it is whole.
+                ends_with_answer=field.get("content") == "json",
+            )
             for name, field in self._fields.items()
         ]
 
@@ -66,7 +73,7 @@ class OwnTemplate:
             for tool in tools
         ]
         template = {"start_anchor_pattern": r"\A", "fields": {name: field}}
-        return TemplateReader(template, opening.text, declared, is_json=field.get("content") == "json")
+        return TemplateReader(template, opening.text, declared)
 
 
 def _borders(field: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

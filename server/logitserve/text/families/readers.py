@@ -302,17 +302,13 @@ class TemplateReader:
         template: a response_template of the call's field alone.
         opening: the region's opening string.
         tools: the request's tools, as chat templates take them, for the types of arguments.
-        is_json: whether the call is JSON, which tells by itself whether it is whole.
     """
 
     in_string = False
     is_refuted = False
 
-    def __init__(
-        self, template: dict[str, Any], opening: str, tools: Sequence[dict[str, Any]], *, is_json: bool
-    ) -> None:
+    def __init__(self, template: dict[str, Any], opening: str, tools: Sequence[dict[str, Any]]) -> None:
         self._template = template
-        self._is_json = is_json
         self._tools = list(tools)
         self._pieces = [opening]
 
