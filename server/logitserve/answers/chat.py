@@ -86,7 +86,9 @@ class ChatAnswer(ChoicesAnswer[ChatRecord]):
         if not any(isinstance(part, ToolCall) for part in delta.parts):
             return (delta,)
         groups = _groups(delta.parts)
-        before = [Delta(index=delta.index, token_ids=[], parts=group, text_offsets=[]) for group in groups[:-1]]
+        before = [
+            Delta(index=delta.index, token_ids=[], parts=group, text_offsets=[]) for group in groups[:-1]
+        ]
         return [*before, replace(delta, parts=groups[-1])]
 
     def chunk_choice(self, record: ChatRecord) -> dict[str, Any]:

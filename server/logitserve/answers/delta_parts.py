@@ -17,7 +17,6 @@ LONG_TEXT = 2_000
 """Characters from which on a text has an event of its own, apart from rows."""
 
 
-
 def halves(delta: Delta) -> tuple[Delta, Delta] | None:
     """Return the delta as two, to be sent in turn; None where all of it belongs to one token or position.
 
@@ -52,7 +51,9 @@ def _of_text(delta: Delta) -> tuple[Delta, Delta]:
         kind = type(first)
         others.insert(0, kind(first.text[LONGEST_TEXT:]))
         first = kind(first.text[:LONGEST_TEXT])
-    return Delta(index=delta.index, token_ids=[], parts=[first], text_offsets=[]), replace(delta, parts=others)
+    return Delta(index=delta.index, token_ids=[], parts=[first], text_offsets=[]), replace(
+        delta, parts=others
+    )
 
 
 def _of_prompt(delta: Delta, prompt: PromptOutput) -> Delta:

@@ -14,7 +14,9 @@ from logitserve.text.families.family import CallSyntax
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
-NOTES = frozenset({"type", "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"})
+NOTES = frozenset(
+    {"type", "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly"}
+)
 """Keywords that allow every text where the type is string."""
 
 KEY = "/[a-zA-Z0-9_.-]{1,64}/"
@@ -44,14 +46,15 @@ def call_body(
             case "xml":
                 return _xml(name, schema, rules, free=free)
             case "gemma":
-                return f"{quoted(f'call:{name}')} {_Gemma(strings["quote"], rules).arguments(schema, free=free)}"
+                arguments = _Gemma(strings["quote"], rules).arguments(schema, free=free)
+                return f"{quoted(f'call:{name}')} {arguments}"
             case "named":
                 arguments = rules.json(ANY_OBJECT if free else schema)
                 return f"{quoted(name)} {symbols(strings['middle'])} {arguments}"
             case "object" | "list":
                 arguments = rules.json(ANY_OBJECT if free else schema)
                 head = [f'{{"{syntax.name_key}":', f'"{name}",', f'"{syntax.arguments_key}":']
-                return f"{' / ?/ '.join(map(quoted, head))} / ?/ {arguments} \"}}\""
+                return f'{" / ?/ ".join(map(quoted, head))} / ?/ {arguments} "}}"'
     except GrammarError as error:
         raise GrammarError(f"the parameters of {name}: {error}") from error
 
@@ -71,23 +74,24 @@ def _properties(schema: dict[str, Any], form: str) -> dict[str, tuple[dict[str, 
         raise GrammarError(f"{form} cannot follow {', '.join(sorted(others)) or 'properties'} of an object")
     required = schema.get("required", [])
     return {
-        name: (value if isinstance(value, dict) else {}, name in required) for name, value in properties.items()
+        name: (value if isinstance(value, dict) else {}, name in required)
+        for name, value in properties.items()
     }
 
 
 def _xml(name: str, schema: dict[str, Any], rules: Rules, *, free: bool) -> str:
     """Return Qwen 3.5's elements. Texts stand in them as they are, other values as JSON."""
-    end = [("\n</parameter>\n", None)]
+    end: Pieces = [("\n</parameter>\n", None)]
     if free:
         parameters = f'("<parameter=" {KEY} ">\\n" {text_until(end, rules)})*'
     else:
-        definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        definitions: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         elements = []
         for key, (value, is_required) in _properties(schema, "the XML of this model's calls").items():
             element = f"{quoted(f'<parameter={key}>' + chr(10))} {_xml_value(value, definitions, end, rules)}"
             elements.append(element if is_required else f"({element})?")
         parameters = " ".join(elements)
-    return f"{quoted(f'<function={name}>' + chr(10))} {parameters} \"</function>\""
+    return f'{quoted(f"<function={name}>" + chr(10))} {parameters} "</function>"'
 
 
 def _xml_value(schema: dict[str, Any], definitions: dict[str, Any], end: Pieces, rules: Rules) -> str:

@@ -12,6 +12,7 @@ from logitserve.grammars.lark import JSON_OPTIONS
 from logitserve.grammars.schemas import drop_idle
 from logitserve.grammars.source import GrammarKind
 
+
 def translate(kind: GrammarKind, text: str) -> str:
     """Return the grammar in llguidance's JSON. Raises GrammarError for what is no schema or grammar at all."""
     match kind:

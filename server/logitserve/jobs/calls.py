@@ -13,12 +13,11 @@ from logitserve.grammars.answers import AnswerForm, CallableTool, Calls, Format,
 from logitserve.grammars.source import GrammarSource
 from logitserve.jobs.prompts import Conversation, PromptSource, TokenizedPrompt
 from logitserve.text.families.choose import load_family
-from logitserve.text.families.family import CallSyntax, Family
+from logitserve.text.families.family import Family
 from logitserve.text.tool_prompt import with_tools_in_system
 from logitserve.text.tools import Tool
 
 if TYPE_CHECKING:
-    from logitserve.grammars.lark import Pieces
     from logitserve.state import Model
 
 STRINGS = ("begin", "open", "middle", "close", "between", "end", "quote")
@@ -41,7 +40,9 @@ class CallOptions:
     parallel: bool = True
 
 
-def settle_tools(source: PromptSource, calls: CallOptions, model: Model) -> tuple[PromptSource, Family | None]:
+def settle_tools(
+    source: PromptSource, calls: CallOptions, model: Model
+) -> tuple[PromptSource, Family | None]:
     """Return the prompts with their tools where the template reads them, and the family that answers are read by.
 
     Raises BadRequestError where the model cannot call as the request asks.
@@ -79,11 +80,17 @@ def _with_fenced_calls(family: Family | None) -> Family:
 
 
 def answer_source(
-    format_: GrammarSource | None, calls: CallOptions, family: Family | None, prompt: TokenizedPrompt, model: Model
+    format_: GrammarSource | None,
+    calls: CallOptions,
+    family: Family | None,
+    prompt: TokenizedPrompt,
+    model: Model,
 ) -> GrammarSource | None:
     """Return what the chat's answer follows: thinking where the model thinks, then calls, the format or either."""
     is_strict = calls.may_call and any(tool.strict for tool in calls.tools)
-    with_calls = calls.must_call or is_strict or (format_ is not None and calls.may_call and bool(calls.tools))
+    with_calls = (
+        calls.must_call or is_strict or (format_ is not None and calls.may_call and bool(calls.tools))
+    )
     if family is None or not (with_calls or format_ is not None):
         return format_
     thinking = _thinking(family, prompt, model)

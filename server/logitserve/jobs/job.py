@@ -72,7 +72,8 @@ async def make_job(options: JobOptions, state: ServerState, caller: Caller) -> J
     prompts = await tokenize(source, state, reserved_tokens=reserved)
     if options.text.has_parts:
         form = answer_source(options.grammar, options.calls, family, prompts[0], model)
-        grammar = grammar if form is options.grammar else await check_grammar(form, state)
+        if form is not None and form is not options.grammar:
+            grammar = await check_grammar(form, state)
     bounds = settle_bounds(options, [prompt.token_ids for prompt in prompts], model, state.config)
     cache_salt = caller.cache_salt(options.cache_salt)
     requests = [

@@ -86,7 +86,7 @@ class JobOptions:
     outputs: OutputSpec
     cache_salt: str | None = None
     grammar: GrammarSource | None = None
-    calls: CallOptions = CallOptions()
+    calls: CallOptions = field(default_factory=CallOptions)
     text: TextOptions = TextOptions()
     answer: AnswerOptions = AnswerOptions()
     logprobs_param: str = "logprobs"

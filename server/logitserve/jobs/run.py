@@ -18,7 +18,7 @@ from logitserve.state import ServerState
 from logitserve.telemetry.record import Counts, RequestRecord
 from logitserve.text.choice import ChoiceText, Delta
 from logitserve.text.detokenizer import Detokenizer
-from logitserve.text.parser import PlainText
+from logitserve.text.parser import PlainText, TextParser
 from logitserve.text.stop_strings import StopStrings
 
 
@@ -45,7 +45,11 @@ class RunningJob:
         Raises EngineError, ApiError.
         """
         job, engine = self._job, self._state.engine
-        choices = [self._choice(request) for request in job.requests for _ in range(job.n)]
+        choices = [
+            self._choice(request, prompt.text or "")
+            for request, prompt in zip(job.requests, job.prompts, strict=True)
+            for _ in range(job.n)
+        ]
         num_open = len(choices)
         async with contextlib.aclosing(
             outputs_of(engine, job.requests, job.row_bytes, self._state.held_bytes)
@@ -124,13 +128,14 @@ class RunningJob:
         counter.inc(rows.values.shape[0])
         self._metrics.row_bytes.inc(rows.nbytes)
 
-    def _choice(self, request: GenerationRequest) -> ChoiceText:
-        text = self._job.text
-        detokenizer = Detokenizer(
-            self._job.model.tokenizer.table, skip_special_tokens=text.skip_special_tokens
-        )
+    def _choice(self, request: GenerationRequest, prompt: str) -> ChoiceText:
+        job = self._job
+        detokenizer = Detokenizer(job.model.tokenizer.table, skip_special_tokens=job.text.skip_special_tokens)
+        parser: TextParser = PlainText()
+        if job.family is not None:
+            parser = job.family.parser(prompt, tools=job.calls.tools, parses_calls=job.calls.may_call)
         return ChoiceText(
-            detokenizer, StopStrings(text.stop), PlainText(), min_tokens=request.sampling.min_tokens
+            detokenizer, StopStrings(job.text.stop), parser, min_tokens=request.sampling.min_tokens
         )
 
 

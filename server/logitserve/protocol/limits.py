@@ -87,7 +87,9 @@ def _length(limit: int | str, unit: str, keyword: Literal["maxItems", "maxProper
     def check(value: Any, info: ValidationInfo) -> Any:
         most: int = getattr(config_of(info), limit) if isinstance(limit, str) else limit
         if isinstance(value, list | dict) and len(value) > most:
-            raise too_large(str(info.field_name), len(value), most, unit, limit if isinstance(limit, str) else None)
+            raise too_large(
+                str(info.field_name), len(value), most, unit, limit if isinstance(limit, str) else None
+            )
         return value
 
     return _LengthBound(check, maximum=limit, keyword=keyword)

@@ -103,9 +103,7 @@ class _Choice(StrictModel):
     function: NamedFunction | None = None
 
 
-ToolChoice = Annotated[
-    _Choice, BeforeValidator(_as_choice, json_schema_input_type=ToolMode | NamedTool)
-]
+ToolChoice = Annotated[_Choice, BeforeValidator(_as_choice, json_schema_input_type=ToolMode | NamedTool)]
 
 
 class CalledFunction(StrictModel):
@@ -183,7 +181,9 @@ class ToolFields(RequestBody):
                     param=f"tools[{index}].function.name",
                 )
         if not names and self.tool_mode == "required":
-            raise BadRequestError("'tool_choice' asks for a call, and there are no 'tools'.", param="tool_choice")
+            raise BadRequestError(
+                "'tool_choice' asks for a call, and there are no 'tools'.", param="tool_choice"
+            )
         if self.named_tool is not None and self.named_tool not in names:
             raise BadRequestError(
                 f"'tool_choice.function.name' is {self.named_tool}, which 'tools' does not list.",

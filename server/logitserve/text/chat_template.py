@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -59,12 +59,13 @@ class ChatTemplate:
         """
         self._check_variables(turns.variables)
         variables = {**turns.variables, **self._effort_variables(turns)}
+        tools: list[dict[Any, Any] | Callable[..., Any]] = [*turns.tools]
         messages = turns.messages if self._knows_developer else list(map(_without_developer, turns.messages))
         try:
             rendered = render_jinja_template(
                 conversations=[messages],
                 chat_template=self.source,
-                tools=turns.tools or None,
+                tools=tools or None,
                 add_generation_prompt=turns.add_generation_prompt,
                 continue_final_message=turns.continue_final_message,
                 **{**self._special_tokens, **variables},
@@ -121,6 +122,8 @@ class ChatTemplate:
         effort = turns.reasoning_effort
         if effort is None:
             return {}
+        name: str
+        value: str | bool
         if "reasoning_effort" in self.variables:
             name, value = "reasoning_effort", effort
         elif switch := next((name for name in THINKING_SWITCHES if name in self.variables), None):

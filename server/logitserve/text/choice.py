@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from logitengine.link.messages import Array, LogitsRows, Logprobs, PromptOutput, StepOutput
 
 from logitserve.text.detokenizer import Detokenizer
-from logitserve.text.parser import TextParser, TextPart
+from logitserve.text.parser import Content, TextParser, TextPart
 from logitserve.text.stop_strings import StopStrings
 
 
@@ -32,11 +32,12 @@ class Delta:
     prompt: PromptOutput | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    reasoning_tokens: int = 0
 
     @property
     def text(self) -> str:
         """The content of its parts."""
-        return "".join(part.text for part in self.parts)
+        return "".join(part.text for part in self.parts if isinstance(part, Content))
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +87,8 @@ class ChoiceText:
         parts = self._parser.push(text)
         if self.finish_reason is not None:
             parts = [*parts, *self._parser.finish()]
+            if self.finish_reason == "stop" and self._parser.has_calls:
+                self.finish_reason = "tool_calls"
         return Delta(
             index=index,
             token_ids=output.token_ids,

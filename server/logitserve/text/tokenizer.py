@@ -69,7 +69,11 @@ class ModelTokenizer:
         if self._added_pattern is None:
             return [(text, None)] if text else []
         pieces = self._added_pattern.split(text)
-        return [(piece, self._tokenizer.token_to_id(piece) if i % 2 else None) for i, piece in enumerate(pieces) if piece]
+        return [
+            (piece, self._tokenizer.token_to_id(piece) if i % 2 else None)
+            for i, piece in enumerate(pieces)
+            if piece
+        ]
 
     def description(self) -> dict[str, Any]:
         """Return the facts that a client needs to tokenize alike, by the names of tokenizer_config.json."""
