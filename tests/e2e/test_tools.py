@@ -86,7 +86,9 @@ def test_a_required_call_is_answered_and_the_conversation_goes_on(model: openai.
     assert second.message.tool_calls is None
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_time"}}], ids=str)
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "get_time"}}], ids=str
+)
 def test_a_stream_and_a_whole_answer_have_the_same_calls(model: openai.OpenAI, choice: Any) -> None:
     body: dict[str, Any] = {
         "model": model.models.list().data[0].id,
@@ -103,8 +105,13 @@ def test_a_stream_and_a_whole_answer_have_the_same_calls(model: openai.OpenAI, c
         streamed = stream.get_final_completion().choices[0]
     assert whole.message.tool_calls
     assert functions(streamed) == functions(whole)
-    assert (streamed.finish_reason, streamed.message.content or None) == (whole.finish_reason, whole.message.content)
-    pieces = [call for event in chunks for choice in event.chunk.choices for call in choice.delta.tool_calls or []]
+    assert (streamed.finish_reason, streamed.message.content or None) == (
+        whole.finish_reason,
+        whole.message.content,
+    )
+    pieces = [
+        call for event in chunks for choice in event.chunk.choices for call in choice.delta.tool_calls or []
+    ]
     first, *rest = [piece for piece in pieces if piece.index == 0]
     assert first.id
     assert first.function
@@ -161,6 +168,8 @@ def test_what_cannot_be_called_is_refused_by_name(url: str) -> None:
         ({"tools": [TIME], "tool_choice": "auto"}, "tool_choice", "knows no tools"),
         ({"tools": [TIME] * 1000}, "tools", "--max-tools"),
     ]:
-        error = httpx.post(url + CHAT, json={"messages": [QUESTION], "max_tokens": 1, **fields}).json()["error"]
+        error = httpx.post(url + CHAT, json={"messages": [QUESTION], "max_tokens": 1, **fields}).json()[
+            "error"
+        ]
         assert error["param"] == param
         assert part in error["message"]

@@ -20,9 +20,9 @@ LONG_TEXT = 2_000
 def halves(delta: Delta) -> tuple[Delta, Delta] | None:
     """Return the delta as two, to be sent in turn; None where all of it belongs to one token or position.
 
-    Prompt rows go before generated ones. Each token and each position keeps all of its rows and the values
-    aligned with them. The text and the end go with the last tokens, as text may lag behind its tokens anyway; a long
-    text, as of a call that was held back and is none, goes before them, in pieces.
+        Prompt rows go before generated ones. Each token and each position keeps all of its rows and the values
+    aligned with them. The text, the end and what is counted go with the last tokens, as text may lag behind its
+    tokens anyway; a long text, as of a call that was held back and is none, goes before them, in pieces.
     """
     if delta.prompt is not None and delta.token_ids:
         return _of_prompt(delta, delta.prompt), replace(delta, prompt=None)
@@ -41,7 +41,8 @@ def halves(delta: Delta) -> tuple[Delta, Delta] | None:
     if count < 2:
         return None
     first_half, second_half = (_tokens(delta, *bounds) for bounds in ((0, count // 2), (count // 2, count)))
-    return replace(first_half, parts=(), finish_reason=None, stop_reason=None), second_half
+    first_half = replace(first_half, parts=(), finish_reason=None, stop_reason=None, reasoning_tokens=0)
+    return first_half, second_half
 
 
 def _of_text(delta: Delta) -> tuple[Delta, Delta]:

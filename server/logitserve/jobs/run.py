@@ -17,9 +17,9 @@ from logitserve.jobs.outputs import NumberedOutput, outputs_of
 from logitserve.state import ServerState
 from logitserve.telemetry.record import Counts, RequestRecord
 from logitserve.text.choice import ChoiceText, Delta
-from logitserve.text.detokenizer import Detokenizer
+from logitserve.text.detokenizer import Detokenizer, special_tokens_in
 from logitserve.text.parser import PlainText, TextParser
-from logitserve.text.stop_strings import StopStrings
+from logitserve.text.stop_strings import StopStrings, ThinkingGate
 
 
 class RunningJob:
@@ -129,13 +129,25 @@ class RunningJob:
         self._metrics.row_bytes.inc(rows.nbytes)
 
     def _choice(self, request: GenerationRequest, prompt: str) -> ChoiceText:
-        job = self._job
-        detokenizer = Detokenizer(job.model.tokenizer.table, skip_special_tokens=job.text.skip_special_tokens)
+        job, model, skips = self._job, self._job.model, self._job.text.skip_special_tokens
         parser: TextParser = PlainText()
+        gate: ThinkingGate | None = None
+        kept: dict[int, str] = {}
         if job.family is not None:
-            parser = job.family.parser(prompt, tools=job.calls.tools, parses_calls=job.calls.may_call)
+            kept = special_tokens_in(model.tokenizer.table, job.family.delimiters)
+            parser = job.family.parser(
+                prompt,
+                tools=job.calls.tools,
+                parses_calls=job.calls.may_call and bool(job.calls.tools),
+                hidden=frozenset(kept.values()) if skips else frozenset(),
+            )
+            gate = job.family.thinking_gate(prompt) if job.text.stop else None
         return ChoiceText(
-            detokenizer, StopStrings(job.text.stop), parser, min_tokens=request.sampling.min_tokens
+            Detokenizer(model.tokenizer.table, skip_special_tokens=skips, kept=kept),
+            StopStrings(job.text.stop),
+            parser,
+            min_tokens=request.sampling.min_tokens,
+            gate=gate,
         )
 
 

@@ -13,6 +13,9 @@ from logitserve.protocol.base import RequestBody, StrictModel
 from logitserve.protocol.limits import at_most_items
 from logitserve.text.tools import Tool
 
+DEEPEST = 100
+"""Lists and objects within each other in a tool's schema, and in the arguments of a past call."""
+
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -31,7 +34,19 @@ def _checked_parameters(parameters: dict[str, Any] | None) -> dict[str, Any] | N
     if parameters is not None and parameters.get("type", "object") != "object":
         msg = 'is a schema whose type is not "object": arguments have names'
         raise ValueError(msg)
+    _check_depth(parameters)
     return parameters
+
+
+def _check_depth(value: Any) -> None:
+    """Raise ValueError for lists and objects nested so deep that a template may not come to their end."""
+    level, depth = [value], 0
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        if depth > DEEPEST:
+            msg = f"is nested more than {DEEPEST} deep"
+            raise ValueError(msg)
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
 
 
 FunctionName = Annotated[str, AfterValidator(_checked_name)]
@@ -106,16 +121,9 @@ class _Choice(StrictModel):
 ToolChoice = Annotated[_Choice, BeforeValidator(_as_choice, json_schema_input_type=ToolMode | NamedTool)]
 
 
-class CalledFunction(StrictModel):
-    """The function that a past turn called."""
-
-    name: str = Field(min_length=1)
-    arguments: str
-    """A JSON object, as the model wrote it."""
-
-    def for_template(self) -> dict[str, Any]:
-        """Return the call with its arguments as an object, which templates read, where they are one."""
-        return {"name": self.name, "arguments": _as_object(self.arguments)}
+def _checked_arguments(arguments: str) -> str:
+    _check_depth(_as_object(arguments))
+    return arguments
 
 
 def _as_object(arguments: str) -> Any:
@@ -126,6 +134,18 @@ def _as_object(arguments: str) -> Any:
     except orjson.JSONDecodeError:
         return arguments
     return value if isinstance(value, dict) else arguments
+
+
+class CalledFunction(StrictModel):
+    """The function that a past turn called."""
+
+    name: str = Field(min_length=1)
+    arguments: Annotated[str, AfterValidator(_checked_arguments)]
+    """A JSON object, as the model wrote it."""
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the call with its arguments as an object, which templates read, where they are one."""
+        return {"name": self.name, "arguments": _as_object(self.arguments)}
 
 
 class PastCall(StrictModel):

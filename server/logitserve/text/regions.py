@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -42,9 +43,48 @@ class Region:
     ends_with_answer: bool = False
 
     @cached_property
-    def inner(self) -> ResponseTemplate:
-        """Template of a text that begins within the region."""
-        return _template({self.name: {"open": _ENTRY, **self.closes}})
+    def inner(self) -> Stretch:
+        """What a text within the region is searched for."""
+        template = _template({self.name: {"open": _ENTRY, **self.closes}})
+        return Stretch(template, _ENTRY, [self.closes])
+
+
+class Stretch:
+    """What a text is searched for, up to the next border of a region.
+
+    Args:
+        entry: text that begins the region in which the stretch lies.
+        borders: borders that may end it.
+
+    Attributes:
+        signs: finds characters with which a border may begin; None where any may.
+    """
+
+    def __init__(self, template: ResponseTemplate, entry: str, borders: Iterable[Mapping[str, Any]]) -> None:
+        self.template = template
+        self.signs: re.Pattern[str] | None = None
+        self._entry = entry
+        literals = [
+            text for border in borders for key, value in border.items() for text in _literals(key, value)
+        ]
+        if "" not in literals:
+            firsts = "".join({re.escape(text[0]) for text in literals})
+            self.signs = re.compile(f"[{firsts}]" if firsts else r"(?!)")
+
+    def parser(self) -> ResponseParser:
+        return ResponseParser(self.template, prefix=self._entry)
+
+
+def _literals(key: str, value: str | list[str]) -> list[str]:
+    """Return a border's strings; an empty one for a regular expression."""
+    if key.endswith("_pattern"):
+        return [""]
+    return [value] if isinstance(value, str) else value
+
+
+def _outside(regions: Sequence[Region]) -> Stretch:
+    opens = {region.name: region.opens for region in regions}
+    return Stretch(_template({OUTSIDE: {}, **opens}), "", opens.values())
 
 
 class RegionSyntax:
@@ -52,10 +92,8 @@ class RegionSyntax:
 
     def __init__(self, regions: Sequence[Region]) -> None:
         self.regions = {region.name: region for region in regions}
-        anywhere = {region.name: dict(region.opens) for region in regions if not region.at_start}
-        everything = {region.name: dict(region.opens) for region in regions}
-        self.first = _template({OUTSIDE: {}, **everything})
-        self.outer = _template({OUTSIDE: {}, **anywhere})
+        self.first = _outside(regions)
+        self.outer = _outside([region for region in regions if not region.at_start])
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +158,10 @@ class Regions:
                     return event
             if self._input:
                 text, self._input = self._input, ""
-                if self._num_read > _RENEWED_AFTER and not self._unread:
+                if not self._unread and self._signs is not None and not self._signs.search(text):
+                    return self._text(text)
+                if self._num_read > _RENEWED_AFTER:
+                    text = self._unread + text
                     self._renew()
                 self._unread += text
                 self._num_read += len(text)
@@ -149,10 +190,11 @@ class Regions:
     def _renew(self) -> None:
         """Begin a parser where the text is."""
         if self.open is not None:
-            self._parser = ResponseParser(self.open.inner, prefix=_ENTRY)
+            stretch = self.open.inner
         else:
-            template = self._syntax.first if self._is_start else self._syntax.outer
-            self._parser = ResponseParser(template, prefix="")
+            stretch = self._syntax.first if self._is_start else self._syntax.outer
+        self._parser = stretch.parser()
+        self._signs = stretch.signs
         self._unread, self._num_read, self._events, self._is_ended = "", 0, [], False
 
     def _next_of_library(self) -> Event | None:
@@ -176,7 +218,7 @@ class Regions:
         return Text(text)
 
     def _opening(self, region: Region) -> Opening:
-        opening = self._syntax.first.fields[region.name].open_re.match(self._unread).group()
+        opening = self._syntax.first.template.fields[region.name].open_re.match(self._unread).group()
         self._is_start = False
         self.open = None if region.kind == "mark" else region
         self._move_past(opening)
@@ -185,7 +227,7 @@ class Regions:
     def _closing(self) -> Closing | None:
         """Return the closing string; None where the region was closed by the end of the text alone."""
         assert self.open is not None  # noqa: S101 - closings are told of open regions alone
-        pattern = self.open.inner.fields[self.open.name].close_re
+        pattern = self.open.inner.template.fields[self.open.name].close_re
         found = None if pattern is None else pattern.match(self._unread)
         if found is None:
             return None
@@ -198,7 +240,7 @@ class Regions:
         self._renew()
 
 
-def _template(fields: dict[str, Any]) -> ResponseTemplate:
+def _template(fields: Mapping[str, Mapping[str, Any]]) -> ResponseTemplate:
     """Return a template of fields whose texts stay as they are, so that no text is an error."""
     as_text = {"content": "text", "content_args": {"strip": False}, "repeats": True}
     return load_response_template(

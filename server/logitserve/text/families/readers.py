@@ -59,7 +59,7 @@ class ObjectReader:
         self._listed = listed
         self._scanner = JsonScanner(separators, only_first=ends_itself)
         self._pieces: list[str] = []
-        self._head: str | None = "" if listed is not None else None
+        self._head: str | None = ""
 
     @property
     def is_refuted(self) -> bool:
@@ -106,20 +106,23 @@ class ObjectReader:
         return name, arguments_text
 
     def _check_head(self, text: str) -> None:
-        """Refute a region whose first member is none of a call's, or names a function that is not listed."""
-        self._head = ((self._head or "") + text)[:_LONGEST_HEAD]
-        first = _FIRST_MEMBER.match(self._head)
+        """Refute a region that begins as no object does, or whose first member is none of a listed function's call."""
+        self._head = head = ((self._head or "") + text)[:_LONGEST_HEAD]
+        first = _FIRST_MEMBER.match(head)
         if first is None:
+            self._scanner.is_refuted |= _NO_OBJECT.match(head) is not None
             return
         key, name = first.groups()
-        if key in {"type", "id", self._keys[1]} and key != self._keys[0]:
+        if self._listed is None or (key != self._keys[0] and key in {"type", "id", self._keys[1]}):
             self._head = None
         elif key != self._keys[0]:
             self._scanner.is_refuted = True
         elif name is not None:
             self._head = None
-            self._scanner.is_refuted |= string(name) not in (self._listed or ())
+            self._scanner.is_refuted |= string(name) not in self._listed
 
+
+_NO_OBJECT = re.compile(r"""\s*(?:\[\s*[^\s{]|\[?\s*\{\s*[^\s"])""")
 
 _FIRST_MEMBER = re.compile(r'\s*\[?\s*\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*("(?:[^"\\]|\\.)*")?', re.DOTALL)
 
