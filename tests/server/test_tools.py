@@ -18,7 +18,7 @@ from logitengine.link.messages import (
     ModelInfo,
     StepOutput,
 )
-from scripted_engine import App, OpenApp, Step
+from scripted_engine import App, OpenApp, Script, Step
 from tokenizers import AddedToken, Tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -32,7 +32,7 @@ TEMPLATE = """\
 {% endfor %}<|im_end|>
 {% endif -%}
 {%- for message in messages %}<|im_start|>{{ message.role }}{% if message.name %} {{ message.name }}{% endif %}
-{{ message.content }}
+{{- '\n' + message.content }}
 {%- for call in message.tool_calls %}
 <tool_call>
 {"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
@@ -83,9 +83,9 @@ def tokenizer(thinking_model: ModelInfo) -> Tokenizer:
     return Tokenizer.from_file(str(Path(thinking_model.tokenizer_path) / "tokenizer.json"))
 
 
-def saying(tokenizer: Tokenizer, text: str, *, finish: str = "stop", with_rows: bool = False) -> Any:
+def saying(tokenizer: Tokenizer, text: str, *, finish: str = "stop", with_rows: bool = False) -> Script:
     """Return a script that says a text, a token a step, with a row of four columns for each token if asked."""
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    ids = ids_of(tokenizer, text)
 
     def script(request: GenerationRequest) -> list[Step]:
         return [
@@ -180,7 +180,7 @@ async def test_a_stream_says_what_the_whole_answer_says_with_every_row_once(
 ) -> None:
     """Rows, log-probabilities and ids are those of the engine's outputs, in order, whatever the parser holds back."""
     text = OUTPUTS[name]
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    ids = ids_of(tokenizer, text)
     wants: dict[str, Any] = {
         "tools": [tool(parameters=CITY)],
         "return_logits": {"top_k": 4},
@@ -231,38 +231,41 @@ async def test_thinking_comes_under_both_names_and_is_counted(
 async def test_a_call_comes_in_events_that_a_reader_of_lines_takes(
     open_app: OpenApp, thinking_model: ModelInfo, tokenizer: Tokenizer
 ) -> None:
-    """Both a call with a megabyte of arguments and a text of that length that is no call after all."""
-    info = msgspec.structs.replace(thinking_model, max_model_len=1 << 20)
-    value = "\\u0007" * 150_000
-    for opening, is_call in (('{"name": "find", ', True), ('{"name": , ', False)):
-        text = f'<tool_call>\n{opening}"arguments": {{"city": "{value}"}}}}\n</tool_call>'
-        async with open_app(saying_at_once(tokenizer, text), info=info) as app:
+    """Both a call with half a megabyte of arguments and a text of that length that is no call after all."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    longest = max((token for token in vocabulary if token.isalnum() and token.isascii()), key=len)
+    value = [vocabulary[longest]] * (500_000 // len(longest))
+    for name, is_call in (('"find"', True), ("", False)):
+        head = f'<tool_call>\n{{"name": {name}, "arguments": {{"city": "'
+        tail = '"}}\n</tool_call>'
+        ids = [*ids_of(tokenizer, head), *value, *ids_of(tokenizer, tail)]
+        async with open_app(at_once(ids), info=thinking_model) as app:
             answer = await app.post(
                 CHAT, {"messages": [USER], "tools": [tool()], "stream": True, "return_token_ids": True}
             )
         lines = answer.text.splitlines()
         assert max(map(len, lines)) <= 400_000
         events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-        message = joined(events)
+        assert [
+            i for event in events for choice in event["choices"] for i in choice.get("token_ids", [])
+        ] == ids
+        message, text = joined(events), longest * len(value)
         if is_call:
-            assert message["tool_calls"][0]["function"]["arguments"] == f'{{"city": "{value}"}}'
+            assert message["tool_calls"][0]["function"]["arguments"] == f'{{"city": "{text}"}}'
         else:
-            assert message["content"] == text
+            assert message["content"] == head + text + tail
 
 
-def saying_at_once(tokenizer: Tokenizer, text: str) -> Any:
-    opening, rest = text[:11], text[11:-12]
-    ids = [tokenizer.token_to_id(opening), *tokenizer.encode(rest, add_special_tokens=False).ids]
-    ids.append(tokenizer.token_to_id(text[-12:]))
+def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
-    def script(request: GenerationRequest) -> list[Step]:
-        half = len(ids) // 2
-        return [
-            StepOutput(request_id=request.request_id, index=0, token_ids=ids[:half]),
-            StepOutput(request_id=request.request_id, index=0, token_ids=ids[half:], finish_reason="stop"),
-        ]
 
-    return script
+def at_once(ids: list[int]) -> Script:
+    """Return a script that says all tokens in one step."""
+    return lambda request: [
+        StepOutput(request_id=request.request_id, index=0, token_ids=ids, finish_reason="stop")
+    ]
 
 
 # Prompts.
@@ -379,7 +382,7 @@ def is_taken(grammar: str | None, text: str, tokenizer: Tokenizer, grammar_token
     assert grammar is not None
     matcher = LLMatcher(grammar_tokenizer, grammar)
     assert not matcher.is_error(), matcher.get_error()
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    ids = ids_of(tokenizer, text)
     for token_id in ids:
         if not matcher.compute_bitmask()[token_id // 8] >> token_id % 8 & 1:
             return False
@@ -426,6 +429,16 @@ FOLLOWED: list[tuple[str, dict[str, Any], list[str], list[str]]] = [
         [THINKING + "Hi", "Hi", FIND],
     ),
     (
+        "a form after a thinking that the prompt opens",
+        {
+            "messages": [USER, {"role": "assistant", "content": "<think>\nWell,"}],
+            "continue_final_message": True,
+            **JSON_FORMAT,
+        },
+        [' no.\n</think>\n\n{"city": "Bern"}'],
+        ['{"city": "Bern"}', " no.\n</think>Hi"],
+    ),
+    (
         "a form or calls",
         {**TWO, **JSON_FORMAT},
         ['{"city": "Bern"}', THINKING + '{"city": "Bern"}', f"{FIND}\n{TIME}"],
@@ -447,17 +460,6 @@ async def test_the_model_may_write_what_the_request_allows_and_nothing_else(
                 assert is_taken(grammar, text, tokenizer, grammar_tokenizer), (name, text)
             for text in bad:
                 assert not is_taken(grammar, text, tokenizer, grammar_tokenizer), (name, text)
-
-
-async def test_a_prompt_that_opens_the_thinking_has_it_closed_before_the_form(
-    open_app: OpenApp, thinking_model: ModelInfo, tokenizer: Tokenizer, grammar_tokenizer: LLTokenizer
-) -> None:
-    said = {"role": "assistant", "content": "<think>\nWell,"}
-    body = {"messages": [USER, said], "continue_final_message": True, **JSON_FORMAT}
-    async with open_app(saying(tokenizer, "Hi"), info=thinking_model) as app:
-        grammar = await grammar_of(app, **body)
-    assert is_taken(grammar, ' no.\n</think>\n\n{"city": "Bern"}', tokenizer, grammar_tokenizer)
-    assert not is_taken(grammar, '{"city": "Bern"}', tokenizer, grammar_tokenizer)
 
 
 # Refusals.
@@ -503,7 +505,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"function_call": {"name": "a"}}, "function_call", "not supported"),
     ({"reasoning_effort": "huge"}, "reasoning_effort", "'none'"),
     ({**REQUIRED, "tools": [tool(parameters={"not": {}})]}, "tools", "parameters of find"),
-    ({**REQUIRED, "tools": [tool(parameters={"title": "a" * 300_000})]}, "tools", "--max-grammar-bytes"),
+    ({**REQUIRED, "tools": [tool(parameters={"$ref": "#"})]}, "tools", "parameters of find"),
+    ({"tools": [tool(parameters={"not": {}}, strict=True)]}, "tools", "parameters of find"),
+    ({**REQUIRED, "tools": [tool(parameters={"title": "a b" * 1000})]}, "tools", "--max-grammar-bytes"),
     (
         {"messages": [USER, {"role": "user", "content": "x", "tool_calls": [called()]}]},
         "messages[1].tool_calls",
@@ -526,8 +530,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
 async def test_what_cannot_be_honoured_is_refused_by_name(
     open_app: OpenApp, thinking_model: ModelInfo, tokenizer: Tokenizer
 ) -> None:
-    info = msgspec.structs.replace(thinking_model, max_model_len=100_000)
-    async with open_app(saying(tokenizer, "Hi"), info=info) as app:
+    async with open_app(saying(tokenizer, "Hi"), info=thinking_model, max_grammar_bytes=2000) as app:
         for fields, param, part in REFUSED:
             answer = await app.post(CHAT, {"messages": [USER], "max_tokens": 1, **fields})
             assert answer.status_code == 400, (str(fields)[:200], answer.text)

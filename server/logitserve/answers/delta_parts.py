@@ -20,7 +20,7 @@ LONG_TEXT = 2_000
 def halves(delta: Delta) -> tuple[Delta, Delta] | None:
     """Return the delta as two, to be sent in turn; None where all of it belongs to one token or position.
 
-        Prompt rows go before generated ones. Each token and each position keeps all of its rows and the values
+    Prompt rows go before generated ones. Each token and each position keeps all of its rows and the values
     aligned with them. The text, the end and what is counted go with the last tokens, as text may lag behind its
     tokens anyway; a long text, as of a call that was held back and is none, goes before them, in pieces.
     """
