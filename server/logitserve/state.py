@@ -7,9 +7,11 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
+import msgspec
 from fastapi import Depends, Request
 from logitengine.errors import EngineError
 from logitengine.link.engine_protocol import EngineProtocol
@@ -24,7 +26,8 @@ from logitserve.held_bytes import HeldBytes
 from logitserve.request_queue import RequestQueue
 from logitserve.telemetry.metrics import Metrics
 from logitserve.telemetry.readings import Readings
-from logitserve.text.families.choose import choose_family
+from logitserve.text.detokenizer import special_tokens_in
+from logitserve.text.families.choose import choose_family, load_family
 from logitserve.text.families.family import Family
 from logitserve.text.tokenizer import ModelTokenizer
 from logitserve.text.tokenizer_workers import TokenizerWorkers
@@ -49,6 +52,21 @@ class Model:
     tokenizer: ModelTokenizer
     names: list[str]
     family: Family | None = None
+
+    @cached_property
+    def calling_family(self) -> Family:
+        """The family, with calls in fences of JSON where nothing tells how the model writes them."""
+        if self.family is not None and self.family.calls is not None:
+            return self.family
+        fenced = load_family("fenced")
+        return fenced if self.family is None else msgspec.structs.replace(self.family, calls=fenced.calls)
+
+    @cached_property
+    def parsed_tokens(self) -> dict[int, str]:
+        """Special tokens that tell the parts of an answer from each other, by id."""
+        if self.family is None:
+            return {}
+        return special_tokens_in(self.tokenizer.table, self.family.delimiters)
 
     @property
     def info(self) -> ModelInfo:

@@ -70,13 +70,10 @@ def test_a_required_call_is_answered_and_the_conversation_goes_on(model: openai.
     assert call.function.name == "get_weather"
     arguments = json.loads(call.function.arguments)
     assert set(arguments) == {"city", "unit"}
+    said: Any = first.message.to_dict()
     second = model.chat.completions.create(
         model=name,
-        messages=[
-            QUESTION,
-            first.message.to_dict(),  # type: ignore[list-item]
-            {"role": "tool", "tool_call_id": call.id, "content": '{"degrees": 21}'},
-        ],
+        messages=[QUESTION, said, {"role": "tool", "tool_call_id": call.id, "content": '{"degrees": 21}'}],
         tools=[WEATHER, TIME],
         tool_choice="none",
         temperature=0,
@@ -163,11 +160,12 @@ def test_rows_of_calls_are_those_of_the_same_tokens(url: str) -> None:
 
 
 def test_what_cannot_be_called_is_refused_by_name(url: str) -> None:
-    for fields, param, part in [
+    refused: list[tuple[dict[str, Any], str, str]] = [
         ({"tools": [TIME]}, "tool_choice", '"required"'),
         ({"tools": [TIME], "tool_choice": "auto"}, "tool_choice", "knows no tools"),
         ({"tools": [TIME] * 1000}, "tools", "--max-tools"),
-    ]:
+    ]
+    for fields, param, part in refused:
         error = httpx.post(url + CHAT, json={"messages": [QUESTION], "max_tokens": 1, **fields}).json()[
             "error"
         ]

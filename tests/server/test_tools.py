@@ -83,7 +83,7 @@ def tokenizer(thinking_model: ModelInfo) -> Tokenizer:
     return Tokenizer.from_file(str(Path(thinking_model.tokenizer_path) / "tokenizer.json"))
 
 
-def saying(tokenizer: Tokenizer, text: str, *, finish: str = "stop", with_rows: bool = False) -> Script:
+def saying(tokenizer: Tokenizer, text: str, *, with_rows: bool = False) -> Script:
     """Return a script that says a text, a token a step, with a row of four columns for each token if asked."""
     ids = ids_of(tokenizer, text)
 
@@ -93,7 +93,7 @@ def saying(tokenizer: Tokenizer, text: str, *, finish: str = "stop", with_rows: 
                 request_id=request.request_id,
                 index=0,
                 token_ids=[token_id],
-                finish_reason=finish if position == len(ids) - 1 else None,
+                finish_reason="stop" if position == len(ids) - 1 else None,
                 logits=row(position) if with_rows else None,
                 logprobs=logprob(token_id, position) if with_rows else None,
             )

@@ -12,7 +12,6 @@ from logitserve.errors import BadRequestError
 from logitserve.grammars.answers import AnswerForm, CallableTool, Calls, Format, Thinking
 from logitserve.grammars.source import GrammarSource
 from logitserve.jobs.prompts import Conversation, PromptSource, TokenizedPrompt
-from logitserve.text.families.choose import load_family
 from logitserve.text.families.family import Family
 from logitserve.text.tool_prompt import with_tools_in_system
 from logitserve.text.tools import Tool
@@ -68,15 +67,10 @@ def settle_tools(
             param="tool_choice",
             code="unsupported_parameter",
         )
-    family = family if has_syntax else _with_fenced_calls(family)
-    assert family is not None and family.calls is not None  # noqa: S101, PT018 - it has just been made sure
+    family = model.calling_family
+    assert family.calls is not None  # noqa: S101 - that is what calling_family is for
     messages = with_tools_in_system(source.turns.messages, source.turns.tools, family.calls)
     return replace(source, turns=replace(source.turns, messages=messages, tools=[])), family
-
-
-def _with_fenced_calls(family: Family | None) -> Family:
-    fenced = load_family("fenced")
-    return fenced if family is None else msgspec.structs.replace(family, calls=fenced.calls)
 
 
 def answer_source(

@@ -17,7 +17,7 @@ from logitserve.jobs.outputs import NumberedOutput, outputs_of
 from logitserve.state import ServerState
 from logitserve.telemetry.record import Counts, RequestRecord
 from logitserve.text.choice import ChoiceText, Delta
-from logitserve.text.detokenizer import Detokenizer, special_tokens_in
+from logitserve.text.detokenizer import Detokenizer
 from logitserve.text.parser import PlainText, TextParser
 from logitserve.text.stop_strings import StopStrings, ThinkingGate
 
@@ -134,7 +134,7 @@ class RunningJob:
         gate: ThinkingGate | None = None
         kept: dict[int, str] = {}
         if job.family is not None:
-            kept = special_tokens_in(model.tokenizer.table, job.family.delimiters)
+            kept = model.parsed_tokens
             parser = job.family.parser(
                 prompt,
                 tools=job.calls.tools,
