@@ -98,7 +98,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory, model_info: ModelInfo) -> W
         tokenizer.add_tokens([AddedToken(name, special=is_special, normalized=False)])
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": "<think>"}))
-    ends = [2, tokenizer.token_to_id("<|call|>")]
+    ends = [2, tokenizer.token_to_id("<|call|>") or 0]
     info = msgspec.structs.replace(
         model_info, tokenizer_path=str(directory), vocab_size=tokenizer.get_vocab_size(), eos_token_ids=ends
     )
@@ -171,12 +171,26 @@ def test_a_form_begins_after_the_thinking(writer: Writer, family: str) -> None:
         assert not writer.may_write(opened, good)
 
 
+@pytest.mark.parametrize("value", ["", 'a"\\b', "a\nb\t\u2028\x07", "é 😀 </x>"])
+def test_listed_texts_stand_as_they_are_where_no_json_is_written(writer: Writer, value: str) -> None:
+    schema = {"properties": {"a": {"enum": ["other", value]}}, "required": ["a"]}
+    calls = CallOptions((Tool("find", parameters=schema),), must_call=True, may_call=True)
+    grammar = writer.grammar("qwen3_5", calls)
+    before, after = (
+        "<tool_call>\n<function=find>\n<parameter=a>\n",
+        "\n</parameter>\n</function>\n</tool_call>",
+    )
+    assert writer.may_write(grammar, before + value + after)
+    assert not writer.may_write(grammar, f"{before}another{after}")
+
+
 @pytest.mark.parametrize("family", ["qwen3_5", "gemma4"])
 @pytest.mark.parametrize(
     ("schema", "part"),
     [
         ({"properties": {"a": {"type": "string", "pattern": "x"}}}, "pattern of a string"),
         ({"properties": {"a": {"type": "integer"}}, "minProperties": 1}, "minProperties"),
+        ({"properties": {"a>:": {"type": "integer"}}}, "cannot write the name"),
     ],
     ids=str,
 )

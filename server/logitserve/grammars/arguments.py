@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ NOTES = frozenset(
 )
 """Keywords that allow every text where the type is string."""
 
-KEY = "/[a-zA-Z0-9_.-]{1,64}/"
+KEY = "[a-zA-Z0-9_.-]{1,64}"
+"""Names of arguments where no quotation marks stand around them."""
 
 
 def call_body(
@@ -72,6 +74,9 @@ def _properties(schema: dict[str, Any], form: str) -> dict[str, tuple[dict[str, 
     properties = schema.get("properties", {})
     if others or not isinstance(properties, dict):
         raise GrammarError(f"{form} cannot follow {', '.join(sorted(others)) or 'properties'} of an object")
+    for name in properties:
+        if re.fullmatch(KEY, name) is None:
+            raise GrammarError(f"{form} cannot write the name {name[:50]!r}")
     required = schema.get("required", [])
     return {
         name: (value if isinstance(value, dict) else {}, name in required)
@@ -83,7 +88,7 @@ def _xml(name: str, schema: dict[str, Any], rules: Rules, *, free: bool) -> str:
     """Return Qwen 3.5's elements. Texts stand in them as they are, other values as JSON."""
     end: Pieces = [("\n</parameter>\n", None)]
     if free:
-        parameters = f'("<parameter=" {KEY} ">\\n" {text_until(end, rules)})*'
+        parameters = f'("<parameter=" /{KEY}/ ">\\n" {text_until(end, rules)})*'
     else:
         definitions: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         elements = []
@@ -184,12 +189,12 @@ class _Gemma:
             value = self._any = self._rules.reserve()
             text = f"{quote} {text_until(self._quote, self._rules)}"
             number = self._rules.json({"type": ["number", "boolean", "null"]})
-            pair = self._rules.add(f'{KEY} ":" {value}')
+            pair = self._rules.add(f'/{KEY}/ ":" {value}')
             members = f'"{{" ({pair} ("," {pair})*)? "}}"'
             items = f'"[" ({value} ("," {value})*)? "]"'
             self._rules.define(value, f"{text} | {number} | {members} | {items}")
         return self._any
 
     def _any_object(self) -> str:
-        pair = self._rules.add(f'{KEY} ":" {self._any_value()}')
+        pair = self._rules.add(f'/{KEY}/ ":" {self._any_value()}')
         return f'"{{" ({pair} ("," {pair})*)? "}}"'

@@ -72,8 +72,11 @@ class Rules:
 
 
 def quoted(text: str) -> str:
-    """Return a string as Lark writes it."""
-    return orjson.dumps(text).decode()
+    """Return a string as Lark writes it, which knows fewer escapes than JSON."""
+    if text and text.replace("\n", "").isprintable():
+        return orjson.dumps(text).decode()
+    # Parentheses, since // begins a comment.
+    return "/(" + "".join(f"\\x{{{ord(character):x}}}" for character in text) + ")/"
 
 
 def symbols(pieces: Pieces) -> str:

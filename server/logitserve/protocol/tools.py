@@ -136,7 +136,7 @@ def _as_object(arguments: str) -> Any:
     return value if isinstance(value, dict) else arguments
 
 
-class CalledFunction(StrictModel):
+class PastFunction(StrictModel):
     """The function that a past turn called."""
 
     name: str = Field(min_length=1)
@@ -156,7 +156,7 @@ class PastCall(StrictModel):
 
     id: str = Field(min_length=1)
     type: Literal["function"] = "function"
-    function: CalledFunction
+    function: PastFunction
 
     def for_template(self) -> dict[str, Any]:
         return {"id": self.id, "type": "function", "function": self.function.for_template()}
