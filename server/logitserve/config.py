@@ -16,6 +16,7 @@ from logitserve.access.keys import check_key, check_key_file, split_keys
 from logitserve.access.origins import check_hosts, check_origins
 from logitserve.access.proxies import check_root_path, check_trusted_proxies
 from logitserve.telemetry.otlp import check_endpoint
+from logitserve.text.families.choose import load_family
 
 ENV_PREFIX = "LOGITSERVE_"
 
@@ -29,6 +30,11 @@ def split_commas(value: Any) -> Any:
     if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
         return value
     return [part.strip() for item in values for part in item.split(",") if part.strip()]
+
+
+def _family(name: str) -> str:
+    load_family(name)  # raises ValueError
+    return name
 
 
 def _open_socket(fd: int) -> int:
@@ -139,8 +145,9 @@ class RequestBounds(BaseModel):
     max_n: int = Field(32, ge=1, description="largest n")
     max_batch_prompts: int = Field(256, ge=1, description="most prompts or inputs in one request")
     max_messages: int = Field(
-        4096, ge=1, description="most messages of a conversation, and most parts of a message"
+        4096, ge=1, description="most messages of a conversation, and most parts and calls of a message"
     )
+    max_tools: int = Field(128, ge=1, description="most tools that a chat may list")
     max_logprobs: int = Field(20, ge=0, description="largest top_logprobs of a chat request")
     max_completion_logprobs: int = Field(5, ge=0, description="largest logprobs of a completions request")
     max_prompt_logprobs: int = Field(20, ge=0, description="largest prompt_logprobs")
@@ -158,6 +165,11 @@ class Conversations(BaseModel):
     control_tokens_in_messages: bool = Field(
         False,
         description="take control tokens that messages spell, such as <|im_end|>, for control tokens; else they are text",
+    )
+    tool_template: Annotated[str, AfterValidator(_family), Word("NAME|FILE")] | None = Field(
+        None,
+        description="how the model writes calls of tools and its thinking: hermes, mistral and others, or a file; default: "
+        "by its chat template",
     )
 
 

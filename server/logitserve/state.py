@@ -7,9 +7,11 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
+import msgspec
 from fastapi import Depends, Request
 from logitengine.errors import EngineError
 from logitengine.link.engine_protocol import EngineProtocol
@@ -24,6 +26,9 @@ from logitserve.held_bytes import HeldBytes
 from logitserve.request_queue import RequestQueue
 from logitserve.telemetry.metrics import Metrics
 from logitserve.telemetry.readings import Readings
+from logitserve.text.detokenizer import special_tokens_in
+from logitserve.text.families.choose import choose_family, load_family
+from logitserve.text.families.family import Family
 from logitserve.text.tokenizer import ModelTokenizer
 from logitserve.text.tokenizer_workers import TokenizerWorkers
 
@@ -37,11 +42,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Model:
-    """The model that is served, once it is loaded."""
+    """The model that is served, once it is loaded.
+
+    Attributes:
+        family: how the model writes its thinking and its calls; None where nothing tells it.
+    """
 
     engine: EngineProtocol
     tokenizer: ModelTokenizer
     names: list[str]
+    family: Family | None = None
+
+    @cached_property
+    def calling_family(self) -> Family:
+        """The family, with calls in fences of JSON where nothing tells how the model writes them."""
+        if self.family is not None and self.family.calls is not None:
+            return self.family
+        fenced = load_family("fenced")
+        return fenced if self.family is None else msgspec.structs.replace(self.family, calls=fenced.calls)
+
+    @cached_property
+    def parsed_tokens(self) -> dict[int, str]:
+        """Special tokens that tell the parts of an answer from each other, by id."""
+        if self.family is None:
+            return {}
+        return special_tokens_in(self.tokenizer.table, self.family.delimiters)
 
     @property
     def info(self) -> ModelInfo:
@@ -109,6 +134,12 @@ class ServerState:
             info, tokenizer = await asyncio.gather(
                 self.engine.wait_ready(), asyncio.to_thread(ModelTokenizer, directory)
             )
+            family = choose_family(
+                tokenizer.chat_template,
+                tokenizer.response_template,
+                info.architecture,
+                self.config.tool_template,
+            )
         except Exception as error:
             foreseen = isinstance(error, EngineError)
             reason = str(error) if foreseen else f"{type(error).__name__}: {error}"
@@ -117,9 +148,8 @@ class ServerState:
             logger.error("%s", self.load_error, exc_info=None if foreseen else error)  # noqa: TRY400
             self._stop_server()
             return
-        self._model = Model(
-            self.engine, tokenizer, self.config.served_model_name or [Path(info.model_path).name]
-        )
+        names = self.config.served_model_name or [Path(info.model_path).name]
+        self._model = Model(self.engine, tokenizer, names, family)
         if self.on_ready is not None:
             self.on_ready(self._model)
 

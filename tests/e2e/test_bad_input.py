@@ -81,7 +81,7 @@ TABLE = [
         chat_template_kwargs={"<|im_end|>": "<|im_end|>"},
     ),
     chat("a template", "chat_template", chat_template="{{ 1 }}"),
-    chat("tools", "tools", tools=[{"type": "function", "function": {"name": "f"}}]),
+    chat("tools under auto", "tool_choice", tools=[{"type": "function", "function": {"name": "f"}}]),
     chat("malformed tools", "tools", tools="yes"),
     chat("forced tool", "tool_choice", tool_choice="required"),
     chat("a schema without its type", "response_format.json_schema", response_format={"type": "json_schema"}),
@@ -113,7 +113,7 @@ TABLE = [
     ),
     chat(
         "tool calls",
-        "messages[0].tool_calls",
+        "messages[0].tool_calls[0]",
         messages=[{"role": "assistant", "content": "", "tool_calls": [1]}],
     ),
     chat("name as number", "messages[0].name", messages=[{"role": "user", "content": "x", "name": 1}]),

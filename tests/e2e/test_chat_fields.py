@@ -105,7 +105,7 @@ def test_an_assistant_may_have_said_nothing(client: httpx.Client, nothing: dict[
         ({**USER, "reasoning_content": "x"}, "messages[0].reasoning_content"),
         ({**USER, "type": "image"}, "messages[0].type"),
         ({"role": "assistant", "content": "x", "audio": {"id": "a"}}, "messages[0].audio"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls[0].id"),
         ({**USER, "content": [{"type": "text", "text": "x", "colour": 1}]}, "messages[0].content[0].colour"),
     ],
     ids=str,

@@ -49,9 +49,13 @@ def model_info(smollm2: Checkpoint) -> ModelInfo:
 def open_app(model_info: ModelInfo) -> OpenApp:
     @contextlib.asynccontextmanager
     async def opened(
-        script: Script = lambda _: [], *, on_loopback: bool = False, **options: Any
+        script: Script = lambda _: [],
+        *,
+        on_loopback: bool = False,
+        info: ModelInfo = model_info,
+        **options: Any,
     ) -> AsyncIterator[App]:
-        engine = ScriptedEngine(model_info, script)
+        engine = ScriptedEngine(info, script)
         app = create_app(engine, ServerConfig(**options), on_loopback=on_loopback)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with (

@@ -13,7 +13,7 @@ from logitengine.link.messages import Array, LogitsRows, Logprobs, PromptOutput
 from logitserve.answers.delta_parts import halves
 from logitserve.answers.row_blocks import to_numpy
 from logitserve.text.choice import Delta
-from logitserve.text.parser import TextPart
+from logitserve.text.parser import Content, Reasoning
 from numpy.typing import NDArray
 
 WIDTH = 3
@@ -66,7 +66,7 @@ def deltas(draw: st.DrawFn) -> Delta:
     return Delta(
         index=2,
         token_ids=list(range(tokens)),
-        parts=[TextPart("some "), TextPart("text")],
+        parts=[Reasoning("so "), Content("some "), Content("text")],
         text_offsets=[7 * token for token in range(tokens)],
         logits=logits(tokens, 20, with_columns=with_columns) if has_logits and tokens else None,
         logprobs=logprobs(tokens, 20) if has_logprobs and tokens else None,
@@ -74,6 +74,7 @@ def deltas(draw: st.DrawFn) -> Delta:
         prompt=prompt,
         finish_reason="stop" if ends else None,
         stop_reason="." if ends else None,
+        reasoning_tokens=tokens // 2,
     )
 
 
@@ -121,6 +122,7 @@ def test_the_parts_joined_are_the_delta(delta: Delta) -> None:
     parts = list(smallest_parts(delta))
     assert found(parts) == found([delta])
     assert {part.index for part in parts} == {delta.index}
+    assert sum(part.reasoning_tokens for part in parts) == delta.reasoning_tokens
 
 
 @given(delta=deltas())

@@ -58,9 +58,12 @@ def inline_bytes(job: Job) -> int:
 
 def usage(counts: Counts) -> dict[str, object]:
     """OpenAI's ``usage``."""
-    return {
+    written: dict[str, object] = {
         "prompt_tokens": counts.prompt,
         "completion_tokens": counts.completion,
         "total_tokens": counts.prompt + counts.completion,
         "prompt_tokens_details": {"cached_tokens": counts.cached},
     }
+    if counts.reasoning is not None:
+        written["completion_tokens_details"] = {"reasoning_tokens": counts.reasoning}
+    return written

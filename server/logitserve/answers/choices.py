@@ -75,6 +75,10 @@ class ChoicesAnswer(ABC, Generic[R]):
         """Return those that come once, in a stream with the chunks that open the choice."""
         return {}
 
+    def divided(self, delta: Delta) -> Sequence[Delta]:
+        """Return the delta as those that have a chunk each, whatever their lengths."""
+        return (delta,)
+
     # Methods of Answer.
 
     def add(self, delta: Delta, counts: Counts) -> Sequence[bytes]:
@@ -120,7 +124,7 @@ class ChoicesAnswer(ABC, Generic[R]):
         Opening chunks precede a choice's first.
         """
         events = [] if delta.index in self._begun else self._opening(delta.index)
-        pending = [delta]
+        pending = list(reversed(self.divided(delta)))
         while pending:
             part = pending.pop()
             written = None if self._is_long(part) else self._event(part)

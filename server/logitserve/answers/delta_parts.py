@@ -8,13 +8,21 @@ import msgspec
 from logitengine.link.messages import Array, LogitsRows, Logprobs, PromptOutput
 
 from logitserve.text.choice import Delta
+from logitserve.text.parser import ToolCall
+
+LONGEST_TEXT = 30_000
+"""Characters of one event's text: JSON writes none of them in more than six bytes, and reasoning is written twice."""
+
+LONG_TEXT = 2_000
+"""Characters from which on a text has an event of its own, apart from rows."""
 
 
 def halves(delta: Delta) -> tuple[Delta, Delta] | None:
     """Return the delta as two, to be sent in turn; None where all of it belongs to one token or position.
 
     Prompt rows go before generated ones. Each token and each position keeps all of its rows and the values
-    aligned with them. The text and the end go with the last tokens, as text may lag behind its tokens anyway.
+    aligned with them. The text, the end and what is counted go with the last tokens, as text may lag behind its
+    tokens anyway; a long text, as of a call that was held back and is none, goes before them, in pieces.
     """
     if delta.prompt is not None and delta.token_ids:
         return _of_prompt(delta, delta.prompt), replace(delta, prompt=None)
@@ -26,11 +34,27 @@ def halves(delta: Delta) -> tuple[Delta, Delta] | None:
             _positions(delta.prompt, *bounds) for bounds in ((0, count // 2), (count // 2, count))
         )
         return _of_prompt(delta, first), replace(delta, prompt=second)
+    length = sum(len(part.text) for part in delta.parts if not isinstance(part, ToolCall))
+    if length > LONGEST_TEXT or (length > LONG_TEXT and delta.token_ids):
+        return _of_text(delta)
     count = len(delta.token_ids)
     if count < 2:
         return None
     first_half, second_half = (_tokens(delta, *bounds) for bounds in ((0, count // 2), (count // 2, count)))
-    return replace(first_half, parts=(), finish_reason=None, stop_reason=None), second_half
+    first_half = replace(first_half, parts=(), finish_reason=None, stop_reason=None, reasoning_tokens=0)
+    return first_half, second_half
+
+
+def _of_text(delta: Delta) -> tuple[Delta, Delta]:
+    """Return some of the text without tokens, and the rest of the delta."""
+    first, *others = delta.parts
+    if not isinstance(first, ToolCall) and len(first.text) > LONGEST_TEXT:
+        kind = type(first)
+        others.insert(0, kind(first.text[LONGEST_TEXT:]))
+        first = kind(first.text[:LONGEST_TEXT])
+    return Delta(index=delta.index, token_ids=[], parts=[first], text_offsets=[]), replace(
+        delta, parts=others
+    )
 
 
 def _of_prompt(delta: Delta, prompt: PromptOutput) -> Delta:

@@ -10,6 +10,7 @@ from logitserve.answers.logprobs import LogprobsWriter, PromptLogprobs
 from logitserve.answers.row_blocks import RowBlocks
 from logitserve.jobs.job import Job
 from logitserve.text.choice import Delta
+from logitserve.text.parser import Content, TextPart
 
 
 class Record:
@@ -39,7 +40,11 @@ class Record:
     def add(self, delta: Delta) -> int:
         """Take in a delta and return the bytes by which the record grew."""
         before = self.nbytes
-        self._text.append(delta.text)
+        for part in delta.parts:
+            if isinstance(part, Content):
+                self._text.append(part.text)
+            else:
+                self.add_part(part)
         self.token_ids += delta.token_ids
         if delta.logprobs is not None and self._logprobs is not None:
             self._logprobs.add(delta.token_ids, delta.text_offsets, delta.logprobs)
@@ -52,6 +57,10 @@ class Record:
         self.finish_reason = delta.finish_reason
         self.stop_reason = delta.stop_reason
         return self.nbytes - before
+
+    def add_part(self, part: TextPart) -> None:
+        """Take in a part that is not content. Raises TypeError, since only chats have such parts."""
+        raise TypeError(type(part).__name__)
 
     def add_prompt(self, prompt: PromptOutput) -> None:
         """Take in rows of the choice's prompt."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "answer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class GrammarSource:
     Attributes:
         kind: what ``text`` is.
         text: a JSON Schema or a list of strings as JSON; a regex; a grammar in Lark's or GBNF's syntax; empty for any JSON
-            object.
+            object; an AnswerForm as JSON.
         param: field of the request, for error messages.
     """
 

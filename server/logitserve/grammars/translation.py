@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import msgspec
 import orjson
 from llguidance import LLMatcher, grammar_from
 from logitengine.grammar.vocabulary import GrammarError
 
+from logitserve.grammars.answers import AnswerForm, answer_grammar
+from logitserve.grammars.lark import JSON_OPTIONS
 from logitserve.grammars.schemas import drop_idle
 from logitserve.grammars.source import GrammarKind
-
-JSON_OPTIONS: Any = {
-    "whitespace_flexible": False,
-    "item_separator": ", ?",
-    "key_separator": ": ?",
-    "coerce_one_of": False,
-    "lenient": False,
-}
-"""One line, with or without a space after ',' and ':'.
-
-Where whitespace may stand anywhere, models fill whole answers with it.
-"""
 
 
 def translate(kind: GrammarKind, text: str) -> str:
     """Return the grammar in llguidance's JSON. Raises GrammarError for what is no schema or grammar at all."""
     match kind:
+        case "answer":
+            form = msgspec.json.decode(text, type=AnswerForm)
+            inner = None if form.format is None else translate(form.format.kind, form.format.text)
+            return answer_grammar(form, inner)
         case "json_object":
             return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=JSON_OPTIONS)
         case "json_schema":

@@ -11,11 +11,13 @@ from logitengine.link.messages import GenerationRequest
 from msgspec.structs import replace
 
 from logitserve.access.caller import Caller
+from logitserve.jobs.calls import CallOptions, answer_source, settle_tools
 from logitserve.jobs.grammar import check_grammar
 from logitserve.jobs.limits import RowBytes, check_options, settle_bounds
 from logitserve.jobs.options import AnswerOptions, JobOptions, TextOptions
 from logitserve.jobs.prompts import TokenizedPrompt, tokenize
 from logitserve.state import Model, ServerState
+from logitserve.text.families.family import Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class Job:
 
     Attributes:
         prompts, requests: one of each for every prompt. All requests ask for the same outputs of the same ``n`` choices.
+        family: how thinking and calls are told from the text; None where all is text.
         rows_param, grammar_param: the fields of the request that ask for rows and hold a grammar, for error messages.
     """
 
@@ -32,6 +35,8 @@ class Job:
     prompts: Sequence[TokenizedPrompt]
     requests: Sequence[GenerationRequest]
     text: TextOptions
+    calls: CallOptions
+    family: Family | None
     answer: AnswerOptions
     row_bytes: RowBytes
     rows_param: str
@@ -60,10 +65,16 @@ async def make_job(options: JobOptions, state: ServerState, caller: Caller) -> J
     model = state.model()
     name = model.check_name(options.model)
     check_options(options, model)
+    source, family = settle_tools(options.prompts, options.calls, model)
+    # A grammar that cannot be honoured is named before that of the whole answer is made.
     grammar = None if options.grammar is None else await check_grammar(options.grammar, state)
     wanted = options.max_tokens
     reserved = (options.default_max_tokens or 1) if wanted is None else wanted
-    prompts = await tokenize(options.prompts, state, reserved_tokens=reserved)
+    prompts = await tokenize(source, state, reserved_tokens=reserved)
+    if options.text.has_parts:
+        form = answer_source(options.grammar, options.calls, family, prompts[0], model)
+        if form is not None and form is not options.grammar:
+            grammar = await check_grammar(form, state)
     bounds = settle_bounds(options, [prompt.token_ids for prompt in prompts], model, state.config)
     cache_salt = caller.cache_salt(options.cache_salt)
     requests = [
@@ -76,6 +87,8 @@ async def make_job(options: JobOptions, state: ServerState, caller: Caller) -> J
         prompts=prompts,
         requests=requests,
         text=options.text,
+        calls=options.calls,
+        family=family if options.text.has_parts else None,
         answer=options.answer,
         row_bytes=bounds.row_bytes,
         rows_param=options.rows_param,

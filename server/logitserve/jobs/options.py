@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from logitengine.link.messages import HeadSpec, HiddenStatesSpec, LogitsSpec, OutputSpec, SamplingParams
 
 from logitserve.grammars.source import GrammarSource
+from logitserve.jobs.calls import CallOptions
 from logitserve.jobs.prompts import Conversation, PromptSource, Texts
-from logitserve.protocol.chat import ChatBody, Message, TemplateFields
+from logitserve.protocol.chat import ChatBody, Message, TemplateFields, for_template
 from logitserve.protocol.completions import CompletionBody
 from logitserve.protocol.generation import GenerationBody, SamplingBody, StreamOptions
 from logitserve.protocol.inputs import InputBody, InputOrMessagesBody
 from logitserve.protocol.logits import LogitsBody
 from logitserve.protocol.rows import Encoding, ReturnLogits
 from logitserve.protocol.tokens import TokenizeBody
+from logitserve.protocol.tools import ToolFields
 from logitserve.text.chat_template import Turns
 
 GREEDY_BELOW = 1e-5
@@ -26,10 +28,15 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextOptions:
-    """How a choice's tokens become text, and which strings end it."""
+    """How a choice's tokens become text, and which strings end it.
+
+    Attributes:
+        has_parts: whether thinking and calls are told from the text, as chats have them.
+    """
 
     stop: Sequence[str] = ()
     skip_special_tokens: bool = True
+    has_parts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +86,7 @@ class JobOptions:
     outputs: OutputSpec
     cache_salt: str | None = None
     grammar: GrammarSource | None = None
+    calls: CallOptions = field(default_factory=CallOptions)
     text: TextOptions = TextOptions()
     answer: AnswerOptions = AnswerOptions()
     logprobs_param: str = "logprobs"
@@ -87,7 +95,7 @@ class JobOptions:
 
 
 def chat_options(body: ChatBody) -> JobOptions:
-    return _generation_options(
+    options = _generation_options(
         body,
         prompts=_conversation(body, body.messages),
         max_tokens=body.token_limit,
@@ -95,6 +103,8 @@ def chat_options(body: ChatBody) -> JobOptions:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         logprobs_param="top_logprobs",
     )
+    calls = call_options(body, parallel=body.parallel_tool_calls)
+    return replace(options, calls=calls, text=replace(options.text, has_parts=True))
 
 
 def completion_options(body: CompletionBody) -> JobOptions:
@@ -177,6 +187,17 @@ def tokenize_prompts(body: TokenizeBody) -> PromptSource:
     return _conversation(body, body.messages or [], add_special_tokens=body.add_special_tokens is True)
 
 
+def call_options(body: ToolFields, *, parallel: bool = True) -> CallOptions:
+    """Return what the body lets the model call."""
+    return CallOptions(
+        tools=[definition.tool for definition in body.tools],
+        must_call=body.tool_mode == "required",
+        may_call=body.tool_mode != "none",
+        named=body.named_tool,
+        parallel=parallel,
+    )
+
+
 def _conversation(
     body: TemplateFields,
     messages: Sequence[Message],
@@ -185,10 +206,12 @@ def _conversation(
     truncate_to: int | None = None,
 ) -> Conversation:
     turns = Turns(
-        [message.for_template() for message in messages],
+        for_template(messages),
         add_generation_prompt=body.opens_turn,
         continue_final_message=body.continue_final_message,
         variables=body.chat_template_kwargs,
+        tools=[tool.for_template() for tool in body.tools] if isinstance(body, ToolFields) else [],
+        reasoning_effort=body.reasoning_effort if isinstance(body, ToolFields) else None,
     )
     return Conversation(turns, add_special_tokens, truncate_to)
 

@@ -71,6 +71,9 @@ async def tokenize(
         # All of it is searched for control tokens, whatever the template reads.
         num_characters = _num_characters(source.turns.messages)
         _check_length(num_characters, model, source.param)
+        num_tool_characters = _num_characters(source.turns.tools)
+        _check_length(num_tool_characters, model, "tools")
+        num_characters += num_tool_characters
         _check_length(_num_characters(source.turns.variables), model, "chat_template_kwargs")
         num_tokens = num_characters // CHARACTERS_PER_TOKEN
         work = partial(_from_messages, source, limit, model, state.config.control_tokens_in_messages)

@@ -19,8 +19,8 @@ from logitserve.state import ServerState
 from logitserve.telemetry.record import Counts, RequestRecord
 from logitserve.text.choice import ChoiceText, Delta
 from logitserve.text.detokenizer import Detokenizer
-from logitserve.text.parser import PlainText
-from logitserve.text.stop_strings import StopStrings
+from logitserve.text.parser import PlainText, TextParser
+from logitserve.text.stop_strings import StopStrings, ThinkingGate
 
 
 class RunningJob:
@@ -36,7 +36,9 @@ class RunningJob:
         self._record = record
         self._begun_prompts: set[int] = set()
         self._last_token_at = [0.0] * job.num_choices
-        self.counts = record.counts = Counts(job.num_prompt_tokens)
+        family = job.family
+        thinks = family is not None and family.reads_reasoning
+        self.counts = record.counts = Counts(job.num_prompt_tokens, reasoning=0 if thinks else None)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Yield deltas of choices, numbered prompt by prompt: choice j of prompt i is ``i * n + j``.
@@ -44,7 +46,11 @@ class RunningJob:
         Raises EngineError, ApiError.
         """
         job, engine = self._job, self._state.engine
-        choices = [self._choice(request) for request in job.requests for _ in range(job.n)]
+        choices = [
+            self._choice(request, prompt.text or "")
+            for request, prompt in zip(job.requests, job.prompts, strict=True)
+            for _ in range(job.n)
+        ]
         num_open = len(choices)
         async with contextlib.aclosing(
             outputs_of(engine, job.requests, job.row_bytes, self._state.held_bytes)
@@ -59,6 +65,8 @@ class RunningJob:
                         raise _not_drawn(output, job.grammar_param)
                     delta = choice.advance(output, index)
                     self._count(prompt, index, output)
+                    if delta.reasoning_tokens and self.counts.reasoning is not None:
+                        self.counts.reasoning += delta.reasoning_tokens
                     if delta.finish_reason is not None:
                         num_open -= 1
                         self._record.finish_reasons.append(delta.finish_reason)
@@ -121,13 +129,26 @@ class RunningJob:
         counter.inc(rows.values.shape[0])
         self._metrics.row_bytes.inc(rows.nbytes)
 
-    def _choice(self, request: GenerationRequest) -> ChoiceText:
-        text = self._job.text
-        detokenizer = Detokenizer(
-            self._job.model.tokenizer.table, skip_special_tokens=text.skip_special_tokens
-        )
+    def _choice(self, request: GenerationRequest, prompt: str) -> ChoiceText:
+        job, model, skips = self._job, self._job.model, self._job.text.skip_special_tokens
+        parser: TextParser = PlainText()
+        gate: ThinkingGate | None = None
+        kept: dict[int, str] = {}
+        if job.family is not None:
+            kept = model.parsed_tokens
+            parser = job.family.parser(
+                prompt,
+                tools=job.calls.tools,
+                parses_calls=job.calls.may_call and bool(job.calls.tools),
+                hidden=frozenset(kept.values()) if skips else frozenset(),
+            )
+            gate = job.family.thinking_gate(prompt) if job.text.stop else None
         return ChoiceText(
-            detokenizer, StopStrings(text.stop), PlainText(), min_tokens=request.sampling.min_tokens
+            Detokenizer(model.tokenizer.table, skip_special_tokens=skips, kept=kept),
+            StopStrings(job.text.stop),
+            parser,
+            min_tokens=request.sampling.min_tokens,
+            gate=gate,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -19,8 +20,10 @@ from logitserve.protocol.base import (
 )
 from logitserve.protocol.generation import GenerationBody
 from logitserve.protocol.limits import at_most, at_most_items, at_most_members_of
+from logitserve.protocol.tools import PastCalls, ToolFields
 
-COMPLETIONS_ONLY = frozenset({"suffix"})
+NOT_OF_CHATS = frozenset({"suffix"})
+SERVED_IN_CHATS = frozenset({"tools", "tool_choice", "reasoning_effort"})
 
 OUTPUT_FIELDS = {
     "reasoning_content": "an assistant's past reasoning, which clients send back",
@@ -35,7 +38,6 @@ IGNORED_IN_MESSAGES = {**OUTPUT_FIELDS, "cache_control": "Anthropic's hint for i
 
 NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "type": ("text",),
-    "tool_calls": ([],),
     "function_call": (),
     "audio": (),
 }
@@ -75,6 +77,8 @@ class Message(StrictModel):
     content: Annotated[_Parts | None, BeforeValidator(_as_parts, json_schema_input_type=str | _Parts)] = None
     """Only an assistant may have said nothing."""
     name: str | None = None
+    tool_calls: PastCalls = Field([])
+    """Calls that an assistant made. What they gave follows in messages of the role `tool`."""
     tool_call_id: str | None = None
 
     @classmethod
@@ -86,14 +90,21 @@ class Message(StrictModel):
     def _check_content(self) -> Self:
         if self.content is None and self.role != "assistant":
             raise member_error("missing_required_parameter", "is missing", "content")
+        if self.tool_calls and self.role != "assistant":
+            raise member_error("invalid_value", "is for assistants alone", "tool_calls")
         return self
 
-    def for_template(self) -> dict[str, str]:
-        fields = {"role": self.role, "content": "\n".join(part.text for part in self.content or [])}
+    def for_template(self) -> dict[str, Any]:
+        fields: dict[str, Any] = {
+            "role": self.role,
+            "content": "\n".join(part.text for part in self.content or []),
+        }
         if self.name is not None:
             fields["name"] = self.name
         if self.tool_call_id is not None:
             fields["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return fields
 
 
@@ -130,16 +141,29 @@ class TemplateFields(RequestBody):
             )
 
 
-class ChatBody(TemplateFields, GenerationBody):
+def for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return the messages as chat templates read them: those of tools have the name of the function that was called."""
+    turns = [message.for_template() for message in messages]
+    names: dict[str, str] = {}
+    for message, turn in zip(messages, turns, strict=True):
+        names.update({call.id: call.function.name for call in message.tool_calls})
+        if message.role == "tool" and message.name is None and message.tool_call_id in names:
+            turn["name"] = names[message.tool_call_id]
+    return turns
+
+
+class ChatBody(ToolFields, TemplateFields, GenerationBody):
     """The body of a chat request."""
 
-    ignored: ClassVar[frozenset[str]] = frozenset(IGNORED_FIELDS)
-    refused: ClassVar[frozenset[str]] = frozenset(NEUTRAL_VALUES) - COMPLETIONS_ONLY
+    ignored: ClassVar[frozenset[str]] = frozenset(IGNORED_FIELDS) - {"parallel_tool_calls"}
+    refused: ClassVar[frozenset[str]] = frozenset(NEUTRAL_VALUES) - NOT_OF_CHATS - SERVED_IN_CHATS
 
     messages: Messages = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=0, le=LARGEST_ID)
     logprobs: bool = False
     top_logprobs: Annotated[int | None, at_most("max_logprobs")] = Field(None, ge=0)
+    parallel_tool_calls: bool = True
+    """Whether a grammar of calls, as under `tool_choice` required, allows more than one."""
 
     @property
     def token_limit(self) -> int | None:
@@ -148,6 +172,7 @@ class ChatBody(TemplateFields, GenerationBody):
     def check(self) -> None:
         GenerationBody.check(self)
         self.check_template()
+        self.check_tools()
         if self.top_logprobs and not self.logprobs:
             raise BadRequestError("'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs")
         limits = {self.max_tokens, self.max_completion_tokens} - {None}

@@ -21,9 +21,13 @@ def config_of(info: ValidationInfo) -> ServerConfig:
     return config
 
 
-def too_large(param: str, value: int, limit: int, unit: str = "") -> BadRequestError:
+def too_large(
+    param: str, value: int, limit: int, unit: str = "", option: str | None = None
+) -> BadRequestError:
+    """Return the refusal of a value over a limit, which the server's ``option`` sets."""
     held = f"{value} {unit}".strip()
-    return BadRequestError(f"'{param}' is {held}; this server allows at most {limit}.", param=param)
+    flag = "" if option is None else f" (--{option.replace('_', '-')})"
+    return BadRequestError(f"'{param}' is {held}; this server allows at most {limit}{flag}.", param=param)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,7 @@ def at_most(option: str) -> AfterValidator:
     def check(value: int | None, info: ValidationInfo) -> int | None:
         limit: int = getattr(config_of(info), option)
         if value is not None and value > limit:
-            raise too_large(str(info.field_name), value, limit)
+            raise too_large(str(info.field_name), value, limit, option=option)
         return value
 
     return _NumberBound(check, maximum=option)
@@ -83,7 +87,9 @@ def _length(limit: int | str, unit: str, keyword: Literal["maxItems", "maxProper
     def check(value: Any, info: ValidationInfo) -> Any:
         most: int = getattr(config_of(info), limit) if isinstance(limit, str) else limit
         if isinstance(value, list | dict) and len(value) > most:
-            raise too_large(str(info.field_name), len(value), most, unit)
+            raise too_large(
+                str(info.field_name), len(value), most, unit, limit if isinstance(limit, str) else None
+            )
         return value
 
     return _LengthBound(check, maximum=limit, keyword=keyword)

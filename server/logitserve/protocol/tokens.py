@@ -8,9 +8,10 @@ from logitserve.errors import BadRequestError
 from logitserve.protocol.base import RequestBody
 from logitserve.protocol.chat import Messages, TemplateFields
 from logitserve.protocol.rows import TokenIds
+from logitserve.protocol.tools import ToolFields
 
 
-class TokenizeBody(TemplateFields):
+class TokenizeBody(ToolFields, TemplateFields):
     """Text or messages to tokenize. Special tokens are added to text by default, to messages by their template."""
 
     model: str | None = None
@@ -24,6 +25,7 @@ class TokenizeBody(TemplateFields):
         if (self.prompt is None) == (self.messages is None):
             raise BadRequestError("Exactly one of 'prompt' and 'messages' is needed.", param="prompt")
         self.check_template()
+        self.check_tools()
 
 
 class DetokenizeBody(RequestBody):

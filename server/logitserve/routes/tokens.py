@@ -7,8 +7,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 
 from logitserve.http.body import JsonBody
+from logitserve.jobs.calls import settle_tools
 from logitserve.jobs.limits import check_ids
-from logitserve.jobs.options import tokenize_prompts
+from logitserve.jobs.options import call_options, tokenize_prompts
 from logitserve.jobs.prompts import tokenize as tokenize_source
 from logitserve.protocol.limits import too_large
 from logitserve.protocol.tokens import DetokenizeBody, TokenizeBody
@@ -23,7 +24,8 @@ async def tokenize(
 ) -> dict[str, Any]:
     """The tokens of a prompt, or of messages under the chat template."""
     model.check_name(body.model)
-    (prompt,) = await tokenize_source(tokenize_prompts(body), state)
+    source, _ = settle_tools(tokenize_prompts(body), call_options(body), model)
+    (prompt,) = await tokenize_source(source, state)
     ids = prompt.token_ids
     return {
         "count": len(ids),

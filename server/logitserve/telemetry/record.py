@@ -20,11 +20,16 @@ class Failure(Protocol):
 
 @dataclass(slots=True)
 class Counts:
-    """Counts of a request's tokens so far. Cached tokens are those of the prompts that the prefix cache had."""
+    """Counts of a request's tokens so far.
+
+    Cached tokens are those of the prompts that the prefix cache had. Those of the thinking are part of the completion's;
+    None where nothing tells the thinking from the answer.
+    """
 
     prompt: int
     completion: int = 0
     cached: int = 0
+    reasoning: int | None = None
 
 
 @dataclass(slots=True, eq=False)

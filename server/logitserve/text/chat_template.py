@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,9 @@ RESERVED_VARIABLES = frozenset(
 )
 """Variables of templates, and parameters of their renderer, that no client sets by ``chat_template_kwargs``."""
 
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates that know no effort are told whether to think."""
+
 
 @dataclass(frozen=True, slots=True)
 class Turns:
@@ -29,12 +32,16 @@ class Turns:
 
     Attributes:
         variables: the template's own variables that the request sets.
+        tools: functions that the model may call, in OpenAI's form.
+        reasoning_effort: how long the model is to think, in OpenAI's words.
     """
 
     messages: list[dict[str, Any]]
     add_generation_prompt: bool
     continue_final_message: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    reasoning_effort: str | None = None
 
 
 class ChatTemplate:
@@ -51,21 +58,30 @@ class ChatTemplate:
         RecursionError for variables that are nested deeply.
         """
         self._check_variables(turns.variables)
+        variables = {**turns.variables, **self._effort_variables(turns)}
+        tools: list[dict[Any, Any] | Callable[..., Any]] = [*turns.tools]
         messages = turns.messages if self._knows_developer else list(map(_without_developer, turns.messages))
         try:
             rendered = render_jinja_template(
                 conversations=[messages],
                 chat_template=self.source,
+                tools=tools or None,
                 add_generation_prompt=turns.add_generation_prompt,
                 continue_final_message=turns.continue_final_message,
-                **{**self._special_tokens, **turns.variables},
+                **{**self._special_tokens, **variables},
             )[0]
         except TEMPLATE_ERRORS as error:
+            what = "'messages' or 'tools'" if turns.tools else "'messages'"
             raise BadRequestError(
-                f"The model's chat template refuses these 'messages': {_shown(error)}", param="messages"
+                f"The model's chat template refuses these {what}: {_shown(error)}", param="messages"
             ) from error
         text: str = rendered[0]
         return text
+
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether the template reads the tools that a request lists."""
+        return self._parsed is not None and "tools" in jinja2.meta.find_undeclared_variables(self._parsed)
 
     @cached_property
     def variables(self) -> frozenset[str]:
@@ -100,6 +116,31 @@ class ChatTemplate:
         except TemplateError:
             return None
         return parsed
+
+    def _effort_variables(self, turns: Turns) -> dict[str, Any]:
+        """Return the variable by which the template learns how long to think. Raises BadRequestError."""
+        effort = turns.reasoning_effort
+        if effort is None:
+            return {}
+        name: str
+        value: str | bool
+        if "reasoning_effort" in self.variables:
+            name, value = "reasoning_effort", effort
+        elif switch := next((name for name in THINKING_SWITCHES if name in self.variables), None):
+            name, value = switch, effort != "none"
+        elif effort == "none":
+            return {}
+        else:
+            raise BadRequestError(
+                f"'reasoning_effort' is {effort}, and the model's chat template knows no effort: only none is taken.",
+                param="reasoning_effort",
+            )
+        if turns.variables.get(name, value) != value:
+            raise BadRequestError(
+                f"'reasoning_effort' and 'chat_template_kwargs.{name}' contradict each other.",
+                param="reasoning_effort",
+            )
+        return {name: value}
 
     def _check_variables(self, variables: Mapping[str, Any]) -> None:
         for name in variables:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from logitengine.link.messages import Array, LogitsRows, Logprobs, PromptOutput, StepOutput
 
 from logitserve.text.detokenizer import Detokenizer
-from logitserve.text.parser import TextParser, TextPart
-from logitserve.text.stop_strings import StopStrings
+from logitserve.text.parser import Content, TextParser, TextPart
+from logitserve.text.stop_strings import StopStrings, ThinkingGate
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,9 @@ class Delta:
     token's text begins in the choice's text) align one to one. ``parts`` may lag behind the tokens: characters that are
     not whole, text that may become a stop string and text that is not parsed yet are held back. A stop string ends the
     text, not the rows: the token that completed it keeps its row.
+
+    Attributes:
+        reasoning_tokens: how many of the tokens belong to the thinking, those of its borders included.
     """
 
     index: int
@@ -32,11 +35,12 @@ class Delta:
     prompt: PromptOutput | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    reasoning_tokens: int = 0
 
     @property
     def text(self) -> str:
         """The content of its parts."""
-        return "".join(part.text for part in self.parts)
+        return "".join(part.text for part in self.parts if isinstance(part, Content))
 
     @property
     def nbytes(self) -> int:
@@ -56,12 +60,20 @@ class ChoiceText:
 
     Args:
         min_tokens: no stop string ends the choice before it has so many tokens.
+        gate: keeps stop strings from the thinking; None where they count from the start.
     """
 
     def __init__(
-        self, detokenizer: Detokenizer, stops: StopStrings, parser: TextParser, *, min_tokens: int = 0
+        self,
+        detokenizer: Detokenizer,
+        stops: StopStrings,
+        parser: TextParser,
+        *,
+        min_tokens: int = 0,
+        gate: ThinkingGate | None = None,
     ) -> None:
         self._detokenizer = detokenizer
+        self._gate = gate
         self._stops = stops
         self._parser = parser
         self._min_tokens = min_tokens
@@ -71,21 +83,26 @@ class ChoiceText:
 
     def advance(self, output: StepOutput, index: int) -> Delta:
         """Take in a step's tokens of choice ``index``. Sets ``finish_reason`` when it is over, by a stop string perhaps."""
-        text, offsets = "", []
+        parser = self._parser
+        offsets: list[int] = []
+        parts: Sequence[TextPart] = ()
+        reasoning_tokens = 0
         for token_id in output.token_ids:
             offsets.append(self._num_characters)
-            text += self._push(token_id, is_stop=token_id == output.stop_token_id)
+            was_in_reasoning = parser.in_reasoning
+            pushed = parser.push(self._push(token_id, is_stop=token_id == output.stop_token_id))
+            parts = [*parts, *pushed] if parts else pushed
+            reasoning_tokens += was_in_reasoning or parser.in_reasoning
         self.finish_reason = output.finish_reason
         stop_reason: str | int | None = output.stop_token_id
         if output.finish_reason is not None:
-            tail = self._detokenizer.finish()
-            self._num_characters += len(tail)
-            text += self._stops.push(tail) + self._stops.finish()
+            parts = [*parts, *parser.push(self._tail())]
         if self._stops.matched is not None:
             self.finish_reason, stop_reason = "stop", self._stops.matched
-        parts = self._parser.push(text)
         if self.finish_reason is not None:
-            parts = [*parts, *self._parser.finish()]
+            parts = [*parts, *parser.finish()]
+        if self.finish_reason == "stop" and parser.has_calls:
+            self.finish_reason = "tool_calls"
         return Delta(
             index=index,
             token_ids=output.token_ids,
@@ -97,6 +114,7 @@ class ChoiceText:
             prompt=output.prompt,
             finish_reason=self.finish_reason,
             stop_reason=stop_reason,
+            reasoning_tokens=reasoning_tokens,
         )
 
     def _push(self, token_id: int, *, is_stop: bool) -> str:
@@ -104,4 +122,20 @@ class ChoiceText:
         self._num_tokens += 1
         piece = "" if is_stop else self._detokenizer.push(token_id)
         self._num_characters += len(piece)
-        return piece if self._num_tokens < self._min_tokens else self._stops.push(piece)
+        may_stop = self._num_tokens >= self._min_tokens
+        if self._gate is None:
+            return self._stops.push(piece) if may_stop else piece
+        thinking, piece = self._gate.split(piece)
+        if self._gate.is_over:
+            self._gate = None
+        return thinking + (self._stops.push(piece) if may_stop else piece)
+
+    def _tail(self) -> str:
+        """Return the text that was held back, once there are no more tokens."""
+        tail = self._detokenizer.finish()
+        self._num_characters += len(tail)
+        thinking = ""
+        if self._gate is not None:
+            thinking, tail = self._gate.split(tail)
+            tail = self._gate.finish() + tail
+        return thinking + self._stops.push(tail) + self._stops.finish()

@@ -30,7 +30,7 @@ class StopStrings:
             start, self.matched = match
             released, self._held = self._held[:start], ""
             return released
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         released, self._held = self._held[:cut], self._held[cut:]
         return released
@@ -49,6 +49,69 @@ class StopStrings:
         return start, stop
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest proper prefix of ``stop`` that ``text`` ends with."""
     return next((k for k in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:k])), 0)
+
+
+class ThinkingGate:
+    """Tells the thinking from the text after it, in which stop strings begin to count.
+
+    The thinking is open at first, or it opens the text, behind white space perhaps. The outcome does not depend on how
+    the text was cut. What is held back is shorter than ``opening`` and the white space before it, of which
+    MOST_SPACE characters are looked at.
+
+    Args:
+        opening, closing: strings around the thinking.
+    """
+
+    MOST_SPACE = 16
+
+    def __init__(self, opening: str, closing: str, *, is_open: bool) -> None:
+        self._opening = opening
+        self._closing = closing
+        self._is_open = is_open
+        self._held = ""
+        self.is_over = False
+
+    def split(self, text: str) -> tuple[str, str]:
+        """Return what belongs to the thinking, and what comes after it."""
+        if self.is_over:
+            return "", text
+        if not self._is_open:
+            text = self._held + text
+            visible = text.lstrip()
+            if (
+                self._opening.startswith(visible)
+                and visible != self._opening
+                and self._is_near(text, visible)
+            ):
+                self._held = text
+                return "", ""
+            self._held = ""
+            if not visible.startswith(self._opening) or not self._is_near(text, visible):
+                self.is_over = True
+                return "", text
+            self._is_open = True
+        return self._until_closing(text)
+
+    def finish(self) -> str:
+        """Return text held back for a thinking that never opened."""
+        if self._is_open:
+            return ""
+        held, self._held = self._held, ""
+        return held
+
+    def _is_near(self, text: str, visible: str) -> bool:
+        return len(text) - len(visible) <= self.MOST_SPACE
+
+    def _until_closing(self, text: str) -> tuple[str, str]:
+        """Split at the end of the closing string. The end of the text is kept, as that may begin within it."""
+        seen = self._held + text
+        start = seen.find(self._closing)
+        if start < 0:
+            self._held = seen[max(len(seen) - len(self._closing) + 1, 0) :]
+            return text, ""
+        self.is_over = True
+        cut = start + len(self._closing) - len(self._held)
+        return text[:cut], text[cut:]

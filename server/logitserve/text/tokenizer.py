@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class ModelTokenizer:
         self._special_tokens = _special_tokens(settings)
         source = _chat_template(directory, settings)
         self._template = None if source is None else ChatTemplate(source, self._special_tokens)
+        self.response_template: dict[str, Any] | None = settings.get("response_template")
+        self._added_pattern = _one_of(entry["content"] for entry in spec.get("added_tokens", []))
         self._control_tokens = ControlTokens(self._tokenizer, spec, source or "")
 
     @property
@@ -47,13 +50,38 @@ class ModelTokenizer:
         """Return whether messages can be rendered."""
         return self._template is not None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template's source."""
+        return None if self._template is None else self._template.source
+
+    @property
+    def knows_tools(self) -> bool:
+        """Return whether the chat template reads the tools that a request lists."""
+        return self._template is not None and self._template.knows_tools
+
+    def writes(self, text: str) -> bool:
+        """Return whether the chat template holds the text."""
+        return self._template is not None and text in self._template.source
+
+    def pieces(self, text: str) -> list[tuple[str, int | None]]:
+        """Return the text in pieces: each an added token with its id, or text between these with None."""
+        if self._added_pattern is None:
+            return [(text, None)] if text else []
+        pieces = self._added_pattern.split(text)
+        return [
+            (piece, self._tokenizer.token_to_id(piece) if i % 2 else None)
+            for i, piece in enumerate(pieces)
+            if piece
+        ]
+
     def description(self) -> dict[str, Any]:
         """Return the facts that a client needs to tokenize alike, by the names of tokenizer_config.json."""
         return {
             "tokenizer_class": self._class_name,
             "vocab_size": self._tokenizer.get_vocab_size(with_added_tokens=True),
             **{name: self._special_tokens.get(name) for name in SPECIAL_TOKENS},
-            "chat_template": None if self._template is None else self._template.source,
+            "chat_template": self.chat_template,
         }
 
     def encode(self, text: str, *, add_special_tokens: bool, limit: int | None = None) -> list[int]:
@@ -91,15 +119,15 @@ class ModelTokenizer:
                 param="messages",
                 code="no_chat_template",
             )
-        texts = [[_texts(message) for message in turns.messages], *turns.variables.values()]
+        texts = [[_texts(message) for message in turns.messages], *turns.variables.values(), turns.tools]
         try:
             if control_tokens_in_messages or not self._control_tokens.are_in(texts):
                 return RenderedChat(self._template.render(turns))
             marked = self._template.render(self._marked(turns))
         except RecursionError:
+            param = "tools" if turns.tools else "chat_template_kwargs"
             raise BadRequestError(
-                "'chat_template_kwargs' holds values that are nested too deeply.",
-                param="chat_template_kwargs",
+                f"'{param}' holds values that are nested too deeply.", param=param
             ) from None
         return RenderedChat(unmarked(marked), marked)
 
@@ -107,7 +135,7 @@ class ModelTokenizer:
         mark = self._control_tokens.mark
         messages = [{**message, **mark(_texts(message))} for message in turns.messages]
         variables = {name: mark(value) for name, value in turns.variables.items()}
-        return replace(turns, messages=messages, variables=variables)
+        return replace(turns, messages=messages, variables=variables, tools=mark(turns.tools))
 
     def encode_chat(self, chat: RenderedChat, *, add_special_tokens: bool = False) -> list[int]:
         """Return a rendered conversation's tokens."""
@@ -121,6 +149,12 @@ def _texts(message: dict[str, Any]) -> dict[str, Any]:
     if message["role"] == "assistant":
         return {}
     return {name: value for name, value in message.items() if name != "role"}
+
+
+def _one_of(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """Return a pattern that finds the longest of these texts at each place; None where there are none."""
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
 
 def _read_settings(directory: Path) -> dict[str, Any]:

@@ -9,6 +9,20 @@ Examples = dict[str, dict[str, Any]]
 _QUESTION = [{"role": "user", "content": "Name three colours."}]
 _SENTENCE = "The capital of France is Paris."
 
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
 CHAT: Examples = {
     "answer": {"messages": _QUESTION, "max_tokens": 16},
     "stream_with_logits": {
@@ -19,6 +33,13 @@ CHAT: Examples = {
         "return_logits": {"top_k": 3},
     },
     "logprobs": {"messages": _QUESTION, "max_tokens": 4, "logprobs": True, "top_logprobs": 5},
+    "tool": {
+        "messages": [{"role": "user", "content": "What is the weather in Paris?"}],
+        "tools": [_TOOL],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_tokens": 64,
+    },
 }
 
 COMPLETION: Examples = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NotRequired
 
 from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
@@ -27,6 +27,21 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+
+
+@answer
+class CompletionTokensDetails(TypedDict):
+    """What the tokens written were for."""
+
+    reasoning_tokens: int
+    """Tokens of the thinking, its closing one included."""
+
+
+@answer
+class ChatUsage(Usage):
+    """Tokens read and written, those of the thinking apart where the model thinks."""
+
+    completion_tokens_details: NotRequired[CompletionTokensDetails]
 
 
 @answer
@@ -60,6 +75,9 @@ class ErrorAnswer(TypedDict):
 
 Finish = Literal["stop", "length"]
 """Why a choice ended: a stop token or string, or its limit of tokens."""
+
+ChatFinish = Literal["stop", "length", "tool_calls"]
+"""The same of a chat's choice, which may end to have its calls answered."""
 
 Fingerprint = Annotated[
     str,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from logitserve.http.openapi.answers.base import Fingerprint, Finish, Usage, answer
+from logitserve.http.openapi.answers.base import ChatFinish, ChatUsage, Fingerprint, Finish, Usage, answer
 from logitserve.http.openapi.answers.logprobs import ChatLogprobs, CompletionLogprobs, PromptLogprobs
 from logitserve.http.openapi.answers.rows import HiddenStates, Logits
 
@@ -35,13 +35,37 @@ class _Tokens(TypedDict):
     hidden_states: NotRequired[HiddenStates]
 
 
+Thinking = Annotated[str, Field(description="The model's thinking; `reasoning_content` is the same text.")]
+
+
+@answer
+class CalledFunction(TypedDict):
+    """The function that the model calls."""
+
+    name: str
+    arguments: str
+    """A JSON object."""
+
+
+@answer
+class AnswerCall(TypedDict):
+    """One call."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 @answer
 class AnswerMessage(TypedDict):
-    """What the assistant says."""
+    """What the assistant says. There is no content where there are calls in its place."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning: NotRequired[Thinking]
+    reasoning_content: NotRequired[Thinking]
+    tool_calls: NotRequired[list[AnswerCall]]
 
 
 @answer
@@ -51,7 +75,7 @@ class ChatChoice(_Tokens):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Finish
+    finish_reason: ChatFinish
     stop_reason: StopReason
 
 
@@ -65,9 +89,27 @@ class ChatCompletion(TypedDict):
     model: str
     system_fingerprint: Fingerprint
     choices: list[ChatChoice]
-    usage: Usage
+    usage: ChatUsage
     prompt_logprobs: NotRequired[PromptLogprobs]
     prompt_token_ids: NotRequired[PromptTokenIds]
+
+
+@answer
+class CalledFunctionPiece(TypedDict):
+    """The name of a function, with empty arguments, or a piece of its arguments."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+@answer
+class CallPiece(TypedDict):
+    """What a call is, once, and then its arguments."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: CalledFunctionPiece
 
 
 @answer
@@ -76,6 +118,9 @@ class ChatDelta(TypedDict):
 
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[str]
+    reasoning: NotRequired[Thinking]
+    reasoning_content: NotRequired[Thinking]
+    tool_calls: NotRequired[list[CallPiece]]
 
 
 @answer
@@ -85,7 +130,7 @@ class ChatChunkChoice(_Tokens):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Finish | None
+    finish_reason: ChatFinish | None
     stop_reason: NotRequired[StopReason]
 
 
@@ -99,7 +144,7 @@ class ChatCompletionChunk(TypedDict):
     model: str
     system_fingerprint: Fingerprint
     choices: list[ChatChunkChoice]
-    usage: NotRequired[Usage | None]
+    usage: NotRequired[ChatUsage | None]
     prompt_logprobs: NotRequired[PromptLogprobs]
     prompt_token_ids: NotRequired[PromptTokenIds]
 

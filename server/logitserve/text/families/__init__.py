@@ -1,0 +1,1 @@
+"""Families of models, by how they write their thinking and their calls: one JSON file each."""
