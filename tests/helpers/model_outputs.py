@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from logitserve.text.families.choose import load_family
+from logitserve.text.families.family import Family
 from logitserve.text.message_parser import MessageParser
 from logitserve.text.parser import Content, Reasoning, TextPart, ToolCall
 from logitserve.text.tools import Tool
@@ -35,6 +37,12 @@ ESCAPES = '{"city": "S\\u00e3o \\"Paulo\\"\\n{]}\\\\ 東京 🧪"}'
 """Arguments, as a model may write them."""
 
 
+@cache
+def family_of(name: str) -> Family:
+    """Return a family, loaded once."""
+    return load_family(name)
+
+
 @dataclass(frozen=True)
 class ModelOutput:
     """What a model wrote, and the message that it is.
@@ -54,7 +62,7 @@ class ModelOutput:
 
     def parser(self, *, parses_calls: bool = True) -> MessageParser:
         """Return a new parser of such an output."""
-        return load_family(self.family).parser(self.prompt, tools=TOOLS, parses_calls=parses_calls)
+        return family_of(self.family).parser(self.prompt, tools=TOOLS, parses_calls=parses_calls)
 
     def parts(self, pieces: Iterable[str] | None = None) -> list[TextPart]:
         """Return the joined parts of the text, pushed in pieces."""

@@ -7,10 +7,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from logitserve.text.families.choose import family_names, load_family
+from logitserve.text.families.choose import family_names
 from logitserve.text.parser import Content, Reasoning
 from logitserve.text.tools import Tool
-from model_outputs import OUTPUTS, TOOLS, WRITINGS, ModelOutput, calls_in, joined, texts
+from model_outputs import OUTPUTS, TOOLS, WRITINGS, ModelOutput, calls_in, family_of, joined, texts
 
 BY_NAME = pytest.mark.parametrize("output", OUTPUTS, ids=[output.name for output in OUTPUTS])
 
@@ -70,7 +70,7 @@ FRAGMENTS = [
 def written_in_pieces(draw: st.DrawFn) -> tuple[ModelOutput, list[str]]:
     """Text of a family's delimiters and parts of calls, in any order, and pieces of it."""
     name = draw(st.sampled_from(family_names()))
-    family = load_family(name)
+    family = family_of(name)
     opens = [family.calls.open, family.calls.close, family.calls.middle] if family.calls else []
     strings = [text for text in (*family.delimiters, *opens) if text]
     whole = [WRITINGS[name].calls(("get_weather", '{"city": "Paris"}'))]
@@ -92,7 +92,7 @@ def test_parts_do_not_depend_on_how_the_text_was_cut(written: tuple[ModelOutput,
 
 
 def test_a_call_comes_as_soon_as_it_is_whole() -> None:
-    parser = load_family("hermes").parser("", tools=TOOLS, parses_calls=True)
+    parser = family_of("hermes").parser("", tools=TOOLS, parses_calls=True)
     text = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     assert not [part for character in text[:-1] for part in parser.push(character)]
     assert not parser.has_calls
@@ -112,13 +112,13 @@ def test_a_call_comes_as_soon_as_it_is_whole() -> None:
     ],
 )
 def test_what_certainly_is_no_call_is_not_held_back(text: str) -> None:
-    parser = load_family("fenced").parser("", tools=TOOLS, parses_calls=True)
+    parser = family_of("fenced").parser("", tools=TOOLS, parses_calls=True)
     assert texts([*parser.push(text), *parser.push("more")], Content) == text + "more"
 
 
 def test_calls_are_text_where_they_are_not_parsed() -> None:
     text = WRITINGS["hermes"].calls(("get_weather", "{}"))
-    parser = load_family("hermes").parser("", tools=TOOLS, parses_calls=False)
+    parser = family_of("hermes").parser("", tools=TOOLS, parses_calls=False)
     assert joined([*parser.push("<think>Hm.</think>" + text), *parser.finish()]) == [
         Reasoning("Hm."),
         Content(text),
@@ -127,7 +127,7 @@ def test_calls_are_text_where_they_are_not_parsed() -> None:
 
 
 def test_thinking_is_told_as_long_as_it_lasts() -> None:
-    parser = load_family("hermes").parser("", tools=(), parses_calls=False)
+    parser = family_of("hermes").parser("", tools=(), parses_calls=False)
     told = []
     for piece in ["<think>", "Hm", "</", "think>", "Hi"]:
         parser.push(piece)
@@ -140,14 +140,14 @@ def test_hidden_tokens_are_no_content_wherever_the_text_is_cut() -> None:
     hidden = frozenset(["[TOOL_CALLS]", "[ARGS]"])
     found = []
     for pieces in ([text], list(text)):
-        parser = load_family("mistral_named").parser("", tools=TOOLS, parses_calls=True, hidden=hidden)
+        parser = family_of("mistral_named").parser("", tools=TOOLS, parses_calls=True, hidden=hidden)
         parts = [part for piece in pieces for part in parser.push(piece)]
         found.append(joined([*parts, *parser.finish()]))
     assert found[0] == found[1] == [Content(" no call, f{bad} [INST")]
 
 
 def test_ids_of_mistral_are_nine_letters_and_digits() -> None:
-    parser = load_family("mistral").parser("", tools=TOOLS, parses_calls=True)
+    parser = family_of("mistral").parser("", tools=TOOLS, parses_calls=True)
     (call,) = calls_in(parser.push('[TOOL_CALLS] [{"name": "f", "arguments": {}}]'))
     assert len(call.id) == 9
     assert call.id.isalnum()
@@ -158,7 +158,7 @@ def test_ids_of_mistral_are_nine_letters_and_digits() -> None:
 )
 def test_the_library_never_holds_a_long_answer(opening: str) -> None:
     """It copies what it holds with each piece, so that 100,000 tokens would take minutes."""
-    parser = load_family("hermes").parser("", tools=TOOLS, parses_calls=True)
+    parser = family_of("hermes").parser("", tools=TOOLS, parses_calls=True)
     parser.push(opening)
     longest = 0
     for _ in range(2000):
@@ -178,6 +178,6 @@ def test_arguments_of_xml_are_typed_by_the_tools_schema() -> None:
     }
     values = {"text": "12", "count": "12", "any": "3", "flag": "True", "other": "[1]"}
     body = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
-    parser = load_family("qwen3_5").parser("", tools=[Tool("f", "", schema)], parses_calls=True)
+    parser = family_of("qwen3_5").parser("", tools=[Tool("f", "", schema)], parses_calls=True)
     (call,) = calls_in(parser.push(f"<tool_call>\n<function=f>\n{body}</function>\n</tool_call>"))
     assert json.loads(call.arguments) == {"text": "12", "count": 12, "any": "3", "flag": True, "other": "[1]"}
