@@ -106,9 +106,11 @@ def test_narrow_rows_are_the_full_rows_rounded(tiny_model: LoadedModel, dtype: s
 
 
 def test_temperature_changes_processed_rows_and_never_raw_ones(tiny_model: LoadedModel) -> None:
-    raw = full_rows(tiny_model, request(temperature=0.5, top_k=4))
-    processed = answer(tiny_model, request(temperature=0.5, top_k=4, logits=LogitsSpec(stage="processed")))
-    same_tokens = answer(tiny_model, request(temperature=0.5, top_k=4, logits=LogitsSpec()))
+    raw = full_rows(tiny_model, request(temperature=0.5, top_k=4, max_tokens=3))
+    processed = answer(
+        tiny_model, request(temperature=0.5, top_k=4, max_tokens=3, logits=LogitsSpec(stage="processed"))
+    )
+    same_tokens = answer(tiny_model, request(temperature=0.5, top_k=4, max_tokens=3, logits=LogitsSpec()))
     assert processed.token_ids == same_tokens.token_ids
     for row, kept, token in zip(raw, processed.rows, processed.token_ids, strict=True):
         assert np.isfinite(kept).sum() == 4
@@ -125,12 +127,15 @@ def test_the_processed_row_of_a_greedy_draw_is_a_point_mass(tiny_model: LoadedMo
 
 
 def test_choices_are_seeded_apart_and_reproducible(tiny_model: LoadedModel) -> None:
-    first = run(make_engine(tiny_model), [request(n=3, logits=LogitsSpec())])
-    again = run(make_engine(tiny_model), [request("b", seed=99), request(n=3), request("c", seed=5)])
+    first = run(make_engine(tiny_model), [request(n=3, max_tokens=3, logits=LogitsSpec())])
+    others = [request(name, seed=seed, max_tokens=3) for name, seed in (("b", 99), ("c", 5))]
+    again = run(make_engine(tiny_model), [others[0], request(n=3, max_tokens=3), others[1]])
     answers = [first["a", index].token_ids for index in range(3)]
     assert answers == [again["a", index].token_ids for index in range(3)]
     assert len({tuple(tokens) for tokens in answers}) == 3
-    assert answers[0] == answer(tiny_model, request()).token_ids, "choice 0 is what a lone request draws"
+    assert answers[0] == answer(tiny_model, request(max_tokens=3)).token_ids, (
+        "choice 0 is what a lone request draws"
+    )
 
 
 def test_logprobs_are_the_log_softmax_of_the_raw_rows(tiny_model: LoadedModel) -> None:

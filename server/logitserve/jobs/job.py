@@ -67,7 +67,8 @@ async def make_job(options: JobOptions, state: ServerState, caller: Caller) -> J
     check_options(options, model)
     source, family = settle_tools(options.prompts, options.calls, model)
     # A grammar that cannot be honoured is named before that of the whole answer is made.
-    grammar = None if options.grammar is None else await check_grammar(options.grammar, state)
+    form = options.grammar
+    grammar = None if form is None else await check_grammar(form, state)
     wanted = options.max_tokens
     reserved = (options.default_max_tokens or 1) if wanted is None else wanted
     prompts = await tokenize(source, state, reserved_tokens=reserved)
@@ -92,7 +93,7 @@ async def make_job(options: JobOptions, state: ServerState, caller: Caller) -> J
         answer=options.answer,
         row_bytes=bounds.row_bytes,
         rows_param=options.rows_param,
-        grammar_param=None if options.grammar is None else options.grammar.param,
+        grammar_param=None if form is None else form.param,
     )
 
 

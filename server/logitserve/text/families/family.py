@@ -23,7 +23,7 @@ class _Declaration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of what a family's file declares: a name that is not known is an error."""
 
 
-class Borders(_Declaration):
+class Borders(_Declaration, frozen=True):
     """A region's borders for reading, where the strings that the model should write do not say them all.
 
     Each side is a list of strings or a regular expression. A region without a close runs to the end of the answer.
@@ -40,7 +40,7 @@ class Borders(_Declaration):
         return (*self.open, *self.close)
 
 
-class ReasoningSyntax(_Declaration):
+class ReasoningSyntax(_Declaration, frozen=True):
     """Strings around the thinking, as the model or its chat template writes them.
 
     Attributes:
@@ -56,7 +56,7 @@ class ReasoningSyntax(_Declaration):
     borders: Borders | None = None
 
 
-class CallSyntax(_Declaration):
+class CallSyntax(_Declaration, frozen=True):
     """How one answer's calls are written, with the white space that the model itself writes.
 
         begin open … close between open … close end
@@ -90,14 +90,14 @@ class CallSyntax(_Declaration):
     borders: Borders | None = None
 
 
-class Detection(_Declaration):
+class Detection(_Declaration, frozen=True):
     """Signs of a family: all strings of one of the lists stand in the chat template, or the model's architecture."""
 
     templates: tuple[tuple[str, ...], ...] = ()
     architectures: tuple[str, ...] = ()
 
 
-class Family(_Declaration, dict=True):
+class Family(_Declaration, frozen=True, dict=True):
     """A family of models.
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 from transformers.utils.chat_parsing import parse_response
@@ -312,7 +312,7 @@ class TemplateReader:
 
     def __init__(self, template: dict[str, Any], opening: str, tools: Sequence[dict[str, Any]]) -> None:
         self._template = template
-        self._tools = list(tools)
+        self._tools: list[dict[str, Any] | Callable[..., Any]] = list(tools)
         self._pieces = [opening]
 
     def push(self, text: str) -> int | None:
