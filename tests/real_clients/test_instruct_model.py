@@ -44,14 +44,17 @@ def test_an_instruct_model_fills_a_schema_with_what_it_read(qwen_url: str) -> No
             response_format=Parcel,
             extra_body={"return_token_ids": True, "return_logits": True},
         )
-    whole = answer.model_dump()
-    assert answer.choices[0].finish_reason == "stop"
-    assert answer.choices[0].message.parsed == Parcel(day="Tuesday", kilograms=12, colour="green")
+    (choice,) = answer.choices
+    assert choice.finish_reason == "stop"
+    assert choice.message.parsed == Parcel(day="Tuesday", kilograms=12, colour="green")
 
-    prompt, token_ids = whole["prompt_token_ids"], whole["choices"][0]["token_ids"]
+    prompt, token_ids = (
+        (answer.model_extra or {})["prompt_token_ids"],
+        (choice.model_extra or {})["token_ids"],
+    )
     with Client(qwen_url, timeout=240) as client:
         free = client.logits([*prompt, *token_ids], positions="prompt")[0].logits.prompt
-    (rows,) = decode_logits(whole)
+    (rows,) = decode_logits(answer)
     assert rows is not None
     assert rows.generated is not None
     assert free is not None
