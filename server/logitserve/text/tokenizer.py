@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from logitserve.errors import BadRequestError
 from logitserve.text.chat_template import ChatTemplate, Turns
-from logitserve.text.control_tokens import ControlTokens, unmarked
+from logitserve.text.control_tokens import ControlTokens, Span
 from logitserve.text.token_table import TokenTable
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -20,10 +20,10 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A conversation as a prompt. ``marked`` has marks at control tokens that its texts spell; None where none does."""
+    """A conversation as a prompt. ``spans`` are its control tokens; None where it is encoded like any text."""
 
     text: str
-    marked: str | None = None
+    spans: list[Span] | None = None
 
 
 class ModelTokenizer:
@@ -91,29 +91,31 @@ class ModelTokenizer:
                 param="messages",
                 code="no_chat_template",
             )
+        template = self._template
         texts = [[_texts(message) for message in turns.messages], *turns.variables.values()]
         try:
-            if control_tokens_in_messages or not self._control_tokens.are_in(texts):
-                return RenderedChat(self._template.render(turns))
-            marked = self._template.render(self._marked(turns))
+            if control_tokens_in_messages:
+                return RenderedChat(template.render(turns))
+            return RenderedChat(
+                *self._control_tokens.render(texts, lambda change: template.render(_changed(turns, change)))
+            )
         except RecursionError:
             raise BadRequestError(
                 "'chat_template_kwargs' holds values that are nested too deeply.",
                 param="chat_template_kwargs",
             ) from None
-        return RenderedChat(unmarked(marked), marked)
-
-    def _marked(self, turns: Turns) -> Turns:
-        mark = self._control_tokens.mark
-        messages = [{**message, **mark(_texts(message))} for message in turns.messages]
-        variables = {name: mark(value) for name, value in turns.variables.items()}
-        return replace(turns, messages=messages, variables=variables)
 
     def encode_chat(self, chat: RenderedChat, *, add_special_tokens: bool = False) -> list[int]:
         """Return a rendered conversation's tokens."""
-        if chat.marked is None:
+        if chat.spans is None:
             return self.encode(chat.text, add_special_tokens=add_special_tokens)
-        return self._control_tokens.encode(chat.marked, add_special_tokens=add_special_tokens)
+        return self._control_tokens.encode(chat.text, chat.spans, add_special_tokens=add_special_tokens)
+
+
+def _changed(turns: Turns, change: Callable[[Any], Any]) -> Turns:
+    messages = [{**message, **change(_texts(message))} for message in turns.messages]
+    variables = {name: change(value) for name, value in turns.variables.items()}
+    return replace(turns, messages=messages, variables=variables)
 
 
 def _texts(message: dict[str, Any]) -> dict[str, Any]:
