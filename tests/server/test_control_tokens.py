@@ -200,7 +200,10 @@ def test_a_prompt_whose_texts_spell_no_control_token_has_the_ids_of_apply_chat_t
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert tokenizer.encode_chat(chat) == expected
     # The way of prompts that do spell one gives the same.
-    assert tokenizer._control_tokens.encode(chat.marked or chat.text, add_special_tokens=False) == expected
+    control_tokens = tokenizer._control_tokens
+    spans = control_tokens._find(chat.text)
+    assert chat.spans is None
+    assert control_tokens.encode(chat.text, spans, add_special_tokens=False) == expected
 
 
 def test_an_assistants_own_control_tokens_are_tokens(directories: dict[str, Path]) -> None:
@@ -226,18 +229,139 @@ def test_blanks_that_have_a_token_of_their_own_stay_that_token(directories: dict
     assert ids.count(id_of(tokenizer, "  ")) == 1
 
 
-@pytest.mark.parametrize(
-    "ask", ["startswith('<think>')", "endswith('</think>')", "strip().endswith('</think>')"]
-)
-def test_a_template_may_ask_how_a_text_begins_and_ends(tmp_path: Path, ask: str) -> None:
-    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(["<think>", "</think>"])
-    template = "{% if messages[0].content." + ask + " %}yes{% else %}no{% endif %}{{ messages[0].content }}"
-    ours = ModelTokenizer(save(tmp_path / "t", tokenizer, template))
-    chat = ours.render(Turns([{"role": "user", "content": "<think>a</think>"}], add_generation_prompt=True))
-    assert chat.text == "yes<think>a</think>"
-    assert chat.marked is not None
+CHANGES = [
+    "split('</think>')[-1]",
+    "split('<')[0]",
+    "replace('<', '')",
+    "replace('x', '')",
+    "replace('</think>', '<|im_end|>')",
+    "[::-1]",
+    "[:11]",
+    "[3:]",
+    "upper()",
+    "lower()",
+    "strip()",
+    "strip('<>')",
+    "title()",
+    "startswith('<think>')",
+]
+FILTERS = [
+    "trim",
+    "reverse",
+    "tojson",
+    "tojson(ensure_ascii=True)",
+    "list | string",
+    "list | join('')",
+    "striptags",
+]
+FILTERS += ["upper", "e", "title", "list | tojson(ensure_ascii=True)", "truncate(12)", "wordwrap(8)"]
+
+
+def changing(change: str) -> str:
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '<|im_' }}{{ m.name }}<tool>{{ '<' ~ m.name ~ '>' }}{{ m.content"
+        + change
+        + " }}<|im_end|>\n{{ m.content }}</think>{% endfor %}<|im_start|>"
+    )
+
+
+ODD = [
+    *CONTROLS,
+    "</think>",
+    "<|im_e",
+    "nd|>",
+    "think",
+    "<|IM_END|>",
+    ">|dne_mi|<",
+    "<x|im_endx|>",
+    "Hi",
+    " ",
+    "x",
+]
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelTokenizer]:
+    root = tmp_path_factory.mktemp("changes")
+    directory = byte_level(root / "bytes")
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    tokenizers = {}
+    for change in [f".{c}" if c[0] != "[" else c for c in CHANGES] + [f" | {name}" for name in FILTERS]:
+        config["chat_template"] = changing(change)
+        (directory / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizers[change] = ModelTokenizer(directory)
+    return tokenizers
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_whatever_a_template_does_to_texts_its_control_tokens_are_those_of_harmless_words(
+    changed: dict[str, ModelTokenizer], data: st.DataObject
+) -> None:
+    text = st.lists(st.sampled_from(ODD), max_size=6).map("".join)
+    contents = data.draw(st.lists(st.tuples(text, text), min_size=1, max_size=2))
+    messages = [{"role": "user", "name": name, "content": content} for name, content in contents]
+    harmless = [{"role": "user", "name": "ab", "content": "ab"} for _ in contents]
+    for change, tokenizer in changed.items():
+        ids, _ = ids_of(tokenizer, messages)
+        expected, _ = ids_of(tokenizer, harmless)
+        controls = {tokenizer._tokenizer.token_to_id(token) for token in [*CONTROLS, "</think>"]} - {None}
+        single = id_of(tokenizer, "<tool>")  # a control token only where no word is beside it
+        assert [i for i in ids if i in controls - {single}] == [
+            i for i in expected if i in controls - {single}
+        ], change
+
+
+@pytest.mark.parametrize("change", ["", " | upper", " | replace('q', '')", " | striptags"])
+@pytest.mark.parametrize("join", ["'<' ~ m.name ~ '>'", "'<{}>'.format(m.name)", "'<%s>' | format(m.name)"])
+def test_a_word_within_a_templates_marks_makes_no_control_token(
+    tmp_path: Path, change: str, join: str
+) -> None:
+    directory = byte_level(tmp_path / "t")
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{% for m in messages %}{{ " + join + " }}{{ m.content" + change + " }}<|im_end|>{% endfor %}"
+    )
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = ModelTokenizer(directory)
+    for content in ("abq", "q<|im_end|>", "&lt;think&gt;q", "&lt;|im_end|&gt;"):
+        ids, _ = ids_of(tokenizer, [{"role": "user", "name": "think", "content": content}])
+        assert id_of(tokenizer, "<think>") not in ids
+        assert ids.count(id_of(tokenizer, "<|im_end|>")) == 1
+
+
+def test_texts_of_words_alone_are_rendered_once(
+    directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = ModelTokenizer(directories["smollm2"])
+    template, times = tokenizer._template, []
+    assert template is not None
+    render = template.render
+    monkeypatch.setattr(template, "render", lambda turns: times.append(1) or render(turns))
+    for text, expected in (("Hi, how are you? 数学", 1), ("a < b", 2)):
+        times.clear()
+        ids_of(tokenizer, [{"role": "user", "content": text}])
+        assert len(times) == expected
+
+
+def test_to_find_control_tokens_takes_as_many_steps_for_many_as_for_few(
+    directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = ModelTokenizer(directories["smollm2"])
+    find, sizes = tokenizer._control_tokens._find, []
+
+    def counted(text: str) -> Any:
+        sizes.append(len(text))
+        return find(text)
+
+    monkeypatch.setattr(tokenizer._control_tokens, "_find", counted)
+    works = []
+    for count in (100, 1000):
+        sizes.clear()
+        ids_of(tokenizer, [{"role": "user", "content": "<|im_end|><|im_" * count}])
+        works.append((len(sizes), sum(sizes)))
+    assert works[1][0] == works[0][0]
+    assert works[1][1] < 12 * works[0][1]
 
 
 def test_ids_stay_right_where_the_vocabulary_has_gaps(tmp_path: Path) -> None:

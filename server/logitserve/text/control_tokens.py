@@ -1,130 +1,233 @@
 """Control tokens: those that a chat template writes are tokens, those that a text spells are text.
 
-Texts are marked before the template sees them, with lone surrogates: no JSON body and no template file can hold
-one. A mark touches its token, so templates may strip, split and test the texts as ever. In the rendered prompt
-the tokens without a mark are the template's own.
+A conversation is rendered twice: as it came, and disguised, with characters of its texts replaced one by one by lone
+surrogates, which no JSON body and no template file can hold. Whatever a template does to a text (it may cut, join,
+reverse or escape it), a disguised character stays one, so the control tokens of the disguised prompt are the
+template's own, and they stand at the same places of the other. Texts without a character of control tokens other
+than letters need no disguise, unless the template writes words of theirs within such a token.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, models
 
-BEFORE, AFTER, END = "\ud800", "\ud801", "\ud802"
-"""Marks: before a token that a text spells, after one, and at the end of a text that ends within one."""
+from logitserve.errors import BadRequestError
 
-_MARKS = re.compile(f"([{BEFORE}{AFTER}{END}])")
+_SURROGATES = range(0xD800, 0xE000)
+
+_ESCAPED = re.compile(r"\\ud[89a-f][0-9a-f]{2}")
+"""A disguised character in a template's JSON of ASCII, or in its text of a list or an object."""
+
+_ORDINARY = "_-▁"
+"""Characters of control tokens that are common within names, which templates look up and compare."""
 
 _BLANK = " \t\n\r▁"
 """Characters of added tokens that only shorten text, such as runs of spaces or line breaks."""
 
 _UNKNOWN = "?"
 
-Span = tuple[int, int, int]
-"""Start and end in a text, and the number of the control token that stands there."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_ESCAPES = "&"
+"""What begins the other way to write a mark, as filters of templates undo it."""
+
+_STAND_IN = "\ufdd0"
+"""A noncharacter, which no control token holds."""
+
+
+class Span(NamedTuple):
+    """Place of a control token in a text, and its number."""
+
+    start: int
+    end: int
+    number: int
+
+
+class Disguise:
+    """Replaces characters that control tokens consist of, for one conversation, and gives them back.
+
+    Args:
+        thorough: letters and digits are replaced too, so that not even a part of a control token is left. Templates
+            that compare texts, or change letters, then see others.
+        words: a whole text that is a part of a control token is replaced, as ``think`` in ``'<' ~ name ~ '>'``.
+    """
+
+    def __init__(
+        self, characters: str, contents: list[str], taken: set[str], *, thorough: bool, words: bool
+    ) -> None:
+        free = (chr(code) for code in _SURROGATES if _escaped(chr(code)) not in taken)
+        self._all = str.maketrans(dict(zip(characters, free, strict=False)))
+        self._marks = [(chr(code), own) for code, own in self._all.items() if _is_mark(chr(code))]
+        self._back = [(own, chr(code)) for code, own in self._all.items()]
+        self._escapes = {_escaped(own): own for own in self._all.values()}
+        # A control token of letters alone is replaced where a text spells it.
+        names = sorted((c for c in contents if not any(map(_is_mark, c))), key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, names))) if names else None
+        self._thorough = thorough
+        self._parts_of = contents if words else []
+
+    def put_on(self, value: Any, *, is_name: bool = False) -> Any:
+        """Return a text, or lists and objects of texts, disguised. Names of members are, as far as they look odd."""
+        if isinstance(value, str):
+            if not is_name and (self._thorough or _is_part(value, self._parts_of)):
+                return value.translate(self._all)
+            if self._names is not None and not is_name:
+                value = self._names.sub(lambda found: found[0].translate(self._all), value)
+            return _replaced(value, self._marks)
+        if isinstance(value, Mapping):
+            return {
+                self.put_on(name, is_name=True): self.put_on(member, is_name=is_name or name == "type")
+                for name, member in value.items()
+            }
+        return [self.put_on(item, is_name=is_name) for item in value] if isinstance(value, list) else value
+
+    def joined(self, text: str) -> str:
+        """Return a disguised text in which no disguised character is escaped."""
+        if "\\ud" not in text:
+            return text
+        return _ESCAPED.sub(lambda found: self._escapes.get(found[0], found[0]), text)
+
+    def take_off(self, text: str) -> str:
+        """Return the text as it was; of the same length."""
+        return _replaced(text, self._back)
 
 
 class ControlTokens:
-    """Marks texts, and encodes prompts that were rendered from marked texts. Safe to use from several threads."""
+    """Finds the control tokens of prompts, and encodes those prompts. Safe to use from several threads."""
 
     def __init__(self, tokenizer: Tokenizer, spec: dict[str, Any], template: str) -> None:
         """``spec`` is the parsed tokenizer.json of ``tokenizer``."""
         self._entries = _control_entries(spec, template)
-        contents = [entry["content"] for entry in self._entries]
-        self._starts = {content[:length] for content in contents for length in range(1, len(content))}
-        self._first_characters = sorted({content[0] for content in contents})
-        self._longest = max(map(len, contents), default=0)
+        self._contents = [entry["content"] for entry in self._entries]
+        # Dictionaries keep the order: marks first, lest a tokenizer with very many characters leaves them out.
+        characters = dict.fromkeys("".join([*self._contents, _ESCAPES]))
+        self._characters = "".join(
+            sorted((c for c in characters if not c.isspace()), key=lambda c: not _is_mark(c))
+        )
+        self._marks = [c for c in self._characters if _is_mark(c)]
+        self._names = [content for content in self._contents if not any(map(_is_mark, content))]
+        self._joins_words = _joins_words(template, self._contents)
+        self._first_characters = sorted({content[0] for content in self._contents})
         self._finder = Tokenizer(models.WordLevel({_UNKNOWN: 0}, _UNKNOWN))
         self._finder.add_tokens(
             [AddedToken(e["content"], single_word=e["single_word"], normalized=False) for e in self._entries]
         )
-        self._number_of = {self._finder.token_to_id(content): i for i, content in enumerate(contents)}
+        self._number_of = {self._finder.token_to_id(content): i for i, content in enumerate(self._contents)}
         # A normalizer may make a control token of characters that do not spell one.
         is_normalized = any(entry["normalized"] for entry in self._entries)
         self._normalizer = tokenizer.normalizer if is_normalized else None
         # No client can know these names, which stand for the template's tokens while a prompt is encoded.
         nonce = secrets.token_hex(8)
-        self._private_names = [f"\U0010fffe{nonce}{number}\U0010ffff" for number in range(len(contents))]
+        self._private_names = [
+            f"\U0010fffe{nonce}{number}\U0010ffff" for number in range(len(self._contents))
+        ]
         self._guarded, self._known_ids = self._without_control_tokens(tokenizer, spec)
 
-    def mark(self, value: Any) -> Any:
-        """Return a text, or lists and objects of texts, with every control token marked; the same where none is."""
-        if isinstance(value, str):
-            return self._marked(value)
-        if isinstance(value, Mapping):
-            return {self.mark(key): self.mark(member) for key, member in value.items()}
-        if isinstance(value, list):
-            return [self.mark(item) for item in value]
-        return value
+    def render(
+        self, texts: Any, render: Callable[[Callable[[Any], Any]], str]
+    ) -> tuple[str, list[Span] | None]:
+        """Return a prompt, and the control tokens that the template wrote; None where it holds no others.
 
-    def are_in(self, value: Any) -> bool:
-        """Return whether a text among ``value`` spells a control token, or ends with the beginning of one."""
-        if isinstance(value, str):
-            if self._normalizer is not None and self._find(self._normalizer.normalize_str(value)):
-                return True
-            return bool(self._find(value)) or self._ends_within(value.rstrip())
-        if isinstance(value, Mapping):
-            return any(self.are_in(key) or self.are_in(member) for key, member in value.items())
-        return isinstance(value, list) and any(map(self.are_in, value))
-
-    def encode(self, marked: str, *, add_special_tokens: bool) -> list[int]:
-        """Return the ids of a prompt that was rendered from marked texts.
-
-        They are those of the same tokenizer without its control tokens, except where the template wrote one.
+        Args:
+            texts: all texts of the conversation.
+            render: returns the prompt whose texts went through a function.
         """
-        parts = _MARKS.split(marked)
-        text = "".join(
-            self._with_private_names(piece, is_marked=left == BEFORE, ends_marked=right == AFTER)
-            for left, piece, right in zip(["", *parts[1::2]], parts[::2], [*parts[1::2], ""], strict=True)
+        plain = render(lambda value: value)
+        if not self._entries:
+            return plain, None
+        if not self._may_matter(texts):
+            found = self._find(plain) if self._normalizer is not None else []
+            return self._unless_normalized(plain, found)
+        taken = {found for text in _strings(texts) if "\\ud" in text for found in _ESCAPED.findall(text)}
+        disguised, text = self._disguised(plain, taken, render)
+        own = [span for span in self._find(disguised) if self._is_found_in(text, span)]
+        found = self._find(plain)
+        if text == plain:
+            is_safe = found == own
+        else:
+            # Where the template tests texts that spell no control token, what it makes of them holds.
+            is_safe = _numbers(found) == _numbers(own) and not any(map(self._find, _strings(texts)))
+        if not is_safe:
+            return text, own
+        return self._unless_normalized(plain, found)
+
+    def _may_matter(self, texts: Any) -> bool:
+        """Return whether the texts hold anything of which control tokens could come."""
+        if self._joins_words:
+            return True
+        return any(
+            any(mark in text for mark in self._marks) or any(name in text for name in self._names)
+            for text in _strings(texts)
         )
-        ids: list[int] = self._guarded.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def _unless_normalized(self, plain: str, found: list[Span]) -> tuple[str, list[Span] | None]:
+        """Return a prompt whose control tokens are the template's; with them, if a normalizer finds others."""
+        if self._normalizer is not None:
+            normalized = self._find(self._normalizer.normalize_str(plain))
+            if _numbers(normalized) != _numbers(found):
+                return plain, found
+        return plain, None
+
+    def _disguised(
+        self, plain: str, taken: set[str], render: Callable[[Callable[[Any], Any]], str]
+    ) -> tuple[str, str]:
+        """Return the disguised prompt, as thoroughly as the template bears it, and the same as a text."""
+        borne: list[tuple[str, str]] = []
+        ways = [(True, True), (False, True), (False, False)] if self._joins_words else [(False, False)]
+        for thorough, words in ways:
+            disguise = Disguise(self._characters, self._contents, taken, thorough=thorough, words=words)
+            try:
+                disguised = disguise.joined(render(disguise.put_on))
+            except BadRequestError:
+                if (thorough, words) == ways[-1] and not borne:
+                    raise
+                continue  # the template looks for words or numbers
+            text = disguise.take_off(disguised)
+            if text == plain:
+                return disguised, text
+            # Where none gives the prompt as it is, the one that leaves words, but no word that is part of a token.
+            if not thorough:
+                borne.append((disguised, text))
+        return borne[0]
+
+    def encode(self, text: str, spans: list[Span], *, add_special_tokens: bool) -> list[int]:
+        """Return the ids of a prompt whose control tokens are ``spans``.
+
+        They are those of the same tokenizer without its control tokens, except at ``spans``.
+        """
+        pieces, position = [], 0
+        for start, end, number in spans:
+            pieces += [text[position:start], self._private_names[number]]
+            position = end
+        named = "".join([*pieces, text[position:]])
+        ids: list[int] = self._guarded.encode(named, add_special_tokens=add_special_tokens).ids
         return [self._known_ids.get(token_id, token_id) for token_id in ids]
 
     def _find(self, text: str) -> list[Span]:
         """Return the control tokens in a text, as the tokenizer finds them: leftmost, longest."""
         if not any(character in text for character in self._first_characters):
-            return []  # the case of nearly every text
-        found = self._finder.encode(text, add_special_tokens=False)
+            return []
+        # Rust's strings hold no surrogates; this character is no part of a word either.
+        readable = _SURROGATE.sub(_STAND_IN, text)
+        found = self._finder.encode(readable, add_special_tokens=False)
         return [
-            (start, end, self._number_of[token_id])
+            Span(start, end, self._number_of[token_id])
             for token_id, (start, end) in zip(found.ids, found.offsets, strict=True)
             if token_id in self._number_of
         ]
 
-    def _ends_within(self, text: str) -> bool:
-        """Return whether what follows the text may complete a control token that the text begins."""
-        return any(text[-length:] in self._starts for length in range(1, min(self._longest, len(text) + 1)))
-
-    def _marked(self, text: str) -> str:
-        pieces, position = [], 0
-        first, last = len(text) - len(text.lstrip()), len(text.rstrip())
-        for start, end, _ in self._find(text):
-            # A template may ask how a text begins, or how it ends.
-            is_first = start <= first and end < last
-            pieces += [
-                text[position:start],
-                *((text[start:end], AFTER) if is_first else (BEFORE, text[start:end])),
-            ]
-            position = end
-        rest = text[position:]
-        core = rest.rstrip()
-        if self._ends_within(core):
-            rest = core + END + rest[len(core) :]
-        return "".join([*pieces, rest])
-
-    def _with_private_names(self, piece: str, *, is_marked: bool, ends_marked: bool) -> str:
-        """Return the piece with each of the template's control tokens under its private name."""
-        pieces, position = [], 0
-        for start, end, number in self._find(piece):
-            if (is_marked and start == 0) or (ends_marked and end == len(piece)):
-                continue
-            pieces += [piece[position:start], self._private_names[number]]
-            position = end
-        return "".join([*pieces, piece[position:]])
+    def _is_found_in(self, text: str, span: Span) -> bool:
+        """Return whether a token of the disguised prompt is one beside the characters that stand there really."""
+        if not self._entries[span.number]["single_word"]:
+            return True
+        beside = text[max(0, span.start - 1) : span.start] + text[span.end : span.end + 1]
+        return re.search(r"\w", beside) is None
 
     def _without_control_tokens(
         self, tokenizer: Tokenizer, spec: dict[str, Any]
@@ -156,9 +259,56 @@ class ControlTokens:
         return guarded, known_ids
 
 
-def unmarked(marked: str) -> str:
-    """Return a text without its marks."""
-    return _MARKS.sub("", marked)
+def _is_mark(character: str) -> bool:
+    """Return whether a character is one that words and names hardly hold."""
+    return not (character.isalnum() or character.isspace() or character in _ORDINARY)
+
+
+def _replaced(text: str, pairs: list[tuple[str, str]]) -> str:
+    for old, new in pairs:
+        if old in text:
+            text = text.replace(old, new)
+    return text
+
+
+def _joins_words(template: str, contents: list[str]) -> bool:
+    """Return whether a piece of the template ends within a control token: a word of a text may complete it."""
+    if any(any(map(_is_mark, content)) and not _is_mark(content[0]) for content in contents):
+        return True
+    pieces = re.split(r"['\"{%]", template)  # at a format's places too
+    starts = {content[:length] for content in contents for length in range(1, len(content))}
+    longest = max(map(len, contents), default=0)
+    return any(
+        piece[-length:] in starts and any(map(_is_mark, piece[-length:]))
+        for piece in map(str.rstrip, pieces)
+        for length in range(1, min(longest, len(piece) + 1))
+    )
+
+
+def _is_part(text: str, contents: list[str]) -> bool:
+    """Return whether a whole text, but for blanks around it, is a part of a control token."""
+    core = text.strip() if contents else ""
+    return bool(core) and any(core in content for content in contents)
+
+
+def _escaped(character: str) -> str:
+    return json.dumps(character)[1:-1]
+
+
+def _numbers(spans: list[Span]) -> list[int]:
+    return [span.number for span in spans]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, member in value.items():
+            yield from _strings(name)
+            yield from _strings(member)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
 
 
 def _added(entry: dict[str, Any], content: str) -> AddedToken:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from logitserve.errors import BadRequestError
 from logitserve.text.chat_template import ChatTemplate, Turns
-from logitserve.text.control_tokens import ControlTokens, unmarked
+from logitserve.text.control_tokens import ControlTokens, Span
 from logitserve.text.token_table import TokenTable
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -21,10 +21,10 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token
 
 @dataclass(frozen=True, slots=True)
 class RenderedChat:
-    """A conversation as a prompt. ``marked`` has marks at control tokens that its texts spell; None where none does."""
+    """A conversation as a prompt. ``spans`` are its control tokens; None where it is encoded like any text."""
 
     text: str
-    marked: str | None = None
+    spans: list[Span] | None = None
 
 
 class ModelTokenizer:
@@ -119,29 +119,31 @@ class ModelTokenizer:
                 param="messages",
                 code="no_chat_template",
             )
+        template = self._template
         texts = [[_texts(message) for message in turns.messages], *turns.variables.values(), turns.tools]
         try:
-            if control_tokens_in_messages or not self._control_tokens.are_in(texts):
-                return RenderedChat(self._template.render(turns))
-            marked = self._template.render(self._marked(turns))
+            if control_tokens_in_messages:
+                return RenderedChat(template.render(turns))
+            return RenderedChat(
+                *self._control_tokens.render(texts, lambda change: template.render(_changed(turns, change)))
+            )
         except RecursionError:
             param = "tools" if turns.tools else "chat_template_kwargs"
             raise BadRequestError(
                 f"'{param}' holds values that are nested too deeply.", param=param
             ) from None
-        return RenderedChat(unmarked(marked), marked)
-
-    def _marked(self, turns: Turns) -> Turns:
-        mark = self._control_tokens.mark
-        messages = [{**message, **mark(_texts(message))} for message in turns.messages]
-        variables = {name: mark(value) for name, value in turns.variables.items()}
-        return replace(turns, messages=messages, variables=variables, tools=mark(turns.tools))
 
     def encode_chat(self, chat: RenderedChat, *, add_special_tokens: bool = False) -> list[int]:
         """Return a rendered conversation's tokens."""
-        if chat.marked is None:
+        if chat.spans is None:
             return self.encode(chat.text, add_special_tokens=add_special_tokens)
-        return self._control_tokens.encode(chat.marked, add_special_tokens=add_special_tokens)
+        return self._control_tokens.encode(chat.text, chat.spans, add_special_tokens=add_special_tokens)
+
+
+def _changed(turns: Turns, change: Callable[[Any], Any]) -> Turns:
+    messages = [{**message, **change(_texts(message))} for message in turns.messages]
+    variables = {name: change(value) for name, value in turns.variables.items()}
+    return replace(turns, messages=messages, variables=variables, tools=change(turns.tools))
 
 
 def _texts(message: dict[str, Any]) -> dict[str, Any]:
