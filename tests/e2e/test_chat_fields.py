@@ -194,6 +194,22 @@ def test_a_variable_that_the_template_does_not_read_is_refused_by_name(
     assert name in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("param", "body"),
+    [
+        ("messages", {"messages": [{**USER, "name": "<" * 2_000_000}]}),
+        ("messages", {"messages": [{"role": "tool", "content": "x", "tool_call_id": "<" * 2_000_000}]}),
+        ("chat_template_kwargs", {"messages": [USER], "chat_template_kwargs": {"x": ["<" * 2_000_000]}}),
+    ],
+)
+def test_long_texts_beside_the_contents_are_refused_before_they_are_searched(
+    client: httpx.Client, param: str, body: dict[str, Any]
+) -> None:
+    error = refusal(client, "/tokenize", **body)
+    assert error["param"] == param
+    assert "characters" in error["message"]
+
+
 @pytest.mark.parametrize("role", ["user", "system", "tool", "developer"])
 def test_control_tokens_that_a_message_spells_are_text(client: httpx.Client, role: str) -> None:
     start, end = (

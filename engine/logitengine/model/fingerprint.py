@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,8 @@ class WeightsDigest:
     def result(self) -> str:
         """Wait for the digest. Raises OSError for a file that cannot be read."""
         config = json.loads(self._config.read_bytes())
-        known = {name: value for name, value in config.items() if name not in NOT_NUMERIC}
         names = [path.name for path in self._files]
-        return digest_of([known, list(zip(names, self._digests.result(), strict=True))])
+        return digest_of([digest_of_config(config), list(zip(names, self._digests.result(), strict=True))])
 
 
 def file_digest(path: Path) -> str:
@@ -85,6 +85,12 @@ def file_digest(path: Path) -> str:
             file_of_digest.write(digest)
         Path(draft).replace(kept)
     return digest
+
+
+def digest_of_config(config: dict[str, Any]) -> str:
+    """Return the digest of what a config decides about numbers."""
+    known = {name: value for name, value in config.items() if name not in NOT_NUMERIC}
+    return digest_of(known)
 
 
 def digest_of(value: Any) -> str:
@@ -113,7 +119,8 @@ def fingerprint(
 def _machine(kernels: Kernels, device: Device, stored_as: str, dtype: str, *, is_fused: bool) -> list[Any]:
     """Return what the machine adds: nothing of its instruction sets where no row depends on them."""
     if device.torch_device.type == "cuda":
-        return [torch.cuda.get_device_name(device.torch_device), torch.version.cuda]
+        # Triton's compiler orders the sums of its kernels.
+        return [torch.cuda.get_device_name(device.torch_device), torch.version.cuda, version("triton")]
     machine: list[Any] = [platform.machine()]
     if kernels.name != "cpu" or not is_fused:  # torch computes
         machine += [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]

@@ -17,7 +17,7 @@ from logitengine.errors import CheckpointError
 from logitengine.link.messages import ModelInfo
 from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
 from logitengine.model.cpus import num_usable_cpus
-from logitengine.model.fingerprint import WeightsDigest, fingerprint
+from logitengine.model.fingerprint import WeightsDigest, digest_of_config, fingerprint
 from logitengine.model.fuse import Packer, fuse
 from logitengine.model.layer_shapes import probe_layers
 from logitengine.model.network import Network
@@ -100,7 +100,8 @@ def prepare(
     """Fuse a model on ``device`` that uses the project's attention function, and size the KV cache for it.
 
     The model cannot be used afterwards, because fused parts are taken out of it. Its linear layers use the
-    weights of ``weights`` if given. ``digest`` is the checkpoint's, if it is under way.
+    weights of ``weights`` if given. ``digest`` is the checkpoint's; without one, as for a model that was built in
+    memory, the fingerprint knows the config alone.
 
     Raises CheckpointError for a model that cannot be served, with the reason.
     """
@@ -151,7 +152,7 @@ def prepare(
         can_generate=can_generate,
         heads={name: head.num_outputs for name, head in heads.items()},
         fingerprint=fingerprint(
-            (digest or WeightsDigest(checkpoint.path)).result(),
+            digest.result() if digest is not None else digest_of_config(model.config.to_dict()),
             stored_as,
             dtype_name,
             kernels,

@@ -55,7 +55,7 @@ class Disguise:
     Args:
         thorough: letters and digits are replaced too, so that not even a part of a control token is left. Templates
             that compare texts, or change letters, then see others.
-        words: a whole text that is a part of a control token is replaced, as ``think`` in ``'<' ~ name ~ '>'``.
+        words: a whole text that is a word of a control token is replaced, as ``think`` in ``'<' ~ name ~ '>'``.
     """
 
     def __init__(
@@ -178,23 +178,21 @@ class ControlTokens:
         self, plain: str, taken: set[str], render: Callable[[Callable[[Any], Any]], str]
     ) -> tuple[str, str]:
         """Return the disguised prompt, as thoroughly as the template bears it, and the same as a text."""
-        borne: list[tuple[str, str]] = []
-        ways = [(True, True), (False, True), (False, False)] if self._joins_words else [(False, False)]
-        for thorough, words in ways:
-            disguise = Disguise(self._characters, self._contents, taken, thorough=thorough, words=words)
+        ways = [True, False] if self._joins_words else [False]
+        for thorough in ways:
+            disguise = Disguise(
+                self._characters, self._contents, taken, thorough=thorough, words=self._joins_words
+            )
             try:
                 disguised = disguise.joined(render(disguise.put_on))
             except BadRequestError:
-                if (thorough, words) == ways[-1] and not borne:
+                if not thorough:
                     raise
                 continue  # the template looks for words or numbers
             text = disguise.take_off(disguised)
             if text == plain:
-                return disguised, text
-            # Where none gives the prompt as it is, the one that leaves words, but no word that is part of a token.
-            if not thorough:
-                borne.append((disguised, text))
-        return borne[0]
+                break
+        return disguised, text
 
     def encode(self, text: str, spans: list[Span], *, add_special_tokens: bool) -> list[int]:
         """Return the ids of a prompt whose control tokens are ``spans``.
@@ -286,9 +284,11 @@ def _joins_words(template: str, contents: list[str]) -> bool:
 
 
 def _is_part(text: str, contents: list[str]) -> bool:
-    """Return whether a whole text, but for blanks around it, is a part of a control token."""
+    """Return whether a whole text, but for blanks around it, is a word of a control token."""
     core = text.strip() if contents else ""
-    return bool(core) and any(core in content for content in contents)
+    if len(core) > max(map(len, contents), default=0):
+        return False
+    return bool(core) and not any(map(_is_mark, core)) and any(core in content for content in contents)
 
 
 def _escaped(character: str) -> str:

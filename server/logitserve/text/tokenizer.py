@@ -142,7 +142,11 @@ class ModelTokenizer:
 
 def _changed(turns: Turns, change: Callable[[Any], Any]) -> Turns:
     messages = [{**message, **change(_texts(message))} for message in turns.messages]
-    variables = {name: change(value) for name, value in turns.variables.items()}
+    # A single word chooses among what the template knows.
+    variables = {
+        name: value if isinstance(value, str) and value.isalnum() else change(value)
+        for name, value in turns.variables.items()
+    }
     return replace(turns, messages=messages, variables=variables, tools=change(turns.tools))
 
 
