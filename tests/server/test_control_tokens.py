@@ -337,7 +337,12 @@ def test_texts_of_words_alone_are_rendered_once(
     template, times = tokenizer._template, []
     assert template is not None
     render = template.render
-    monkeypatch.setattr(template, "render", lambda turns: times.append(1) or render(turns))
+
+    def counted(turns: Turns) -> str:
+        times.append(1)
+        return render(turns)
+
+    monkeypatch.setattr(template, "render", counted)
     for text, expected in (("Hi, how are you? 数学", 1), ("a < b", 2)):
         times.clear()
         ids_of(tokenizer, [{"role": "user", "content": text}])

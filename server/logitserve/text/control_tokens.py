@@ -9,7 +9,6 @@ than letters need no disguise, unless the template writes words of theirs within
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -18,14 +17,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Tokenizer, models
 
 from logitserve.errors import BadRequestError
-
-_SURROGATES = range(0xD800, 0xE000)
-
-_ESCAPED = re.compile(r"\\ud[89a-f][0-9a-f]{2}")
-"""A disguised character in a template's JSON of ASCII, or in its text of a list or an object."""
-
-_ORDINARY = "_-▁"
-"""Characters of control tokens that are common within names, which templates look up and compare."""
+from logitserve.text.disguise import ESCAPED, ESCAPES, Disguise, is_mark
 
 _BLANK = " \t\n\r▁"
 """Characters of added tokens that only shorten text, such as runs of spaces or line breaks."""
@@ -33,9 +25,6 @@ _BLANK = " \t\n\r▁"
 _UNKNOWN = "?"
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-_ESCAPES = "&"
-"""What begins the other way to write a mark, as filters of templates undo it."""
 
 _STAND_IN = "\ufdd0"
 """A noncharacter, which no control token holds."""
@@ -49,55 +38,6 @@ class Span(NamedTuple):
     number: int
 
 
-class Disguise:
-    """Replaces characters that control tokens consist of, for one conversation, and gives them back.
-
-    Args:
-        thorough: letters and digits are replaced too, so that not even a part of a control token is left. Templates
-            that compare texts, or change letters, then see others.
-        words: a whole text that is a word of a control token is replaced, as ``think`` in ``'<' ~ name ~ '>'``.
-    """
-
-    def __init__(
-        self, characters: str, contents: list[str], taken: set[str], *, thorough: bool, words: bool
-    ) -> None:
-        free = (chr(code) for code in _SURROGATES if _escaped(chr(code)) not in taken)
-        self._all = str.maketrans(dict(zip(characters, free, strict=False)))
-        self._marks = [(chr(code), own) for code, own in self._all.items() if _is_mark(chr(code))]
-        self._back = [(own, chr(code)) for code, own in self._all.items()]
-        self._escapes = {_escaped(own): own for own in self._all.values()}
-        # A control token of letters alone is replaced where a text spells it.
-        names = sorted((c for c in contents if not any(map(_is_mark, c))), key=len, reverse=True)
-        self._names = re.compile("|".join(map(re.escape, names))) if names else None
-        self._thorough = thorough
-        self._parts_of = contents if words else []
-
-    def put_on(self, value: Any, *, is_name: bool = False) -> Any:
-        """Return a text, or lists and objects of texts, disguised. Names of members are, as far as they look odd."""
-        if isinstance(value, str):
-            if not is_name and (self._thorough or _is_part(value, self._parts_of)):
-                return value.translate(self._all)
-            if self._names is not None and not is_name:
-                value = self._names.sub(lambda found: found[0].translate(self._all), value)
-            return _replaced(value, self._marks)
-        if isinstance(value, Mapping):
-            return {
-                self.put_on(name, is_name=True): self.put_on(member, is_name=is_name or name == "type")
-                for name, member in value.items()
-            }
-        return [self.put_on(item, is_name=is_name) for item in value] if isinstance(value, list) else value
-
-    def joined(self, text: str) -> str:
-        """Return a disguised text in which no disguised character is escaped."""
-        if "\\ud" not in text:
-            return text
-        return _ESCAPED.sub(lambda found: self._escapes.get(found[0], found[0]), text)
-
-    def take_off(self, text: str) -> str:
-        """Return the text as it was; of the same length."""
-        return _replaced(text, self._back)
-
-
 class ControlTokens:
     """Finds the control tokens of prompts, and encodes those prompts. Safe to use from several threads."""
 
@@ -106,12 +46,12 @@ class ControlTokens:
         self._entries = _control_entries(spec, template)
         self._contents = [entry["content"] for entry in self._entries]
         # Dictionaries keep the order: marks first, lest a tokenizer with very many characters leaves them out.
-        characters = dict.fromkeys("".join([*self._contents, _ESCAPES]))
+        characters = dict.fromkeys("".join([*self._contents, ESCAPES]))
         self._characters = "".join(
-            sorted((c for c in characters if not c.isspace()), key=lambda c: not _is_mark(c))
+            sorted((c for c in characters if not c.isspace()), key=lambda c: not is_mark(c))
         )
-        self._marks = [c for c in self._characters if _is_mark(c)]
-        self._names = [content for content in self._contents if not any(map(_is_mark, content))]
+        self._marks = [c for c in self._characters if is_mark(c)]
+        self._names = [content for content in self._contents if not any(map(is_mark, content))]
         self._joins_words = _joins_words(template, self._contents)
         self._first_characters = sorted({content[0] for content in self._contents})
         self._finder = Tokenizer(models.WordLevel({_UNKNOWN: 0}, _UNKNOWN))
@@ -144,7 +84,7 @@ class ControlTokens:
         if not self._may_matter(texts):
             found = self._find(plain) if self._normalizer is not None else []
             return self._unless_normalized(plain, found)
-        taken = {found for text in _strings(texts) if "\\ud" in text for found in _ESCAPED.findall(text)}
+        taken = {found for text in _strings(texts) if "\\ud" in text for found in ESCAPED.findall(text)}
         disguised, text = self._disguised(plain, taken, render)
         own = [span for span in self._find(disguised) if self._is_found_in(text, span)]
         found = self._find(plain)
@@ -257,42 +197,18 @@ class ControlTokens:
         return guarded, known_ids
 
 
-def _is_mark(character: str) -> bool:
-    """Return whether a character is one that words and names hardly hold."""
-    return not (character.isalnum() or character.isspace() or character in _ORDINARY)
-
-
-def _replaced(text: str, pairs: list[tuple[str, str]]) -> str:
-    for old, new in pairs:
-        if old in text:
-            text = text.replace(old, new)
-    return text
-
-
 def _joins_words(template: str, contents: list[str]) -> bool:
     """Return whether a piece of the template ends within a control token: a word of a text may complete it."""
-    if any(any(map(_is_mark, content)) and not _is_mark(content[0]) for content in contents):
+    if any(any(map(is_mark, content)) and not is_mark(content[0]) for content in contents):
         return True
     pieces = re.split(r"['\"{%]", template)  # at a format's places too
     starts = {content[:length] for content in contents for length in range(1, len(content))}
     longest = max(map(len, contents), default=0)
     return any(
-        piece[-length:] in starts and any(map(_is_mark, piece[-length:]))
+        piece[-length:] in starts and any(map(is_mark, piece[-length:]))
         for piece in map(str.rstrip, pieces)
         for length in range(1, min(longest, len(piece) + 1))
     )
-
-
-def _is_part(text: str, contents: list[str]) -> bool:
-    """Return whether a whole text, but for blanks around it, is a word of a control token."""
-    core = text.strip() if contents else ""
-    if len(core) > max(map(len, contents), default=0):
-        return False
-    return bool(core) and not any(map(_is_mark, core)) and any(core in content for content in contents)
-
-
-def _escaped(character: str) -> str:
-    return json.dumps(character)[1:-1]
 
 
 def _numbers(spans: list[Span]) -> list[int]:
