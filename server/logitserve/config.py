@@ -16,7 +16,6 @@ from logitserve.access.keys import check_key, check_key_file, split_keys
 from logitserve.access.origins import check_hosts, check_origins
 from logitserve.access.proxies import check_root_path, check_trusted_proxies
 from logitserve.telemetry.otlp import check_endpoint
-from logitserve.text.families.choose import load_family
 
 ENV_PREFIX = "LOGITSERVE_"
 
@@ -33,6 +32,9 @@ def split_commas(value: Any) -> Any:
 
 
 def _family(name: str) -> str:
+    # It imports transformers, which takes seconds: options are refused sooner.
+    from logitserve.text.families.choose import load_family
+
     load_family(name)  # raises ValueError
     return name
 
