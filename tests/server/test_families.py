@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 - DeepSeek's tokens have a fullwidth vertical line
 """Families of models: how they are told, and files and templates that declare them."""
 
 from __future__ import annotations
