@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from logitserve.text.stop_strings import StopStrings
+from logitserve.text.stop_strings import StopStrings, ThinkingGate
 
 # A small alphabet makes matches, near matches and overlaps common.
 texts = st.text(alphabet="abé", max_size=30)
@@ -58,3 +59,42 @@ def test_nothing_comes_after_a_match() -> None:
     assert matcher.push("ND two") == ""
     assert matcher.matched == "END"
     assert matcher.push("three") == matcher.finish() == ""
+
+
+def through_gate(pieces: list[str], *, is_open: bool) -> tuple[str, str]:
+    gate = ThinkingGate("<think>", "</think>", is_open=is_open)
+    told = [gate.split(piece) for piece in pieces]
+    return "".join(thinking for thinking, _ in told), "".join(rest for _, rest in told) + gate.finish()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open", "thinking"),
+    [
+        ("<think>a</think>b</think>", False, "<think>a</think>"),
+        (" \n<think>a</think>b", False, " \n<think>a</think>"),
+        ("a</think>b", True, "a</think>"),
+        ("a</think", True, "a</think"),
+        ("a<think>b</think>", False, ""),
+        ("<thin", False, ""),
+        ("<thinking></think>", False, ""),
+        (" " * 17 + "<think>a</think>", False, ""),
+        ("", False, ""),
+    ],
+)
+def test_the_thinking_ends_with_its_closing_string(text: str, is_open: bool, thinking: str) -> None:
+    for pieces in ([text], list(text)):
+        assert through_gate(pieces, is_open=is_open) == (thinking, text.removeprefix(thinking))
+
+
+@given(
+    pieces=st.lists(
+        st.sampled_from(["<think>", "</think>", "<", "</", "think>", ">", " ", "a"]), max_size=12
+    ),
+    is_open=st.booleans(),
+)
+def test_the_end_of_the_thinking_does_not_depend_on_how_the_text_was_cut(
+    pieces: list[str], is_open: bool
+) -> None:
+    whole = through_gate(["".join(pieces)], is_open=is_open)
+    assert through_gate(pieces, is_open=is_open) == whole
+    assert through_gate(list("".join(pieces)), is_open=is_open) == whole

@@ -242,7 +242,13 @@ class Regions:
 
 def _template(fields: Mapping[str, Mapping[str, Any]]) -> ResponseTemplate:
     """Return a template of fields whose texts stay as they are, so that no text is an error."""
-    as_text = {"content": "text", "content_args": {"strip": False}, "repeats": True}
+    # The library wants what regular expressions capture to be used; it need not be.
+    as_text = {
+        "content": "text",
+        "content_args": {"strip": False},
+        "repeats": True,
+        "transform": "{content}",
+    }
     return load_response_template(
         {
             "start_anchor_pattern": r"\A",
