@@ -15,7 +15,6 @@ import tempfile
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +118,8 @@ def fingerprint(
 def _machine(kernels: Kernels, device: Device, stored_as: str, dtype: str, *, is_fused: bool) -> list[Any]:
     """Return what the machine adds: nothing of its instruction sets where no row depends on them."""
     if device.torch_device.type == "cuda":
-        # Triton's compiler orders the sums of its kernels.
-        return [torch.cuda.get_device_name(device.torch_device), torch.version.cuda, version("triton")]
+        gpu = [torch.cuda.get_device_name(device.torch_device), torch.version.cuda]
+        return [*gpu, _triton_version()] if kernels.name == "triton" else gpu
     machine: list[Any] = [platform.machine()]
     if kernels.name != "cpu" or not is_fused:  # torch computes
         machine += [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
@@ -146,3 +145,11 @@ def _sources_digest() -> str:
 def _source_files() -> Iterable[Path]:
     for folder, patterns in SOURCES.items():
         yield from sorted(path for pattern in patterns for path in folder.glob(pattern))
+
+
+def _triton_version() -> str:
+    """Return the version of Triton, whose compiler orders the sums of its kernels."""
+    import triton
+
+    found: str = triton.__version__
+    return found
