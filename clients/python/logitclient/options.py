@@ -78,9 +78,18 @@ class TemplateOptions(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, object]
 
 
-class ChatOptions(GenerationOptions, TemplateOptions, total=False):
+class ToolOptions(TypedDict, total=False):
+    """Functions that the model may call, as OpenAI writes them, and how long it thinks. Both become part of the prompt."""
+
+    tools: Sequence[Mapping[str, object]]
+    tool_choice: Literal["none", "auto", "required"] | Mapping[str, object]
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class ChatOptions(GenerationOptions, TemplateOptions, ToolOptions, total=False):
     """Options of chat."""
 
+    parallel_tool_calls: bool
     max_completion_tokens: int
     logprobs: bool
     top_logprobs: int
@@ -141,7 +150,7 @@ class EmbeddingOptions(InputOptions, total=False):
     normalize: bool
 
 
-class TokenizeOptions(TemplateOptions, total=False):
+class TokenizeOptions(TemplateOptions, ToolOptions, total=False):
     """Options of tokenize. ``add_special_tokens`` is true by default for a prompt, and false for messages."""
 
     model: str
