@@ -188,3 +188,24 @@ def test_stop_strings_wait_for_nothing_where_no_thinking_can_come(name: str, pro
 
 def test_every_familys_file_says_its_name() -> None:
     assert [load_family(name).name for name in family_names()] == family_names()
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        ("harmony", ["<|channel|>commentary to=functions.f" + " " * 1900 + "{"]),
+        ("harmony", ["<|channel|>final", *([" "] * 2000)]),
+        ("hermes", ["<tool_call>", *([" " * 10] * 600)]),
+        ("mistral", ["[TOOL_CALLS]", *([" " * 10] * 600)]),
+        ("qwen3_5", ["<tool_call>\n" + "<function=a>" * 4000 + "\n</tool_call>"]),
+        ("qwen3_5", ["<tool_call>\n<function=a>" + "<parameter=a>" * 4000 + "</function>\n</tool_call>"]),
+    ],
+)
+def test_what_models_write_without_end_is_no_call_and_is_read_before_the_test_times_out(
+    name: str, pieces: list[str]
+) -> None:
+    parser = load_family(name).parser("", tools=(), parses_calls=True)
+    for piece in pieces:
+        parser.push(piece)
+    parser.finish()
+    assert not parser.has_calls

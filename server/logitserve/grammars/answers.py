@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import orjson
+from logitengine.grammar.vocabulary import GrammarError
 
 from logitserve.grammars.arguments import call_body
 from logitserve.grammars.lark import FREE, Pieces, Rules, symbols, text_until
@@ -122,14 +123,20 @@ def _thinking(thinking: Thinking, rules: Rules) -> str:
     return f"({body})" if thinking.is_open else f"({symbols(thinking.open)} {body})?"
 
 
+def _body(calls: Calls, tool: CallableTool, rules: Rules) -> str:
+    """Return what stands between the strings of a call. Raises GrammarError."""
+    free = not tool.follows_schema
+    try:
+        return call_body(calls.syntax, calls.strings, tool.name, tool.parameters, rules, free=free)
+    except (TypeError, AttributeError, LookupError) as error:
+        raise GrammarError(
+            f"the schema of {tool.name} has members of another form than JSON Schema's"
+        ) from error
+
+
 def _calls(calls: Calls, answer: Pieces, rules: Rules) -> str:
     strings = {name: symbols(pieces) for name, pieces in calls.strings.items()}
-    bodies = [
-        call_body(
-            calls.syntax, calls.strings, tool.name, tool.parameters, rules, free=not tool.follows_schema
-        )
-        for tool in calls.tools
-    ]
+    bodies = [_body(calls, tool, rules) for tool in calls.tools]
     body = rules.add(" | ".join(bodies))
     more = ""
     if calls.parallel:

@@ -14,7 +14,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 
 from logitserve.errors import BadRequestError
 
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError)
+TEMPLATE_ERRORS = (TemplateError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError)
 
 RESERVED_VARIABLES = frozenset(
     {"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"}

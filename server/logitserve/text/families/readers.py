@@ -15,7 +15,7 @@ from logitserve.text.families.json_text import JsonScanner, items, members, obje
 Call = tuple[str, str]
 """A function's name, and its arguments as a JSON object's text."""
 
-_LONGEST_HEAD = 2000
+_LONGEST_HEAD = 256
 """Characters of a region in which a reader looks for a sign that it is no call."""
 
 
@@ -111,6 +111,8 @@ class ObjectReader:
         first = _FIRST_MEMBER.match(head)
         if first is None:
             self._scanner.is_refuted |= _NO_OBJECT.match(head) is not None
+            if len(head) == _LONGEST_HEAD:
+                self._head = None  # what it is the whole region says
             return
         key, name = first.groups()
         if self._listed is None or (key != self._keys[0] and key in {"type", "id", self._keys[1]}):
@@ -122,9 +124,9 @@ class ObjectReader:
             self._scanner.is_refuted |= string(name) not in self._listed
 
 
-_NO_OBJECT = re.compile(r"""\s*(?:\[\s*[^\s{]|\[?\s*\{\s*[^\s"])""")
+_NO_OBJECT = re.compile(r"""\s*+(?:\[\s*+[^\s{]|\[?\s*+\{\s*+[^\s"])""")
 
-_FIRST_MEMBER = re.compile(r'\s*\[?\s*\{\s*"((?:[^"\\]|\\.)*)"\s*:\s*("(?:[^"\\]|\\.)*")?', re.DOTALL)
+_FIRST_MEMBER = re.compile(r'\s*+\[?\s*+\{\s*+"((?:[^"\\]|\\.)*+)"\s*+:\s*+("(?:[^"\\]|\\.)*+")?', re.DOTALL)
 
 
 class NamedReader:
@@ -136,7 +138,7 @@ class NamedReader:
     """
 
     def __init__(self, middle: str, *, ends_itself: bool) -> None:
-        self._header = re.compile(rf"\s*([^\s<>\[\]{{}}()\"']+)\s*(?:{middle})\s*", re.DOTALL)
+        self._header = re.compile(rf"\s*+([^\s<>\[\]{{}}()\"']++)\s*+(?:{middle})\s*+", re.DOTALL)
         self._scanner = JsonScanner(only_first=ends_itself)
         self._head = ""
         self._name: str | None = None
@@ -206,6 +208,8 @@ class XmlReader:
 
     def calls(self) -> list[Call] | None:
         text = "".join(self._pieces)
+        if not _is_closed(text, "<function=", "</function>"):
+            return None
         calls, end = [], 0
         for element in _FUNCTION_ELEMENT.finditer(text):
             arguments = self._arguments(*element.groups())
@@ -216,6 +220,8 @@ class XmlReader:
         return None if text[end:].strip() else calls or None
 
     def _arguments(self, name: str, body: str) -> str | None:
+        if not _is_closed(body, "<parameter=", "</parameter>"):
+            return None
         properties = self._schemas.get(name, {})
         arguments, end = {}, 0
         for element in _PARAMETER_ELEMENT.finditer(body):
@@ -234,6 +240,11 @@ _FUNCTION_ELEMENT = re.compile(r"<function=([^>\s]+)>(.*?)</function>", re.DOTAL
 _PARAMETER_ELEMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 
 
+def _is_closed(text: str, opening: str, closing: str) -> bool:
+    """Return whether a closing string follows every opening one, lest each of them looks for it to the end."""
+    return text.rfind(opening) <= text.rfind(closing)
+
+
 def _typed(text: str, schema: Any) -> Any:
     """Return a parameter's value: JSON where its schema has no strings and it is JSON, else the text."""
     if not isinstance(schema, Mapping) or "string" in _types(schema):
@@ -247,12 +258,17 @@ def _typed(text: str, schema: Any) -> Any:
 def _types(schema: Mapping[str, Any]) -> set[str]:
     """Return the types that a schema names; "string" where it names none."""
     declared = schema.get("type")
-    types = {declared} if isinstance(declared, str) else set(declared or ())
-    for choice in [*schema.get("anyOf", ()), *schema.get("oneOf", ())]:
+    types = {declared} if isinstance(declared, str) else set(_items(declared))
+    for choice in [*_items(schema.get("anyOf")), *_items(schema.get("oneOf"))]:
         types |= _types(choice) if isinstance(choice, Mapping) else set()
     if not types and "enum" in schema:
-        return {"string" if isinstance(value, str) else "other" for value in schema["enum"]}
+        return {"string" if isinstance(value, str) else "other" for value in _items(schema["enum"])}
     return types or {"string"}
+
+
+def _items(value: Any) -> list[Any]:
+    """Return a list's texts and others; nothing of what is no list, as nobody has checked the schema."""
+    return [item for item in value if not isinstance(item, list)] if isinstance(value, list) else []
 
 
 def _refuse(constant: str) -> None:
