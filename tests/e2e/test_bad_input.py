@@ -76,6 +76,11 @@ TABLE = [
         chat_template_kwargs={"a": json.loads("[" * 900 + "]" * 900)},
     ),
     chat(
+        "the deepest template kwarg that JSON may have",
+        "chat_template_kwargs",
+        chat_template_kwargs={"a": json.loads("[" * 1015 + "]" * 1015)},
+    ),
+    chat(
         "a control token as a name",
         "chat_template_kwargs.<|im_end|>",
         chat_template_kwargs={"<|im_end|>": "<|im_end|>"},

@@ -21,7 +21,7 @@ from byte_model import save_byte_model
 from llguidance import LLMatcher
 from logitengine.config import EngineConfig
 from logitengine.engine import Engine
-from logitengine.errors import RequestRefusedError
+from logitengine.errors import EngineOverloadedError, RequestRefusedError
 from logitengine.grammar import grammars, vocabulary
 from logitengine.grammar.parse_state import ParseState
 from logitengine.grammar.vocabulary import GrammarError, Vocabulary
@@ -408,6 +408,37 @@ def test_an_answer_that_needs_too_many_states_alone_fails(
     answer = run(make_engine(plain), [asked("a", STATES, max_tokens=300, temperature=1.5)])["a", 0]
     last = answer.outputs[-1]
     assert (last.finish_reason, last.error, last.error_detail) == ("error", "grammar_failed", "lexer error…")
+
+
+def test_lexers_of_single_answers_are_bounded_in_number(
+    plain: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "MOST_LEXER_STATES", 400)
+    monkeypatch.setattr(grammars, "MOST_ALONE", 1)
+    requests = [asked(f"r{seed}", STATES, max_tokens=110, seed=seed, temperature=1.5) for seed in range(4)]
+    engine = make_engine(plain)
+    answers = run(engine, requests)
+    ends = sorted(answers[request.request_id, 0].finish_reason or "" for request in requests)
+    assert ends == ["error", "error", "error", "length"]
+    failed = next(answer for answer in answers.values() if answer.finish_reason == "error")
+    assert "a lexer of its own" in (failed.outputs[-1].error_detail or "")
+    assert engine._grammars._num_alone == 0
+
+
+def test_requests_whose_grammars_would_take_too_much_memory_are_turned_away(
+    plain: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "MOST_USED_BYTES", 1)
+    engine = make_engine(plain)
+    engine.add(asked("a", DIGITS))
+    with pytest.raises(EngineOverloadedError, match="grammars of other requests"):
+        engine.add(replace(asked("b", DIGITS), grammar=schema_of(1)))
+    engine.add(asked("c", DIGITS))
+    answered = set()
+    while engine.has_work:
+        answered.update(output.request_id for output in engine.step())
+    assert answered == {"a", "c"}
+    assert run(engine, [replace(asked("b", DIGITS), grammar=schema_of(1))])["b", 0].finish_reason == "stop"
 
 
 def test_nobody_waits_for_a_thread_that_works_with_the_shared_lexer(plain: LoadedModel) -> None:

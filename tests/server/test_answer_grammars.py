@@ -13,6 +13,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from logitengine.grammar.vocabulary import GrammarError
 from logitengine.link.messages import ModelInfo
+from logitserve.errors import BadRequestError
 from logitserve.grammars.source import GrammarSource
 from logitserve.grammars.translation import translate
 from logitserve.jobs.calls import CallOptions, answer_source
@@ -146,7 +147,7 @@ def test_calls_that_may_come_follow_their_schema_where_they_come(writer: Writer,
     if family not in ("llama3", "harmony"):  # there a call opens the answer
         assert writer.may_write(strict, f"Let me see.\n{written(family, WEATHER_CALL)} So.")
         assert not writer.may_write(strict, f"Let me see.\n{written(family, WRONG_CALL)}")
-    # Of two tools one is strict: the other's arguments are any object.
+    # One of the two tools is strict: the other's arguments are any object.
     mixed = writer.grammar(family, replace(AUTO, tools=(STRICT[0], LOOSE[1])))
     assert writer.may_write(mixed, written(family, WRONG_CALL))
     assert not writer.may_write(mixed, written(family, ("get_weather", "{}")))
@@ -200,3 +201,23 @@ def test_a_schema_that_a_form_cannot_follow_is_named(
     calls = CallOptions((Tool("find", parameters=schema),), must_call=True, may_call=True)
     with pytest.raises(GrammarError, match=f"parameters of find: .*{part}"):
         writer.grammar(family, calls)
+
+
+def test_a_prompt_that_has_ended_the_thinking_leaves_none_to_the_grammar(writer: Writer) -> None:
+    form = GrammarSource(
+        "json_schema", '{"type": "object", "properties": {}, "additionalProperties": false}', "f"
+    )
+    prompt = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    source = answer_source(
+        form, CallOptions(), load_family("hermes"), TokenizedPrompt([1], prompt), writer.model
+    )
+    assert source is form
+
+
+def test_a_form_beside_calls_that_nobody_can_write_is_refused(writer: Writer) -> None:
+    form = GrammarSource("json_object", "", "response_format")
+    unknown = msgspec.structs.replace(load_family("hermes"), calls=None)
+    with pytest.raises(BadRequestError, match="--tool-template"):
+        answer_source(
+            form, CallOptions(LOOSE, may_call=True), unknown, TokenizedPrompt([1], ""), writer.model
+        )

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from logitserve.text.families.choose import choose_family, family_names, load_family
 from logitserve.text.parser import Content, Reasoning, TextPart, ToolCall
+from logitserve.text.tools import Tool
 from model_outputs import TOOLS, joined
 
 QWEN = '<tools>…<tool_call>\n{{"name": …, "arguments": …}}\n</tool_call>'
@@ -209,3 +211,61 @@ def test_what_models_write_without_end_is_no_call_and_is_read_before_the_test_ti
         parser.push(piece)
     parser.finish()
     assert not parser.has_calls
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        (
+            "mistral",
+            '[INST]Hi[/INST][TOOL_CALLS][{}]</s>[TOOL_RESULTS]{"content": "a [THINK] b"}[/TOOL_RESULTS]',
+        ),
+        (
+            "gemma4",
+            "<|turn>model\n<|tool_call>call:f{}<tool_call|><|tool_response>response:f{a:<|channel>thought\n}<tool_response|>",
+        ),
+    ],
+)
+def test_a_tools_result_opens_no_thinking(name: str, prompt: str) -> None:
+    parser = load_family(name).parser(prompt, tools=(), parses_calls=True)
+    assert not parser.in_reasoning
+    assert parser.push("It is sunny.") == [Content("It is sunny.")]
+
+
+@pytest.mark.parametrize(
+    ("schema", "written", "value"),
+    [
+        ({"$ref": "#/$defs/P"}, '{"x": 1}', {"x": 1}),
+        ({"const": 5}, "5", 5),
+        ({"const": "5"}, "5", "5"),
+        ({"type": ["string", "null"], "enum": ["a", None]}, '"a"', "a"),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"type": "string"}, "1", "1"),
+        ({"type": "boolean"}, "True", True),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", "null"),
+        ({"enum": 5}, "1", 1),
+        ({"type": 5, "anyOf": None}, "1", 1),
+    ],
+)
+def test_a_parameters_text_is_what_its_schema_says(schema: dict[str, Any], written: str, value: Any) -> None:
+    tool = Tool("f", parameters={"type": "object", "properties": {"a": schema}})
+    parser = load_family("qwen3_5").parser("", tools=[tool], parses_calls=True)
+    element = f"<tool_call>\n<function=f>\n<parameter=a>\n{written}\n</parameter>\n</function>\n</tool_call>"
+    (call,) = [*parser.push(element), *parser.finish()]
+    assert isinstance(call, ToolCall)
+    assert json.loads(call.arguments) == {"a": value}
+
+
+def test_a_strict_tools_call_is_taken_only_as_its_grammar_writes_it() -> None:
+    fence = '```json\n{"name": "f", "arguments": {"zzz": "x"}}\n```'
+    for strict, kind in ((True, Content), (False, ToolCall)):
+        parser = load_family("hermes").parser("", tools=[Tool("f", strict=strict)], parses_calls=True)
+        (part,) = [*parser.push(fence), *parser.finish()]
+        assert isinstance(part, kind)
+
+
+def test_white_space_at_a_cut_is_what_it_follows() -> None:
+    parser = load_family("hermes").parser("", tools=(), parses_calls=False)
+    parts = [*parser.push("<think>\nab\n\n"), *parser.finish()]
+    assert "".join(part.text for part in parts if isinstance(part, Reasoning)) == "ab\n\n"
+    assert not any(isinstance(part, Content) for part in parts)

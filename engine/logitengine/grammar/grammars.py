@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from hashlib import sha256
+from threading import Lock
 from typing import Any
 
+from logitengine.errors import EngineOverloadedError
 from logitengine.grammar.parse_state import ParseState
-from logitengine.grammar.vocabulary import MOST_LEXER_STATES, CompiledGrammar, Vocabulary
+from logitengine.grammar.vocabulary import MOST_LEXER_STATES, CompiledGrammar, GrammarError, Vocabulary
 from logitengine.grammar.workers import Workers
 
 MOST_KEPT = 64
@@ -27,6 +29,12 @@ BYTES_PER_SECOND = 1 << 30
 
 MOST_LEXER_BYTES = MOST_LEXER_STATES * 2048
 """Memory of a lexer's states, at most."""
+
+MOST_USED_BYTES = 2 << 30
+"""Memory of the grammars in use, as far as it is known, beyond which requests with others are turned away."""
+
+MOST_ALONE = 8
+"""Answers whose lexers are their own, since they filled the one that they shared."""
 
 NUM_COMPILERS = 2
 NUM_MASK_MAKERS = 2
@@ -75,6 +83,8 @@ class Grammars:
         self._users: dict[ParseState, tuple[bytes, _Kept]] = {}
         self._compilers = Workers("grammar", NUM_COMPILERS)
         self._makers = Workers("mask", NUM_MASK_MAKERS)
+        self._num_alone = 0
+        self._alone = Lock()
 
     @property
     def is_busy(self) -> bool:
@@ -82,14 +92,16 @@ class Grammars:
         return self._compilers.is_busy or self._makers.is_busy
 
     def state(self, grammar: str) -> ParseState:
-        """Return the state before the first token. Raises GrammarError if this model's tokens have no grammars.
+        """Return the state before the first token. Whoever asks for it gives it back with ``release``.
 
-        Whoever asks for it gives it back with ``release``.
+        Raises GrammarError if this model's tokens have no grammars, and EngineOverloadedError if those in use take too
+        much memory for another one.
         """
         _ = self._vocabulary.tokenizer
         key = sha256(grammar.encode("utf-8", "surrogatepass")).digest()
         kept = self._kept.get(key)
         if kept is None or kept.is_stale:
+            self._check_room(len(grammar) * BYTES_PER_CHARACTER)
             compiling = self._compilers.submit(self._vocabulary.compile, grammar)
             kept = self._kept[key] = _Kept(compiling, len(grammar))
             compiling.add_done_callback(self._on_done)
@@ -100,9 +112,18 @@ class Grammars:
         self._forget_old()
         return state
 
+    def _check_room(self, nbytes: int) -> None:
+        used = sum(kept.nbytes for kept in self._kept.values() if kept.num_users)
+        if used and used + nbytes > MOST_USED_BYTES:
+            raise EngineOverloadedError(
+                f"the grammars of other requests take {used >> 20} MiB, and all may take {MOST_USED_BYTES >> 20} MiB"
+            )
+
     def release(self, state: ParseState) -> None:
         """Let go of a state. What nobody needs and no thread has begun is not compiled."""
-        state.is_abandoned = True
+        with self._alone:
+            state.is_abandoned = True
+            self._num_alone -= state.is_alone
         key, kept = self._users.pop(state)
         kept.num_users -= 1
         if not kept.num_users and kept.compiling.cancel():
@@ -168,12 +189,23 @@ class Grammars:
     def _begin_alone(self, state: ParseState) -> None:
         error: BaseException | None = None
         try:
-            if not state.is_abandoned:
+            if self._may_be_alone(state):
                 state.begin_alone()
         except BaseException as failure:  # noqa: BLE001 - a panic of llguidance is no Exception
             error = failure
         state.take_back(error)
         self._wake()
+
+    def _may_be_alone(self, state: ParseState) -> bool:
+        """Count a state that gets a lexer of its own. Raises GrammarError where there are too many."""
+        with self._alone:
+            if state.is_abandoned:
+                return False
+            if self._num_alone >= MOST_ALONE:
+                raise GrammarError(f"it needs a lexer of its own, and {MOST_ALONE} other answers have one")
+            self._num_alone += 1
+            state.is_alone = True
+            return True
 
     def _on_done(self, _done: Future[Any]) -> None:
         self._wake()

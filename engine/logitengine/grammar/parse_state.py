@@ -23,6 +23,7 @@ class ParseState:
         grammar: the text of the grammar.
         error: why nothing can follow any more, else None.
         is_abandoned: whether nobody needs it any more, so that threads need not work for it.
+        is_alone: whether it has a lexer of its own.
         has_outgrown: whether the lexer that it shares with other answers is full, so that it needs one of its own.
     """
 
@@ -30,7 +31,6 @@ class ParseState:
         "_compiled",
         "_compiling",
         "_is_away",
-        "_is_private",
         "_mask",
         "_matcher",
         "_token_ids",
@@ -39,6 +39,7 @@ class ParseState:
         "grammar",
         "has_outgrown",
         "is_abandoned",
+        "is_alone",
     )
 
     def __init__(self, grammar: str, compiling: Future[CompiledGrammar], vocabulary: Vocabulary) -> None:
@@ -50,10 +51,10 @@ class ParseState:
         self._mask: Mask | None = None
         self._token_ids: list[int] = []
         self._is_away = False
-        self._is_private = False
         self.error: str | None = None
         self.has_outgrown = False
         self.is_abandoned = False
+        self.is_alone = False
 
     @property
     def is_compiled(self) -> bool:
@@ -119,7 +120,6 @@ class ParseState:
     def begin_alone(self) -> None:
         """Compile the grammar for this answer alone, and parse its tokens again. It may take long."""
         self.has_outgrown = False
-        self._is_private = True
         self._compiled = self._vocabulary.compile(self.grammar)
         self._matcher = self._compiled.matcher
         self._consume(self._matcher, self._token_ids)
@@ -130,7 +130,7 @@ class ParseState:
             mask = self._vocabulary.fill(matcher)
         if not matcher.is_error():
             self._mask = mask
-        elif matcher.stop_reason() == LEXER_FAILED and not self._is_private:
+        elif matcher.stop_reason() == LEXER_FAILED and not self.is_alone:
             self.has_outgrown = True
         else:
             self.error = error_of(matcher)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 WORD_BITS = 32
 """Tokens that one int32 word of a mask covers."""
 
-MOST_LEXER_STATES = 50_000
+MOST_LEXER_STATES = 32_000
 """States of a lexer; each takes 1 to 2 kB. All answers of one compiled grammar share its lexer."""
 
 MOST_ERROR_CHARACTERS = 500

@@ -11,6 +11,7 @@ from logitengine.grammar.vocabulary import GrammarError
 
 from logitserve.grammars.lark import Pieces, Rules, quoted, symbols, text_until
 from logitserve.text.families.family import CallSyntax
+from logitserve.text.families.plain_text import listed_texts, may_be_text
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -100,32 +101,13 @@ def _xml(name: str, schema: dict[str, Any], rules: Rules, *, free: bool) -> str:
 
 
 def _xml_value(schema: dict[str, Any], definitions: dict[str, Any], end: Pieces, rules: Rules) -> str:
-    texts = _texts(schema)
+    texts = listed_texts(schema)
     if texts is not None:
         return f"({' | '.join(map(quoted, texts))}) {symbols(end)}"
-    if _may_be_text(schema):
+    if may_be_text(schema):
         _check_any_text(schema, "the XML of this model's calls")
         return text_until(end, rules)
     return f"{rules.json({**schema, **definitions})} {symbols(end)}"
-
-
-def _texts(schema: dict[str, Any]) -> list[str] | None:
-    """Return the only texts that the schema allows, where it lists them and nothing else."""
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-        return None
-    return values
-
-
-def _may_be_text(schema: dict[str, Any]) -> bool:
-    """Return whether a value may be a string, as far as the schema says without references."""
-    if "enum" in schema or "const" in schema or "$ref" in schema:
-        return False
-    for key in ("anyOf", "oneOf"):
-        if isinstance(schema.get(key), list):
-            return any(_may_be_text(member) for member in schema[key] if isinstance(member, dict))
-    kinds = schema.get("type", "string")
-    return "string" in kinds if isinstance(kinds, list) else kinds == "string"
 
 
 def _check_any_text(schema: dict[str, Any], form: str) -> None:
@@ -163,7 +145,7 @@ class _Gemma:
         return f'"{{" {self._rules.add(first)}'
 
     def _value(self, schema: dict[str, Any]) -> str:
-        texts = _texts(schema)
+        texts = listed_texts(schema)
         quote = symbols(self._quote)
         if texts is not None:
             return f"{quote} ({' | '.join(map(quoted, texts))}) {quote}"

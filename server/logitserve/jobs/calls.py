@@ -53,12 +53,7 @@ def settle_tools(
     if model.tokenizer.knows_tools:
         is_written = calls.must_call or any(tool.strict for tool in calls.tools)
         if not has_syntax and (is_written or family is None or not family.reads_calls):
-            raise BadRequestError(
-                "'tools' are rendered by this model's chat template, but how the model writes calls is not known; the "
-                "server's option --tool-template says it.",
-                param="tools",
-                code="unsupported_parameter",
-            )
+            raise _unknown_syntax("tools")
         return source, family
     if not calls.must_call:
         raise BadRequestError(
@@ -71,6 +66,15 @@ def settle_tools(
     assert family.calls is not None  # noqa: S101 - that is what calling_family is for
     messages = with_tools_in_system(source.turns.messages, source.turns.tools, family.calls)
     return replace(source, turns=replace(source.turns, messages=messages, tools=[])), family
+
+
+def _unknown_syntax(param: str) -> BadRequestError:
+    return BadRequestError(
+        "'tools' are rendered by this model's chat template, but how the model writes calls is not known; the "
+        "server's option --tool-template says it.",
+        param=param,
+        code="unsupported_parameter",
+    )
 
 
 def answer_source(
@@ -107,7 +111,10 @@ def _thinking(family: Family, prompt: TokenizedPrompt, model: Model) -> Thinking
     syntax, tokenizer = family.reasoning, model.tokenizer
     if syntax is None:
         return None
-    is_open = family.parser(prompt.text or "", tools=(), parses_calls=False).in_reasoning
+    parser = family.parser(prompt.text or "", tools=(), parses_calls=False)
+    is_open = parser.in_reasoning
+    if not (is_open or parser.is_start or syntax.anywhere):
+        return None  # the prompt has ended the thinking, or goes on behind it
     opening = syntax.open.strip()
     pieces = tokenizer.pieces(opening)
     # A family's older models do not think, and have no token for it.
@@ -120,7 +127,8 @@ def _thinking(family: Family, prompt: TokenizedPrompt, model: Model) -> Thinking
 
 def _calls(calls: CallOptions, family: Family, model: Model, *, with_text: bool) -> Calls:
     syntax = family.calls
-    assert syntax is not None  # noqa: S101 - settle_tools has checked it
+    if syntax is None:
+        raise _unknown_syntax("response_format")
     tools = [tool for tool in calls.tools if calls.named in (None, tool.name)]
     strings = {name: model.tokenizer.pieces(getattr(syntax, name)) for name in STRINGS}
     parallel = calls.parallel and calls.named is None

@@ -119,12 +119,17 @@ def _from_messages(
 
 
 def _num_characters(value: Any) -> int:
-    """Return the length of all texts in ``value``, names of members included."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, Mapping):
-        return sum(_num_characters(name) + _num_characters(member) for name, member in value.items())
-    return sum(map(_num_characters, value)) if isinstance(value, list | tuple) else 0
+    """Return the length of all texts in ``value``, names of members included, however deep they are nested."""
+    total, pending = 0, [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            total += len(item)
+        elif isinstance(item, Mapping):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            pending += item
+    return total
 
 
 def _check_length(num_characters: int, model: Model, param: str) -> None:

@@ -27,6 +27,7 @@ class MessageParts:
         self._hidden_strings = longest_first
         self._spelled = ""
         self._space: list[str] = []
+        self._space_kind: type[Content | Reasoning] = Content
         self.is_at_border = False
         self._parts: list[TextPart] = []
 
@@ -66,10 +67,10 @@ class MessageParts:
         self._parts = []
 
     def end(self) -> None:
-        """Take white space at the end of the answer as content, unless it touches a border."""
+        """Take white space at the end of the answer as what it follows, unless it touches a border."""
         self.pause()
         if self._space:
-            self._append(Content, "")
+            self._append(self._space_kind, "")
 
     def take(self) -> Sequence[TextPart]:
         """Return the parts since the last call."""
@@ -89,6 +90,7 @@ class MessageParts:
             self._append(kind, visible)
         if len(visible) < len(text):
             self._space.append(text[len(visible) :])
+            self._space_kind = kind
 
     def _append(self, kind: type[Content | Reasoning], text: str) -> None:
         """Append text behind the white space held back, to the latest part where that is of the same kind."""

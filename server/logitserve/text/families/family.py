@@ -102,7 +102,7 @@ class Family(_Declaration, frozen=True, dict=True):
 
     Attributes:
         call_id: the ids of its calls: "openai" is ``call_`` and 24 characters, "mistral" 9 letters and digits.
-        turn: strings with which chat templates open the assistant's turn.
+        turn: strings behind which chat templates leave the word to the assistant: they open its turn, or close a tool's result.
         also: further ways in which its models write calls at times. They are only read.
         content: borders of the answer proper, where it has some.
         control: further strings that delimit something, which are special tokens in some tokenizers.
@@ -233,12 +233,16 @@ class Family(_Declaration, frozen=True, dict=True):
         if self._own is not None:
             return self._own.reader(opening, tools)
         calls = self._call_syntaxes[opening.region.name]
+        listed: set[str] | None = None
+        if calls.listed_names:
+            # The grammar of a strict tool knows the family's first way to write a call only.
+            listed = {tool.name for tool in tools if calls is self.calls or not tool.strict}
         match calls.form:
             case "object" | "list":
                 return ObjectReader(
                     calls.name_key,
                     calls.arguments_key,
-                    listed={tool.name for tool in tools} if calls.listed_names else None,
+                    listed=listed,
                     separators=calls.between.strip(),
                     ends_itself=calls.form == "list",
                 )

@@ -40,7 +40,7 @@ class OwnTemplate:
                 _KINDS.get(name, "content"),
                 _borders(field, _OPENS),
                 _borders(field, _CLOSES),
-                # Of what may be cut, JSON alone tells whether it is whole.
+                # JSON is the only content that tells whether it is whole.
                 ends_with_answer=field.get("content") == "json",
             )
             for name, field in self._fields.items()

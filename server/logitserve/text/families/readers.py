@@ -11,6 +11,7 @@ from transformers.utils.chat_parsing import parse_response
 from transformers.utils.chat_parsing.content_parsers import parse_content
 
 from logitserve.text.families.json_text import JsonScanner, items, members, object_text, string
+from logitserve.text.families.plain_text import listed_texts, may_be_text
 
 Call = tuple[str, str]
 """A function's name, and its arguments as a JSON object's text."""
@@ -184,6 +185,20 @@ class NamedReader:
         return self._scanner.push(text)
 
 
+class _Beginning:
+    """Looks whether a text begins as it must, white space aside."""
+
+    def __init__(self, expected: str) -> None:
+        self._expected = expected
+        self._head = ""
+        self.is_refuted = False
+
+    def push(self, text: str) -> None:
+        if len(self._head) < len(self._expected):
+            self._head = (self._head + text).lstrip()[: len(self._expected)]
+            self.is_refuted = not self._expected.startswith(self._head)
+
+
 class XmlReader:
     """``<function=NAME>`` with a ``<parameter=KEY>`` for each argument.
 
@@ -196,14 +211,15 @@ class XmlReader:
     def __init__(self, schemas: Mapping[str, Mapping[str, Any]]) -> None:
         self._schemas = schemas
         self._pieces: list[str] = []
-        self._head = ""
-        self.is_refuted = False
+        self._beginning = _Beginning("<function=")
+
+    @property
+    def is_refuted(self) -> bool:
+        return self._beginning.is_refuted
 
     def push(self, text: str) -> int | None:
         self._pieces.append(text)
-        if len(self._head) < len(_FUNCTION):
-            self._head = (self._head + text).lstrip()[: len(_FUNCTION)]
-            self.is_refuted = not _FUNCTION.startswith(self._head)
+        self._beginning.push(text)
         return None
 
     def calls(self) -> list[Call] | None:
@@ -233,8 +249,6 @@ class XmlReader:
         return None if body[end:].strip() else _json(arguments)
 
 
-_FUNCTION = "<function="
-
 _FUNCTION_ELEMENT = re.compile(r"<function=([^>\s]+)>(.*?)</function>", re.DOTALL)
 
 _PARAMETER_ELEMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
@@ -246,29 +260,13 @@ def _is_closed(text: str, opening: str, closing: str) -> bool:
 
 
 def _typed(text: str, schema: Any) -> Any:
-    """Return a parameter's value: JSON where its schema has no strings and it is JSON, else the text."""
-    if not isinstance(schema, Mapping) or "string" in _types(schema):
+    """Return a parameter's value: the text where the schema has it plain or where it is no JSON, else what JSON says."""
+    if not isinstance(schema, Mapping) or may_be_text(schema) or listed_texts(schema) is not None:
         return text
     try:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return {"True": True, "False": False, "None": None}.get(text, text)
-
-
-def _types(schema: Mapping[str, Any]) -> set[str]:
-    """Return the types that a schema names; "string" where it names none."""
-    declared = schema.get("type")
-    types = {declared} if isinstance(declared, str) else set(_items(declared))
-    for choice in [*_items(schema.get("anyOf")), *_items(schema.get("oneOf"))]:
-        types |= _types(choice) if isinstance(choice, Mapping) else set()
-    if not types and "enum" in schema:
-        return {"string" if isinstance(value, str) else "other" for value in _items(schema["enum"])}
-    return types or {"string"}
-
-
-def _items(value: Any) -> list[Any]:
-    """Return a list's texts and others; nothing of what is no list, as nobody has checked the schema."""
-    return [item for item in value if not isinstance(item, list)] if isinstance(value, list) else []
 
 
 def _refuse(constant: str) -> None:
@@ -282,8 +280,11 @@ class GemmaReader:
     def __init__(self, quote: str) -> None:
         self._quote = quote
         self._pieces: list[str] = []
-        self._head = ""
-        self.is_refuted = False
+        self._beginning = _Beginning("call:")
+
+    @property
+    def is_refuted(self) -> bool:
+        return self._beginning.is_refuted
 
     @property
     def in_string(self) -> bool:
@@ -291,9 +292,7 @@ class GemmaReader:
 
     def push(self, text: str) -> int | None:
         self._pieces.append(text)
-        if len(self._head) < len(_CALL):
-            self._head = (self._head + text).lstrip()[: len(_CALL)]
-            self.is_refuted = not _CALL.startswith(self._head)
+        self._beginning.push(text)
         return None
 
     def calls(self) -> list[Call] | None:
@@ -308,8 +307,6 @@ class GemmaReader:
         arguments = _json(value)
         return None if arguments is None else [(found.group(1), arguments)]
 
-
-_CALL = "call:"
 
 _GEMMA_CALL = re.compile(r"\s*call:([^\s{]+)\s*(\{.*\})\s*", re.DOTALL)
 
