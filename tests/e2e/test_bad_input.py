@@ -72,13 +72,16 @@ TABLE = [
     ),
     chat(
         "a deep template kwarg",
-        "chat_template_kwargs",
+        "chat_template_kwargs.a",
         chat_template_kwargs={"a": json.loads("[" * 900 + "]" * 900)},
     ),
-    chat(
-        "the deepest template kwarg that JSON may have",
-        "chat_template_kwargs",
-        chat_template_kwargs={"a": json.loads("[" * 1015 + "]" * 1015)},
+    raw(
+        "the deepest template kwarg that is read",
+        b'{"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {"a": '
+        + b"[" * 1015
+        + b"]" * 1015
+        + b"}}",
+        param="chat_template_kwargs.a",
     ),
     chat(
         "a control token as a name",
