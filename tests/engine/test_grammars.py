@@ -434,7 +434,7 @@ def test_requests_whose_grammars_would_take_too_much_memory_are_turned_away(
     with pytest.raises(EngineOverloadedError, match="grammars of other requests"):
         engine.add(replace(asked("b", DIGITS), grammar=schema_of(1)))
     engine.add(asked("c", DIGITS))
-    answered = set()
+    answered: set[str] = set()
     while engine.has_work:
         answered.update(output.request_id for output in engine.step())
     assert answered == {"a", "c"}

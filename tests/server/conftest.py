@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +15,8 @@ from logitengine.model.checkpoint import Checkpoint
 from logitserve.config import ServerConfig
 from logitserve.http.app import create_app
 from scripted_engine import App, OpenApp, Script, ScriptedEngine
+from tokenizers import Tokenizer
+from tool_chats import save_thinking_model
 
 
 @pytest.fixture
@@ -43,6 +46,17 @@ def model_info(smollm2: Checkpoint) -> ModelInfo:
         heads={},
         fingerprint="fp_scripted",
     )
+
+
+@pytest.fixture(scope="session")
+def thinking_model(tmp_path_factory: pytest.TempPathFactory, model_info: ModelInfo) -> ModelInfo:
+    return save_thinking_model(tmp_path_factory.mktemp("thinking"), model_info)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(thinking_model: ModelInfo) -> Tokenizer:
+    """Return the tokenizer of the model that thinks."""
+    return Tokenizer.from_file(str(Path(thinking_model.tokenizer_path) / "tokenizer.json"))
 
 
 @pytest.fixture
