@@ -283,6 +283,24 @@ _ODD = [
         calls=(("get_weather", '{\n    "city": "Paris"\n  }'),),
     ),
     ModelOutput(
+        "calls and nothing around them, as Qwen2.5-Coder writes them too",
+        "hermes",
+        f"{_object('get_weather', CITY)}\n{_object('plan', '{}')}",
+        calls=(("get_weather", CITY), ("plan", "{}")),
+    ),
+    ModelOutput(
+        "an object that names no tool",
+        "hermes",
+        '{"name": "Ann", "arguments": {}}',
+        '{"name": "Ann", "arguments": {}}',
+    ),
+    ModelOutput(
+        "a call and text behind it",
+        "hermes",
+        f"{_object('get_weather', CITY)}\nSo it is.",
+        f"{_object('get_weather', CITY)}\nSo it is.",
+    ),
+    ModelOutput(
         "a fence that names no tool",
         "fenced",
         '```json\n{"name": "Ann", "arguments": {}}\n```\nAnd ```json\n[1]\n```.',

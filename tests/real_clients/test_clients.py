@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ FRUIT = Draft202012Validator(
 CONTEXT = "This model's maximum context length is 8192 tokens."
 
 
-def fruits_of(found: dict[str, Any], count: int) -> list[Any]:
+def fruits_of(found: dict[str, Any], count: int, member: str = "fruits") -> list[Any]:
     """Return the objects that the client parsed, once they are known to follow the schema."""
-    fruits: list[Any] = found["fruits"]
+    fruits: list[Any] = found[member]
     assert len(fruits) == count
     for fruit in fruits:
         FRUIT.validate(fruit)
@@ -49,16 +50,29 @@ def test_openai_parses_into_pydantic_models(server_url: str, environment: str | 
     assert are_equal(fruits_of(found, 2))
     assert {"chunk", "content.delta", "content.done"} <= set(found["events"])
     assert found["cut"] == "LengthFinishReasonError"
+    calls = fruits_of(found, 2, "calls")
+    assert are_equal(calls)
+    assert (found["names"], found["finish_reasons"]) == (["record_fruit"] * 2, ["tool_calls"] * 2)
+    assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= set(
+        found["call_events"]
+    )
+    assert json.loads(found["arguments"]) == calls[0]
 
 
 def test_openai_of_npm_parses_into_zod_objects(server_url: str, tmp_path: Path) -> None:
     found = run_node("parse.mjs", server_url, package="openai", work=tmp_path)
     assert are_equal(fruits_of(found, 2))
+    calls = fruits_of(found, 2, "calls")
+    assert are_equal(calls)
+    assert (found["names"], found["finishReasons"]) == (["record_fruit"] * 2, ["tool_calls"] * 2)
+    assert json.loads(found["pieces"]) == calls[0]
 
 
 def test_the_ai_sdk_gets_objects_texts_and_errors(server_url: str, tmp_path: Path) -> None:
     found = run_node("ai_sdk.mjs", server_url, package="ai", work=tmp_path)
     assert are_equal(fruits_of(found, 3))
+    assert are_equal(fruits_of(found, 2, "calls"))
+    assert (found["names"], found["callReasons"]) == (["recordFruit"] * 2, ["tool-calls"] * 2)
     whole, streamed = found["texts"]
     assert whole == streamed != ""
     assert (found["usage"], found["finishReasons"]) == (4, ["stop", "length"])
@@ -72,15 +86,18 @@ def test_langchain_gets_structured_output_and_knows_the_context_error(
 ) -> None:
     found = run_python("with_langchain.py", server_url, environment="chat", work=tmp_path)
     assert are_equal(fruits_of(found, 5))
+    assert are_equal(fruits_of(found, 2, "calls"))
+    assert found["names"] == ["Fruit", "Fruit"]
+    assert are_equal(fruits_of(found, 2, "function_calling"))
     assert 4 < found["usage"] < 96
     assert found["streamed_usage"] == 4
     assert CONTEXT in found["too_long"]
 
 
-def test_instructor_reads_objects_in_three_modes(server_url: str, tmp_path: Path) -> None:
+def test_instructor_reads_objects_in_four_modes(server_url: str, tmp_path: Path) -> None:
     found = run_python("with_instructor.py", server_url, environment="chat", work=tmp_path)
-    assert found["modes"] == ["JSON", "JSON_SCHEMA", "MD_JSON"]
-    fruits = fruits_of(found, 3)
+    assert found["modes"] == ["JSON", "JSON_SCHEMA", "MD_JSON", "TOOLS"]
+    fruits = fruits_of(found, 4)
     assert {fruit["colour"] for fruit in fruits} == {"yellow"}
 
 
@@ -111,7 +128,25 @@ def test_agents_of_pydantic_ai_have_typed_outputs(server_url: str, tmp_path: Pat
     found = run_python("with_pydantic_ai.py", server_url, environment="chat", work=tmp_path)
     whole, streamed, _ = fruits_of(found, 3)
     assert whole == streamed
+    assert are_equal(fruits_of(found, 2, "calls"))
     assert found["text"]
+
+
+def test_agents_of_openai_call_a_tool(server_url: str, tmp_path: Path) -> None:
+    found = run_python("with_openai_agents.py", server_url, environment="chat", work=tmp_path)
+    whole, streamed = fruits_of(found, 2, "calls")
+    assert whole == streamed
+    assert found["outputs"] == [f"recorded {whole['name']}"] * 2
+    assert {"raw_response_event", "run_item_stream_event"} <= set(found["events"])
+
+
+def test_smolagents_model_calls_a_tool(server_url: str, tmp_path: Path) -> None:
+    found = run_python("with_smolagents.py", server_url, environment="chat", work=tmp_path)
+    whole, streamed = found["calls"]
+    assert whole == streamed
+    assert (set(whole), found["names"]) == ({"colour", "grams"}, ["record_fruit", "record_fruit"])
+    assert whole["colour"] in {"red", "green", "yellow"}
+    assert isinstance(whole["grams"], int)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-// Asks the server given as the only argument for objects and texts with Vercel's ai. Prints them as JSON.
+// Asks the server given as the only argument for objects, calls and texts with Vercel's ai. Prints them as JSON.
 
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { APICallError, Output, generateText, streamText } from "ai";
+import { APICallError, Output, generateText, streamText, tool } from "ai";
 import { Fruit, maxTokens, model as name, question, tooLong } from "./fruit.mjs";
 
 const provider = createOpenAICompatible({
@@ -20,6 +20,17 @@ const stream = streamText({ ...asked, output });
 let partial;
 for await (partial of stream.partialOutputStream);
 
+const calling = {
+  ...asked,
+  toolChoice: "required",
+  tools: { recordFruit: tool({ inputSchema: Fruit }) },
+  providerOptions: { logitserve: { parallel_tool_calls: false } },
+};
+const called = await generateText(calling);
+const callStream = streamText(calling);
+await callStream.consumeStream();
+const calls = [...called.toolCalls, ...(await callStream.toolCalls)];
+
 const short = { ...asked, maxOutputTokens: 4 };
 const words = streamText(short);
 let text = "";
@@ -30,6 +41,9 @@ const refused = await generateText({ ...asked, prompt: tooLong }).catch((error) 
 console.log(
   JSON.stringify({
     fruits: [whole.output, await stream.output, partial],
+    calls: calls.map((call) => call.input),
+    names: calls.map((call) => call.toolName),
+    callReasons: [called.finishReason, await callStream.finishReason],
     texts: [(await generateText(short)).text, text],
     usage: (await words.usage).outputTokens,
     finishReasons: [whole.finishReason, await words.finishReason],

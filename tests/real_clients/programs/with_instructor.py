@@ -1,4 +1,4 @@
-"""instructor: the modes JSON, JSON_SCHEMA and MD_JSON."""
+"""instructor: the modes JSON, JSON_SCHEMA, MD_JSON and TOOLS."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from openai import OpenAI
 COPY = 'Copy this: {"name": "banana", "colour": "yellow", "grams": 120, "tags": ["sweet"]}'
 
 fruits = {}
-for mode in (instructor.Mode.JSON, instructor.Mode.JSON_SCHEMA, instructor.Mode.MD_JSON):
+for mode in (
+    instructor.Mode.JSON,
+    instructor.Mode.JSON_SCHEMA,
+    instructor.Mode.MD_JSON,
+    instructor.Mode.TOOLS,
+):
     client = instructor.from_openai(OpenAI(base_url=base_url(), api_key="none", max_retries=0), mode=mode)
     fruit = client.chat.completions.create(
         model=MODEL,
