@@ -145,11 +145,6 @@ class Engine:
         return self._under_way is not None
 
     @property
-    def is_preparing(self) -> bool:
-        """True while threads work for grammars, which nothing can stop."""
-        return self._grammars.is_busy
-
-    @property
     def begun_request_ids(self) -> set[str]:
         """Ids of requests for which something was computed or is being computed. The others have only waited."""
         return {

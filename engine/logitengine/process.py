@@ -10,11 +10,10 @@ import os
 import queue
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError, EngineError, EngineOverloadedError
@@ -53,7 +52,7 @@ IDLE_SECONDS = 1.0
 """Interval at which an idle engine sends its statistics."""
 
 
-def main() -> int:
+def main() -> NoReturn:
     parser = argparse.ArgumentParser(description="The engine process; started by the server.")
     parser.add_argument("--socket", required=True, help="Unix socket on which the server listens")
     parser.add_argument("--config", required=True, help="EngineConfig as JSON")
@@ -73,11 +72,10 @@ def main() -> int:
     channel: BlockingChannel[ToEngine] = BlockingChannel(connection, ToEngine)
     loop = EngineLoop(channel)
     status = loop.run(EngineConfig.model_validate_json(arguments.config))
-    if loop.is_preparing:
-        # A thread in foreign code must not meet an interpreter that is being taken apart.
-        logging.shutdown()
-        os._exit(status)
-    return status
+    # All that the process has is the system's to take. Taking an interpreter apart with all that was imported lasts
+    # two seconds, and a thread that still works for grammars, in foreign code, must not meet it.
+    logging.shutdown()
+    os._exit(status)
 
 
 class Heart:
@@ -137,11 +135,6 @@ class EngineLoop:
         self._engine: Engine | None = None
         self._inbox: queue.SimpleQueue[ToEngine | _Wake | None] = queue.SimpleQueue()
 
-    @property
-    def is_preparing(self) -> bool:
-        """Whether threads still work for grammars."""
-        return self._engine is not None and self._engine.is_preparing
-
     def run(self, config: EngineConfig) -> int:
         """Load, then serve until the server closes the socket. Returns the process's exit status."""
         receiving = threading.Thread(target=self._receive, name="receive", daemon=True)
@@ -159,7 +152,6 @@ class EngineLoop:
             self._send(Failed(f"{type(error).__name__}: {error}", begun))
             status = 1
         self._heart.stop()
-        gc.unfreeze()  # otherwise extension modules complain at exit that their objects still exist
         self._channel.flush(EXIT_SECONDS)
         # Wait until the server has closed. After an earlier exit its next write would fail, and it would lose
         # all that it has not read.
@@ -250,4 +242,4 @@ class EngineLoop:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

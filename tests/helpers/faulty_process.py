@@ -39,4 +39,4 @@ def faulty_step(engine: Engine) -> list[StepOutput]:
 
 if __name__ == "__main__":
     setattr(Engine, "step", faulty_step)  # noqa: B010 - mypy forbids the plain assignment
-    sys.exit(main())
+    main()

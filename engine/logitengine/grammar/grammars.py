@@ -86,11 +86,6 @@ class Grammars:
         self._num_alone = 0
         self._alone = Lock()
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a thread works."""
-        return self._compilers.is_busy or self._makers.is_busy
-
     def state(self, grammar: str) -> ParseState:
         """Return the state before the first token. Whoever asks for it gives it back with ``release``.
 
