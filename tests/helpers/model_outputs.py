@@ -301,6 +301,13 @@ _ODD = [
         f"{_object('get_weather', CITY)}\nSo it is.",
     ),
     ModelOutput(
+        "thinking, and a call in a form that is not read",
+        "glm4_5",
+        "\n<think>Hm.</think>\nSo:\n<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+        "So:\n<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>",
+        "Hm.",
+    ),
+    ModelOutput(
         "a fence that names no tool",
         "fenced",
         '```json\n{"name": "Ann", "arguments": {}}\n```\nAnd ```json\n[1]\n```.',

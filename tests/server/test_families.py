@@ -66,6 +66,11 @@ def read(template: dict[str, Any], text: str, prompt: str = "") -> list[TextPart
     [
         (QWEN, "Qwen2ForCausalLM", "hermes"),
         ("<tool_call>\n<function=f>\n<parameter=a>\n … arguments … </tool_call>", "", "qwen3_5"),
+        (
+            "<tool_call>{{ call.name }}{% for k in call.arguments %}<arg_key>…<arg_value>…</tool_call>",
+            "",
+            "glm4_5",
+        ),
         ('<|start_header_id|>ipython<|end_header_id|> {"name": …, "parameters": …}', "", "llama3"),
         ("[TOOL_CALLS] [", "", "mistral"),
         ("[TOOL_CALLS]f[ARGS]", "", "mistral_named"),

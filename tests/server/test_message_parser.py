@@ -91,7 +91,8 @@ def written_in_pieces(draw: st.DrawFn) -> tuple[ModelOutput, list[str]]:
     family = family_of(name)
     opens = [family.calls.open, family.calls.close, family.calls.middle] if family.calls else []
     strings = [text for text in (*family.delimiters, *opens) if text]
-    whole = [WRITINGS[name].calls(("get_weather", '{"city": "Paris"}'))]
+    call = ("get_weather", '{"city": "Paris"}')
+    whole = [WRITINGS[name].calls(call)] if name in WRITINGS else []
     text = "".join(draw(st.lists(st.sampled_from([*strings, *strings, *FRAGMENTS, *whole]), max_size=12)))
     cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
