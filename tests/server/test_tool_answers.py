@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from logitengine.link.messages import ModelInfo
-from scripted_engine import OpenApp
+from logitengine.link.messages import GenerationRequest, ModelInfo
+from logitserve.text.families.choose import family_names, load_family
+from model_outputs import OUTPUTS, TOOLS
+from scripted_engine import OpenApp, Step
 from tokenizers import Tokenizer
 from tool_chats import (
     CHAT,
@@ -58,7 +60,7 @@ CALLS = (
     '<tool_call>\n{"name": "find", "arguments": {"city": "Zürich \\"x\\""}}\n</tool_call>\n'
     '<tool_call>\n{"name": "find", "arguments": {"city":"</tool>"}}\n</tool_call>'
 )
-OUTPUTS = {
+TEXTS = {
     "text": "Hello there.",
     "thinking": "<think>\nHm, no.\n</think>\n\nHello.",
     "calls": CALLS,
@@ -68,23 +70,11 @@ OUTPUTS = {
 }
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
-async def test_a_stream_says_what_the_whole_answer_says_with_every_row_once(
-    open_app: OpenApp, thinking_model: ModelInfo, tokenizer: Tokenizer, name: str
-) -> None:
-    """Rows, log-probabilities and ids are those of the engine's outputs, in order, whatever the parser holds back."""
-    text = OUTPUTS[name]
-    ids = ids_of(tokenizer, text)
-    wants: dict[str, Any] = {
-        "tools": [tool(parameters=CITY)],
-        "return_logits": {"top_k": 4},
-        "logprobs": True,
-        "top_logprobs": 1,
-    }
-    async with open_app(saying(tokenizer, text, with_rows=True), info=thinking_model) as app:
-        whole = await ask(app, **wants)
-        events = await stream(app, **wants)
-        plain = await ask(app, **wants, tool_choice="none")
+WITH_ROWS: dict[str, Any] = {"return_logits": {"top_k": 4}, "logprobs": True, "top_logprobs": 1}
+
+
+def check_rows(whole: dict[str, Any], events: list[Any], plain: dict[str, Any], ids: list[int]) -> None:
+    """Check that an answer, its stream and a run without a parser have the same message and the rows of the same ids."""
     choice, plain_choice = whole["choices"][0], plain["choices"][0]
     assert spoken(joined(events)) == spoken(choice["message"])
     assert choice["token_ids"] == plain_choice["token_ids"] == ids
@@ -98,11 +88,52 @@ async def test_a_stream_says_what_the_whole_answer_says_with_every_row_once(
     logprobs = [entry for chunk in chunks if chunk["logprobs"] for entry in chunk["logprobs"]["content"]]
     assert logprobs == choice["logprobs"]["content"]
     assert [chunk["finish_reason"] for chunk in chunks if chunk["finish_reason"]] == [choice["finish_reason"]]
+    assert plain_choice["message"].get("tool_calls") is None
+
+
+@pytest.mark.parametrize("name", TEXTS)
+async def test_a_stream_says_what_the_whole_answer_says_with_every_row_once(
+    open_app: OpenApp, thinking_model: ModelInfo, tokenizer: Tokenizer, name: str
+) -> None:
+    """Rows, log-probabilities and ids are those of the engine's outputs, in order, whatever the parser holds back."""
+    text = TEXTS[name]
+    wants = {**WITH_ROWS, "tools": [tool(parameters=CITY)]}
+    async with open_app(saying(tokenizer, text, with_rows=True), info=thinking_model) as app:
+        whole = await ask(app, **wants)
+        events = await stream(app, **wants)
+        plain = await ask(app, **wants, tool_choice="none")
+    check_rows(whole, events, plain, ids_of(tokenizer, text))
+    choice = whole["choices"][0]
     has_calls = name in ("calls", "all")
     assert choice["finish_reason"] == ("tool_calls" if has_calls else "stop")
     assert (choice["message"]["content"] is None) == (name == "calls")
     assert len(choice["message"].get("tool_calls", [])) == (2 if has_calls else 0)
-    assert plain_choice["message"].get("tool_calls") is None
+
+
+@pytest.mark.parametrize("family", family_names())
+async def test_every_output_of_a_family_keeps_its_rows(
+    open_app: OpenApp, thinking_model: ModelInfo, tokenizer: Tokenizer, family: str
+) -> None:
+    said: list[str] = []
+
+    def script(request: GenerationRequest) -> list[Step]:
+        return saying(tokenizer, said[-1], with_rows=True)(request)
+
+    outputs = [output for output in OUTPUTS if output.family == family and not output.prompt and output.text]
+    listed = [tool(tool_.name, parameters=tool_.parameters or {"type": "object"}) for tool_ in TOOLS]
+    reads_calls = load_family(family).reads_calls
+    wants = {**WITH_ROWS, "tools": listed} if reads_calls else WITH_ROWS
+    async with open_app(script, info=thinking_model, tool_template=family) as app:
+        for output in outputs:
+            said.append(output.text)
+            whole, events = await ask(app, **wants), await stream(app, **wants)
+            plain = await ask(app, **wants, **({"tool_choice": "none"} if reads_calls else {}))
+            check_rows(whole, events, plain, ids_of(tokenizer, output.text))
+            calls = whole["choices"][0]["message"].get("tool_calls", [])
+            assert [call["function"]["name"] for call in calls] == [name for name, _ in output.calls], (
+                output.name
+            )
+    assert said
 
 
 async def test_thinking_comes_under_both_names_and_is_counted(
