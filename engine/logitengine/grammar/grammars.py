@@ -108,7 +108,9 @@ class Grammars:
         return state
 
     def _check_room(self, nbytes: int) -> None:
-        used = sum(kept.nbytes for kept in self._kept.values() if kept.num_users)
+        # Full ones too, which newcomers compile again.
+        in_use = {id(kept): kept.nbytes for _, kept in self._users.values()}
+        used = sum(in_use.values())
         if used and used + nbytes > MOST_USED_BYTES:
             raise EngineOverloadedError(
                 f"the grammars of other requests take {used >> 20} MiB, and all may take {MOST_USED_BYTES >> 20} MiB"

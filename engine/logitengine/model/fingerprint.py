@@ -24,6 +24,7 @@ import transformers
 from logitkernels import Kernels
 
 import logitengine
+from logitengine.model.conversions import cache_directory
 from logitengine.run.devices import Device
 
 NUM_DIGITS = 16
@@ -71,7 +72,7 @@ def file_digest(path: Path) -> str:
     status = path.resolve().stat()
     times = (status.st_mtime_ns, status.st_ctime_ns)
     identity = f"{path.resolve()}|{status.st_size}|{status.st_ino}|{times}"
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "logitserve" / "digests"
+    root = cache_directory() / "digests"
     kept = root / hashlib.sha256(identity.encode()).hexdigest()[:24]
     with contextlib.suppress(OSError):
         return kept.read_text()
