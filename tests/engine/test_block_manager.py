@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from logitengine.link.messages import GenerationRequest, SamplingParams
+from logitengine.link.messages import Array, GenerationRequest, PromptItem, SamplingParams
 from logitengine.schedule.block_manager import BlockManager
-from logitengine.schedule.prompt import Prompt, PromptItem, root_digest
+from logitengine.schedule.prompt import Prompt, root_digest
 from logitengine.schedule.sequence import Sequence
 
 BLOCK_SIZE = 4
@@ -55,6 +55,10 @@ def test_another_salt_never_shares() -> None:
     assert manager.share_prefix(make_sequence(list(range(8))), limit=7) == 0
 
 
+def item(start: int, stop: int, digest: bytes) -> PromptItem:
+    return PromptItem(start=start, stop=stop, digest=digest, pixels=Array("float32", (0,), b""))
+
+
 def with_items(tokens: list[int], *items: PromptItem) -> Sequence:
     sequence = make_sequence(tokens)
     sequence.prompt = Prompt(tokens, items, sequence.prompt.root)
@@ -64,16 +68,16 @@ def with_items(tokens: list[int], *items: PromptItem) -> Sequence:
 def test_equal_placeholders_with_different_items_never_share() -> None:
     manager = BlockManager(16, BLOCK_SIZE, prefix_caching=True)
     tokens = [1, 2, 0, 0, 0, 0, 3, 4, 5]
-    compute(manager, with_items(tokens, PromptItem(2, 6, b"a cat")))
+    compute(manager, with_items(tokens, item(2, 6, b"a cat")))
     limit = len(tokens) - 1
-    assert manager.share_prefix(with_items(tokens, PromptItem(2, 6, b"a cat")), limit) == 8
-    assert manager.share_prefix(with_items(tokens, PromptItem(2, 6, b"a dog")), limit) == 0
+    assert manager.share_prefix(with_items(tokens, item(2, 6, b"a cat")), limit) == 8
+    assert manager.share_prefix(with_items(tokens, item(2, 6, b"a dog")), limit) == 0
     assert manager.share_prefix(make_sequence(tokens), limit) == 0
-    second = with_items([1, 2, 9, 9, 0, 0, 3, 4, 5], PromptItem(4, 6, b"a cat"))
+    second = with_items([1, 2, 9, 9, 0, 0, 3, 4, 5], item(4, 6, b"a cat"))
     compute(manager, second)
-    other = with_items([1, 2, 9, 9, 0, 0, 3, 4, 5], PromptItem(4, 6, b"a dog"))
+    other = with_items([1, 2, 9, 9, 0, 0, 3, 4, 5], item(4, 6, b"a dog"))
     assert manager.share_prefix(other, limit) == 4, "the first block holds no part of the item"
-    shifted = with_items(tokens, PromptItem(3, 6, b"a cat"))
+    shifted = with_items(tokens, item(3, 6, b"a cat"))
     assert manager.share_prefix(shifted, limit) == 0, "another part of the item in the same place"
 
 

@@ -137,6 +137,26 @@ class OutputSpec(Struct, frozen=True, kw_only=True):
         return num_prompt_tokens - needs_last
 
 
+class PromptItem(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the model's image encoder reads in one call, in place of the placeholder tokens ``start:stop`` of a prompt.
+
+    Most encoders read a tile of an image; those that take any resolution (Qwen-VL's) read a whole image. Each row of the
+    encoder's output stands for one of the placeholder tokens, in order.
+
+    Attributes:
+        digest: digest of the content and all that was done to it, of any length. Equal digests mean equal outputs.
+        pixels: float32, as transformers' image processors prepare them, without a batch dimension: [channels, height,
+            width], or [patches, numbers] with a ``grid``.
+        grid: numbers of patches (time, height, width), where the encoder reads any resolution.
+    """
+
+    start: int
+    stop: int
+    digest: bytes
+    pixels: Array
+    grid: tuple[int, int, int] | None = None
+
+
 class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One request: a prompt and ``n`` independent continuations. Its last six fields are those of OutputSpec.
 
@@ -145,6 +165,8 @@ class GenerationRequest(Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     request_id: str
     prompt_token_ids: list[int]
+    items: list[PromptItem] = []
+    """In the order of their positions, without overlap."""
     sampling: SamplingParams
     n: int = 1
     cache_salt: str | None = None
@@ -254,6 +276,22 @@ class StepOutput(Struct, frozen=True, kw_only=True, array_like=True):
         return sum(block.nbytes for block in blocks if block is not None)
 
 
+class EncoderInfo(Struct, frozen=True, kw_only=True):
+    """The image encoder of a model.
+
+    Attributes:
+        family: config.json's ``model_type``, which decides how images are prepared and which tokens stand for them.
+        pixels_shape: shape of an item's pixels; empty where the encoder reads any resolution.
+        num_tokens: placeholder tokens of an item; 0 where they follow from its grid.
+        merge_size: patches in a row and in a column that become one token, where there is a grid.
+    """
+
+    family: str
+    pixels_shape: tuple[int, ...] = ()
+    num_tokens: int = 0
+    merge_size: int = 1
+
+
 class ModelInfo(Struct, frozen=True, kw_only=True):
     """Description of the loaded model; sent once, when the engine is ready to serve.
 
@@ -281,6 +319,8 @@ class ModelInfo(Struct, frozen=True, kw_only=True):
     """False for a sequence classifier, which has hidden states and heads but no logits over a vocabulary."""
     heads: dict[str, int]
     """Value heads and classifiers by name, with the number of values that each gives per position."""
+    encoder: EncoderInfo | None = None
+    """The image encoder of a model that reads images."""
     fingerprint: str
     """Digest of all that decides the bits of a row; where rows are batch invariant, equal ones promise equal rows."""
 

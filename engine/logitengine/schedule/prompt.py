@@ -5,20 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from logitengine.link.messages import PromptItem
+
 DIGEST_BYTES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class PromptItem:
-    """Output of an encoder (for an image, say) in place of the placeholder tokens ``start:stop``.
-
-    Attributes:
-        digest: digest of the item's content, of any length.
-    """
-
-    start: int
-    stop: int
-    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)

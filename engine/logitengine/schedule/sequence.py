@@ -97,7 +97,11 @@ class Sequence:
             request_id=request.request_id,
             index=index,
             arrival=arrival,
-            prompt=Prompt(request.prompt_token_ids, root=root_digest(cache_salt=request.cache_salt)),
+            prompt=Prompt(
+                request.prompt_token_ids,
+                items=tuple(request.items),
+                root=root_digest(cache_salt=request.cache_salt),
+            ),
             sampling=request.sampling,
             outputs=request.outputs,
             leader=leader,
