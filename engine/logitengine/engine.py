@@ -103,6 +103,7 @@ class Engine:
                     self._num_arrivals,
                     leader=leader,
                     row_nbytes=row_nbytes,
+                    joins_items=info.encoder is not None and info.encoder.joins_tokens,
                     grammar=grammars[index],
                 )
             )

@@ -285,6 +285,7 @@ class EncoderInfo(Struct, frozen=True, kw_only=True):
         num_tokens: placeholder tokens of an item; 0 where they follow from its grid.
         merge_size: patches in a row and in a column that become one token, where there is a grid.
         depth: number of decoder layers after which images add to the hidden states.
+        joins_tokens: whether the tokens of an item attend to each other in both directions.
     """
 
     family: str
@@ -292,6 +293,7 @@ class EncoderInfo(Struct, frozen=True, kw_only=True):
     num_tokens: int = 0
     merge_size: int = 1
     depth: int = 0
+    joins_tokens: bool = False
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):

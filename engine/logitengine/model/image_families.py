@@ -12,11 +12,11 @@ from logitengine.link.messages import EncoderInfo
 GRID_FAMILIES = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
 """Families whose encoder reads any resolution, and whose rotary positions have three axes."""
 
-BLOCK_FAMILIES = frozenset({"gemma3"})
+JOINING_FAMILIES = frozenset({"gemma3"})
 """Families in which the tokens of an image attend to each other in both directions."""
 
 SHUFFLING_FAMILIES = frozenset({"idefics3", "smolvlm"})
-FAMILIES = GRID_FAMILIES | BLOCK_FAMILIES | SHUFFLING_FAMILIES | {"internvl", "internvl_chat", "llava"}
+FAMILIES = GRID_FAMILIES | JOINING_FAMILIES | SHUFFLING_FAMILIES | {"internvl", "internvl_chat", "llava"}
 
 LLAVA_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model"})
 
@@ -39,6 +39,7 @@ def encoder_info(config: PreTrainedConfig) -> EncoderInfo:
         family=family,
         pixels_shape=(getattr(vision, "num_channels", 3), height, width),
         num_tokens=_num_tokens(config, patches),
+        joins_tokens=family in JOINING_FAMILIES,
     )
 
 

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
-from logitengine.link.messages import ModelInfo
+from logitengine.link.messages import EncoderInfo, ModelInfo
 from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
 from logitengine.model.cpus import num_usable_cpus
 from logitengine.model.fingerprint import WeightsDigest, digest_of_config, fingerprint
@@ -120,6 +120,7 @@ def prepare(
         if whole is not None:
             image_part = getattr(whole, whole.base_model_prefix)
             encoder = ImageEncoder(image_part, kernels, exact=dtype == torch.float32)
+            _check_joined_items(encoder.info, config, kernels)
         shapes = probe_layers(model, kernels)
         heads = value_heads_of(model, config.value_head, kernels, is_classifier=not can_generate)
         own = ModelWeights(model)
@@ -176,6 +177,23 @@ def prepare(
         ),
     )
     return LoadedModel(info, runner, kernels, device)
+
+
+def _check_joined_items(encoder: EncoderInfo, config: EngineConfig, kernels: Kernels) -> None:
+    """Check that the tokens of an image can attend to each other, if they do. Raises ValueError."""
+    if not encoder.joins_tokens:
+        return
+    if not kernels.honours_key_ends:
+        raise ValueError(
+            f"the tokens of its images attend to each other, which the {kernels.name} kernels do not compute"
+        )
+    longest = min(config.max_prefill_chunk or config.max_num_batched_tokens, config.max_num_batched_tokens)
+    if encoder.num_tokens + config.max_num_seqs > longest:
+        raise ValueError(
+            f"the {encoder.num_tokens} tokens of an image are computed in one step, beside those of {config.max_num_seqs} "
+            f"other sequences, and a step has {longest}: raise --max-num-batched-tokens or --max-prefill-chunk, or lower "
+            "--max-num-seqs"
+        )
 
 
 def _stored_as(weights: WeightSource | None) -> str:

@@ -128,6 +128,7 @@ class DeviceBatch:
                 slot_mapping=tensors["slot_mapping"],
                 max_query_len=max_query_len,
                 max_seq_len=max_seq_len,
+                key_ends=tensors.get("key_ends"),
             ),
             features=features,
         )
@@ -175,6 +176,7 @@ def build_batch(chunks: list[Chunk], block_size: int) -> Batch:
             "seq_lens": np.array([chunk.stop for chunk in chunks], dtype=np.int32),
             "block_tables": tables,
             "slot_mapping": np.array(slots, dtype=np.int64),
+            **_key_ends(chunks, starts, ends[-1]),
         },
         max_query_len=max(chunk.stop - chunk.start for chunk in chunks),
         max_seq_len=max(chunk.stop for chunk in chunks),
@@ -191,6 +193,26 @@ def _item_rows(chunk: Chunk, batch_start: int) -> list[ItemRows]:
             shift = batch_start - chunk.start
             rows.append(ItemRows(item.digest, start - item.start, start + shift, stop + shift))
     return rows
+
+
+def _key_ends(chunks: list[Chunk], starts: list[int], num_tokens: int) -> dict[str, NDArray[np.int32]]:
+    """Return AttentionMetadata's ``key_ends`` where a chunk holds tokens of joined items."""
+    joining = [
+        (chunk, start, item)
+        for chunk, start in zip(chunks, starts, strict=True)
+        if chunk.sequence.joins_items
+        for item in chunk.sequence.prompt.items
+        if item.start < chunk.stop and chunk.start < item.stop
+    ]
+    if not joining:
+        return {}
+    ends = np.empty(num_tokens, dtype=np.int32)
+    for chunk, start in zip(chunks, starts, strict=True):
+        ends[start : start + chunk.num_tokens] = np.arange(chunk.start + 1, chunk.stop + 1)
+    for chunk, start, item in joining:
+        first = start + max(item.start - chunk.start, 0)
+        ends[first : start + item.stop - chunk.start] = item.stop
+    return {"key_ends": ends}
 
 
 def _positions(chunks: list[Chunk], starts: list[int], positions: list[int]) -> NDArray[np.int64]:

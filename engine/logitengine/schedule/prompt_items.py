@@ -26,6 +26,8 @@ def check_items(request: GenerationRequest, info: ModelInfo, cache_bytes: int) -
         if not end <= item.start < item.stop <= len(request.prompt_token_ids):
             raise RequestRefusedError(f"item {number} stands at {item.start}:{item.stop}, where it cannot")
         end = item.stop
+        if encoder.joins_tokens and end == len(request.prompt_token_ids):
+            raise RequestRefusedError("the prompt ends with an image, which this model expects text after")
         _check_pixels(number, item, encoder)
         nbytes = (item.stop - item.start) * output_nbytes_per_token(info)
         if nbytes > cache_bytes:

@@ -211,6 +211,7 @@ class Scheduler:
             stop = max(start, min(stop, sequence.num_tokens - 1))
         if self._encoder_queue is not None:
             stop = sequence.end_of_ready(stop, self._encoder_queue.is_ready)
+        stop = sequence.end_of_whole_items(stop)
         given = sequence.num_rows_given
         rows = range(given, given)
         if sequence.owes_rows:

@@ -52,6 +52,7 @@ class Sequence:
         num_rows_given: prompt positions up to which no row is owed: given, or never requested.
         positions: rotary positions of the prompt's tokens, int64 [3, tokens], where they differ from the tokens' own.
         position_offset: what is added to the own position of every token after the prompt.
+        joins_items: whether the tokens of an item attend to each other in both directions, so that no chunk divides them.
         seen, generated: counts of the whole sequence's and of the answer's tokens, if a penalty needs them.
     """
 
@@ -64,6 +65,7 @@ class Sequence:
     leader: Sequence | None = None
     row_nbytes: int = 0
     window_bytes: int | None = None
+    joins_items: bool = False
     grammar: ParseState | None = None
     state: SequenceState = SequenceState.WAITING
     token_ids: list[int] = field(init=False)
@@ -102,6 +104,7 @@ class Sequence:
         *,
         leader: Sequence | None = None,
         row_nbytes: int = 0,
+        joins_items: bool = False,
         grammar: ParseState | None = None,
     ) -> Sequence:
         """Make the sequence for choice ``index`` of a request."""
@@ -119,6 +122,7 @@ class Sequence:
             leader=leader,
             row_nbytes=row_nbytes,
             window_bytes=request.window_bytes,
+            joins_items=joins_items,
             grammar=grammar,
         )
 
@@ -186,6 +190,14 @@ class Sequence:
                 break
             if not is_ready(item):
                 return max(item.start, self.num_computed)
+        return stop
+
+    def end_of_whole_items(self, stop: int) -> int:
+        """Return where a chunk that would end at ``stop`` has to end so that it divides no item that is joined."""
+        if self.joins_items:
+            for item in self.uncomputed_items:
+                if item.start < stop < item.stop:
+                    return max(item.start, self.num_computed)
         return stop
 
     @property
