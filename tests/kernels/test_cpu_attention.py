@@ -196,7 +196,7 @@ def test_tokens_of_a_block_attend_to_each_other(data: st.DataObject, window: int
         ends[start:stop] = stop
         key_ends.append(ends)
         query_lens.append(data.draw(st.integers(1, length)))
-    options = {"dtype": torch.float32, "sliding_window": window, "key_ends": key_ends}
+    options: dict[str, Any] = {"dtype": torch.float32, "sliding_window": window, "key_ends": key_ends}
     actual = sequences.attend(query_lens, **options)
     assert_close(actual, sequences.expected(query_lens, **options))
     whole = sequences.attend(lengths, **options)
