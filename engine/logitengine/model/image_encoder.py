@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from greenlet import getcurrent, greenlet
 from logitkernels import DenseWeight, Kernels
@@ -70,7 +71,9 @@ class ImageEncoder:
     def encode(self, item: PromptItem) -> Tensor:
         """Return the output of an item, [tokens, 1 + depth, H]."""
         array = item.pixels
-        pixels = torch.frombuffer(array.data, dtype=torch.float32).view(array.shape).to(self._device)
+        pixels = torch.from_numpy(np.frombuffer(array.data, dtype="<f4").reshape(array.shape).copy()).to(
+            self._device
+        )
         if item.grid is not None:
             grid = torch.tensor([item.grid], device=self._device)
             output = self._model.get_image_features(pixels, image_grid_thw=grid, return_dict=True)
