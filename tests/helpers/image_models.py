@@ -1,8 +1,8 @@
 """Tiny random models that read images, in transformers' formats and in InternVL's original one.
 
-    model = save_image_model(directory, "llava")
-    prompt = model.prompt([5, 6], model.pixels(1), [7])
-    reference_logits(directory, prompt.token_ids, prompt.items)  # float32 [tokens, vocabulary]
+model = save_image_model(directory, "llava")
+prompt = model.prompt([5, 6], model.pixels(1), [7])
+reference_logits(directory, prompt.token_ids, prompt.items)  # float32 [tokens, vocabulary]
 """
 
 from __future__ import annotations
@@ -329,7 +329,10 @@ _CONFIGS: dict[str, Any] = {
     "smolvlm": functools.partial(_tiles, SmolVLMConfig),
     "gemma3": _gemma3,
     "qwen2_vl": functools.partial(
-        _qwen, Qwen2VLConfig, {"rope_parameters": _MROPE}, {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+        _qwen,
+        Qwen2VLConfig,
+        {"rope_parameters": _MROPE},
+        {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
     ),
     # Two by two merged patches are a window, so that the grids of these tests have several, some of them cut.
     "qwen2_5_vl": functools.partial(
@@ -373,7 +376,12 @@ _CLIP = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 _IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-_COMMON: dict[str, Any] = {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True}
+_COMMON: dict[str, Any] = {
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+}
 _QWEN_PROCESSOR = {
     **_COMMON,
     **_CLIP,
