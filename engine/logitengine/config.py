@@ -91,6 +91,11 @@ class CacheMemory(BaseModel):
     block_size: Annotated[Literal[8, 16, 32, 64], BeforeValidator(_integer)] = Field(
         16, description="tokens per KV block"
     )
+    image_cache_bytes: Bytes = Field(
+        512 << 20,
+        ge=1 << 20,
+        description="outputs of the image encoder that are kept, for images that come again",
+    )
     prefix_caching: bool = Field(True, description="reuse the KV blocks of equal prefixes")
 
 

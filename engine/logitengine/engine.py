@@ -22,6 +22,8 @@ from logitengine.run.plan import StepPlan, plan_step
 from logitengine.run.sampler import Sampler
 from logitengine.run.step_rows import StepRows
 from logitengine.schedule.block_manager import BlockManager
+from logitengine.schedule.encoder_queue import EncoderQueue
+from logitengine.schedule.prompt_items import check_items, output_nbytes_per_token
 from logitengine.schedule.scheduler import Chunk, Scheduler
 from logitengine.schedule.sequence import Sequence
 
@@ -69,7 +71,8 @@ class Engine:
         self._blocks = BlockManager(
             loaded.info.num_blocks, config.block_size, prefix_caching=config.prefix_caching
         )
-        self._scheduler = Scheduler(config, self._blocks)
+        self._encoder_queue = _encoder_queue(config, loaded.info)
+        self._scheduler = Scheduler(config, self._blocks, encoder_queue=self._encoder_queue)
         self._sampler = Sampler(loaded.info.eos_token_ids)
         info = loaded.info
         self._vocabulary = Vocabulary(info.tokenizer_path, info.vocab_size, info.eos_token_ids)
@@ -100,6 +103,7 @@ class Engine:
                     self._num_arrivals,
                     leader=leader,
                     row_nbytes=row_nbytes,
+                    joins_items=info.encoder is not None and info.encoder.joins_tokens,
                     grammar=grammars[index],
                 )
             )
@@ -195,12 +199,25 @@ class Engine:
         """Launch the next step on the device. Sequences continue from tokens that only the device knows yet."""
         chunks = self._scheduler.schedule()
         dropped = self._scheduler.dropped
-        if not chunks and not dropped:
+        queue = self._encoder_queue
+        encoding = None if queue is None else queue.next_item(self._scheduler.running)
+        if not chunks and not dropped and encoding is None:
             return None
-        plan = plan_step(chunks, self.config.block_size, self._sampler.row, dropped)
+        plan = plan_step(
+            chunks,
+            self.config.block_size,
+            self._sampler.row,
+            dropped,
+            encoding=encoding,
+            dropped_outputs=() if queue is None else queue.dropped,
+        )
         dropped.clear()
         rows = self._runner.execute(plan)
-        if not chunks:
+        if queue is not None:
+            queue.dropped.clear()
+            if encoding is not None and rows.has_encoded:
+                queue.complete(encoding)
+        if not chunks and encoding is None:
             return None
         for chunk in chunks:
             self._scheduler.complete(chunk)
@@ -349,6 +366,7 @@ class Engine:
         named = (*prompt, *sampling.logit_bias, *sampling.stop_token_ids, *((spec and spec.token_ids) or ()))
         if not all(0 <= token_id < self.info.vocab_size for token_id in named):
             raise RequestRefusedError(f"a token id is outside the vocabulary of {self.info.vocab_size}")
+        check_items(request, self.info, self.config.image_cache_bytes)
         if request.head is not None and request.head.name not in self.info.heads:
             raise RequestRefusedError(f"there is no head called {request.head.name!r}")
         needs_logits = sampling.max_tokens > 0 or spec is not None or request.prompt_logprobs is not None
@@ -362,6 +380,12 @@ class Engine:
             raise EngineOverloadedError(
                 f"{self.config.max_waiting} sequences are waiting already (--max-waiting)"
             )
+
+
+def _encoder_queue(config: EngineConfig, info: ModelInfo) -> EncoderQueue | None:
+    if info.encoder is None:
+        return None
+    return EncoderQueue(config.image_cache_bytes, output_nbytes_per_token(info))
 
 
 def _begins(chunk: Chunk) -> bool:

@@ -13,7 +13,7 @@ class AttentionMetadata:
 
     Sequence s owns the queries ``query_start[s]:query_start[s + 1]``. They belong to the last of its
     ``seq_lens[s]`` tokens: query i has position ``seq_lens[s] - query_len[s] + i`` and attends to every
-    position up to its own.
+    position up to its own, or before ``key_ends`` where they are given.
 
     A batch padded to a captured size (CUDA graphs) ends in sequences of length 0 with one query each. Their
     slots are -1, nothing is stored for them, and their attention is zero.
@@ -26,6 +26,9 @@ class AttentionMetadata:
         slot_mapping: int64 [T], ``block * block_size + offset`` where each token's key and value are stored.
         max_query_len: the longest query of the batch.
         max_seq_len: the longest sequence of the batch.
+        key_ends: int32 [T], the position before which each query's keys end: after its own, and in a block of tokens
+            that see each other (an image of Gemma 3) after the block's last. Within a sequence they never decrease.
+            None: after its own for every query.
     """
 
     query_start: Tensor
@@ -34,6 +37,7 @@ class AttentionMetadata:
     slot_mapping: Tensor
     max_query_len: int
     max_seq_len: int
+    key_ends: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,9 @@ class Kernels(ABC):
         it starts later inherit its core.
         """
 
+    honours_key_ends: bool = False
+    """Whether ``paged_attention`` and ``bind_layers`` take metadata with ``key_ends``."""
+
     block_formats: frozenset[str] = frozenset()
     """Block formats of weights that ``pack`` takes."""
 

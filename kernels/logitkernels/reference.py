@@ -45,6 +45,7 @@ class ReferenceKernels(Kernels):
     name = "reference"
     # torch chooses another summation order for another number of rows.
     batch_invariant = False
+    honours_key_ends = True
 
     def pack(
         self,
@@ -101,9 +102,9 @@ class ReferenceKernels(Kernels):
                 scores = options.softcap * torch.tanh(scores / options.softcap)
             key_positions = torch.arange(keys.shape[2], device=query.device)
             # A weight of zero does not hide a NaN that another sequence left in the block.
-            unseen = key_positions > tile.positions.amax(-1, keepdim=True)
+            unseen = key_positions >= tile.key_ends.amax(-1, keepdim=True)
             values = values.masked_fill(unseen[:, None, :, None], 0.0)
-            hidden = key_positions > tile.positions[..., None]
+            hidden = key_positions >= tile.key_ends[..., None]
             if options.sliding_window is not None:
                 hidden |= key_positions <= tile.positions[..., None] - options.sliding_window
             scores = scores.masked_fill(hidden[:, None, None], -torch.inf)
@@ -123,12 +124,14 @@ class _QueryTile:
 
     rows: int64 [tiles, rows], indices into the flattened batch (valid also where padded)
     positions: int64 [tiles, rows], positions of the queries
+    key_ends: int64 [tiles, rows], positions before which their keys end
     is_query: bool [tiles, rows], False where padded
     block_tables: [tiles, blocks]
     """
 
     rows: Tensor
     positions: Tensor
+    key_ends: Tensor
     is_query: Tensor
     block_tables: Tensor
 
@@ -151,6 +154,7 @@ def _query_tiles(metadata: AttentionMetadata) -> list[_QueryTile]:
         within = within.minimum(query_lens[owner, None] - 1)
         rows = metadata.query_start[:-1].long()[owner, None] + within
         positions = metadata.seq_lens.long()[owner, None] - query_lens[owner, None] + within
+        ends = positions + 1 if metadata.key_ends is None else metadata.key_ends[rows].long()
         tables = metadata.block_tables[owner]
         at_once = max(1, MAX_SCORES // (length * metadata.max_seq_len * 16))
         tiles += [
@@ -158,6 +162,7 @@ def _query_tiles(metadata: AttentionMetadata) -> list[_QueryTile]:
             for part in zip(
                 rows.split(at_once),
                 positions.split(at_once),
+                ends.split(at_once),
                 is_query.split(at_once),
                 tables.split(at_once),
                 strict=True,

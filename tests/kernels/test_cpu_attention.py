@@ -97,6 +97,7 @@ class Sequences:
         block_size: int = 16,
         transposed: bool = False,
         seed: int = 0,
+        key_ends: list[Tensor] | None = None,
         **options: Any,
     ) -> list[Tensor]:
         """Page the keys and values among NaN, then attend with the last queries of each sequence."""
@@ -113,6 +114,9 @@ class Sequences:
             torch.cat(self.keys), torch.cat(self.values), key_cache, value_cache, whole.slot_mapping
         )
         metadata = metadata_of(query_lens, seq_lens, block_size, seed)
+        if key_ends is not None:
+            ends = torch.cat([end[len(end) - n :] for end, n in zip(key_ends, query_lens, strict=True)])
+            metadata = dataclasses.replace(metadata, key_ends=ends)
         query = torch.cat([q[len(q) - n :] for q, n in zip(self.queries, query_lens, strict=True)])
         out = KERNELS.paged_attention(
             query, key_cache, value_cache, metadata, AttentionOptions(size**-0.5, **options)
@@ -127,10 +131,12 @@ class Sequences:
         sliding_window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        key_ends: list[Tensor] | None = None,
     ) -> list[Tensor]:
         """Compute the attention of `attend` in float64, one sequence at a time."""
         results = []
-        for q, k, v, count in zip(self.queries, self.keys, self.values, query_lens, strict=True):
+        ends = key_ends or [torch.arange(1, len(k) + 1) for k in self.keys]
+        for q, k, v, end, count in zip(self.queries, self.keys, self.values, ends, query_lens, strict=True):
             group = q.shape[1] // k.shape[1]
             keys = k.to(dtype).double().repeat_interleave(group, dim=1)
             values = v.to(dtype).double().repeat_interleave(group, dim=1)
@@ -139,7 +145,7 @@ class Sequences:
                 scores = softcap * torch.tanh(scores / softcap)
             positions = torch.arange(len(k))
             distance = positions[len(k) - count :, None] - positions[None]
-            hidden = distance < 0
+            hidden = positions[None] >= end[len(k) - count :, None]
             if sliding_window is not None:
                 hidden |= distance >= sliding_window
             scores = scores.masked_fill(hidden, -torch.inf)
@@ -174,6 +180,30 @@ def test_attention_is_softmax_over_the_visible_positions(
         query_lens, dtype=dtype, block_size=block_size, transposed=transposed, sliding_window=window
     )
     assert_close(actual, sequences.expected(query_lens, dtype=dtype, sliding_window=window))
+
+
+@quick
+@given(data=st.data(), window=st.none() | st.integers(1, 200))
+def test_tokens_of_a_block_attend_to_each_other(data: st.DataObject, window: int | None) -> None:
+    lengths = data.draw(st.lists(st.integers(2, 300), min_size=1, max_size=3))
+    group = data.draw(st.integers(1, 7))
+    sequences = Sequences.draw(lengths, 2 * group, 2, 64)
+    key_ends, query_lens = [], []
+    for length in lengths:
+        start = data.draw(st.integers(0, length - 1))
+        stop = data.draw(st.integers(start + 1, length))
+        ends = torch.arange(1, length + 1, dtype=torch.int32)
+        ends[start:stop] = stop
+        key_ends.append(ends)
+        query_lens.append(data.draw(st.integers(1, length)))
+    options: dict[str, Any] = {"dtype": torch.float32, "sliding_window": window, "key_ends": key_ends}
+    actual = sequences.attend(query_lens, **options)
+    assert_close(actual, sequences.expected(query_lens, **options))
+    whole = sequences.attend(lengths, **options)
+    assert all(
+        torch.equal(part, rows[len(rows) - count :])
+        for part, rows, count in zip(actual, whole, query_lens, strict=True)
+    )
 
 
 @pytest.mark.parametrize("size", [32, 64, 96, 128, 192, 256])

@@ -281,15 +281,19 @@ class EncoderInfo(Struct, frozen=True, kw_only=True):
 
     Attributes:
         family: config.json's ``model_type``, which decides how images are prepared and which tokens stand for them.
-        pixels_shape: shape of an item's pixels; empty where the encoder reads any resolution.
+        pixels_shape: shape of an item's pixels; of one patch, [numbers], where the encoder reads any resolution.
         num_tokens: placeholder tokens of an item; 0 where they follow from its grid.
         merge_size: patches in a row and in a column that become one token, where there is a grid.
+        depth: number of decoder layers after which images add to the hidden states.
+        joins_tokens: whether the tokens of an item attend to each other in both directions.
     """
 
     family: str
     pixels_shape: tuple[int, ...] = ()
     num_tokens: int = 0
     merge_size: int = 1
+    depth: int = 0
+    joins_tokens: bool = False
 
 
 class ModelInfo(Struct, frozen=True, kw_only=True):

@@ -23,17 +23,30 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3Text
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
+from logitengine.model.fused_linear import FusedLinear
 from logitengine.model.layer_shapes import LayerShape
 from logitengine.model.network import Decoder, Head, Network, TransformersHead, TransformersNetwork
+from logitengine.model.text_part import PlainTextPart
 from logitengine.model.weight_sources import WeightSource
 from logitengine.run.batch import DeviceBatch
 from logitengine.run.kv_cache import PagedKVCache
 
-LLAMA_FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+QWEN_VL_FAMILY = (Qwen2VLTextModel, Qwen2_5_VLTextModel, Qwen3VLTextModel)
+LLAMA_FAMILY = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model, *QWEN_VL_FAMILY)
 GEMMA_FAMILY = (GemmaModel, Gemma2Model, Gemma3TextModel)
-PLAIN_HEADS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, GemmaForCausalLM)
+PLAIN_HEADS = (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    GemmaForCausalLM,
+    PlainTextPart,
+)
 """Models whose logits are the output of the linear layer."""
 
 MOST_TABLED_POSITIONS = 1 << 15
@@ -73,7 +86,9 @@ class FusedNetwork(Network):
         head: Head,
         linears: dict[str, Linear],
         kernels: Kernels,
+        depth: int = 0,
     ) -> None:
+        """Take a decoder's parts. After each of the first ``depth`` layers images add to the residual stream."""
         self.head = head
         self.linears = linears
         self._kernels = kernels
@@ -85,14 +100,16 @@ class FusedNetwork(Network):
         self._runs = [
             _Run(rope, layers[indices[0] : indices[-1] + 1], indices[0])
             for rope, indices in (
-                (rope, list(group)) for rope, group in groupby(range(len(layers)), key=ropes.__getitem__)
+                (ropes[group[0]], group)
+                for _, members in groupby(range(len(layers)), key=lambda i: (ropes[i], min(i, depth)))
+                for group in [list(members)]
             )
         ]
 
     def decoder(self, kv_cache: PagedKVCache) -> Decoder:
         runs = [
             (
-                run.rope,
+                run,
                 self._kernels.bind_layers(
                     run.layers, kv_cache.keys[run.indices], kv_cache.values[run.indices]
                 ),
@@ -102,18 +119,24 @@ class FusedNetwork(Network):
 
         def decode(batch: DeviceBatch) -> Tensor:
             hidden = self._embedding(batch.input_ids).float()
+            for rows, features in batch.features:
+                hidden[rows] = features[:, 0].float()
             tables = {rope: rotary(batch.position_ids) for rope, rotary in self._rotary.items()}
-            for rope, layers in runs:
-                hidden = layers(hidden, *tables[rope], batch.metadata)
+            for run, layers in runs:
+                hidden = layers(hidden, *tables[run.rope], batch.metadata)
+                for rows, features in batch.features:
+                    if run.indices.stop < features.shape[1]:
+                        hidden[rows] += features[:, run.indices.stop].float()
             return self._kernels.rms_norm(hidden, self._norm, self._eps)
 
         return decode
 
 
 class Rotary:
-    """Cosines and sines, float32 [T, R], of the model's own rotary module for positions int64 [T].
+    """Cosines and sines, float32 [T, R], of the model's own rotary module for positions int64 [T] or [3, T].
 
-    They come from a table if they depend on nothing but the position and the table is small.
+    They come from a table if they depend on nothing but the position and the table is small. With three rows of positions
+    each column follows one of them, as the module has it.
     """
 
     def __init__(self, module: Any, rope: str | None) -> None:
@@ -127,27 +150,28 @@ class Rotary:
         if "dynamic" not in kind and kind != "longrope" and bound <= MOST_TABLED_POSITIONS:
             self._table = self._compute(torch.arange(bound, device=buffer.device))
 
+        self._axes: Tensor | None = None
+        if self._table is not None and hasattr(module, "mrope_section"):
+            probe = self._compute(torch.arange(3, device=buffer.device)[:, None])[1]
+            # The sine differs at 0, 1 and 2 in every column.
+            self._axes = (self._table[1][:3] - probe).abs().argmin(0)
+
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self._table is None:
             return self._compute(positions)
         cos, sin = self._table
-        return cos.index_select(0, positions), sin.index_select(0, positions)
+        if positions.ndim == 1:
+            return cos.index_select(0, positions), sin.index_select(0, positions)
+        assert self._axes is not None  # noqa: S101 - only models with three axes have such positions
+        places = positions.t()[:, self._axes]
+        return cos.gather(0, places), sin.gather(0, places)
 
     @torch.inference_mode()
     def _compute(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self._module(self._any, positions[None], *self._arguments)
+        """Compute what the module gives. Where it knows three axes, one row of positions stands for all of them."""
+        rows = positions[None] if positions.ndim == 1 else positions[:, None]
+        cos, sin = self._module(self._any, rows, *self._arguments)
         return cos[0], sin[0]
-
-
-class FusedLinear(nn.Module):
-    """A linear layer of the kernels in place of a model's own."""
-
-    def __init__(self, linear: Linear) -> None:
-        super().__init__()
-        self._linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._linear(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 class Packer:
@@ -190,10 +214,10 @@ class Packer:
         return [self._model.get(name) for name in names]
 
 
-def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape]) -> Network:
+def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape], depth: int = 0) -> Network:
     """Return the model as a fused network if its architecture is known, else unchanged.
 
-    Fusing takes its decoder away.
+    Fusing takes its decoder away. After each of the first ``depth`` layers images add to the residual stream.
     """
     kernels = packer.kernels
     decoder = getattr(model, model.base_model_prefix)
@@ -207,7 +231,7 @@ def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape]) -> Ne
         if not kernels.runs_fused(layers[-1]):
             return TransformersNetwork(model, kernels)
     setattr(model, model.base_model_prefix, None)  # its weights are packed, and nothing else may keep them
-    return FusedNetwork(decoder, layers, _fuse_head(model, packer), packer.linears, kernels)
+    return FusedNetwork(decoder, layers, _fuse_head(model, packer), packer.linears, kernels, depth)
 
 
 def _fuse_head(model: PreTrainedModel, packer: Packer) -> Head:

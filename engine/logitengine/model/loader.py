@@ -14,14 +14,17 @@ from transformers.utils import logging as transformers_logging
 
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
-from logitengine.link.messages import ModelInfo
+from logitengine.link.messages import EncoderInfo, ModelInfo
 from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
 from logitengine.model.cpus import num_usable_cpus
 from logitengine.model.fingerprint import WeightsDigest, digest_of_config, fingerprint
 from logitengine.model.fuse import Packer, fuse
+from logitengine.model.image_encoder import ImageEncoder
+from logitengine.model.image_families import FAMILIES
 from logitengine.model.layer_shapes import probe_layers
 from logitengine.model.network import Network
 from logitengine.model.pretrained import eos_token_ids, load_pretrained, max_positions
+from logitengine.model.text_part import take_text_part
 from logitengine.model.value_heads import value_heads_of
 from logitengine.model.weight_sources import (
     Int8Weights,
@@ -78,12 +81,15 @@ def load(
     blocks = _stored_blocks(config, checkpoint, kernels)
     dtype = torch.bfloat16 if config.dtype == "auto" else TORCH_DTYPES[config.dtype]
     model = load_pretrained(checkpoint, dtype, device.torch_device)
+    whole: PreTrainedModel | None = None
+    if model.config.model_type in FAMILIES:
+        model, whole = take_text_part(model), model
     weights: WeightSource = ModelWeights(model)
     if config.weights == "int8":
         weights = Int8Weights(model)
     elif blocks is not None:
         weights = StoredWeights(blocks, weights)
-    loaded = prepare(config, checkpoint, model, kernels, device, weights, digest)
+    loaded = prepare(config, checkpoint, model, kernels, device, weights, digest, whole)
     logger.info("loaded %s", config.model, extra={"seconds": round(time.monotonic() - started, 1)})
     return loaded
 
@@ -96,33 +102,42 @@ def prepare(
     device: Device,
     weights: WeightSource | None = None,
     digest: WeightsDigest | None = None,
+    whole: PreTrainedModel | None = None,
 ) -> LoadedModel:
     """Fuse a model on ``device`` that uses the project's attention function, and size the KV cache for it.
 
     The model cannot be used afterwards, because fused parts are taken out of it. Its linear layers use the
     weights of ``weights`` if given. ``digest`` is the checkpoint's; without one, as for a model that was built in
-    memory, the fingerprint knows the config alone.
+    memory, the fingerprint knows the config alone. ``whole`` is the image-text model that the model was taken out of.
 
     Raises CheckpointError for a model that cannot be served, with the reason.
     """
+    architecture = type(whole or model).__name__
     dtype, can_generate = model.dtype, model.get_output_embeddings() is not None
     text_config = model.config.get_text_config()
+    encoder: ImageEncoder | None = None
     try:
+        if whole is not None:
+            image_part = getattr(whole, whole.base_model_prefix)
+            encoder = ImageEncoder(image_part, kernels, exact=dtype == torch.float32)
+            _check_joined_items(encoder.info, config, kernels)
         shapes = probe_layers(model, kernels)
         heads = value_heads_of(model, config.value_head, kernels, is_classifier=not can_generate)
         own = ModelWeights(model)
-        network = fuse(model, Packer(kernels, own, weights or own, exact=dtype == torch.float32), shapes)
+        packer = Packer(kernels, own, weights or own, exact=dtype == torch.float32)
+        network = fuse(model, packer, shapes, 0 if encoder is None else encoder.info.depth)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{type(model).__name__} cannot be served: {error}") from error
+        raise CheckpointError(f"{architecture} cannot be served: {error}") from error
     _refuse_unfused(config, model, network)
     if can_generate:
         _check_head(network, model, dtype, device)
     way = "fused" if network.is_fused else "through transformers' modules"
-    logger.info("%s on %s with %s kernels, %s", type(model).__name__, device.torch_device, kernels.name, way)
+    logger.info("%s on %s with %s kernels, %s", architecture, device.torch_device, kernels.name, way)
     factory = RunnerFactory(
         config=config,
         network=network,
         value_heads=heads,
+        encoder=encoder,
         kernels=kernels,
         device=device,
         shapes=shapes,
@@ -136,7 +151,7 @@ def prepare(
     info = ModelInfo(
         model_path=str(checkpoint.path),
         tokenizer_path=str(checkpoint.tokenizer_path),
-        architecture=type(model).__name__,
+        architecture=architecture,
         vocab_size=text_config.vocab_size,
         max_model_len=factory.max_model_len(runner.kv_cache.num_blocks),
         eos_token_ids=eos_token_ids(model),
@@ -151,6 +166,7 @@ def prepare(
         hidden_size=text_config.hidden_size,
         can_generate=can_generate,
         heads={name: head.num_outputs for name, head in heads.items()},
+        encoder=None if encoder is None else encoder.info,
         fingerprint=fingerprint(
             digest.result() if digest is not None else digest_of_config(model.config.to_dict()),
             stored_as,
@@ -161,6 +177,23 @@ def prepare(
         ),
     )
     return LoadedModel(info, runner, kernels, device)
+
+
+def _check_joined_items(encoder: EncoderInfo, config: EngineConfig, kernels: Kernels) -> None:
+    """Check that the tokens of an image can attend to each other, if they do. Raises ValueError."""
+    if not encoder.joins_tokens:
+        return
+    if not kernels.honours_key_ends:
+        raise ValueError(
+            f"the tokens of its images attend to each other, which the {kernels.name} kernels do not compute"
+        )
+    longest = min(config.max_prefill_chunk or config.max_num_batched_tokens, config.max_num_batched_tokens)
+    if encoder.num_tokens + config.max_num_seqs > longest:
+        raise ValueError(
+            f"the {encoder.num_tokens} tokens of an image are computed in one step, beside those of {config.max_num_seqs} "
+            f"other sequences, and a step has {longest}: raise --max-num-batched-tokens or --max-prefill-chunk, or lower "
+            "--max-num-seqs"
+        )
 
 
 def _stored_as(weights: WeightSource | None) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from logitkernels import Kernels
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -44,14 +46,15 @@ class TransformersNetwork(Network):
 
     def __init__(self, model: PreTrainedModel, kernels: Kernels) -> None:
         self.head = TransformersHead(model)
-        self._module: nn.Module = getattr(model, model.base_model_prefix)
+        self._module: Any = getattr(model, model.base_model_prefix)
         self._kernels = kernels
 
     def decoder(self, kv_cache: PagedKVCache) -> Decoder:
         def decode(batch: DeviceBatch) -> Tensor:
+            positions = batch.position_ids
             output = self._module(
-                input_ids=batch.input_ids[None],
-                position_ids=batch.position_ids[None],
+                **self._inputs(batch),
+                position_ids=positions[None] if positions.ndim == 1 else positions[:, None],
                 use_cache=False,
                 kv_cache=kv_cache,
                 attention_metadata=batch.metadata,
@@ -61,6 +64,22 @@ class TransformersNetwork(Network):
             return hidden
 
         return decode
+
+    def _inputs(self, batch: DeviceBatch) -> dict[str, Any]:
+        """Return the module's inputs: token ids, or embeddings where some are those of images."""
+        if not batch.features:
+            return {"input_ids": batch.input_ids[None]}
+        embeddings = self._module.get_input_embeddings()(batch.input_ids)
+        for rows, features in batch.features:
+            embeddings[rows] = features[:, 0].to(embeddings.dtype)
+        inputs: dict[str, Any] = {"inputs_embeds": embeddings[None]}
+        deeper = torch.cat([features[:, 1:] for _, features in batch.features]).to(embeddings.dtype)
+        if deeper.shape[1]:
+            is_image = torch.zeros(1, len(embeddings), dtype=torch.bool, device=embeddings.device)
+            for rows, _ in batch.features:
+                is_image[:, rows] = True
+            inputs |= {"visual_pos_masks": is_image, "deepstack_visual_embeds": list(deeper.unbind(1))}
+        return inputs
 
 
 class TransformersHead:

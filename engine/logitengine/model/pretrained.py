@@ -9,6 +9,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     PretrainedConfig,
     PreTrainedModel,
@@ -17,25 +18,35 @@ from transformers import (
 from logitengine.errors import CheckpointError
 from logitengine.model.attention import ATTENTION_NAME, register_attention
 from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.image_families import FAMILIES
 
 
 def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """Load the model onto ``device``, with the project's attention function. Raises CheckpointError if unsupported."""
     register_attention()
     try:
-        model_config = AutoConfig.from_pretrained(checkpoint.path)
-        _refuse_unsupported(model_config)
-        model: PreTrainedModel = _auto_class(model_config).from_pretrained(
-            checkpoint.path,
-            config=model_config,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-        )
+        model = _from_files(checkpoint, dtype)
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{checkpoint.name} could not be loaded: {error}") from error
     nn.Module.to(model, device)
     model.eval().requires_grad_(False)
+    return model
+
+
+def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    model_config = AutoConfig.from_pretrained(checkpoint.path)
+    _refuse_unsupported(model_config)
+    reads_images = model_config.model_type in FAMILIES
+    attention: str | dict[str, str] = ATTENTION_NAME
+    if reads_images:
+        attention = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"}
+    model: PreTrainedModel = _auto_class(model_config).from_pretrained(
+        checkpoint.path,
+        config=model_config,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+    )
     return model
 
 
@@ -44,6 +55,8 @@ def _auto_class(model_config: PretrainedConfig) -> Any:
     architecture = (model_config.architectures or [""])[0]
     if architecture.endswith("ForSequenceClassification"):
         return AutoModelForSequenceClassification
+    if model_config.model_type in FAMILIES:
+        return AutoModelForImageTextToText
     return AutoModelForCausalLM
 
 

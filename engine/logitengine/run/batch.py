@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -17,6 +17,22 @@ from logitengine.schedule.scheduler import Chunk
 
 
 @dataclass(frozen=True, slots=True)
+class ItemRows:
+    """Tokens of the batch that stand for a part of an encoder's output.
+
+    Attributes:
+        digest: digest of the item.
+        first: row of the output that the first of them stands for.
+        start, stop: rows of the batch.
+    """
+
+    digest: bytes
+    first: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Chunks one after another, without padding, on the host.
 
@@ -25,11 +41,12 @@ class Batch:
     Attributes:
         drawing: chunks that draw a token, in order. ``drawing_rows`` int64 holds the row from which each
             draws.
-        arrays: ``input_ids`` and ``position_ids`` int64 [T]; ``token_sources`` int32 [T]; and
-            AttentionMetadata's arrays. A token source is the row of the previous step's draw that gives the
+        arrays: ``input_ids`` int64 [T]; ``position_ids`` int64 [T], or [3, T] where rotary axes differ;
+            ``token_sources`` int32 [T]; and AttentionMetadata's arrays. A token source is the row of the previous step's draw that gives the
             input token, or -1 if ``input_ids`` has it.
         max_query_len, max_seq_len: as in AttentionMetadata.
         awaits_tokens: whether some of ``token_sources`` are not -1.
+        item_rows: tokens that stand for outputs of the image encoder. Their ``input_ids`` are 0.
     """
 
     chunks: list[Chunk]
@@ -40,11 +57,12 @@ class Batch:
     max_query_len: int
     max_seq_len: int
     awaits_tokens: bool
+    item_rows: list[ItemRows]
 
     @property
     def is_decode(self) -> bool:
         """Whether every chunk is one token that draws the next. The batch's rows are then the drawing rows."""
-        return self.max_query_len == 1 and len(self.drawing) == len(self.chunks)
+        return self.max_query_len == 1 and len(self.drawing) == len(self.chunks) and not self.item_rows
 
     def padded(self, num_seqs: int, num_blocks: int) -> dict[str, NDArray[Any]]:
         """Pad the arrays of a decode batch to ``num_seqs`` sequences with tables of ``num_blocks`` blocks."""
@@ -72,15 +90,25 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class DeviceBatch:
-    """A batch on the device: ``input_ids`` and ``position_ids`` int64 [T]."""
+    """A batch on the device: ``input_ids`` int64 [T], ``position_ids`` int64 [T] or [3, T].
+
+    ``features`` are outputs of the image encoder, [rows, 1 + depth, H], each with the rows of the batch whose embeddings it
+    replaces.
+    """
 
     input_ids: Tensor
     position_ids: Tensor
     metadata: AttentionMetadata
+    features: Sequence[tuple[slice, Tensor]] = ()
 
     @classmethod
     def of(
-        cls, tensors: Mapping[str, Tensor], last_tokens: Tensor | None, max_query_len: int, max_seq_len: int
+        cls,
+        tensors: Mapping[str, Tensor],
+        last_tokens: Tensor | None,
+        max_query_len: int,
+        max_seq_len: int,
+        features: Sequence[tuple[slice, Tensor]] = (),
     ) -> DeviceBatch:
         """Build the batch from its arrays on the device, and from the previous step's tokens (int32) if it awaits any.
 
@@ -100,7 +128,9 @@ class DeviceBatch:
                 slot_mapping=tensors["slot_mapping"],
                 max_query_len=max_query_len,
                 max_seq_len=max_seq_len,
+                key_ends=tensors.get("key_ends"),
             ),
+            features=features,
         )
 
 
@@ -110,6 +140,7 @@ def build_batch(chunks: list[Chunk], block_size: int) -> Batch:
     ends = [0]
     input_ids: list[int] = []
     positions: list[int] = []
+    item_rows: list[ItemRows] = []
     sources: list[int] = []
     slots: list[int] = []
     for chunk in chunks:
@@ -118,11 +149,16 @@ def build_batch(chunks: list[Chunk], block_size: int) -> Batch:
         starts.append(ends[-1])
         ends.append(ends[-1] + len(covered))
         input_ids += sequence.token_ids[chunk.start : chunk.stop]
-        positions += covered
+        offset = sequence.position_offset
+        positions += covered if not offset else range(chunk.start + offset, chunk.stop + offset)
+        if chunk.start < sequence.num_prompt_tokens and sequence.prompt.items:
+            item_rows += _item_rows(chunk, starts[-1])
         sources += [-1] * len(covered)
         if chunk.stop == sequence.num_tokens and sequence.draw_row is not None:
             sources[-1] = sequence.draw_row
         slots += [table[at // block_size] * block_size + at % block_size for at in covered]
+    for rows in item_rows:
+        input_ids[rows.start : rows.stop] = [0] * (rows.stop - rows.start)
     tables = np.zeros((len(chunks), max(len(chunk.sequence.block_table) for chunk in chunks)), dtype=np.int32)
     for row, chunk in enumerate(chunks):
         tables[row, : len(chunk.sequence.block_table)] = chunk.sequence.block_table
@@ -134,14 +170,65 @@ def build_batch(chunks: list[Chunk], block_size: int) -> Batch:
         drawing_rows=np.array([end - 1 for end in compress(ends[1:], draws)], dtype=np.int64),
         arrays={
             "input_ids": np.array(input_ids, dtype=np.int64),
-            "position_ids": np.array(positions, dtype=np.int64),
+            "position_ids": _positions(chunks, starts, positions),
             "token_sources": np.array(sources, dtype=np.int32),
             "query_start": np.array(ends, dtype=np.int32),
             "seq_lens": np.array([chunk.stop for chunk in chunks], dtype=np.int32),
             "block_tables": tables,
             "slot_mapping": np.array(slots, dtype=np.int64),
+            **_key_ends(chunks, starts, ends[-1]),
         },
         max_query_len=max(chunk.stop - chunk.start for chunk in chunks),
         max_seq_len=max(chunk.stop for chunk in chunks),
         awaits_tokens=max(sources) >= 0,
+        item_rows=item_rows,
     )
+
+
+def _item_rows(chunk: Chunk, batch_start: int) -> list[ItemRows]:
+    rows = []
+    for item in chunk.sequence.prompt.items:
+        start, stop = max(item.start, chunk.start), min(item.stop, chunk.stop)
+        if start < stop:
+            shift = batch_start - chunk.start
+            rows.append(ItemRows(item.digest, start - item.start, start + shift, stop + shift))
+    return rows
+
+
+def _key_ends(chunks: list[Chunk], starts: list[int], num_tokens: int) -> dict[str, NDArray[np.int32]]:
+    """Return AttentionMetadata's ``key_ends`` where a chunk holds tokens of joined items."""
+    joining = [
+        (chunk, start, item)
+        for chunk, start in zip(chunks, starts, strict=True)
+        if chunk.sequence.joins_items
+        for item in chunk.sequence.prompt.items
+        if item.start < chunk.stop and chunk.start < item.stop
+    ]
+    if not joining:
+        return {}
+    ends = np.empty(num_tokens, dtype=np.int32)
+    for chunk, start in zip(chunks, starts, strict=True):
+        ends[start : start + chunk.num_tokens] = np.arange(chunk.start + 1, chunk.stop + 1)
+    for chunk, start, item in joining:
+        first = start + max(item.start - chunk.start, 0)
+        ends[first : start + item.stop - chunk.start] = item.stop
+    return {"key_ends": ends}
+
+
+def _positions(chunks: list[Chunk], starts: list[int], positions: list[int]) -> NDArray[np.int64]:
+    """Return the positions of the batch: the given ones, or three rows of them where the axes of a prompt differ."""
+    own = np.array(positions, dtype=np.int64)
+    differing = [
+        (chunk, start)
+        for chunk, start in zip(chunks, starts, strict=True)
+        if chunk.sequence.positions is not None and chunk.start < chunk.sequence.num_prompt_tokens
+    ]
+    if not differing:
+        return own
+    axes = np.tile(own, (3, 1))
+    for chunk, start in differing:
+        of_prompt = chunk.sequence.positions
+        assert of_prompt is not None  # noqa: S101 - that is what differs
+        part = of_prompt[:, chunk.start : chunk.stop]
+        axes[:, start : start + part.shape[1]] = part
+    return axes

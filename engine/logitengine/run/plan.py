@@ -13,7 +13,7 @@ import numpy as np
 from logitkernels.sampling import RowSampling
 from numpy.typing import NDArray
 
-from logitengine.link.messages import HiddenStatesSpec, LogitsSpec, OutputSpec
+from logitengine.link.messages import HiddenStatesSpec, LogitsSpec, OutputSpec, PromptItem
 from logitengine.run.batch import Batch, build_batch
 from logitengine.schedule.scheduler import Chunk
 from logitengine.schedule.sequence import Sequence
@@ -85,6 +85,8 @@ class StepPlan:
             spec is its number of likeliest tokens.
         prompts: outputs of prompts.
         holds: hidden states to hold for later steps.
+        encoding: the item that the image encoder works on in the step.
+        dropped_outputs: digests of encoder outputs that are no longer kept.
         dropped: sequences whose held states are no longer needed; finished ones are forgotten.
     """
 
@@ -98,6 +100,8 @@ class StepPlan:
     prompts: list[PromptGroup]
     holds: list[Hold]
     dropped: list[Sequence]
+    encoding: PromptItem | None = None
+    dropped_outputs: Iterable[bytes] = ()
 
     @property
     def drawing(self) -> list[Chunk]:
@@ -110,6 +114,9 @@ def plan_step(
     block_size: int,
     sampling_of: Callable[[Sequence], RowSampling],
     dropped: Iterable[Sequence] = (),
+    *,
+    encoding: PromptItem | None = None,
+    dropped_outputs: Iterable[bytes] = (),
 ) -> StepPlan:
     """Plan a step of the given chunks, before any of them is completed."""
     computing = [chunk for chunk in chunks if chunk.num_tokens]
@@ -143,6 +150,8 @@ def plan_step(
         prompts=[PromptGroup(outputs, members) for outputs, members in prompts.items()],
         holds=[_hold(chunk, starts[chunk.sequence]) for chunk in computing if chunk.num_held],
         dropped=list(dropped),
+        encoding=encoding,
+        dropped_outputs=list(dropped_outputs),
     )
 
 

@@ -9,10 +9,12 @@ from logitkernels import Kernels
 from logitkernels.sampling import PreparedSampling
 from torch import Tensor
 
+from logitengine.model.image_encoder import ImageEncoder
 from logitengine.model.network import Network
 from logitengine.model.value_heads import ValueHead
 from logitengine.run.batch import DeviceBatch
 from logitengine.run.devices import Device
+from logitengine.run.encoder_outputs import EncoderOutputs
 from logitengine.run.graphs import DecodeGraphs
 from logitengine.run.kv_cache import PagedKVCache
 from logitengine.run.plan import StepPlan
@@ -27,6 +29,7 @@ class ModelRunner:
 
     Args:
         value_heads: heads by name.
+        encoder: the model's image encoder, if it has one.
         max_num_seqs: most sequences in one step.
     """
 
@@ -38,6 +41,7 @@ class ModelRunner:
         kv_cache: PagedKVCache,
         *,
         value_heads: Mapping[str, ValueHead],
+        encoder: ImageEncoder | None = None,
         max_num_seqs: int,
         vocab_size: int,
     ) -> None:
@@ -47,6 +51,9 @@ class ModelRunner:
         self._head = network.head
         self._kernels = kernels
         self._device = device
+        # On a GPU a whole image takes less than a step; on a CPU one layer takes several.
+        at_once = device.torch_device.type != "cpu"
+        self._encoder_outputs = None if encoder is None else EncoderOutputs(encoder, at_once=at_once)
         self.rows = RowComputer(self.head, kernels, device, value_heads)
         # Row i holds the token that row i of the latest draw gave. The next step reads its input tokens here.
         self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device.torch_device)
@@ -78,7 +85,13 @@ class ModelRunner:
         """Launch the step: store its keys and values, draw, and fetch its outputs."""
         for sequence in plan.dropped:
             self.rows.drop(sequence)
-        return self.rows.compute(plan, None if plan.batch is None else self._forward(plan))
+        outputs = self._encoder_outputs
+        if outputs is not None:
+            outputs.drop(plan.dropped_outputs)
+        rows = self.rows.compute(plan, None if plan.batch is None else self._forward(plan))
+        if outputs is not None and plan.encoding is not None:
+            rows.has_encoded = outputs.advance(plan.encoding)
+        return rows
 
     def _forward(self, plan: StepPlan) -> Forward:
         batch, rows = plan.batch, plan.sampling
@@ -90,7 +103,8 @@ class ModelRunner:
         sampling = self._kernels.prepare_sampling(rows, self._vocab_size, allowed=plan.allowed)
         tensors = self._device.upload({**batch.arrays, "drawing_rows": batch.drawing_rows, **sampling.arrays})
         awaited = self._last_tokens if batch.awaits_tokens else None
-        on_device = DeviceBatch.of(tensors, awaited, batch.max_query_len, batch.max_seq_len)
+        features = self._encoder_outputs.rows(batch.item_rows) if self._encoder_outputs is not None else ()
+        on_device = DeviceBatch.of(tensors, awaited, batch.max_query_len, batch.max_seq_len, features)
         hidden = self._decoder(on_device)
         if not rows:
             return Forward(hidden)

@@ -9,6 +9,7 @@ from logitkernels import Kernels
 
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
+from logitengine.model.image_encoder import ImageEncoder
 from logitengine.model.layer_shapes import LayerShape
 from logitengine.model.network import Network
 from logitengine.model.value_heads import ValueHead
@@ -30,6 +31,7 @@ class RunnerFactory:
     config: EngineConfig
     network: Network
     value_heads: dict[str, ValueHead]
+    encoder: ImageEncoder | None
     kernels: Kernels
     device: Device
     shapes: list[LayerShape]
@@ -80,6 +82,7 @@ class RunnerFactory:
             self.device,
             kv_cache,
             value_heads=self.value_heads,
+            encoder=self.encoder,
             max_num_seqs=self.config.max_num_seqs,
             vocab_size=self.vocab_size,
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from logitengine.config import EngineConfig
 from logitengine.schedule.block_manager import BlockManager
+from logitengine.schedule.encoder_queue import EncoderQueue
 from logitengine.schedule.sequence import Sequence, SequenceState
 
 LAGGING_SECONDS = 1.0
@@ -89,6 +90,7 @@ class Scheduler:
 
     Args:
         clock: seconds, monotonic.
+        encoder_queue: which items of prompts are encoded; None for a model that reads none.
 
     Attributes:
         waiting, running, parked: the sequences in each state, by arrival.
@@ -101,9 +103,12 @@ class Scheduler:
         config: EngineConfig,
         block_manager: BlockManager,
         clock: Callable[[], float] = time.monotonic,
+        *,
+        encoder_queue: EncoderQueue | None = None,
     ) -> None:
         self._config = config
         self._blocks = block_manager
+        self._encoder_queue = encoder_queue
         self._clock = clock
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -204,6 +209,9 @@ class Scheduler:
         if sequence.awaits_mask:
             # It may compute all but the token whose step draws. Nobody else waits for it.
             stop = max(start, min(stop, sequence.num_tokens - 1))
+        if self._encoder_queue is not None:
+            stop = sequence.end_of_ready(stop, self._encoder_queue.is_ready)
+        stop = sequence.end_of_whole_items(stop)
         given = sequence.num_rows_given
         rows = range(given, given)
         if sequence.owes_rows:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from logitengine.grammar.parse_state import ParseState
-from logitengine.link.messages import GenerationRequest, OutputSpec, SamplingParams
+from logitengine.link.messages import GenerationRequest, OutputSpec, PromptItem, SamplingParams
 from logitengine.schedule.prompt import Prompt, root_digest
+from logitengine.schedule.rope_positions import rope_positions
 from logitengine.schedule.token_counts import TokenCounts
 
 UNKNOWN = 0
@@ -45,6 +50,9 @@ class Sequence:
         num_cached: prompt tokens that the prefix cache gave at the first admission; None before it.
         idle_since: time when it was last parked, by the scheduler's clock.
         num_rows_given: prompt positions up to which no row is owed: given, or never requested.
+        positions: rotary positions of the prompt's tokens, int64 [3, tokens], where they differ from the tokens' own.
+        position_offset: what is added to the own position of every token after the prompt.
+        joins_items: whether the tokens of an item attend to each other in both directions, so that no chunk divides them.
         seen, generated: counts of the whole sequence's and of the answer's tokens, if a penalty needs them.
     """
 
@@ -57,6 +65,7 @@ class Sequence:
     leader: Sequence | None = None
     row_nbytes: int = 0
     window_bytes: int | None = None
+    joins_items: bool = False
     grammar: ParseState | None = None
     state: SequenceState = SequenceState.WAITING
     token_ids: list[int] = field(init=False)
@@ -68,6 +77,8 @@ class Sequence:
     num_cached: int | None = None
     idle_since: float = 0.0
     num_rows_given: int = field(init=False)
+    positions: NDArray[np.int64] | None = field(init=False)
+    position_offset: int = field(init=False, default=0)
     seen: TokenCounts | None = field(init=False, default=None)
     generated: TokenCounts | None = field(init=False, default=None)
 
@@ -76,6 +87,9 @@ class Sequence:
         # Choice 0 carries prompt rows for all choices.
         count = len(self.prompt)
         self.num_rows_given = count if self.index else self.outputs.first_prompt_row(count)
+        self.positions = rope_positions(count, self.prompt.items)
+        if self.positions is not None:
+            self.position_offset = int(self.positions.max()) + 1 - count
         if self.sampling.repetition_penalty != 1.0:
             self.seen = TokenCounts(self.token_ids)
         if self.sampling.presence_penalty or self.sampling.frequency_penalty:
@@ -90,6 +104,7 @@ class Sequence:
         *,
         leader: Sequence | None = None,
         row_nbytes: int = 0,
+        joins_items: bool = False,
         grammar: ParseState | None = None,
     ) -> Sequence:
         """Make the sequence for choice ``index`` of a request."""
@@ -107,6 +122,7 @@ class Sequence:
             leader=leader,
             row_nbytes=row_nbytes,
             window_bytes=request.window_bytes,
+            joins_items=joins_items,
             grammar=grammar,
         )
 
@@ -161,6 +177,28 @@ class Sequence:
     def owes_rows(self) -> bool:
         """Whether prompt rows were requested and not all given yet. Until then it draws nothing."""
         return self.num_rows_given < len(self.prompt.token_ids)
+
+    @property
+    def uncomputed_items(self) -> Iterator[PromptItem]:
+        """Items of the prompt that are not wholly in the cache, in order."""
+        return (item for item in self.prompt.items if item.stop > self.num_computed)
+
+    def end_of_ready(self, stop: int, is_ready: Callable[[PromptItem], bool]) -> int:
+        """Return where a chunk that would end at ``stop`` has to end: before the first item whose output is missing."""
+        for item in self.uncomputed_items:
+            if item.start >= stop:
+                break
+            if not is_ready(item):
+                return max(item.start, self.num_computed)
+        return stop
+
+    def end_of_whole_items(self, stop: int) -> int:
+        """Return where a chunk that would end at ``stop`` has to end so that it divides no item that is joined."""
+        if self.joins_items:
+            for item in self.uncomputed_items:
+                if item.start < stop < item.stop:
+                    return max(item.start, self.num_computed)
+        return stop
 
     @property
     def num_held(self) -> int:

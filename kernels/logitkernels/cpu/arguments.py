@@ -47,7 +47,8 @@ class BatchArguments:
         lengths = as_integers(metadata.seq_lens, torch.int32, "seq_lens")
         tables = as_integers(metadata.block_tables, torch.int32, "block_tables")
         slots = as_integers(metadata.slot_mapping, torch.int64, "slot_mapping")
-        self._tensors = (starts, lengths, tables, slots)
+        ends = None if metadata.key_ends is None else as_integers(metadata.key_ends, torch.int32, "key_ends")
+        self._tensors = (starts, lengths, tables, slots, ends)
         self.struct = BatchStruct(
             len(lengths),
             starts.data_ptr(),
@@ -55,6 +56,7 @@ class BatchArguments:
             tables.data_ptr(),
             tables.shape[1],
             slots.data_ptr(),
+            None if ends is None else ends.data_ptr(),
         )
 
 

@@ -25,10 +25,16 @@ namespace {
 constexpr int64_t kTileRows = 96;  // rows that share the transposed keys of a block
 constexpr int kChunkRows = 6;
 
-// Positions that the query at `position` attends to.
-inline Range visible(const Attention& attention, int64_t position) {
+// First position that the query at `position` attends to.
+inline int64_t first_visible(const Attention& attention, int64_t position) {
     const int64_t window = attention.sliding_window;
-    return {window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0, position + 1};
+    return window > 0 ? std::max<int64_t>(0, position + 1 - window) : 0;
+}
+
+// End of the positions that the batch's query `token`, at `position`, attends to. It never decreases from one query
+// of a sequence to the next.
+inline int64_t end_visible(const Batch& batch, int64_t token, int64_t position) {
+    return batch.key_ends == nullptr ? position + 1 : batch.key_ends[token];
 }
 
 inline Range within_block(Range range, int64_t block) {
@@ -119,12 +125,16 @@ class Worker {
 
     void begin(const AttentionItem& item) {
         first_position_ = position_of(item);
+        first_token_ = batch_.query_start[item.sequence] + item.first_query;
         rows_ = item.queries * group_;
         std::fill_n(output_.get(), rows_ * padded_, 0.0f);
         std::fill_n(states_.get(), rows_, RowState{kMinusInfinity, 0.0f});
     }
 
-    Range visible_to_row(int64_t row) const { return visible(attention_, first_position_ + row / group_); }
+    Range visible_to_row(int64_t row) const {
+        const int64_t query = row / group_, position = first_position_ + query;
+        return {first_visible(attention_, position), end_visible(batch_, first_token_ + query, position)};
+    }
 
     // Row r is query r / group of the tile and head r % group of the key-value head.
     void scale_queries(const AttentionItem& item, const float* query, int64_t stride) {
@@ -221,9 +231,11 @@ class Worker {
 
     // Positions of a block that a tile sees, starting at a whole group.
     Range seen_of(const KeyBlock& block) const {
-        const int64_t first = position_of(*block.item), start = block.block * kBlockKeys;
-        return {std::max(visible(attention_, first).from, start) / kLanes * kLanes,
-                std::min(start + kBlockKeys, first + block.item->queries)};
+        const AttentionItem& item = *block.item;
+        const int64_t first = position_of(item), start = block.block * kBlockKeys, last = item.queries - 1;
+        const int64_t token = batch_.query_start[item.sequence] + item.first_query;
+        return {std::max(first_visible(attention_, first), start) / kLanes * kLanes,
+                std::min(start + kBlockKeys, end_visible(batch_, token + last, first + last))};
     }
 
     int64_t keys_seen(const KeyBlock& block) const {
@@ -377,7 +389,7 @@ class Worker {
     KeyGroups<Element> cached_keys_;
     KeyGroups<float> widened_keys_;
     const Element* value_rows_[kBlockKeys];
-    int64_t first_position_ = 0, rows_ = 0;
+    int64_t first_position_ = 0, first_token_ = 0, rows_ = 0;
 };
 
 template <class Element>
@@ -417,8 +429,9 @@ AttentionPlan::AttentionPlan(const Attention& attention, const Batch& batch, int
         for (int64_t first = 0; first < query_len; first += tile_queries) {
             const int64_t queries = std::min(tile_queries, query_len - first);
             const int64_t position = batch.seq_lens[s] - query_len + first;
-            const int64_t from = visible(attention, position).from / kBlockKeys;
-            const int64_t to = ceil_div(position + queries, kBlockKeys);
+            const int64_t last = first + queries - 1, last_token = batch.query_start[s] + last;
+            const int64_t from = first_visible(attention, position) / kBlockKeys;
+            const int64_t to = ceil_div(end_visible(batch, last_token, position + queries - 1), kBlockKeys);
             for (int64_t head = 0; head < attention.kv_heads; ++head)
                 items.push_back({s, first, queries, head, from, to, -1});
         }

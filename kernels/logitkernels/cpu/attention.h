@@ -18,6 +18,7 @@ struct Batch {
     const int32_t* block_tables;  // [sequences, ...], rows `table_stride` apart
     int64_t table_stride;
     const int64_t* slot_mapping;  // [tokens]
+    const int32_t* key_ends;      // [tokens] or null
 };
 
 struct Attention {

@@ -46,6 +46,7 @@ class CpuKernels(Kernels):
     batch_invariant = True
     transposes_keys = True
     reads_strided_caches = True
+    honours_key_ends = True
     block_formats = frozenset(GgufType.__members__)
 
     def __init__(self, *, target: Target = NATIVE, prebuilt: Path | None = None) -> None:

@@ -47,6 +47,7 @@ class BatchStruct(Structure):
         ("block_tables", c_void_p),
         ("table_stride", c_int64),
         ("slot_mapping", c_void_p),
+        ("key_ends", c_void_p),
     ]
 
 

@@ -1,0 +1,108 @@
+"""The image encoder of a model, which pauses between its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from greenlet import getcurrent, greenlet
+from logitkernels import DenseWeight, Kernels
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from logitengine.link.messages import EncoderInfo, PromptItem
+from logitengine.model.fused_linear import FusedLinear
+from logitengine.model.image_families import encoder_info
+
+
+class Encoding:
+    """An item's way through the encoder.
+
+    It runs on a stack of its own and in the caller's thread, so that the encoder's modules need not know that they pause.
+    """
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._stack = greenlet(compute)
+
+    def advance(self) -> Tensor | None:
+        """Compute up to the next layer. Returns the output, [tokens, 1 + depth, H], when it is complete."""
+        output: Tensor = self._stack.switch()
+        return output if self._stack.dead else None
+
+    def abandon(self) -> None:
+        """Give it up."""
+        self._stack.throw()
+
+
+class ImageEncoder:
+    """Vision tower and projector: everything of a model that turns pixels into embeddings.
+
+    An item is computed alone and in its own shape, so that its output does not depend on what is computed beside it. On the
+    CPU linear layers are the kernels' and all else is float32.
+
+    Attributes:
+        info: what the encoder reads. Its depth is that of Qwen3-VL's DeepStack; others add to embeddings alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, kernels: Kernels, *, exact: bool) -> None:
+        """Take over a model without its decoder. ``exact``: linear layers do not round their inputs.
+
+        Raises ValueError for an encoder that is not served.
+        """
+        self.info: EncoderInfo = encoder_info(model.config)
+        self._model: Any = model
+        self._device = model.device
+        if self._device.type == "cpu":
+            _pack_linears(model, kernels, exact=exact)
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.float()
+        for layers in model.modules():
+            if isinstance(layers, nn.ModuleList):
+                for layer in layers:
+                    layer.register_forward_pre_hook(_pause)
+
+    def begin(self, item: PromptItem) -> Encoding:
+        """Return the encoding of an item, of which nothing is computed yet."""
+        return Encoding(lambda: self.encode(item))
+
+    def encode(self, item: PromptItem) -> Tensor:
+        """Return the output of an item, [tokens, 1 + depth, H]."""
+        array = item.pixels
+        pixels = torch.from_numpy(np.frombuffer(array.data, dtype="<f4").reshape(array.shape).copy()).to(
+            self._device
+        )
+        if item.grid is not None:
+            grid = torch.tensor([item.grid], device=self._device)
+            output = self._model.get_image_features(pixels, image_grid_thw=grid, return_dict=True)
+        else:
+            is_nested = self.info.family in {"idefics3", "smolvlm"}  # a batch of lists of images
+            pixels = pixels[None, None] if is_nested else pixels[None]
+            output = self._model.get_image_features(pixel_values=pixels, return_dict=True)
+        deeper = getattr(output, "deepstack_features", None) or ()
+        return torch.stack([_one(features) for features in (output.pooler_output, *deeper)], dim=1)
+
+
+def _one(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """Return an only image's features: [tokens, H]."""
+    tensor = features if isinstance(features, Tensor) else features[0]
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _pause(_layer: nn.Module, _inputs: tuple[Any, ...]) -> None:
+    """Give control back to whoever advances the encoding."""
+    caller = getcurrent().parent
+    if caller is not None:
+        caller.switch()
+
+
+def _pack_linears(module: nn.Module, kernels: Kernels, *, exact: bool) -> None:
+    for name, child in module.named_children():
+        if type(child) is nn.Linear:
+            bias = None if child.bias is None else child.bias.detach().float()
+            packed = kernels.pack([DenseWeight(name, child.weight.detach())], bias, exact=exact)
+            setattr(module, name, FusedLinear(packed))
+        else:
+            _pack_linears(child, kernels, exact=exact)

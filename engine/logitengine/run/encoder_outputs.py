@@ -1,0 +1,55 @@
+"""The image encoder's work over the steps, and the outputs that are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from logitengine.link.messages import PromptItem
+from logitengine.model.image_encoder import Encoding, ImageEncoder
+from logitengine.run.batch import ItemRows
+
+
+class EncoderOutputs:
+    """Outputs by the digests of their items, [rows, 1 + depth, H] each, and the encoding under way.
+
+    Args:
+        at_once: whether a step encodes a whole item; otherwise it encodes one layer of it.
+    """
+
+    def __init__(self, encoder: ImageEncoder, *, at_once: bool) -> None:
+        self._encoder = encoder
+        self._at_once = at_once
+        self._kept: dict[bytes, Tensor] = {}
+        self._under_way: tuple[bytes, Encoding] | None = None
+
+    def drop(self, digests: Iterable[bytes]) -> None:
+        for digest in digests:
+            del self._kept[digest]
+
+    def advance(self, item: PromptItem) -> bool:
+        """Go on with the item, and give up another one that was begun. Return whether the item is encoded."""
+        if self._under_way is None or self._under_way[0] != item.digest:
+            if self._under_way is not None:
+                self._under_way[1].abandon()
+            self._under_way = item.digest, self._encoder.begin(item)
+        encoding = self._under_way[1]
+        output = encoding.advance()
+        while output is None and self._at_once:
+            output = encoding.advance()
+        if output is None:
+            return False
+        self._kept[item.digest] = output
+        self._under_way = None
+        return True
+
+    def rows(self, item_rows: Sequence[ItemRows]) -> list[tuple[slice, Tensor]]:
+        """Return the outputs for a batch's rows."""
+        return [
+            (
+                slice(rows.start, rows.stop),
+                self._kept[rows.digest][rows.first : rows.first + rows.stop - rows.start],
+            )
+            for rows in item_rows
+        ]

@@ -1,0 +1,195 @@
+"""Prompts with images: logits are transformers', whatever the chunks, the company and the caches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import pytest
+from image_models import FAMILIES, ImageModel, ImagePrompt, reference_logits, save_image_model
+from logitengine.config import EngineConfig
+from logitengine.engine import Engine
+from logitengine.errors import CheckpointError, RequestRefusedError
+from logitengine.link.messages import Array, GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.model.loader import LoadedModel, load
+from support import EVERY_ROW, Collected, make_engine, run
+
+TOLERANCE = 2e-4
+"""Largest difference from transformers' float32 logits, which reach 20; sums are in another order."""
+
+NUM_GENERATED = 4
+
+
+class Served(NamedTuple):
+    model: ImageModel
+    loaded: LoadedModel
+
+    @property
+    def joins_tokens(self) -> bool:
+        encoder = self.loaded.info.encoder
+        assert encoder is not None
+        return encoder.joins_tokens
+
+    def engine(self, **options: object) -> Engine:
+        return make_engine(self.loaded, max_num_seqs=8, **options)
+
+    def prompts(self) -> dict[str, ImagePrompt]:
+        """Return prompts with no image, one, and two, and one whose images stand side by side."""
+        model = self.model
+        first, second = model.pixels(1), model.pixels(2, grid=(1, 4, 4))
+        return {
+            "text": model.prompt(model.text(30)),
+            "one": model.prompt(model.text(5), first, model.text(6, seed=1)),
+            "two": model.prompt(model.text(3), first, model.text(20, seed=2), second, model.text(4, seed=3)),
+            "side by side": model.prompt(first, model.text(1), second, model.text(9, seed=4)),
+        }
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageModel:
+    family: str = request.param
+    return save_image_model(tmp_path_factory.mktemp(family), family)
+
+
+@pytest.fixture(scope="module", params=["cpu", "reference"])
+def served(request: pytest.FixtureRequest, model: ImageModel) -> Served:
+    config = EngineConfig(
+        model=str(model.directory), dtype="float32", kernels=request.param, num_blocks=128, max_num_seqs=8
+    )
+    return Served(model, load(config))
+
+
+def ask(request_id: str, prompt: ImagePrompt, **options: object) -> GenerationRequest:
+    fields: dict[str, object] = {
+        "sampling": SamplingParams(max_tokens=NUM_GENERATED, temperature=0.0, ignore_eos=True),
+        "logits": EVERY_ROW,
+    }
+    return GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=prompt.token_ids,
+        items=prompt.items,
+        **(fields | options),  # type: ignore[arg-type]
+    )
+
+
+def check_rows(served: Served, prompt: ImagePrompt, answer: Collected) -> None:
+    """Compare all rows of an answer with those of transformers for the same tokens."""
+    expected = reference_logits(
+        served.model.directory, prompt.token_ids + answer.token_ids, prompt.items
+    ).numpy()
+    end = len(prompt.token_ids)
+    assert np.abs(answer.prompt_rows - expected[:end]).max() < TOLERANCE
+    assert np.abs(answer.rows - expected[end - 1 : -1]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("bound", [7, 64, 512])
+def test_rows_are_those_of_transformers_in_any_chunks(served: Served, bound: int) -> None:
+    if served.joins_tokens and bound < 64:
+        pytest.skip("an image's tokens are computed in one step")
+    for name, prompt in served.prompts().items():
+        engine = served.engine(max_num_batched_tokens=bound)
+        (answer,) = run(engine, [ask(name, prompt)]).values()
+        check_rows(served, prompt, answer)
+
+
+def test_rows_are_the_same_beside_others_bit_for_bit(served: Served) -> None:
+    prompts = served.prompts()
+    alone = {name: run(served.engine(), [ask(name, prompt)])[name, 0] for name, prompt in prompts.items()}
+    bound = 64 if served.joins_tokens else 11
+    together = run(
+        served.engine(max_num_batched_tokens=bound), [ask(name, prompt) for name, prompt in prompts.items()]
+    )
+    for name in prompts:
+        assert together[name, 0].token_ids == alone[name].token_ids
+        if served.loaded.info.batch_invariant:
+            assert np.array_equal(together[name, 0].rows, alone[name].rows)
+            assert np.array_equal(together[name, 0].prompt_rows, alone[name].prompt_rows)
+        else:
+            assert np.abs(together[name, 0].rows - alone[name].rows).max() < TOLERANCE
+
+
+def test_an_equal_image_is_a_hit_of_the_prefix_cache_and_another_is_none(served: Served) -> None:
+    model = served.model
+    engine = served.engine()
+    text = model.text(40, seed=5)
+    first, other = (model.prompt(model.pixels(seed), text) for seed in (1, 2))
+    generated = LogitsSpec()
+    (before,) = run(engine, [ask("first", first, logits=generated)]).values()
+    (again,) = run(engine, [ask("again", first, logits=generated)]).values()
+    assert again.outputs[-1].num_cached_tokens >= 32
+    assert np.abs(again.rows - before.rows).max() < TOLERANCE
+    (different,) = run(engine, [ask("other", other, logits=generated)]).values()
+    assert different.outputs[-1].num_cached_tokens == 0
+    end = len(other.token_ids)
+    expected = reference_logits(model.directory, other.token_ids + different.token_ids, other.items)
+    assert np.abs(different.rows - expected.numpy()[end - 1 : -1]).max() < TOLERANCE
+
+
+def test_a_preempted_sequence_goes_on_with_its_images(served: Served) -> None:
+    prompts = served.prompts()
+    num_blocks = -(-max(len(prompt.token_ids) for prompt in prompts.values()) // 16) + 2
+    engine = served.engine(num_blocks=num_blocks)
+    answers = run(engine, [ask(name, prompts[name]) for name in ("one", "two", "text")])
+    for name in ("one", "two", "text"):
+        check_rows(served, prompts[name], answers[name, 0])
+
+
+def test_outputs_of_the_encoder_may_be_dropped_and_made_again(served: Served) -> None:
+    model = served.model
+    prompts = [
+        model.prompt(model.text(3), model.pixels(seed), model.text(9), model.pixels(seed + 1), model.text(3))
+        for seed in range(4)
+    ]
+    engine = served.engine()
+    queue = engine._encoder_queue
+    assert queue is not None
+    queue._capacity = max(map(queue.output_nbytes, prompts[0].items))
+    answers = run(engine, [ask(str(number), prompt) for number, prompt in enumerate(prompts)])
+    for number, prompt in enumerate(prompts):
+        check_rows(served, prompt, answers[str(number), 0])
+
+
+def test_several_choices_share_the_encoded_image(served: Served) -> None:
+    prompt = served.prompts()["one"]
+    answers = run(served.engine(), [ask("both", prompt, n=2, logits=LogitsSpec())])
+    assert answers["both", 0].token_ids == answers["both", 1].token_ids
+
+
+@pytest.mark.parametrize("fault", ["shape", "bytes", "length", "overlap", "outside"])
+def test_items_that_do_not_fit_are_refused(served: Served, fault: str) -> None:
+    prompt = served.prompts()["two"]
+    first, second = prompt.items
+    pixels = first.pixels
+    changed = {
+        "shape": [msgspec.structs.replace(first, pixels=Array("float32", (3, 5, 5), bytes(300))), second],
+        "bytes": [msgspec.structs.replace(first, pixels=Array("float32", pixels.shape, b"")), second],
+        "length": [msgspec.structs.replace(first, stop=first.stop - 1), second],
+        "overlap": [second, first],
+        "outside": [first, msgspec.structs.replace(second, start=second.start + 900, stop=second.stop + 900)],
+    }[fault]
+    engine = served.engine()
+    with pytest.raises(RequestRefusedError, match="item"):
+        engine.add(ask("bad", ImagePrompt(prompt.token_ids, changed)))
+    assert not engine.has_work
+
+
+def test_an_aborted_request_leaves_the_encoder_to_others(served: Served) -> None:
+    model = served.model
+    first, second = (model.prompt(model.text(3), model.pixels(seed), model.text(3)) for seed in (1, 2))
+    engine = served.engine()
+    engine.add(ask("gone", first))
+    engine.step()
+    engine.abort("gone")
+    (answer,) = run(engine, [ask("stays", second)]).values()
+    check_rows(served, second, answer)
+
+
+def test_a_step_that_an_image_does_not_fit_in_is_refused_when_the_model_is_loaded(model: ImageModel) -> None:
+    if model.family != "gemma3":
+        pytest.skip("images of this model may be divided")
+    config = EngineConfig(
+        model=str(model.directory), dtype="float32", kernels="reference", max_num_batched_tokens=64
+    )
+    with pytest.raises(CheckpointError, match="--max-num-batched-tokens"):
+        load(config)
