@@ -49,7 +49,7 @@ def resolve_checkpoint(model: str, prepared: Path | None = None, *, cache: Path 
 
 def _from_hub(name: str) -> Path:
     check_hub_name(name)
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
@@ -90,6 +90,7 @@ def _tokenizer_directory(path: Path, conversions: Conversions) -> Path:
     source = path / "tokenizer_config.json"
 
     def convert(directory: Path) -> None:
-        AutoTokenizer.from_pretrained(path).save_pretrained(directory)
+        # Without the refusal transformers asks the terminal whether to run a checkpoint's code.
+        AutoTokenizer.from_pretrained(path, trust_remote_code=False).save_pretrained(directory)
 
     return conversions.find("tokenizers", source, convert)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
+from logitengine.model.internvl_format import is_original, original_config
 
 DEFAULT_MODEL = "smollm2"
 CONFIG = "config.json"
@@ -66,20 +67,25 @@ def gguf_path(model: str) -> Path | None:
 
 
 def check_directory(path: Path) -> None:
-    """Look for the files of a Hugging Face model. Raises CheckpointError for one that is missing or no JSON."""
+    """Look for the files of a Hugging Face model. Raises CheckpointError for one that is missing or no JSON.
+
+    So does a config of InternVL's original format that is not served.
+    """
     config = path / CONFIG
     if not config.is_file():
         raise CheckpointError(f"{path} holds no {CONFIG}: it is not a Hugging Face model directory")
     try:
-        is_object = isinstance(json.loads(config.read_bytes()), dict)
+        fields = json.loads(config.read_bytes())
     except ValueError as error:
         raise CheckpointError(f"{config} is not valid JSON: {error}") from error
-    if not is_object:
+    if not isinstance(fields, dict):
         raise CheckpointError(f"{config} holds no JSON object")
     if not any(path.glob("*.safetensors")):
         raise CheckpointError(f"{path} holds no .safetensors file: other formats of weights are not read")
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise CheckpointError(f"{path} holds neither tokenizer.json nor tokenizer_config.json")
+    if is_original(fields):
+        original_config(fields)
 
 
 def check_hub_name(name: str) -> None:
