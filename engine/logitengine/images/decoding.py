@@ -41,7 +41,9 @@ def decode(data: bytes | bytearray | memoryview, max_pixels: int) -> Image.Image
     """
     limit = min(max_pixels, MOST_PIXELS)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large images, which are counted here, and of metadata out of order
+        warnings.simplefilter(
+            "ignore"
+        )  # of large images, which are counted here, and of metadata out of order
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             _check_size(image, limit)
@@ -80,5 +82,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         # Pillow's own conversion clips all that is no near black to white. It reads deep colours by their upper bytes.
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode not in COLOUR_MODES:
-        raise RefusedImageError("has pixels that are no colours (32-bit numbers, or a colour space for print)")
+        raise RefusedImageError(
+            "has pixels that are no colours (32-bit numbers, or a colour space for print)"
+        )
     return image.convert("RGB")

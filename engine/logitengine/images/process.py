@@ -6,13 +6,13 @@ import argparse
 import logging
 import os
 import queue
-import resource
 import signal
 import socket
 import threading
 from pathlib import Path
 from typing import NoReturn
 
+from logitengine.address_space import limit_address_space
 from logitengine.images.messages import (
     FromImages,
     ImagesFailed,
@@ -77,12 +77,17 @@ class ImageLoop:
 
         try:
             processor = load_processor(directory)
-        except ImageModelError as error:
-            self._send(ImagesFailed(str(error)))
+        except Exception as error:
+            if isinstance(error, ImageModelError):
+                reason = str(error)
+            else:
+                logger.exception("the model's image processor cannot be loaded")
+                reason = f"{type(error).__name__}: {error}"
+            self._send(ImagesFailed(reason))
             self._channel.flush(EXIT_SECONDS)
             return 1
         join_loggers()
-        limit_memory(MOST_BYTES + BYTES_PER_PIXEL * self._max_pixels)
+        limit_address_space(MOST_BYTES + BYTES_PER_PIXEL * self._max_pixels)
         self._send(ImagesReady())
         while True:
             message = self._inbox.get()
@@ -110,16 +115,6 @@ class ImageLoop:
             self._channel.send(message)
         except OSError:
             os._exit(0)
-
-
-def limit_memory(num_bytes: int) -> None:
-    """Bound this process's address space to what it has and ``num_bytes`` more."""
-    with open("/proc/self/statm") as file:  # noqa: PTH123 - no file of a directory tree
-        size = int(file.read().split()[0]) * resource.getpagesize()
-    limit, hard = size + num_bytes, resource.getrlimit(resource.RLIMIT_AS)[1]
-    if hard != resource.RLIM_INFINITY:  # a service's own bound, which cannot be raised
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 if __name__ == "__main__":

@@ -41,11 +41,15 @@ def load_processor(directory: Path) -> ImageProcessor:
         processor = TransformersProcessor(files, FAMILIES[family])
     else:
         known = ", ".join(sorted({*FAMILIES, "internvl_chat"}))
-        raise ImageModelError(f"images for the model type {family!r} are not supported; supported are {known}")
+        raise ImageModelError(
+            f"images for the model type {family!r} are not supported; supported are {known}"
+        )
     try:
         processor.prepare(Image.new("RGB", TRIAL_SIZE), "auto")
     except RefusedImageError as error:
-        raise ImageModelError(f"the model's image processor does not work: {error.__cause__ or error}") from error
+        raise ImageModelError(
+            f"the model's image processor does not work: {error.__cause__ or error}"
+        ) from error
     return processor
 
 
@@ -70,11 +74,13 @@ class TransformersProcessor:
         try:
             outputs = self._processor(image, return_tensors="np", **options)
             return self._family.prepared(outputs)
-        except MemoryError:
+        except (MemoryError, RefusedImageError):
             raise
         except Exception as error:
             size = f"{image.width:,} x {image.height:,}"
-            raise RefusedImageError(f"has a size, {size}, that the model's image processor refuses") from error
+            raise RefusedImageError(
+                f"has a size, {size}, that the model's image processor refuses"
+            ) from error
 
 
 class Family(Protocol):
@@ -183,7 +189,9 @@ class _QwenVL:
     """The image in patches of a grid; its chat template writes the tokens around it. ``detail`` changes nothing."""
 
     def __init__(self, files: ModelFiles) -> None:
-        self._merge = int(files.image_processor.get("merge_size") or files.vision.get("spatial_merge_size", 2))
+        self._merge = int(
+            files.image_processor.get("merge_size") or files.vision.get("spatial_merge_size", 2)
+        )
 
     def options(self, detail: Detail) -> dict[str, Any]:  # noqa: ARG002 - there is one way
         return {}
