@@ -18,7 +18,7 @@ Grid = tuple[int, int, int]
 def item_of(pixels: npt.NDArray[np.float32], num_tokens: int, grid: Grid | None = None) -> PreparedItem:
     """Return the item of pixel values, [channels, height, width] or [patches, numbers] with a grid."""
     pixels = np.ascontiguousarray(pixels, dtype="<f4")
-    data = memoryview(pixels).cast("B")
+    data = pixels.data.cast("B")
     head = f"{pixels.dtype.name} {pixels.shape} {grid}\n"
     digest = blake2b(head.encode(), digest_size=DIGEST_BYTES)
     digest.update(data)

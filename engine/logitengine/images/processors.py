@@ -216,6 +216,6 @@ FAMILIES: dict[str, Callable[[ModelFiles], Family]] = {
 
 
 def _num_patches(pixels: npt.NDArray[Any], patch: tuple[int, int]) -> int:
-    """Return the patches of each image of [images, channels, height, width]."""
-    _, _, height, width = pixels.shape
-    return (height // patch[0]) * (width // patch[1])
+    """Return the number of patches of each image in [images, channels, height, width]."""
+    height, width = pixels.shape[-2:]
+    return int(height // patch[0]) * int(width // patch[1])

@@ -44,6 +44,7 @@ class ImagePreparer:
         self._num_images = 0
         self._num_bytes = 0
         self._starting: asyncio.Task[ImageProcess] | None = None
+        self._is_closed = False
         self._working: set[asyncio.Task[PreparedImage]] = set()
 
     async def start(self) -> None:
@@ -52,6 +53,7 @@ class ImagePreparer:
 
     async def close(self) -> None:
         """End the process, and with it what is being prepared."""
+        self._is_closed = True
         for task in list(self._working):
             task.cancel()
         await asyncio.gather(*self._working, return_exceptions=True)
@@ -118,8 +120,10 @@ class ImagePreparer:
 
     async def _ready_process(self) -> ImageProcess:
         """Return the process, started if there is none. Raises ApiError."""
+        if self._is_closed:
+            raise _unavailable("The server is ending.", "not_ready")
         starting = self._starting
-        if starting is None or (starting.done() and (starting.exception() or starting.result().is_lost)):
+        if starting is None or _is_lost(starting):
             starting = self._restart()
         try:
             return await asyncio.shield(starting)
@@ -141,6 +145,14 @@ class ImagePreparer:
     def _lost(self, error: ImageProcessLostError) -> ApiError:
         logger.warning("the process that prepares images was lost", extra={"detail": str(error)})
         return _unavailable("The process that prepares images was lost; try again.", "image_process_lost")
+
+
+def _is_lost(starting: asyncio.Task[ImageProcess]) -> bool:
+    """Whether the process has ended or could not be started, and another one may do better."""
+    if not starting.done():
+        return False
+    error = starting.exception()
+    return starting.result().is_lost if error is None else not isinstance(error, ImagesUnavailableError)
 
 
 def _note_failed_start(starting: asyncio.Task[ImageProcess]) -> None:

@@ -54,6 +54,22 @@ class ImageProcess:
     @classmethod
     async def start(cls, arguments: Sequence[str]) -> ImageProcess:
         """Start it and wait until it is ready. Raises ImageProcessLostError or ImagesUnavailableError."""
+        started = await cls._spawn(arguments)
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                first = await started._answer
+        except BaseException as error:
+            await started.kill()
+            if isinstance(error, TimeoutError):
+                raise ImageProcessLostError("it did not start") from error
+            raise
+        if isinstance(first, ImagesFailed):
+            await started.kill()
+            raise ImagesUnavailableError(first.message)
+        return started
+
+    @classmethod
+    async def _spawn(cls, arguments: Sequence[str]) -> ImageProcess:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
@@ -67,27 +83,15 @@ class ImageProcess:
                     start_new_session=True,
                     pass_fds=[theirs.fileno()],
                 )
-        except OSError as error:
-            ours.close()
-            raise ImageProcessLostError(f"it did not start: {error}") from error
-        except BaseException:
-            ours.close()
-            raise
-        started = cls(process)
-        started._channel = await AsyncChannel.over(ours, FromImages, started._on_message)
-        started._watching = asyncio.create_task(started._watch(), name="watch-images")
-        try:
-            async with asyncio.timeout(START_SECONDS):
-                first = await started._answer
+            spawned = cls(process)
+            spawned._channel = await AsyncChannel.over(ours, FromImages, spawned._on_message)
         except BaseException as error:
-            await started.kill()
-            if isinstance(error, TimeoutError):
-                raise ImageProcessLostError("it did not start") from error
+            ours.close()  # at which a process ends
+            if isinstance(error, OSError):
+                raise ImageProcessLostError(f"it did not start: {error}") from error
             raise
-        if isinstance(first, ImagesFailed):
-            await started.kill()
-            raise ImagesUnavailableError(first.message)
-        return started
+        spawned._watching = asyncio.create_task(spawned._watch(), name="watch-images")
+        return spawned
 
     @property
     def is_lost(self) -> bool:
