@@ -56,7 +56,7 @@ class ImageProcess:
         """Start it and wait until it is ready. Raises ImageProcessLostError or ImagesUnavailableError."""
         started = await cls._spawn(arguments)
         try:
-            await started._wait_ready()
+            await started.wait_ready()
         except BaseException:
             await started.kill()
             raise
@@ -115,7 +115,8 @@ class ImageProcess:
         await self._process.wait()
         await self._watching
 
-    async def _wait_ready(self) -> None:
+    async def wait_ready(self) -> None:
+        """Wait for its first message. Raises ImageProcessLostError or ImagesUnavailableError."""
         try:
             async with asyncio.timeout(START_SECONDS):
                 first = await self._answer
