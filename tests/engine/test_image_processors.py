@@ -262,7 +262,7 @@ def test_settings_within_the_processors_own_file_are_read(tmp_path: Path) -> Non
 
 def test_a_processor_that_makes_images_of_any_size_is_no_llavas(tmp_path: Path) -> None:
     config = {"model_type": "llava", "vision_config": {"patch_size": 16, "model_type": "pixtral"}}
-    with pytest.raises(ImageModelError, match="PixtralImageProcessor"):
+    with pytest.raises(ImageModelError, match="several sizes"):
         processor_of(tmp_path, config, PixtralImageProcessorPil())
 
 
@@ -278,7 +278,7 @@ def test_a_digest_tells_pixels_grids_and_shapes_apart(tmp_path: Path) -> None:
     theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 30})
     qwen = processor_of(tmp_path, {"model_type": "qwen2_vl", "vision_config": {}}, theirs)
     blank = [Image.new("RGB", size) for size in ((56, 112), (112, 56))]
-    wide, high = ([*qwen.prepare(image, "auto")[0]][0] for image in blank)
+    wide, high = (qwen.prepare(image, "auto")[0][0] for image in blank)
     assert wide.pixels.data == high.pixels.data
     assert wide.digest != high.digest
     again, other = (qwen.prepare(picture(*size), "auto")[0][0] for size in ((56, 56), (56, 57)))

@@ -19,8 +19,8 @@ from logitengine.images.model_files import ImageModelError, ModelFiles
 Prepared = tuple[list[PreparedItem], list[str | int]]
 """Items, and the layout that names them."""
 
-TRIAL_SIZE = (160, 96)
-"""Width and height of the image that shows whether a processor works."""
+TRIAL_SIZES = ((160, 96), (90, 210))
+"""Widths and heights of the images that show whether a processor works."""
 
 
 class ImageProcessor(Protocol):
@@ -44,13 +44,23 @@ def load_processor(directory: Path) -> ImageProcessor:
         raise ImageModelError(
             f"images for the model type {family!r} are not supported; supported are {known}"
         )
+    _try_out(processor)
+    return processor
+
+
+def _try_out(processor: ImageProcessor) -> None:
+    """Raise ImageModelError for a processor that fails, or whose items an encoder of one shape cannot read."""
     try:
-        processor.prepare(Image.new("RGB", TRIAL_SIZE), "auto")
+        prepared = [processor.prepare(Image.new("RGB", size), "auto") for size in TRIAL_SIZES]
     except RefusedImageError as error:
         raise ImageModelError(
             f"the model's image processor does not work: {error.__cause__ or error}"
         ) from error
-    return processor
+    shapes = {item.pixels.shape for items, _ in prepared for item in items if item.grid is None}
+    if len(shapes) > 1:
+        raise ImageModelError(
+            "the model's image processor makes images of several sizes, which is not supported"
+        )
 
 
 class TransformersProcessor:
@@ -153,7 +163,7 @@ class _Idefics3:
         if mask is not None and not np.all(mask):
             raise RefusedImageError("comes out in tiles of several sizes")
         num_tokens = int(_num_patches(tiles, self._patch) / self._shrink**2)
-        ((rows,),), ((columns,),) = np.asarray(outputs["rows"]), np.asarray(outputs["cols"])
+        rows, columns = np.asarray(outputs["rows"]).item(), np.asarray(outputs["cols"]).item()
         layout: list[str | int] = []
         text = ""
         for row in range(rows):
