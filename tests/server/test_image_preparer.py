@@ -99,11 +99,13 @@ async def test_images_that_come_together_get_their_own_answers(images: ImagePrep
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (b"", "is not an image of a supported format (PNG, JPEG, WebP, GIF, BMP and TIFF are)"),
         (b"text", "is not an image of a supported format (PNG, JPEG, WebP, GIF, BMP and TIFF are)"),
         (png(300, 200), "has more than 10,000 pixels (--max-image-pixels)"),
         (png()[:100], "is damaged or ends early"),
         (b"bloat", "takes more memory to prepare than an image may"),
     ],
+    ids=["empty", "text", "large", "truncated", "bloat"],
 )
 async def test_a_refusal_names_the_field(images: ImagePreparer, data: bytes, message: str) -> None:
     error = await refused(images, data)
@@ -118,14 +120,13 @@ async def test_an_image_that_takes_too_long_is_refused_and_those_behind_it_are_s
     images: ImagePreparer,
 ) -> None:
     process = await process_of(images)
-    images._timeout = 1.0
+    images._timeout = 3.0
     slow = await at_work(images, b"hang")
-    images._timeout = 60.0
     others = [asyncio.create_task(images.prepare(png(), "low", param=PARAM)) for _ in range(3)]
     with pytest.raises(BadRequestError) as caught:
         await slow
     assert caught.value.code == "image_timeout"
-    assert caught.value.message == f"'{PARAM}' took more than 1 s to prepare (--image-timeout)."
+    assert caught.value.message == f"'{PARAM}' took more than 3 s to prepare (--image-timeout)."
     assert [len(prepared.items) for prepared in await asyncio.gather(*others)] == [1, 1, 1]
     assert not process.is_running()
 
