@@ -7,6 +7,8 @@ import io
 import json
 import os
 import signal
+import socket
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -14,6 +16,9 @@ import faulty_images
 import numpy as np
 import psutil
 import pytest
+from logitengine.images.messages import FromImages, ImagesReady, PrepareImage
+from logitengine.link.channel import BlockingChannel
+from logitengine.link.messages import Array
 from logitserve.errors import ApiError, BadRequestError
 from logitserve.images import preparer as preparer_module
 from logitserve.images import process as process_module
@@ -203,14 +208,17 @@ async def test_closing_ends_the_process_and_whatever_waits(images: ImagePreparer
     assert images._starting is None, "no other was started"
 
 
-async def test_the_process_ends_with_its_server(images: ImagePreparer) -> None:
-    process = await process_of(images)
-    slow = await at_work(images, b"hang")
-    assert images._starting is not None
-    images._starting.result()._channel.close()
-    with pytest.raises(ApiError):
-        await slow
-    assert process.wait(30) is not None
+def test_the_process_ends_with_its_server(model: str) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        options = ["--fd", str(theirs.fileno()), "--model", model, "--max-image-pixels", "10000"]
+        process = subprocess.Popen([*faulty_images.COMMAND, *options], pass_fds=[theirs.fileno()])
+        theirs.close()
+        channel: BlockingChannel[FromImages] = BlockingChannel(ours, FromImages)
+        assert channel.receive() == ImagesReady()
+        channel.send(PrepareImage(1, Array("uint8", (4,), b"hang")))
+        channel.flush(60)  # tells the other side that nothing follows
+        assert process.wait(60) == 0
 
 
 async def test_signals_to_the_whole_service_do_not_end_the_process(images: ImagePreparer) -> None:

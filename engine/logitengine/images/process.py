@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from logitengine.address_space import limit_address_space
 from logitengine.images.messages import (
@@ -24,6 +24,9 @@ from logitengine.images.messages import (
 )
 from logitengine.link.channel import BlockingChannel, TransportError
 from logitengine.logs import configure_logging, join_loggers
+
+if TYPE_CHECKING:
+    from logitengine.images.processors import ImageProcessor
 
 logger = logging.getLogger("logitengine.images.process")  # __name__ is __main__
 
@@ -68,10 +71,9 @@ class ImageLoop:
         self._inbox: queue.SimpleQueue[PrepareImage] = queue.SimpleQueue()
 
     def run(self, directory: Path) -> int:
-        """Load, then answer until the server closes the socket, which ends the process. Returns a failure's status."""
+        """Load, then answer until the server closes the socket, which ends the process. Return the status of a failure."""
         threading.Thread(target=self._receive, name="receive", daemon=True).start()
         # Imported late: the thread already knows when the server is gone, and a family may import torch.
-        from logitengine.images.decoding import RefusedImageError, decode
         from logitengine.images.model_files import ImageModelError
         from logitengine.images.processors import load_processor
 
@@ -89,17 +91,25 @@ class ImageLoop:
         join_loggers()
         limit_address_space(MOST_BYTES + BYTES_PER_PIXEL * self._max_pixels)
         self._send(ImagesReady())
-        while True:
-            message = self._inbox.get()
-            try:
-                image = decode(message.data.data, self._max_pixels)
-                self._send(PreparedImage(message.number, *processor.prepare(image, message.detail)))
-            except RefusedImageError as error:
-                if error.__cause__ is not None:
-                    logger.warning("an image processor failed", extra={"detail": repr(error.__cause__)})
-                self._send(RefusedImage(message.number, str(error)))
-            except MemoryError:
-                self._send(RefusedImage(message.number, "takes more memory to prepare than an image may"))
+        try:
+            while True:
+                self._send(self._answer(processor, self._inbox.get()))
+        except Exception:
+            logger.exception("the process that prepares images cannot go on")
+            return 1
+
+    def _answer(self, processor: ImageProcessor, message: PrepareImage) -> PreparedImage | RefusedImage:
+        from logitengine.images.decoding import RefusedImageError, decode
+
+        try:
+            image = decode(message.data.data, self._max_pixels)
+            return PreparedImage(message.number, *processor.prepare(image, message.detail))
+        except RefusedImageError as error:
+            if error.__cause__ is not None:
+                logger.warning("an image processor failed", extra={"detail": repr(error.__cause__)})
+            return RefusedImage(message.number, str(error))
+        except MemoryError:
+            return RefusedImage(message.number, "takes more memory to prepare than an image may")
 
     def _receive(self) -> None:
         message: PrepareImage | None
