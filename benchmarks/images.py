@@ -10,6 +10,7 @@ longer than the longest step without the encoder and one layer of it: that is th
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -88,8 +89,10 @@ def random_model(num_layers: int) -> InternVLForConditionalGeneration:
         tie_word_embeddings=True,
     )
     torch.manual_seed(1)
-    model = InternVLForConditionalGeneration(config).to(torch.bfloat16).eval()
-    model.requires_grad_(requires_grad=False)
+    model: InternVLForConditionalGeneration = InternVLForConditionalGeneration._from_config(
+        config, dtype=torch.bfloat16
+    )  # noqa: SLF001 - as auto classes do
+    model.eval().requires_grad_(requires_grad=False)
     return model
 
 
@@ -108,7 +111,9 @@ def encoder_times(model: InternVLForConditionalGeneration, rounds: int) -> dict[
     """Return the median seconds for one tile, measured in turns."""
     item = image(0)
     pixels = torch.from_numpy(np.frombuffer(item.pixels.data, dtype="<f4").reshape(item.pixels.shape).copy())
-    bound = ImageEncoder(vision_part(model), load_kernels("cpu", "cpu", batch_invariant=True), exact=False)
+    bound = ImageEncoder(
+        vision_part(model), "internvl", load_kernels("cpu", "cpu", batch_invariant=True), exact=False
+    )
     contestants: dict[str, Callable[[], object]] = {"logitserve": lambda: bound.encode(item)}
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         contestants[f"transformers, {name}"] = transformers_encoder(model, pixels, dtype)
@@ -124,12 +129,11 @@ def encoder_times(model: InternVLForConditionalGeneration, rounds: int) -> dict[
 
 def vision_part(model: InternVLForConditionalGeneration) -> Any:
     """Return a copy of what computes image features, without the decoder."""
-    part = type(model.model).__new__(type(model.model))
-    part.__dict__ = {**model.model.__dict__, "_modules": dict(model.model._modules)}
-    part._modules["language_model"] = None
-    import copy
-
-    return copy.deepcopy(part)
+    base: Any = model.model
+    decoder, base.language_model = base.language_model, None
+    part = copy.deepcopy(base)
+    base.language_model = decoder
+    return part
 
 
 def transformers_encoder(
@@ -155,7 +159,9 @@ def stream_gaps(model: InternVLForConditionalGeneration, num_images: int) -> dic
     return {"alone": alone, "during": during}
 
 
-def generate(request_id: str, prompt: list[int], items: list[PromptItem], max_tokens: int) -> GenerationRequest:
+def generate(
+    request_id: str, prompt: list[int], items: list[PromptItem], max_tokens: int
+) -> GenerationRequest:
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return GenerationRequest(request_id=request_id, prompt_token_ids=prompt, items=items, sampling=sampling)
 
