@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,15 +48,15 @@ def test_a_prompt_without_images_has_a_reference_too(model: ImageModel) -> None:
 def test_the_tokenizer_spells_the_placeholder_and_the_chat_template_writes_one_mark(
     model: ImageModel,
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model.directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model.directory, trust_remote_code=False)
     config = json.loads((model.directory / "config.json").read_bytes())
     if model.family == "internvl_chat":
         assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == model.image_token_id
         assert tokenizer.chat_template is None
         return
     assert config.get("image_token_id", config.get("image_token_index")) == model.image_token_id
-    content = [{"type": "text", "text": "see"}, {"type": "image"}, {"type": "text", "text": "the end"}]
-    text = tokenizer.apply_chat_template(
+    content: Any = [{"type": "text", "text": "see"}, {"type": "image"}, {"type": "text", "text": "the end"}]
+    text: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
     mark = (

@@ -172,7 +172,7 @@ def test_weights_in_several_files_are_one_model(model: ImageModel, copy: Path) -
 def test_a_forced_tile_size_interpolates_the_position_embeddings(tmp_path: Path) -> None:
     model = save_image_model(tmp_path, "internvl_chat", vision={"image_size": 32})
     edit(tmp_path, lambda config: config.update(force_image_size=24))
-    config = config_of(tmp_path)
+    config: Any = config_of(tmp_path)
     assert list(config.vision_config.image_size) == [24, 24]
     assert config.image_seq_length == 9
     prompt = prompt_of(model)  # whose tiles have 24 pixels a side

@@ -23,6 +23,7 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
 
@@ -40,7 +41,14 @@ WEIGHTS = "model.safetensors"
 NAMES_SHOWN = 5
 
 NOT_OF_THE_TEXT_MODEL = frozenset(
-    {"model_type", "architectures", "auto_map", "_attn_implementation", "_name_or_path", "transformers_version"}
+    {
+        "model_type",
+        "architectures",
+        "auto_map",
+        "_attn_implementation",
+        "_name_or_path",
+        "transformers_version",
+    }
     | {"torch_dtype", "dtype", "use_bfloat16", "attn_implementation", "_attn_implementation_autoset"}
 )
 """Fields of ``llm_config`` that say where the model came from and how its authors ran it."""
@@ -114,14 +122,13 @@ def config_of(directory: Path) -> InternVLConfig:
 
 def _text_config(original: OriginalConfig) -> PreTrainedConfig:
     name = original.text_model
-    config_class = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None
-    if config_class is None or config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if name not in CONFIG_MAPPING or CONFIG_MAPPING[name] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(f"llm_config is of {name}, which transformers has no text model for")
     fields = {
         field: value for field, value in original.llm_config.items() if field not in NOT_OF_THE_TEXT_MODEL
     }
     try:
-        config: PreTrainedConfig = config_class(**fields)
+        config: PreTrainedConfig = CONFIG_MAPPING[name](**fields)
     except Exception as error:  # its own checks raise exceptions of several libraries
         raise CheckpointError(f"llm_config is not a config of {name}: {error}") from error
     return config
@@ -149,13 +156,14 @@ def load_internvl_chat(
     config = config_of(directory)
     # Without their random values, parameters are memory that was never touched; buffers are computed as ever.
     with no_init_weights():
-        model = InternVLForConditionalGeneration._from_config(  # noqa: SLF001 - what every auto class calls
+        model: InternVLForConditionalGeneration = InternVLForConditionalGeneration._from_config(  # noqa: SLF001 - what every auto class calls
             config, dtype=dtype, attn_implementation=attn_implementation
         )
     model.tie_weights()
     _fill(model, directory, original)
     model.generation_config = _generation_config(directory)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model
 
 
 def transformers_names(name: str) -> list[str]:
@@ -171,7 +179,7 @@ def transformers_names(name: str) -> list[str]:
     return []
 
 
-def _fill(model: nn.Module, directory: Path, original: OriginalConfig) -> None:
+def _fill(model: PreTrainedModel, directory: Path, original: OriginalConfig) -> None:
     targets = dict(model.named_parameters(remove_duplicate=False))
     is_tied = bool(model.config.tie_word_embeddings)
     missing, unknown = set(targets), []
@@ -197,7 +205,9 @@ def _fill(model: nn.Module, directory: Path, original: OriginalConfig) -> None:
     for what, names in (("lack", sorted(missing)), ("hold unknown tensors", sorted(unknown))):
         if names:
             rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-            raise CheckpointError(f"the weights in {directory} {what}: {', '.join(names[:NAMES_SHOWN])}{rest}")
+            raise CheckpointError(
+                f"the weights in {directory} {what}: {', '.join(names[:NAMES_SHOWN])}{rest}"
+            )
 
 
 def _resized(positions: Tensor, original: OriginalConfig) -> Tensor:
