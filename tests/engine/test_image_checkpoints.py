@@ -16,7 +16,7 @@ from image_models import (
     reference_logits,
     save_image_model,
 )
-from image_tokenizers import INTERNVL_TOKENS
+from image_tokenizers import INTERNVL_TOKENS, token_id
 from packaged_models import chatml_tokenizer
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
@@ -94,7 +94,7 @@ def test_a_real_tokenizer_gets_internvls_tokens_after_its_own(family: str, tmp_p
     model = internvl_model(tmp_path, family, chatml_tokenizer())
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     first = model.vocab_size - len(INTERNVL_TOKENS) - (family == "internvl")  # which has <video> too
-    ids = [tokenizer.token_to_id(token) for token in INTERNVL_TOKENS]
+    ids = [token_id(tokenizer, token) for token in INTERNVL_TOKENS]
     assert ids == list(range(first, first + len(ids)))
     assert model.image_token_id == ids[2]
     prompt = model.prompt(tokenizer.encode("<|im_start|>user\n").ids, model.pixels(1), [ids[1]])

@@ -279,6 +279,13 @@ def test_a_text_model_that_transformers_lacks_is_refused_by_name(copy: Path) -> 
         config_of(copy)
 
 
+@pytest.mark.parametrize("fields", [{"num_attention_heads": 5}, {"hidden_act": "sine"}])
+def test_a_vision_model_that_cannot_be_built_is_refused(copy: Path, fields: dict[str, Any]) -> None:
+    edit(copy, lambda config: config["vision_config"].update(fields))
+    with pytest.raises(CheckpointError, match="no InternVL model can be built"):
+        load_internvl_chat(copy, torch.float32)
+
+
 def test_a_tokenizer_without_the_image_token_is_refused(copy: Path) -> None:
     path = copy / "tokenizer.json"
     path.write_text(path.read_text().replace("<IMG_CONTEXT>", "<OTHER>"))

@@ -154,15 +154,25 @@ def load_internvl_chat(
     """
     original = original_config(json.loads((directory / "config.json").read_bytes()))
     config = config_of(directory)
-    # Without their random values, parameters are memory that was never touched; buffers are computed as ever.
-    with no_init_weights():
-        model: InternVLForConditionalGeneration = InternVLForConditionalGeneration._from_config(  # noqa: SLF001 - what every auto class calls
-            config, dtype=dtype, attn_implementation=attn_implementation
-        )
+    model = _empty_model(config, dtype, attn_implementation)
     model.tie_weights()
     _fill(model, directory, original)
     model.generation_config = _generation_config(directory)
     model.eval().requires_grad_(False)
+    return model
+
+
+def _empty_model(
+    config: InternVLConfig, dtype: torch.dtype, attn_implementation: str
+) -> InternVLForConditionalGeneration:
+    """Return a model without values: its parameters are memory that was never touched, its buffers are computed."""
+    try:
+        with no_init_weights():
+            model: InternVLForConditionalGeneration = InternVLForConditionalGeneration._from_config(  # noqa: SLF001 - what every auto class calls
+                config, dtype=dtype, attn_implementation=attn_implementation
+            )
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"no InternVL model can be built from config.json: {error}") from error
     return model
 
 
