@@ -7,6 +7,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 import pytest
+import torch
 from image_models import FAMILIES, ImageModel, ImagePrompt, reference_logits, save_image_model
 from logitengine.config import EngineConfig
 from logitengine.engine import Engine
@@ -31,8 +32,8 @@ class Served(NamedTuple):
         assert encoder is not None
         return encoder.joins_tokens
 
-    def engine(self, **options: object) -> Engine:
-        return make_engine(self.loaded, max_num_seqs=8, **options)
+    def engine(self, num_blocks: int | None = None, **options: object) -> Engine:
+        return make_engine(self.loaded, num_blocks=num_blocks, max_num_seqs=8, **options)
 
     def prompts(self) -> dict[str, ImagePrompt]:
         """Return prompts with no image, one, and two, and one whose images stand side by side."""
@@ -193,3 +194,19 @@ def test_a_step_that_an_image_does_not_fit_in_is_refused_when_the_model_is_loade
     )
     with pytest.raises(CheckpointError, match="--max-num-batched-tokens"):
         load(config)
+
+
+def test_an_encoder_layer_is_computed_in_a_step_and_no_more(served: Served) -> None:
+    """Between two steps of others at most one layer of one item, and the encoder ends after as many steps as it has parts."""
+    model = served.model
+    prompt = model.prompt(model.text(3), model.pixels(9), model.text(3))
+    encoder = served.loaded.runner._encoder_outputs._encoder
+    num_layers = sum(
+        len(module) for module in encoder._model.modules() if isinstance(module, torch.nn.ModuleList)
+    )
+    engine = served.engine()
+    engine.add(ask("image", prompt))
+    num_steps = 0
+    while not any(output.token_ids for output in engine.step()):
+        num_steps += 1
+    assert num_steps >= num_layers

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ from logitkernels import DenseWeight, Kernels
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from logitengine.link.messages import EncoderInfo, PromptItem
+from logitengine.link.messages import Array, EncoderInfo, PromptItem
 from logitengine.model.fused_linear import FusedLinear
 from logitengine.model.image_families import encoder_info
+
+USUAL_GRID = 72
+"""Patches in a row and in a column of an image of a megapixel, by patches of 14."""
 
 
 class Encoding:
@@ -46,12 +50,16 @@ class ImageEncoder:
         info: what the encoder reads. Its depth is that of Qwen3-VL's DeepStack; others add to embeddings alone.
     """
 
-    def __init__(self, model: PreTrainedModel, kernels: Kernels, *, exact: bool) -> None:
-        """Take over a model without its decoder. ``exact``: linear layers do not round their inputs.
+    def __init__(self, model: PreTrainedModel, family: str, kernels: Kernels, *, exact: bool) -> None:
+        """Take over a model without its decoder.
+
+        Args:
+            family: the ``model_type`` of the checkpoint, which in the original InternVL format is not the model's.
+            exact: whether linear layers do not round their inputs.
 
         Raises ValueError for an encoder that is not served.
         """
-        self.info: EncoderInfo = encoder_info(model.config)
+        self.info: EncoderInfo = encoder_info(model.config, family)
         self._model: Any = model
         self._device = model.device
         if self._device.type == "cpu":
@@ -59,14 +67,22 @@ class ImageEncoder:
             for tensor in (*model.parameters(), *model.buffers()):
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.float()
-        for layers in model.modules():
-            if isinstance(layers, nn.ModuleList):
-                for layer in layers:
-                    layer.register_forward_pre_hook(_pause)
+        for part in _parts(model):
+            part.register_forward_pre_hook(_pause)
 
     def begin(self, item: PromptItem) -> Encoding:
         """Return the encoding of an item, of which nothing is computed yet."""
         return Encoding(lambda: self.encode(item))
+
+    def blank_item(self) -> PromptItem:
+        """Return an item of zeros, of the only size or a usual one."""
+        shape, grid = self.info.pixels_shape, None
+        if not self.info.num_tokens:
+            grid = (1, USUAL_GRID, USUAL_GRID)
+            shape = (USUAL_GRID**2, *shape)
+        num_tokens = self.info.num_tokens or (USUAL_GRID // self.info.merge_size) ** 2
+        pixels = Array("float32", shape, bytes(4 * prod(shape)))
+        return PromptItem(start=0, stop=num_tokens, digest=b"", pixels=pixels, grid=grid)
 
     def encode(self, item: PromptItem) -> Tensor:
         """Return the output of an item, [tokens, 1 + depth, H]."""
@@ -89,6 +105,14 @@ def _one(features: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """Return an only image's features: [tokens, H]."""
     tensor = features if isinstance(features, Tensor) else features[0]
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _parts(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield what is computed between two pauses: the layers, and beside the tower what projects its output."""
+    yield from model.children()
+    for layers in model.modules():
+        if isinstance(layers, nn.ModuleList):
+            yield from layers
 
 
 def _pause(_layer: nn.Module, _inputs: tuple[Any, ...]) -> None:

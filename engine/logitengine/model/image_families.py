@@ -15,15 +15,21 @@ GRID_FAMILIES = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl"})
 JOINING_FAMILIES = frozenset({"gemma3"})
 """Families in which the tokens of an image attend to each other in both directions."""
 
+INTERNVL_CHAT = "internvl_chat"
+"""InternVL in its original format."""
+
 SHUFFLING_FAMILIES = frozenset({"idefics3", "smolvlm"})
-FAMILIES = GRID_FAMILIES | JOINING_FAMILIES | SHUFFLING_FAMILIES | {"internvl", "internvl_chat", "llava"}
+FAMILIES = GRID_FAMILIES | JOINING_FAMILIES | SHUFFLING_FAMILIES | {"internvl", INTERNVL_CHAT, "llava"}
 
 LLAVA_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model"})
 
 
-def encoder_info(config: PreTrainedConfig) -> EncoderInfo:
-    """Return what the encoder of a model reads. Raises ValueError for one that is not served."""
-    family, vision = config.model_type, config.vision_config
+def encoder_info(config: PreTrainedConfig, family: str) -> EncoderInfo:
+    """Return what the encoder of a model reads. ``family`` is the checkpoint's own name of its format.
+
+    Raises ValueError for an encoder that is not served.
+    """
+    vision = config.vision_config
     if family in GRID_FAMILIES:
         channels = getattr(vision, "in_channels", None) or vision.in_chans
         patch = channels * vision.temporal_patch_size * vision.patch_size**2

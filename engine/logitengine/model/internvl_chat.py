@@ -23,7 +23,6 @@ from transformers import (
     InternVLForConditionalGeneration,
     InternVLVisionConfig,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
 
@@ -122,6 +121,7 @@ def config_of(directory: Path) -> InternVLConfig:
 
 def _text_config(original: OriginalConfig) -> PreTrainedConfig:
     name = original.text_model
+    # The mapping loads its classes when they are taken, so that ``get`` finds none.
     if name not in CONFIG_MAPPING or CONFIG_MAPPING[name] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(f"llm_config is of {name}, which transformers has no text model for")
     fields = {
@@ -145,7 +145,7 @@ def _image_token_id(directory: Path, text_config: PreTrainedConfig) -> int:
 
 
 def load_internvl_chat(
-    directory: Path, dtype: torch.dtype, attn_implementation: str = "sdpa"
+    directory: Path, dtype: torch.dtype, attn_implementation: str | dict[str, str] = "sdpa"
 ) -> InternVLForConditionalGeneration:
     """Load the model in ``directory`` into memory of the host, tensor by tensor.
 
@@ -158,12 +158,12 @@ def load_internvl_chat(
     model.tie_weights()
     _fill(model, directory, original)
     model.generation_config = _generation_config(directory)
-    model.eval().requires_grad_(False)
+    model.eval().requires_grad_(requires_grad=False)
     return model
 
 
 def _empty_model(
-    config: InternVLConfig, dtype: torch.dtype, attn_implementation: str
+    config: InternVLConfig, dtype: torch.dtype, attn_implementation: str | dict[str, str]
 ) -> InternVLForConditionalGeneration:
     """Return a model without values: its parameters are memory that was never touched, its buffers are computed."""
     try:
@@ -189,9 +189,9 @@ def transformers_names(name: str) -> list[str]:
     return []
 
 
-def _fill(model: PreTrainedModel, directory: Path, original: OriginalConfig) -> None:
+def _fill(model: nn.Module, directory: Path, original: OriginalConfig) -> None:
     targets = dict(model.named_parameters(remove_duplicate=False))
-    is_tied = bool(model.config.tie_word_embeddings)
+    is_tied = "lm_head.weight" not in dict(model.named_parameters())
     missing, unknown = set(targets), []
     if is_tied:
         missing.discard("lm_head.weight")

@@ -23,7 +23,7 @@ from logitengine.model.image_encoder import ImageEncoder
 from logitengine.model.image_families import FAMILIES
 from logitengine.model.layer_shapes import probe_layers
 from logitengine.model.network import Network
-from logitengine.model.pretrained import eos_token_ids, load_pretrained, max_positions
+from logitengine.model.pretrained import eos_token_ids, load_pretrained, max_positions, model_type
 from logitengine.model.text_part import take_text_part
 from logitengine.model.value_heads import value_heads_of
 from logitengine.model.weight_sources import (
@@ -119,7 +119,8 @@ def prepare(
     try:
         if whole is not None:
             image_part = getattr(whole, whole.base_model_prefix)
-            encoder = ImageEncoder(image_part, kernels, exact=dtype == torch.float32)
+            family = model_type(checkpoint)
+            encoder = ImageEncoder(image_part, family, kernels, exact=dtype == torch.float32)
             _check_joined_items(encoder.info, config, kernels)
         shapes = probe_layers(model, kernels)
         heads = value_heads_of(model, config.value_head, kernels, is_classifier=not can_generate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -18,7 +19,11 @@ from transformers import (
 from logitengine.errors import CheckpointError
 from logitengine.model.attention import ATTENTION_NAME, register_attention
 from logitengine.model.checkpoint import Checkpoint
-from logitengine.model.image_families import FAMILIES
+from logitengine.model.files import CONFIG
+from logitengine.model.image_families import FAMILIES, INTERNVL_CHAT
+from logitengine.model.internvl_chat import load_internvl_chat
+
+IMAGE_MODEL_ATTENTION = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"}
 
 
 def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -34,20 +39,29 @@ def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
 
 
 def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    if model_type(checkpoint) == INTERNVL_CHAT:
+        model = load_internvl_chat(checkpoint.path, dtype, {**IMAGE_MODEL_ATTENTION})
+        _refuse_unsupported(model.config)
+        return model
     model_config = AutoConfig.from_pretrained(checkpoint.path)
     _refuse_unsupported(model_config)
-    reads_images = model_config.model_type in FAMILIES
     attention: str | dict[str, str] = ATTENTION_NAME
-    if reads_images:
-        attention = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"}
-    model: PreTrainedModel = _auto_class(model_config).from_pretrained(
+    if model_config.model_type in FAMILIES:
+        attention = {**IMAGE_MODEL_ATTENTION}
+    loaded: PreTrainedModel = _auto_class(model_config).from_pretrained(
         checkpoint.path,
         config=model_config,
         dtype=dtype,
         attn_implementation=attention,
         use_safetensors=True,
     )
-    return model
+    return loaded
+
+
+def model_type(checkpoint: Checkpoint) -> str:
+    """Return the ``model_type`` of the checkpoint's config."""
+    config = json.loads((checkpoint.path / CONFIG).read_bytes())
+    return str(config.get("model_type", ""))
 
 
 def _auto_class(model_config: PretrainedConfig) -> Any:

@@ -108,3 +108,6 @@ class RunnerFactory:
             vocab_size=self.vocab_size,
             can_generate=self.can_generate,
         )
+        if self.encoder is not None:
+            with torch.inference_mode():
+                self.encoder.encode(self.encoder.blank_item())

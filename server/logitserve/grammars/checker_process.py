@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 
 import msgspec
+from logitengine.address_space import limit_address_space
 from logitengine.grammar.vocabulary import GrammarError, Vocabulary
 
 from logitserve.grammars.frames import LENGTH_BYTES, MOST_BYTES, Outcome, Question, Verdict, framed
@@ -95,7 +95,7 @@ def _work(question: Question, vocabulary: Vocabulary, connection: Connection) ->
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, STDIN)
     os.dup2(nowhere, STDOUT)
-    _limit_memory()
+    limit_address_space(MOST_BYTES)
     connection.send_bytes(msgspec.msgpack.encode(check(question, vocabulary)))
 
 
@@ -111,15 +111,6 @@ def _end(connection: Connection, fork: _Fork) -> Verdict:
         return Verdict(number, OUTCOMES.get(status, "died"), detail=f"its process ended with status {status}")
     fork.process.join()
     return verdict
-
-
-def _limit_memory() -> None:
-    with open("/proc/self/statm") as file:  # noqa: PTH123 - no file of a directory tree
-        size = int(file.read().split()[0]) * resource.getpagesize()
-    limit, hard = size + MOST_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]
-    if hard != resource.RLIM_INFINITY:  # a service's own bound, which cannot be raised
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _send(verdict: Verdict) -> None:
