@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from image_models import FAMILIES, GRID_FAMILIES, ImageModel, reference_logits, save_image_model
+from image_models import (
+    FAMILIES,
+    GRID_FAMILIES,
+    ImageModel,
+    internvl_model,
+    reference_logits,
+    save_image_model,
+)
+from image_tokenizers import INTERNVL_TOKENS, token_id
+from packaged_models import chatml_tokenizer
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 
@@ -47,15 +58,15 @@ def test_a_prompt_without_images_has_a_reference_too(model: ImageModel) -> None:
 def test_the_tokenizer_spells_the_placeholder_and_the_chat_template_writes_one_mark(
     model: ImageModel,
 ) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model.directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model.directory, trust_remote_code=False)
     config = json.loads((model.directory / "config.json").read_bytes())
     if model.family == "internvl_chat":
         assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == model.image_token_id
         assert tokenizer.chat_template is None
         return
     assert config.get("image_token_id", config.get("image_token_index")) == model.image_token_id
-    content = [{"type": "text", "text": "see"}, {"type": "image"}, {"type": "text", "text": "the end"}]
-    text = tokenizer.apply_chat_template(
+    content: Any = [{"type": "text", "text": "see"}, {"type": "image"}, {"type": "text", "text": "the end"}]
+    text: Any = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
     mark = (
@@ -76,3 +87,15 @@ def test_a_grid_of_the_same_number_of_patches_in_another_shape_differs(family: s
         prompt = model.prompt(model.text(3), model.pixels(1, grid=grid), model.text(3))
         rows.append(reference_logits(model.directory, prompt.token_ids, prompt.items)[-1])
     assert (rows[0] - rows[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", ["internvl", "internvl_chat"])
+def test_a_real_tokenizer_gets_internvls_tokens_after_its_own(family: str, tmp_path: Path) -> None:
+    model = internvl_model(tmp_path, family, chatml_tokenizer())
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    first = model.vocab_size - len(INTERNVL_TOKENS) - (family == "internvl")  # which has <video> too
+    ids = [token_id(tokenizer, token) for token in INTERNVL_TOKENS]
+    assert ids == list(range(first, first + len(ids)))
+    assert model.image_token_id == ids[2]
+    prompt = model.prompt(tokenizer.encode("<|im_start|>user\n").ids, model.pixels(1), [ids[1]])
+    assert reference_logits(tmp_path, prompt.token_ids, prompt.items).shape[1] == model.vocab_size

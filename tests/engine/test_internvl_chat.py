@@ -172,7 +172,7 @@ def test_weights_in_several_files_are_one_model(model: ImageModel, copy: Path) -
 def test_a_forced_tile_size_interpolates_the_position_embeddings(tmp_path: Path) -> None:
     model = save_image_model(tmp_path, "internvl_chat", vision={"image_size": 32})
     edit(tmp_path, lambda config: config.update(force_image_size=24))
-    config = config_of(tmp_path)
+    config: Any = config_of(tmp_path)
     assert list(config.vision_config.image_size) == [24, 24]
     assert config.image_seq_length == 9
     prompt = prompt_of(model)  # whose tiles have 24 pixels a side
@@ -277,6 +277,13 @@ def test_a_text_model_that_transformers_lacks_is_refused_by_name(copy: Path) -> 
     edit(copy, lambda config: config["llm_config"].update(model_type="baichuan9"))
     with pytest.raises(CheckpointError, match="baichuan9"):
         config_of(copy)
+
+
+@pytest.mark.parametrize("fields", [{"num_attention_heads": 5}, {"hidden_act": "sine"}])
+def test_a_vision_model_that_cannot_be_built_is_refused(copy: Path, fields: dict[str, Any]) -> None:
+    edit(copy, lambda config: config["vision_config"].update(fields))
+    with pytest.raises(CheckpointError, match="no InternVL model can be built"):
+        load_internvl_chat(copy, torch.float32)
 
 
 def test_a_tokenizer_without_the_image_token_is_refused(copy: Path) -> None:

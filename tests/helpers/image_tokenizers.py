@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -198,17 +199,23 @@ def with_special_tokens(tokenizer: Tokenizer, family: str) -> Tokenizer:
     )
     if family in BOS:
         bos = BOS[family]
-        bos_id = tokenizer.token_to_id(bos)
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, bos_id)]
+            single=f"{bos} $A", special_tokens=[(bos, token_id(tokenizer, bos))]
         )
     return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """Return the id of a token that ``tokenizer`` has."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path, family: str) -> None:
     """Write tokenizer.json, tokenizer_config.json and the family's chat template."""
     tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS[family],
         "pad_token": SPECIAL_TOKENS[family][0],

@@ -121,14 +121,14 @@ def config_of(directory: Path) -> InternVLConfig:
 
 def _text_config(original: OriginalConfig) -> PreTrainedConfig:
     name = original.text_model
-    config_class = CONFIG_MAPPING.get(name, None)
-    if config_class is None or config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    # The mapping loads its classes when they are taken, so that ``get`` finds none.
+    if name not in CONFIG_MAPPING or CONFIG_MAPPING[name] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(f"llm_config is of {name}, which transformers has no text model for")
     fields = {
         field: value for field, value in original.llm_config.items() if field not in NOT_OF_THE_TEXT_MODEL
     }
     try:
-        config: PreTrainedConfig = config_class(**fields)
+        config: PreTrainedConfig = CONFIG_MAPPING[name](**fields)
     except Exception as error:  # its own checks raise exceptions of several libraries
         raise CheckpointError(f"llm_config is not a config of {name}: {error}") from error
     return config
@@ -154,15 +154,25 @@ def load_internvl_chat(
     """
     original = original_config(json.loads((directory / "config.json").read_bytes()))
     config = config_of(directory)
-    # Without their random values, parameters are memory that was never touched; buffers are computed as ever.
-    with no_init_weights():
-        model: InternVLForConditionalGeneration = InternVLForConditionalGeneration._from_config(  # noqa: SLF001 - what every auto class calls
-            config, dtype=dtype, attn_implementation=attn_implementation
-        )
+    model = _empty_model(config, dtype, attn_implementation)
     model.tie_weights()
     _fill(model, directory, original)
     model.generation_config = _generation_config(directory)
     model.eval().requires_grad_(requires_grad=False)
+    return model
+
+
+def _empty_model(
+    config: InternVLConfig, dtype: torch.dtype, attn_implementation: str | dict[str, str]
+) -> InternVLForConditionalGeneration:
+    """Return a model without values: its parameters are memory that was never touched, its buffers are computed."""
+    try:
+        with no_init_weights():
+            model: InternVLForConditionalGeneration = InternVLForConditionalGeneration._from_config(  # noqa: SLF001 - what every auto class calls
+                config, dtype=dtype, attn_implementation=attn_implementation
+            )
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"no InternVL model can be built from config.json: {error}") from error
     return model
 
 

@@ -114,7 +114,7 @@ def _problems(config: OriginalConfig) -> dict[str, bool]:
     layers = vision.num_hidden_layers
     return {
         f"llm_config is of {config.text_model}, which transformers does not have; "
-        "the InternVL models on Qwen2 are served (1B, 4B of InternVL2.5, and others)": "internlm2"
+        "InternVL models of Qwen2's or Llama's family are served, such as InternVL2-1B": "internlm2"
         in config.text_model.lower(),
         "llm_config names no model_type": config.text_model == "none",
         f"ps_version {config.ps_version!r}: only 'v2' is served": config.ps_version != "v2",
