@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -206,6 +207,13 @@ async def test_closing_ends_the_process_and_whatever_waits(images: ImagePreparer
     assert isinstance(results[0], asyncio.CancelledError)
     assert isinstance(results[1], ApiError)
     assert images._starting is None, "no other was started"
+
+
+def test_the_server_opens_no_image_itself() -> None:
+    code = (
+        "import sys, logitserve.images.preparer; sys.exit(bool({'PIL', 'torch', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_process_ends_with_its_server(model: str) -> None:

@@ -23,7 +23,7 @@ from logitengine.images.messages import (
     ToImages,
 )
 from logitengine.link.channel import BlockingChannel, TransportError
-from logitengine.logs import configure_logging, join_loggers
+from logitengine.logs import configure_logging
 
 if TYPE_CHECKING:
     from logitengine.images.processors import ImageProcessor
@@ -88,7 +88,6 @@ class ImageLoop:
             self._send(ImagesFailed(reason))
             self._channel.flush(EXIT_SECONDS)
             return 1
-        join_loggers()
         limit_address_space(MOST_BYTES + BYTES_PER_PIXEL * self._max_pixels)
         self._send(ImagesReady())
         try:
