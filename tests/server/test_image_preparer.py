@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import os
@@ -10,14 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import faulty_images
 import numpy as np
 import psutil
 import pytest
-from logitengine.images.messages import FromImages, ImagesReady, PrepareImage
+from logitengine.images.messages import FromImages, ImagesReady, PrepareImage, RefusedImage
 from logitengine.link.channel import BlockingChannel
 from logitengine.link.messages import Array
 from logitserve.errors import ApiError, BadRequestError
@@ -216,17 +217,41 @@ def test_the_server_opens_no_image_itself() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_process_ends_with_its_server(model: str) -> None:
+@contextlib.contextmanager
+def bare_process(model: str) -> Iterator[tuple[subprocess.Popen[bytes], BlockingChannel[FromImages]]]:
+    """Yield the process without a preparer, and the server's end of its socket."""
     ours, theirs = socket.socketpair()
-    with ours, theirs:
+    with ours:
         options = ["--fd", str(theirs.fileno()), "--model", model, "--max-image-pixels", "10000"]
-        process = subprocess.Popen([*faulty_images.COMMAND, *options], pass_fds=[theirs.fileno()])
-        theirs.close()
-        channel: BlockingChannel[FromImages] = BlockingChannel(ours, FromImages)
-        assert channel.receive() == ImagesReady()
+        with theirs:
+            process = subprocess.Popen(
+                [*faulty_images.COMMAND, *options], pass_fds=[theirs.fileno()], stderr=subprocess.PIPE
+            )
+        with process:
+            channel: BlockingChannel[FromImages] = BlockingChannel(ours, FromImages)
+            assert channel.receive() == ImagesReady()
+            yield process, channel
+            channel.flush(60)  # tells the process that nothing follows
+            assert process.wait(60) == 0
+
+
+def test_the_process_ends_with_its_server(model: str) -> None:
+    with bare_process(model) as (_, channel):
         channel.send(PrepareImage(1, Array("uint8", (4,), b"hang")))
-        channel.flush(60)  # tells the other side that nothing follows
-        assert process.wait(60) == 0
+
+
+def test_what_libraries_think_of_a_file_is_not_written_to_the_logs(model: str) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((60, 60), 50).save(buffer, "TIFF", compression="tiff_deflate")
+    data = bytearray(buffer.getvalue())
+    data[8:28] = bytes(20)
+    with pytest.raises(OSError, match="decoder error"):
+        Image.open(io.BytesIO(data)).load()  # at which libtiff writes a line
+    with bare_process(model) as (process, channel):
+        channel.send(PrepareImage(1, Array("uint8", (len(data),), data)))
+        assert channel.receive() == RefusedImage(1, "is damaged or ends early")
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
 
 
 async def test_signals_to_the_whole_service_do_not_end_the_process(images: ImagePreparer) -> None:
