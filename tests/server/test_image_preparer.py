@@ -250,8 +250,9 @@ def test_what_libraries_think_of_a_file_is_not_written_to_the_logs(model: str) -
     with bare_process(model) as (process, channel):
         channel.send(PrepareImage(1, Array("uint8", (len(data),), data)))
         assert channel.receive() == RefusedImage(1, "is damaged or ends early")
-    assert process.stderr is not None
-    assert process.stderr.read() == b""
+        channel.flush(60)
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
 
 
 async def test_signals_to_the_whole_service_do_not_end_the_process(images: ImagePreparer) -> None:
