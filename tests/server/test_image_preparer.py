@@ -25,6 +25,7 @@ from logitserve.errors import ApiError, BadRequestError
 from logitserve.images import preparer as preparer_module
 from logitserve.images import process as process_module
 from logitserve.images.preparer import ImagePreparer
+from logitserve.images.process import ImageProcessLostError, ImagesUnavailableError
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
@@ -263,30 +264,27 @@ async def test_signals_to_the_whole_service_do_not_end_the_process(images: Image
     assert (await process_of(images)) == process
 
 
-async def test_a_model_whose_images_are_not_supported_refuses_each_with_one_attempt(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_model_whose_images_are_not_supported_is_refused_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mllama"}')
     images = ImagePreparer(str(tmp_path), max_pixels=10_000, timeout=60)
-    await images.start()
-    for _ in range(2):
-        attempt = images._starting
-        error = await refused(images, png())
-        assert (error.status, error.code) == (501, "images_unavailable")
-        assert "'mllama' are not supported" in error.message
-        assert error.headers["x-should-retry"] == "false"
-        assert images._starting is attempt
-    assert caplog.text.count("images cannot be prepared") == 1
+    message = "images cannot be prepared: images for the model type 'mllama' are not supported"
+    with pytest.raises(ImagesUnavailableError, match=message):
+        await images.start()
     await images.close()
 
 
-async def test_a_process_that_does_not_start_is_tried_again(
+async def test_a_process_that_does_not_start_is_told_at_the_start_and_tried_again_later(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = ImagePreparer(model, max_pixels=10_000, timeout=60)
+    await images.start()
     with monkeypatch.context() as broken:
         broken.setattr(process_module, "COMMAND", ("/nowhere/python",))
-        await images.start()
+        with pytest.raises(ImageProcessLostError, match="did not start"):
+            await ImagePreparer(model, max_pixels=10_000, timeout=60).start()
+        (await process_of(images)).kill()
+        assert images._starting is not None
+        await images._starting.result()._watching
         error = await refused(images, png())
         assert (error.status, error.code) == (503, "image_process_lost")
     assert len((await images.prepare(png(), "low", param=PARAM)).items) == 1
