@@ -6,6 +6,7 @@ import contextlib
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +23,11 @@ def noise(width: int = 40, height: int = 30) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def file_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def file_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     if kind == "WEBP":
         options.setdefault("lossless", True)
-    image.save(buffer, kind, **options)  # type: ignore[arg-type]
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

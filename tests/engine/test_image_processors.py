@@ -97,7 +97,7 @@ def test_internvl_chat_cuts_tiles_by_the_checkpoint_or_by_detail(
 def test_internvl_chat_without_dynamic_size_has_one_tile_whatever_the_detail(tmp_path: Path) -> None:
     processor = processor_of(tmp_path, INTERNVL_CHAT | {"dynamic_image_size": False})
     for detail in ("auto", "low", "high"):
-        items, layout = processor.prepare(picture(640, 480), detail)  # type: ignore[arg-type]
+        items, layout = processor.prepare(picture(640, 480), detail)
         assert layout == ["<img>", 0, "</img>"]
         assert items[0].pixels.shape == (3, 56, 56)
 
@@ -147,7 +147,7 @@ def test_a_directory_without_a_configuration_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("detail", ["auto", "low", "high"])
 def test_internvl_is_as_its_processor_has_it(tmp_path: Path, size: tuple[int, int], detail: Any) -> None:
-    theirs = GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, max_patches=6)
+    theirs: Any = GotOcr2ImageProcessorPil(size={"height": 56, "width": 56}, max_patches=6)
     config = {"model_type": "internvl", "vision_config": {"patch_size": [14, 14]}, "downsample_ratio": 0.5}
     prepared = processor_of(tmp_path, config, theirs).prepare(picture(*size), detail)
     outputs = theirs(picture(*size), return_tensors="np", crop_to_patches=detail != "low")
@@ -202,7 +202,7 @@ def test_idefics3_and_smolvlm_are_as_their_processors_have_them(
     tmp_path: Path, size: tuple[int, int], detail: Any, family: str
 ) -> None:
     kind = {"idefics3": Idefics3ImageProcessorPil, "smolvlm": SmolVLMImageProcessorPil}[family]
-    theirs = kind(size={"longest_edge": 4 * 56}, max_image_size={"longest_edge": 56})
+    theirs: Any = kind(size={"longest_edge": 4 * 56}, max_image_size={"longest_edge": 56})
     config = {"model_type": family, "vision_config": {"patch_size": 14}, "scale_factor": 2}
     prepared = processor_of(tmp_path, config, theirs).prepare(picture(*size), detail)
     options = {"do_image_splitting": False} if detail == "low" else {}
@@ -214,7 +214,7 @@ def test_idefics3_and_smolvlm_are_as_their_processors_have_them(
         image_token="<image>",
         image_seq_len=4,
     )
-    reference = {"idefics3": Idefics3Processor, "smolvlm": SmolVLMProcessor}[family]
+    reference: Any = {"idefics3": Idefics3Processor, "smolvlm": SmolVLMProcessor}[family]
     assert same_pixels(prepared[0], outputs["pixel_values"][0])
     assert text_of(prepared, "<image>") == reference.replace_image_token(facts, outputs, 0)
     assert (len(prepared[0]) == 1) == (detail == "low"), "they enlarge small images"
@@ -240,7 +240,7 @@ def test_gemma3_with_pan_and_scan_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_qwen_vl_is_as_its_processor_has_it(tmp_path: Path, size: tuple[int, int], family: str) -> None:
-    theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 30})
+    theirs: Any = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 30})
     config = {"model_type": family, "vision_config": {"spatial_merge_size": 2}}
     items, layout = prepared = processor_of(tmp_path, config, theirs).prepare(picture(*size), "auto")
     outputs = theirs(picture(*size), return_tensors="np")
@@ -252,7 +252,7 @@ def test_qwen_vl_is_as_its_processor_has_it(tmp_path: Path, size: tuple[int, int
 
 
 def test_settings_within_the_processors_own_file_are_read(tmp_path: Path) -> None:
-    theirs = Qwen2VLImageProcessorPil(merge_size=1, patch_size=28)
+    theirs: Any = Qwen2VLImageProcessorPil(merge_size=1, patch_size=28)
     config = {"model_type": "qwen2_vl", "vision_config": {"spatial_merge_size": 2}}
     processor = processor_of(tmp_path, config, processor_config={"image_processor": theirs.to_dict()})
     items, _ = processor.prepare(picture(112, 84), "auto")
@@ -267,7 +267,7 @@ def test_a_processor_that_makes_images_of_any_size_is_no_llavas(tmp_path: Path) 
 
 
 def test_an_image_that_the_processor_refuses_is_refused_without_its_words(tmp_path: Path) -> None:
-    theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 30})
+    theirs: Any = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 30})
     processor = processor_of(tmp_path, {"model_type": "qwen2_vl", "vision_config": {}}, theirs)
     with pytest.raises(RefusedImageError) as caught:
         processor.prepare(picture(401, 2), "auto")  # it allows ratios up to 200
@@ -275,7 +275,7 @@ def test_an_image_that_the_processor_refuses_is_refused_without_its_words(tmp_pa
 
 
 def test_a_digest_tells_pixels_grids_and_shapes_apart(tmp_path: Path) -> None:
-    theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 30})
+    theirs: Any = Qwen2VLImageProcessorPil(size={"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 30})
     qwen = processor_of(tmp_path, {"model_type": "qwen2_vl", "vision_config": {}}, theirs)
     blank = [Image.new("RGB", size) for size in ((56, 112), (112, 56))]
     wide, high = (qwen.prepare(image, "auto")[0][0] for image in blank)

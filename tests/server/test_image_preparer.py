@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import os
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import faulty_images
 import numpy as np
 import psutil
 import pytest
-from logitengine.images.messages import FromImages, ImagesReady, PrepareImage
+from logitengine.images.messages import FromImages, ImagesReady, PrepareImage, RefusedImage
 from logitengine.link.channel import BlockingChannel
 from logitengine.link.messages import Array
 from logitserve.errors import ApiError, BadRequestError
 from logitserve.images import preparer as preparer_module
 from logitserve.images import process as process_module
 from logitserve.images.preparer import ImagePreparer
+from logitserve.images.process import ImageProcessLostError, ImagesUnavailableError
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
@@ -208,17 +211,49 @@ async def test_closing_ends_the_process_and_whatever_waits(images: ImagePreparer
     assert images._starting is None, "no other was started"
 
 
-def test_the_process_ends_with_its_server(model: str) -> None:
+def test_the_server_opens_no_image_itself() -> None:
+    code = (
+        "import sys, logitserve.images.preparer; sys.exit(bool({'PIL', 'torch', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@contextlib.contextmanager
+def bare_process(model: str) -> Iterator[tuple[subprocess.Popen[bytes], BlockingChannel[FromImages]]]:
+    """Yield the process without a preparer, and the server's end of its socket."""
     ours, theirs = socket.socketpair()
-    with ours, theirs:
+    with ours:
         options = ["--fd", str(theirs.fileno()), "--model", model, "--max-image-pixels", "10000"]
-        process = subprocess.Popen([*faulty_images.COMMAND, *options], pass_fds=[theirs.fileno()])
-        theirs.close()
-        channel: BlockingChannel[FromImages] = BlockingChannel(ours, FromImages)
-        assert channel.receive() == ImagesReady()
+        with theirs:
+            process = subprocess.Popen(
+                [*faulty_images.COMMAND, *options], pass_fds=[theirs.fileno()], stderr=subprocess.PIPE
+            )
+        with process:
+            channel: BlockingChannel[FromImages] = BlockingChannel(ours, FromImages)
+            assert channel.receive() == ImagesReady()
+            yield process, channel
+            channel.flush(60)  # tells the process that nothing follows
+            assert process.wait(60) == 0
+
+
+def test_the_process_ends_with_its_server(model: str) -> None:
+    with bare_process(model) as (_, channel):
         channel.send(PrepareImage(1, Array("uint8", (4,), b"hang")))
-        channel.flush(60)  # tells the other side that nothing follows
-        assert process.wait(60) == 0
+
+
+def test_what_libraries_think_of_a_file_is_not_written_to_the_logs(model: str) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((60, 60), 50).save(buffer, "TIFF", compression="tiff_deflate")
+    data = bytearray(buffer.getvalue())
+    data[8:28] = bytes(20)
+    with pytest.raises(OSError, match="decoder error"):
+        Image.open(io.BytesIO(data)).load()  # at which libtiff writes a line
+    with bare_process(model) as (process, channel):
+        channel.send(PrepareImage(1, Array("uint8", (len(data),), data)))
+        assert channel.receive() == RefusedImage(1, "is damaged or ends early")
+        channel.flush(60)
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
 
 
 async def test_signals_to_the_whole_service_do_not_end_the_process(images: ImagePreparer) -> None:
@@ -229,30 +264,27 @@ async def test_signals_to_the_whole_service_do_not_end_the_process(images: Image
     assert (await process_of(images)) == process
 
 
-async def test_a_model_whose_images_are_not_supported_refuses_each_with_one_attempt(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_model_whose_images_are_not_supported_is_refused_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mllama"}')
     images = ImagePreparer(str(tmp_path), max_pixels=10_000, timeout=60)
-    await images.start()
-    for _ in range(2):
-        attempt = images._starting
-        error = await refused(images, png())
-        assert (error.status, error.code) == (501, "images_unavailable")
-        assert "'mllama' are not supported" in error.message
-        assert error.headers["x-should-retry"] == "false"
-        assert images._starting is attempt
-    assert caplog.text.count("images cannot be prepared") == 1
+    message = "images cannot be prepared: images for the model type 'mllama' are not supported"
+    with pytest.raises(ImagesUnavailableError, match=message):
+        await images.start()
     await images.close()
 
 
-async def test_a_process_that_does_not_start_is_tried_again(
+async def test_a_process_that_does_not_start_is_told_at_the_start_and_tried_again_later(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = ImagePreparer(model, max_pixels=10_000, timeout=60)
+    await images.start()
     with monkeypatch.context() as broken:
         broken.setattr(process_module, "COMMAND", ("/nowhere/python",))
-        await images.start()
+        with pytest.raises(ImageProcessLostError, match="did not start"):
+            await ImagePreparer(model, max_pixels=10_000, timeout=60).start()
+        (await process_of(images)).kill()
+        assert images._starting is not None
+        await images._starting.result()._watching
         error = await refused(images, png())
         assert (error.status, error.code) == (503, "image_process_lost")
     assert len((await images.prepare(png(), "low", param=PARAM)).items) == 1

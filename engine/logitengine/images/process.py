@@ -8,6 +8,7 @@ import os
 import queue
 import signal
 import socket
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -23,7 +24,7 @@ from logitengine.images.messages import (
     ToImages,
 )
 from logitengine.link.channel import BlockingChannel, TransportError
-from logitengine.logs import configure_logging, join_loggers
+from logitengine.logs import configure_logging
 
 if TYPE_CHECKING:
     from logitengine.images.processors import ImageProcessor
@@ -39,6 +40,8 @@ MOST_BYTES = 2 << 30
 BYTES_PER_PIXEL = 16
 """Pillow holds four bytes a pixel, and a conversion or a rotation makes another such image."""
 
+STDERR = 2
+
 EXIT_SECONDS = 5.0
 """Longest wait of an ending process until everything is sent."""
 
@@ -51,6 +54,7 @@ def main() -> NoReturn:
     parser.add_argument("--log-level", default="info", help="least severe line logged")
     parser.add_argument("--log-format", default="auto", help="text, json or auto")
     arguments = parser.parse_args()
+    quieten_libraries()
     configure_logging(arguments.log_level, arguments.log_format)
     # They may come to all of a service's processes. The server decides when to end, and then closes the socket.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -60,6 +64,14 @@ def main() -> NoReturn:
     status = ImageLoop(channel, arguments.max_image_pixels).run(Path(arguments.model))
     logging.shutdown()
     os._exit(status)
+
+
+def quieten_libraries() -> None:
+    """Keep standard error for Python: libtiff writes to it what it thinks of a client's file."""
+    sys.stderr = os.fdopen(os.dup(STDERR), "w", buffering=1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDERR)
+    os.close(nowhere)
 
 
 class ImageLoop:
@@ -88,7 +100,6 @@ class ImageLoop:
             self._send(ImagesFailed(reason))
             self._channel.flush(EXIT_SECONDS)
             return 1
-        join_loggers()
         limit_address_space(MOST_BYTES + BYTES_PER_PIXEL * self._max_pixels)
         self._send(ImagesReady())
         try:

@@ -15,6 +15,7 @@ from logitengine.images.internvl_chat import InternVLChatProcessor
 from logitengine.images.items import item_of
 from logitengine.images.messages import Detail, PreparedItem
 from logitengine.images.model_files import ImageModelError, ModelFiles
+from logitengine.logs import join_loggers
 
 Prepared = tuple[list[PreparedItem], list[str | int]]
 """Items, and the layout that names them."""
@@ -69,6 +70,7 @@ class TransformersProcessor:
     def __init__(self, files: ModelFiles, family: Callable[[ModelFiles], Family]) -> None:
         from transformers import AutoImageProcessor  # imports torch
 
+        join_loggers()
         try:
             self._processor = AutoImageProcessor.from_pretrained(
                 str(files.directory), backend="pil", local_files_only=True, trust_remote_code=False

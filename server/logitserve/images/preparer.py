@@ -48,8 +48,8 @@ class ImagePreparer:
         self._working: set[asyncio.Task[PreparedImage]] = set()
 
     async def start(self) -> None:
-        """Start the process; it gets ready in the background."""
-        self._restart()
+        """Start the process and wait until it is ready. Raises ImagesUnavailableError or ImageProcessLostError."""
+        await asyncio.shield(self._restart())
 
     async def close(self) -> None:
         """End the process, and with it what is being prepared."""
@@ -127,38 +127,21 @@ class ImagePreparer:
             starting = self._restart()
         try:
             return await asyncio.shield(starting)
-        except ImageProcessLostError as error:
+        except (ImageProcessLostError, ImagesUnavailableError) as error:
             raise self._lost(error) from error
-        except ImagesUnavailableError as error:
-            raise ApiError(
-                501,
-                f"Images cannot be prepared: {error}.",
-                code="images_unavailable",
-                headers={"x-should-retry": "false"},
-            ) from error
 
     def _restart(self) -> asyncio.Task[ImageProcess]:
         self._starting = asyncio.create_task(ImageProcess.start(self._arguments), name="start-images")
-        self._starting.add_done_callback(_note_failed_start)
         return self._starting
 
-    def _lost(self, error: ImageProcessLostError) -> ApiError:
+    def _lost(self, error: Exception) -> ApiError:
         logger.warning("the process that prepares images was lost", extra={"detail": str(error)})
         return _unavailable("The process that prepares images was lost; try again.", "image_process_lost")
 
 
 def _is_lost(starting: asyncio.Task[ImageProcess]) -> bool:
-    """Whether the process has ended or could not be started, and another one may do better."""
-    if not starting.done():
-        return False
-    error = starting.exception()
-    return starting.result().is_lost if error is None else not isinstance(error, ImagesUnavailableError)
-
-
-def _note_failed_start(starting: asyncio.Task[ImageProcess]) -> None:
-    error = None if starting.cancelled() else starting.exception()
-    if isinstance(error, ImagesUnavailableError):
-        logger.error("images cannot be prepared", extra={"detail": str(error)})
+    """Whether the process has ended, or could not be started."""
+    return starting.done() and (starting.exception() is not None or starting.result().is_lost)
 
 
 def _unavailable(message: str, code: str) -> ApiError:

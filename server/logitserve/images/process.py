@@ -32,11 +32,11 @@ START_SECONDS = 120.0
 """Time until the process is ready; libraries from a cold disk may take most of it."""
 
 
-class ImageProcessLostError(Exception):
+class ImageProcessLostError(OSError):
     """The process ended, or did not start."""
 
 
-class ImagesUnavailableError(Exception):
+class ImagesUnavailableError(ValueError):
     """No process can prepare this model's images; the message says why."""
 
 
@@ -82,7 +82,9 @@ class ImageProcess:
         except BaseException as error:
             ours.close()  # at which a process ends
             if isinstance(error, OSError):
-                raise ImageProcessLostError(f"it did not start: {error}") from error
+                raise ImageProcessLostError(
+                    f"the process that prepares images did not start: {error}"
+                ) from error
             raise
         spawned._watching = asyncio.create_task(spawned._watch(), name="watch-images")
         return spawned
@@ -99,7 +101,7 @@ class ImageProcess:
     async def prepare(self, data: bytes, detail: Detail) -> PreparedImage | RefusedImage:
         """Return its answer. Called for one image at a time. Raises ImageProcessLostError."""
         if self.is_lost:
-            raise ImageProcessLostError("it had ended")
+            raise ImageProcessLostError("the process that prepares images had ended")
         self._expected = next(self._numbers)
         self._answer = asyncio.get_running_loop().create_future()
         self._channel.send(PrepareImage(self._expected, Array("uint8", (len(data),), data), detail))
@@ -121,9 +123,9 @@ class ImageProcess:
             async with asyncio.timeout(START_SECONDS):
                 first = await self._answer
         except TimeoutError as error:
-            raise ImageProcessLostError("it did not start") from error
+            raise ImageProcessLostError("the process that prepares images did not start") from error
         if isinstance(first, ImagesFailed):
-            raise ImagesUnavailableError(first.message)
+            raise ImagesUnavailableError(f"images cannot be prepared: {first.message}")
 
     def _on_message(self, message: FromImages) -> None:
         number = 0 if isinstance(message, ImagesReady | ImagesFailed) else message.number
@@ -132,11 +134,11 @@ class ImageProcess:
 
     async def _watch(self) -> None:
         """Wait until the process has ended or has said what is no message."""
-        reason = "it ended"
+        reason = "the process that prepares images ended"
         try:
             await self._channel.wait_closed()
         except TransportError as error:
-            reason = f"it sent what is no message: {error}"
+            reason = f"the process that prepares images sent what is no message: {error}"
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
