@@ -61,13 +61,8 @@ Part = Annotated[
     Annotated[TextPart, Tag(TEXT)] | Annotated[ImagePart, Tag(IMAGE)],
     Discriminator(
         _kind,
-        custom_error_type="member",
-        custom_error_message="{fault}",
-        custom_error_context={
-            "code": "invalid_value",
-            "fault": "is neither text nor image_url: other parts are not served",
-            "member": "type",
-        },
+        custom_error_type="unknown_part",
+        custom_error_message="parts of the types text and image_url are served, and no others",
     ),
 ]
 
