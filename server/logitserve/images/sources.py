@@ -20,7 +20,8 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 """Returns the IP addresses of a host's name and port. Raises OSError."""
 
 _DATA = re.compile(
-    r"data:(?P<type>image/[\w.+-]{1,100})(?:;[\w.+-]{1,100}=[\w.+-]{1,100})*;base64,", re.ASCII | re.IGNORECASE
+    r"data:(?P<type>image/[\w.+-]{1,100})(?:;[\w.+-]{1,100}=[\w.+-]{1,100})*;base64,",
+    re.ASCII | re.IGNORECASE,
 )
 
 _INLINE_BYTES = 1 << 20
