@@ -159,7 +159,7 @@ class ImageSources:
 
     async def _body(self, response: httpx.Response, param: str) -> bytes:
         declared = response.headers.get("Content-Length", "")
-        if declared.isdigit() and (len(declared) > 18 or int(declared) > self._max_bytes):
+        if declared.isdigit() and int(declared) > self._max_bytes:
             raise self._too_large(param)
         data = bytearray()
         async for piece in response.aiter_raw():
