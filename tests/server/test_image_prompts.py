@@ -261,33 +261,30 @@ async def test_tools_in_a_system_message_stand_beside_images(
     assert "Be kind." in decoded.json()["prompt"]
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        (
-            "Hermes-2",
-            "<|im_start|>system\n你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
-            "<|im_end|><|im_start|>user\n<IMG>\nWhat is it?<|im_end|><|im_start|>assistant\nA cat.<|im_end|>"
-            "<|im_start|>user\nAnd this?<IMG>\n<|im_end|><|im_start|>assistant\n",
-        ),
-        (
-            "internvl2_5",
-            "<|im_start|>system\n你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
-            "<|im_end|>\n<|im_start|>user\n<IMG>\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n"
-            "<|im_start|>user\nAnd this?<IMG>\n<|im_end|>\n<|im_start|>assistant\n",
-        ),
-    ],
-)
+SYSTEMS = {
+    "Hermes-2": "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型\uff0c英文名叫InternVL, 是一个有用无害的人工智能助手。",
+    "internvl2_5": "你是书生·万象\uff0c英文名是InternVL\uff0c是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。",
+}
+
+
+@pytest.mark.parametrize(("name", "end"), [("Hermes-2", "<|im_end|>"), ("internvl2_5", "<|im_end|>\n")])
 async def test_a_checkpoint_without_a_template_has_the_format_that_it_names(
-    open_app: OpenApp, tmp_path: Path, model_info: ModelInfo, name: str, expected: str
+    open_app: OpenApp, tmp_path: Path, model_info: ModelInfo, name: str, end: str
 ) -> None:
     kind = dataclasses.replace(KINDS["internvl_chat"], config={"template": name})
     info = image_model_info(save_image_model(tmp_path, kind), model_info, kind)
     async with open_app(info=info, preparer=ScriptedPreparer(kind)) as app:
         ids = await tokenized(app, CONVERSATIONS["several_turns"])
         prompt = (await app.post("/detokenize", {"tokens": ids})).json()["prompt"]
-    image = "<img>" + "<IMG_CONTEXT>" * (2 * NUM_TOKENS) + "</img>"
-    assert prompt == expected.replace("<IMG>", image)
+    image = "<img>" + "<IMG_CONTEXT>" * (2 * NUM_TOKENS) + "</img>\n"
+    turns = [
+        f"system\n{SYSTEMS[name]}",
+        f"user\n{image}What is it?",
+        "assistant\nA cat.",
+        f"user\nAnd this?{image}",
+    ]
+    start = "<|im_start|>"
+    assert prompt == "".join(f"{start}{turn}{end}" for turn in turns) + f"{start}assistant\n"
 
 
 async def test_a_system_message_takes_the_place_of_the_formats_own(
