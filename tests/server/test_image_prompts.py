@@ -303,7 +303,7 @@ async def test_a_system_message_takes_the_place_of_the_formats_own(
 async def test_a_template_for_texts_alone_has_no_place_for_an_image(
     open_app: OpenApp, tmp_path: Path, model_info: ModelInfo
 ) -> None:
-    kind = replace(
+    kind = dataclasses.replace(
         KINDS["internvl"],
         template="{% for m in messages %}{{ '<IMG_CONTEXT>' }}{{ m.content + '' }}{% endfor %}",
     )
