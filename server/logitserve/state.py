@@ -16,6 +16,7 @@ from fastapi import Depends, Request
 from logitengine.errors import EngineError
 from logitengine.link.engine_protocol import EngineProtocol
 from logitengine.link.messages import EncoderInfo, ModelInfo
+from logitengine.logs import resolve_format
 
 from logitserve.access.keys import KeyRing
 from logitserve.config import ServerConfig
@@ -188,8 +189,12 @@ class ServerState:
     def _image_preparer(self, model_path: str) -> Preparer:
         from logitserve.images.preparer import ImagePreparer
 
+        config = self.config
         return ImagePreparer(
-            model_path, max_pixels=self.config.max_image_pixels, timeout=self.config.image_timeout
+            model_path,
+            max_pixels=config.max_image_pixels,
+            timeout=config.image_timeout,
+            log_flags=["--log-level", config.log_level, "--log-format", resolve_format(config.log_format)],
         )
 
     async def watch_engine(self) -> None:

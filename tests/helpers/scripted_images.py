@@ -208,7 +208,7 @@ class ScriptedPreparer:
     def _item(self, data: bytes, number: int) -> PreparedItem:
         pixels = np.full(self._nbytes // 4, number, np.float32)
         return PreparedItem(
-            pixels=Array("float32", pixels.shape, memoryview(pixels).cast("B")),
+            pixels=Array("float32", pixels.shape, pixels.tobytes()),
             digest=data + bytes([number]),
             num_tokens=NUM_TOKENS,
             grid=(1, 2, 6) if self._kind.family == "qwen2_vl" else None,

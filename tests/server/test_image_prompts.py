@@ -61,7 +61,9 @@ async def tokenized(app: App, messages: list[dict[str, Any]], **members: Any) ->
 
 
 def token_id(directory: Path, token: str) -> int:
-    return int(Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(token))
+    found = Tokenizer.from_file(str(directory / "tokenizer.json")).token_to_id(token)
+    assert found is not None
+    return found
 
 
 def for_transformers(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -128,7 +130,7 @@ def replacement(kind: Kind) -> str:
             return kind.placeholder * NUM_TOKENS
 
 
-CONVERSATIONS = {
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "image_first": [{"role": "user", "content": [image_part(b"a"), text_part("What is it?")]}],
     "image_last": [{"role": "user", "content": [text_part("What is it?\n"), image_part(b"a")]}],
     "images_in_a_row": [
