@@ -193,14 +193,17 @@ async def test_a_mark_that_a_text_spells_is_text(
     open_app: OpenApp, kind: Kind, directory: Path, info: ModelInfo, role: str
 ) -> None:
     spelt = " ".join(("<pad>", *kind.tokens))
-    question = {"role": "user", "content": [image_part(b"a"), text_part("x" if role == "system" else spelt)]}
-    messages = [{"role": "system", "content": spelt}, question] if role == "system" else [question]
-    plain = [
-        {**m, "content": "plain" if isinstance(m["content"], str) else [image_part(b"a"), text_part("plain")]}
-        for m in messages
-    ]
+
+    def conversation(text: str) -> list[dict[str, Any]]:
+        of_user, of_system = ("x", text) if role == "system" else (text, "x")
+        return [
+            {"role": "system", "content": of_system},
+            {"role": "user", "content": [image_part(b"a"), text_part(of_user)]},
+        ]
+
     async with open_app(info=info, preparer=ScriptedPreparer(kind)) as app:
-        ids, expected = await tokenized(app, messages), await tokenized(app, plain)
+        ids = await tokenized(app, conversation(spelt))
+        expected = await tokenized(app, conversation("plain"))
     special = range(len(kind.tokens) + 1)
     assert [token for token in ids if token in special] == [token for token in expected if token in special]
     text = Tokenizer.from_file(str(directory / "tokenizer.json")).decode(ids, skip_special_tokens=False)
