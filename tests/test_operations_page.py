@@ -11,13 +11,13 @@ import pytest
 from logitengine.config import Steps, Watching
 from logitserve.cli import main
 from logitserve.cli_flags import flag_of
-from logitserve.config import AnswerBounds, QueueBounds, RequestBounds, Times
+from logitserve.config import AnswerBounds, ImageBounds, QueueBounds, RequestBounds, Times
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "operations.md").read_text()
 PACKAGES = ("server/logitserve", "engine/logitengine", "kernels/logitkernels")
 
-BOUNDS = (RequestBounds, AnswerBounds, QueueBounds, Times, Steps, Watching)
+BOUNDS = (RequestBounds, ImageBounds, AnswerBounds, QueueBounds, Times, Steps, Watching)
 OTHER_BOUNDS = (
     "max_connections",
     "max_model_len",

@@ -15,6 +15,7 @@ from pydantic_settings import NoDecode
 from logitserve.access.keys import check_key, check_key_file, split_keys
 from logitserve.access.origins import check_hosts, check_origins
 from logitserve.access.proxies import check_root_path, check_trusted_proxies
+from logitserve.images.hosts import check_image_hosts
 from logitserve.telemetry.otlp import check_endpoint
 
 ENV_PREFIX = "LOGITSERVE_"
@@ -173,6 +174,32 @@ class Conversations(BaseModel):
         description="how the model writes calls of tools and its thinking: hermes, mistral and others, or a file; default: "
         "by its chat template",
     )
+    image_hosts: Annotated[
+        list[str],
+        NoDecode,
+        BeforeValidator(split_commas),
+        AfterValidator(check_image_hosts),
+        Word("HOSTS"),
+    ] = Field(
+        [],
+        description="hosts, comma-separated, as images.example or images.example:8443, that images are fetched from where "
+        "a request gives an address; default: none, and images come in requests as data: URLs",
+    )
+
+
+class ImageBounds(BaseModel):
+    """What the images of requests may take up."""
+
+    max_images: int = Field(16, ge=1, description="most images of a conversation")
+    max_image_bytes: Bytes = Field(20 << 20, ge=1, description="largest file of an image")
+    max_image_pixels: int = Field(
+        64 << 20, ge=1, description="most pixels of an image, in its file's own size"
+    )
+    image_memory: Bytes = Field(
+        1 << 30,
+        ge=1 << 20,
+        description="most bytes of images in all, as the model reads them, that unfinished requests may hold",
+    )
 
 
 class AnswerBounds(BaseModel):
@@ -245,6 +272,10 @@ class Times(BaseModel):
         gt=0,
         description="seconds to compile one request's schema or grammar",
     )
+    image_timeout: Seconds = Field(
+        10.0, gt=0, description="seconds to decode an image and prepare it for the model"
+    )
+    image_fetch_timeout: Seconds = Field(10.0, gt=0, description="seconds to fetch an image of --image-hosts")
     drain_delay: Seconds = Field(
         0.0,
         ge=0,
@@ -277,7 +308,16 @@ class Tracing(BaseModel):
 
 
 class ServerConfig(
-    Listening, Access, RequestBounds, Conversations, AnswerBounds, QueueBounds, Times, Logging, Tracing
+    Listening,
+    Access,
+    RequestBounds,
+    Conversations,
+    ImageBounds,
+    AnswerBounds,
+    QueueBounds,
+    Times,
+    Logging,
+    Tracing,
 ):
     """The server's options: every bound on what clients may ask for or use up is one of its fields."""
 

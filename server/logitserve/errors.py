@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = "1"
 LONGEST_PATH = 100
+CHOICE = "|"
+"""First character of what pydantic puts into a path for the class that it chose of several: no member's name."""
+
 STATUS_CODES = {
     401: "invalid_api_key",
     403: "foreign_origin",
@@ -158,6 +161,8 @@ def field_path(location: Sequence[int | str]) -> str:
     """Return ``("messages", 0, "content")`` as ``messages[0].content``. A path that a client made long is cut."""
     path = ""
     for part in location:
+        if isinstance(part, str) and part.startswith(CHOICE):
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
     return path if len(path) <= LONGEST_PATH else path[:LONGEST_PATH] + "..."
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,8 @@ import msgspec
 from fastapi import Depends, Request
 from logitengine.errors import EngineError
 from logitengine.link.engine_protocol import EngineProtocol
-from logitengine.link.messages import ModelInfo
+from logitengine.link.messages import EncoderInfo, ModelInfo
+from logitengine.logs import resolve_format
 
 from logitserve.access.keys import KeyRing
 from logitserve.config import ServerConfig
@@ -23,6 +24,11 @@ from logitserve.errors import ApiError, not_ready
 from logitserve.grammars.checker import GrammarChecker
 from logitserve.held_bodies import HeldBodies
 from logitserve.held_bytes import HeldBytes
+from logitserve.images.hosts import ImageHosts
+from logitserve.images.marks import ImageMark, find_mark, internvl_template
+from logitserve.images.memory import HeldImages, ImageMemory
+from logitserve.images.preparation import Preparer
+from logitserve.images.sources import ImageSources
 from logitserve.request_queue import RequestQueue
 from logitserve.telemetry.metrics import Metrics
 from logitserve.telemetry.readings import Readings
@@ -46,12 +52,14 @@ class Model:
 
     Attributes:
         family: how the model writes its thinking and its calls; None where nothing tells it.
+        image_mark: where images stand in its prompts; None where it reads text only.
     """
 
     engine: EngineProtocol
     tokenizer: ModelTokenizer
     names: list[str]
     family: Family | None = None
+    image_mark: ImageMark | None = None
 
     @cached_property
     def calling_family(self) -> Family:
@@ -105,6 +113,12 @@ class ServerState:
         self.held_bodies = HeldBodies(config.max_total_body_bytes)
         self.held_bytes = HeldBytes(config.max_held_bytes, config.held_timeout or None)
         self.queue = RequestQueue(config.max_queued_requests, config.max_queued_tokens)
+        self.image_sources = ImageSources(
+            ImageHosts(config.image_hosts), config.max_image_bytes, config.image_fetch_timeout
+        )
+        self.image_memory = ImageMemory(config.image_memory)
+        self.images: Preparer | None = None
+        self.new_preparer: Callable[[str], Preparer] = self._image_preparer
         self.metrics = Metrics()
         self.metrics.registry.register(Readings(self))
         self.tracing: Tracing | None = None
@@ -134,6 +148,9 @@ class ServerState:
             info, tokenizer = await asyncio.gather(
                 self.engine.wait_ready(), asyncio.to_thread(ModelTokenizer, directory)
             )
+            mark = None
+            if info.encoder is not None:
+                tokenizer, mark = await self._load_images(info, info.encoder, directory, tokenizer)
             family = choose_family(
                 tokenizer.chat_template,
                 tokenizer.response_template,
@@ -149,9 +166,36 @@ class ServerState:
             self._stop_server()
             return
         names = self.config.served_model_name or [Path(info.model_path).name]
-        self._model = Model(self.engine, tokenizer, names, family)
+        self._model = Model(self.engine, tokenizer, names, family, mark)
         if self.on_ready is not None:
             self.on_ready(self._model)
+
+    async def _load_images(
+        self, info: ModelInfo, encoder: EncoderInfo, directory: Path, tokenizer: ModelTokenizer
+    ) -> tuple[ModelTokenizer, ImageMark]:
+        """Start the preparation of images. Return the tokenizer, with the template that the model needs, and the mark.
+
+        Raises OSError, ValueError, or whatever the preparer raises.
+        """
+        model = Path(info.model_path)
+        template = internvl_template(model) if encoder.family == "internvl_chat" else None
+        if template is not None:
+            tokenizer = await asyncio.to_thread(ModelTokenizer, directory, template)
+        mark = await asyncio.to_thread(find_mark, encoder.family, model, tokenizer)
+        self.images = self.new_preparer(info.model_path)
+        await self.images.start()
+        return tokenizer, mark
+
+    def _image_preparer(self, model_path: str) -> Preparer:
+        from logitserve.images.preparer import ImagePreparer
+
+        config = self.config
+        return ImagePreparer(
+            model_path,
+            max_pixels=config.max_image_pixels,
+            timeout=config.image_timeout,
+            log_flags=["--log-level", config.log_level, "--log-format", resolve_format(config.log_format)],
+        )
 
     async def watch_engine(self) -> None:
         """Stop the server when the engine will not be started again.
@@ -207,6 +251,9 @@ class ServerState:
 
     async def close(self) -> None:
         await self.grammars.close()
+        await self.image_sources.close()
+        if self.images is not None:
+            await self.images.close()
         self.tokenizer_workers.close()
         self._encoding_pool.shutdown(wait=False, cancel_futures=True)
         if self.tracing is not None:
@@ -219,6 +266,15 @@ def get_state(request: Request) -> ServerState:
 
 
 StateDep = Annotated[ServerState, Depends(get_state)]
+
+
+async def get_held_images(state: StateDep) -> AsyncIterator[HeldImages]:
+    """Yield the account of a request's images, until its answer is sent."""
+    with state.image_memory.holding() as held:
+        yield held
+
+
+HeldImagesDep = Annotated[HeldImages, Depends(get_held_images)]
 
 
 def get_model(state: StateDep) -> Model:

@@ -110,8 +110,8 @@ TABLE = [
     chat("no content", "messages[0].content", messages=[{"role": "user"}]),
     chat("content as number", "messages[0].content", messages=[{"role": "user", "content": 3}]),
     chat(
-        "image part",
-        "messages[0].content[0].type",
+        "image for a model of texts",
+        "messages",
         messages=[
             {
                 "role": "user",

@@ -15,6 +15,7 @@ from logitengine.model.checkpoint import Checkpoint
 from logitserve.config import ServerConfig
 from logitserve.http.app import create_app
 from scripted_engine import App, OpenApp, Script, ScriptedEngine
+from scripted_images import ScriptedPreparer
 from tokenizers import Tokenizer
 from tool_chats import save_thinking_model
 
@@ -67,10 +68,13 @@ def open_app(model_info: ModelInfo) -> OpenApp:
         *,
         on_loopback: bool = False,
         info: ModelInfo = model_info,
+        preparer: ScriptedPreparer | None = None,
         **options: Any,
     ) -> AsyncIterator[App]:
         engine = ScriptedEngine(info, script)
         app = create_app(engine, ServerConfig(**options), on_loopback=on_loopback)
+        if preparer is not None:
+            app.state.server.new_preparer = lambda _: preparer
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with (
             app.router.lifespan_context(app),

@@ -11,6 +11,7 @@ from logitengine.link.messages import GenerationRequest
 from msgspec.structs import replace
 
 from logitserve.access.caller import Caller
+from logitserve.images.memory import HeldImages
 from logitserve.jobs.calls import CallOptions, answer_source, settle_tools
 from logitserve.jobs.grammar import check_grammar
 from logitserve.jobs.limits import RowBytes, check_options, settle_bounds
@@ -60,8 +61,13 @@ class Job:
         return self.requests[0].logits is not None or self.requests[0].hidden_states is not None
 
 
-async def make_job(options: JobOptions, state: ServerState, caller: Caller) -> Job:
-    """Check and tokenize. The prompts' cached prefixes are the caller's own. Raises ApiError."""
+async def make_job(
+    options: JobOptions, state: ServerState, caller: Caller, held: HeldImages | None = None
+) -> Job:
+    """Check and tokenize. The prompts' cached prefixes are the caller's own. Raises ApiError.
+
+    ``held`` counts the bytes of images, where the prompts may have any.
+    """
     model = state.model()
     name = model.check_name(options.model)
     check_options(options, model)
@@ -71,7 +77,7 @@ async def make_job(options: JobOptions, state: ServerState, caller: Caller) -> J
     grammar = None if form is None else await check_grammar(form, state)
     wanted = options.max_tokens
     reserved = (options.default_max_tokens or 1) if wanted is None else wanted
-    prompts = await tokenize(source, state, reserved_tokens=reserved)
+    prompts = await tokenize(source, state, reserved_tokens=reserved, held=held)
     if options.text.has_parts:
         form = answer_source(options.grammar, options.calls, family, prompts[0], model)
         if form is not None and form is not options.grammar:
@@ -114,6 +120,7 @@ def _request(
     return GenerationRequest(
         request_id=uuid.uuid4().hex,
         prompt_token_ids=prompt.token_ids,
+        items=prompt.items,
         sampling=replace(options.sampling, max_tokens=max_tokens, logit_bias=bias, seed=seed),
         n=options.n,
         cache_salt=cache_salt,

@@ -10,7 +10,7 @@ from logitengine.link.messages import HeadSpec, HiddenStatesSpec, LogitsSpec, Ou
 from logitserve.grammars.source import GrammarSource
 from logitserve.jobs.calls import CallOptions
 from logitserve.jobs.prompts import Conversation, PromptSource, Texts
-from logitserve.protocol.chat import ChatBody, Message, TemplateFields, for_template
+from logitserve.protocol.chat import ChatBody, Message, TemplateFields, for_template, images_of
 from logitserve.protocol.completions import CompletionBody
 from logitserve.protocol.generation import GenerationBody, SamplingBody, StreamOptions
 from logitserve.protocol.inputs import InputBody, InputOrMessagesBody
@@ -213,7 +213,7 @@ def _conversation(
         tools=[tool.for_template() for tool in body.tools] if isinstance(body, ToolFields) else [],
         reasoning_effort=body.reasoning_effort if isinstance(body, ToolFields) else None,
     )
-    return Conversation(turns, add_special_tokens, truncate_to)
+    return Conversation(turns, add_special_tokens, truncate_to, images_of(messages))
 
 
 def _generation_options(

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
+from logitengine.images.messages import PreparedImage
+from logitengine.link.messages import PromptItem
+
 from logitserve.errors import BadRequestError
+from logitserve.images.expansion import expand
+from logitserve.images.memory import HeldImages
+from logitserve.images.preparation import prepare_images
+from logitserve.protocol.chat import SentImage
 from logitserve.protocol.limits import too_large
 from logitserve.state import Model, ServerState
 from logitserve.text.chat_template import Turns
@@ -38,6 +45,7 @@ class Conversation:
     turns: Turns
     add_special_tokens: bool = False
     truncate_to: int | None = None
+    images: Sequence[SentImage] = ()
 
 
 PromptSource = Texts | Conversation
@@ -45,19 +53,20 @@ PromptSource = Texts | Conversation
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPrompt:
-    """A prompt's tokens, and its text where it came as text and is whole."""
+    """A prompt's tokens, and its text where it came as text and is whole. ``items`` are its images."""
 
     token_ids: list[int]
     text: str | None
+    items: list[PromptItem] = field(default_factory=list)
 
 
 async def tokenize(
-    source: PromptSource, state: ServerState, *, reserved_tokens: int = 0
+    source: PromptSource, state: ServerState, *, reserved_tokens: int = 0, held: HeldImages | None = None
 ) -> list[TokenizedPrompt]:
     """Return the prompts of ``source``, whatever ids the tokenizer gives.
 
-    A prompt that may be cut leaves room for ``reserved_tokens`` in the context. Raises ApiError, naming the source's
-    field.
+    A prompt that may be cut leaves room for ``reserved_tokens`` in the context. ``held`` counts the bytes of images, where
+    the source may have any. Raises ApiError, naming the source's field.
     """
     model = state.model()
     limit = _limit(source.truncate_to, reserved_tokens, model)
@@ -66,19 +75,52 @@ async def tokenize(
         _check_length(max(map(len, texts), default=0), model, source.param)
         num_ids = sum(len(prompt) for prompt in source.prompts if not isinstance(prompt, str))
         num_tokens = num_ids + sum(map(len, texts)) // CHARACTERS_PER_TOKEN
-        work = partial(_from_texts, source, limit, model)
-    else:
-        # All of it is searched for control tokens, whatever the template reads.
-        num_characters = _num_characters(source.turns.messages)
-        _check_length(num_characters, model, source.param)
-        num_tool_characters = _num_characters(source.turns.tools)
-        _check_length(num_tool_characters, model, "tools")
-        num_characters += num_tool_characters
-        _check_length(_num_characters(source.turns.variables), model, "chat_template_kwargs")
-        num_tokens = num_characters // CHARACTERS_PER_TOKEN
-        work = partial(_from_messages, source, limit, model, state.config.control_tokens_in_messages)
-    with state.queue.enter(num_tokens):
+        with state.queue.enter(num_tokens):
+            work = partial(_from_texts, source, limit, model)
+            return await state.tokenizer_workers.run(work, param=source.param)
+    # All of it is searched for control tokens, whatever the template reads.
+    num_characters = _num_characters(source.turns.messages)
+    _check_length(num_characters, model, source.param)
+    num_tool_characters = _num_characters(source.turns.tools)
+    _check_length(num_tool_characters, model, "tools")
+    num_characters += num_tool_characters
+    _check_length(_num_characters(source.turns.variables), model, "chat_template_kwargs")
+    _check_images(source, model)
+    with state.queue.enter(num_characters // CHARACTERS_PER_TOKEN):
+        images = await _prepared(source, state, held)
+        work = partial(_from_messages, source, images, limit, model, state.config.control_tokens_in_messages)
         return await state.tokenizer_workers.run(work, param=source.param)
+
+
+def _check_images(source: Conversation, model: Model) -> None:
+    """Refuse images that the model cannot read, or that a cut could part. Raises BadRequestError."""
+    if not source.images:
+        return
+    if model.image_mark is None:
+        raise BadRequestError(
+            f"'messages' holds an image, and this model ({model.names[0]}) reads text only.",
+            param=source.param,
+            code="images_not_supported",
+        )
+    if not model.image_mark.in_template:
+        raise BadRequestError(
+            f"'messages' holds an image, and the chat template of this model ({model.names[0]}) has no place for one.",
+            param=source.param,
+            code="images_not_supported",
+        )
+    if source.truncate_to is not None:
+        raise BadRequestError(
+            "'truncate_prompt_tokens' cannot be kept where 'messages' holds images.",
+            param="truncate_prompt_tokens",
+        )
+
+
+async def _prepared(source: Conversation, state: ServerState, held: HeldImages | None) -> list[PreparedImage]:
+    if not source.images:
+        return []
+    assert state.images is not None  # noqa: S101 - a model with a mark has a preparer
+    assert held is not None  # noqa: S101 - endpoints that take messages count what they hold
+    return await prepare_images(source.images, state.image_sources, state.images, held)
 
 
 def _limit(truncate_to: int | None, reserved_tokens: int, model: Model) -> int | None:
@@ -105,16 +147,25 @@ def _from_text(prompt: str | list[int], source: Texts, limit: int | None, model:
 
 def _from_messages(
     source: Conversation,
+    images: Sequence[PreparedImage],
     limit: int | None,
     model: Model,
     control_tokens_in_messages: bool,  # noqa: FBT001 - partial() hands it over
 ) -> list[TokenizedPrompt]:
-    tokenizer = model.tokenizer
-    chat = tokenizer.render(source.turns, control_tokens_in_messages=control_tokens_in_messages)
+    tokenizer, mark, add = model.tokenizer, model.image_mark, source.add_special_tokens
+    chat = tokenizer.render(
+        source.turns,
+        control_tokens_in_messages=control_tokens_in_messages,
+        as_parts=mark is not None and mark.in_template,
+    )
     _check_length(len(chat.text), model, source.param)
-    token_ids = tokenizer.encode_chat(chat, add_special_tokens=source.add_special_tokens)
+    items: list[PromptItem] = []
+    if mark is None:
+        token_ids = tokenizer.encode_chat(chat, add_special_tokens=add)
+    else:
+        token_ids, items = expand(chat, images, mark, tokenizer, add_special_tokens=add)
     if limit is None or len(token_ids) <= limit:
-        return [TokenizedPrompt(token_ids, chat.text)]
+        return [TokenizedPrompt(token_ids, chat.text, items)]
     return [TokenizedPrompt(token_ids[-limit:], None)]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from logitengine.images.messages import Detail
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from logitserve.config import LARGEST_ID
 from logitserve.errors import BadRequestError
@@ -18,8 +20,9 @@ from logitserve.protocol.base import (
     member_error,
     without_nulls,
 )
+from logitserve.protocol.content import CACHE_HINT, ImagePart, Part, TextPart, as_parts
 from logitserve.protocol.generation import GenerationBody
-from logitserve.protocol.limits import at_most, at_most_items, at_most_members_of
+from logitserve.protocol.limits import at_most, at_most_items, at_most_members_of, config_of, too_large
 from logitserve.protocol.tools import PastCalls, ToolFields
 
 NOT_OF_CHATS = frozenset({"suffix"})
@@ -34,7 +37,7 @@ OUTPUT_FIELDS = {
 }
 """Members of an assistant's past answers that clients send back, each with its reason to change nothing."""
 
-IGNORED_IN_MESSAGES = {**OUTPUT_FIELDS, "cache_control": "Anthropic's hint for its cache of prefixes"}
+IGNORED_IN_MESSAGES = {**OUTPUT_FIELDS, **CACHE_HINT}
 
 NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
     "type": ("text",),
@@ -43,25 +46,12 @@ NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
 }
 
 
-class TextPart(StrictModel):
-    """One part of a message's content; only text is served."""
-
-    ignored: ClassVar[frozenset[str]] = frozenset({"cache_control"})
-    reasons: ClassVar[dict[str, str]] = IGNORED_IN_MESSAGES
-
-    type: Literal["text"]
-    text: str
-
-
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-_Parts = Annotated[list[TextPart], Field(fail_fast=True), at_most_items("max_messages", "parts")]
+_Parts = Annotated[list[Part], Field(fail_fast=True), at_most_items("max_messages", "parts")]
 
 
 class Message(StrictModel):
-    """One message. Text parts are joined by newlines before the chat template sees them.
+    """One message. Text parts are joined by newlines before the chat template sees them, but for those of a user where
+    the model reads images.
 
     Clients send answers back with every member that OpenAI defines, null where empty.
     """
@@ -74,7 +64,7 @@ class Message(StrictModel):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """A developer is the system where the model's chat template knows no developer."""
-    content: Annotated[_Parts | None, BeforeValidator(_as_parts, json_schema_input_type=str | _Parts)] = None
+    content: Annotated[_Parts | None, BeforeValidator(as_parts, json_schema_input_type=str | _Parts)] = None
     """Only an assistant may have said nothing."""
     name: str | None = None
     tool_calls: PastCalls = Field([])
@@ -92,13 +82,19 @@ class Message(StrictModel):
             raise member_error("missing_required_parameter", "is missing", "content")
         if self.tool_calls and self.role != "assistant":
             raise member_error("invalid_value", "is for assistants alone", "tool_calls")
+        for i, part in enumerate(self.content or []):
+            if isinstance(part, ImagePart) and self.role != "user":
+                raise member_error(
+                    "invalid_value", "is an image, which only a user may send", f"content[{i}]"
+                )
         return self
 
+    @property
+    def num_images(self) -> int:
+        return sum(isinstance(part, ImagePart) for part in self.content or [])
+
     def for_template(self) -> dict[str, Any]:
-        fields: dict[str, Any] = {
-            "role": self.role,
-            "content": "\n".join(part.text for part in self.content or []),
-        }
+        fields: dict[str, Any] = {"role": self.role, "content": self._content_for_template()}
         if self.name is not None:
             fields["name"] = self.name
         if self.tool_call_id is not None:
@@ -107,8 +103,31 @@ class Message(StrictModel):
             fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return fields
 
+    def _content_for_template(self) -> str | list[dict[str, str]]:
+        """Return a text, or the parts of a user's content where it has several or an image."""
+        content = self.content or []
+        texts = [part.text for part in content if isinstance(part, TextPart)]
+        if self.role != "user" or len(content) == len(texts) < 2:
+            return "\n".join(texts)
+        return [
+            {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+            for part in content
+        ]
 
-Messages = Annotated[list[Message], Field(fail_fast=True), at_most_items("max_messages", "messages")]
+
+def _bound_images(messages: list[Message], info: ValidationInfo) -> list[Message]:
+    num_images, limit = sum(message.num_images for message in messages), config_of(info).max_images
+    if num_images > limit:
+        raise too_large(str(info.field_name), num_images, limit, "images", "max_images")
+    return messages
+
+
+Messages = Annotated[
+    list[Message],
+    Field(fail_fast=True),
+    at_most_items("max_messages", "messages"),
+    AfterValidator(_bound_images),
+]
 
 
 class TemplateFields(RequestBody):
@@ -139,6 +158,25 @@ class TemplateFields(RequestBody):
                 "set one of them to false.",
                 param="continue_final_message",
             )
+
+
+@dataclass(frozen=True, slots=True)
+class SentImage:
+    """An image of a request, and the field that it came in."""
+
+    url: str
+    detail: Detail
+    param: str
+
+
+def images_of(messages: Sequence[Message]) -> list[SentImage]:
+    """Return the images of a conversation in their order."""
+    return [
+        SentImage(part.image_url.url, part.image_url.detail, f"messages[{i}].content[{j}].image_url")
+        for i, message in enumerate(messages)
+        for j, part in enumerate(message.content or [])
+        if isinstance(part, ImagePart)
+    ]
 
 
 def for_template(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -14,15 +14,18 @@ from logitserve.http.body import JsonBody
 from logitserve.jobs.job import make_job
 from logitserve.jobs.options import chat_options
 from logitserve.protocol.chat import ChatBody
-from logitserve.state import StateDep
+from logitserve.state import HeldImagesDep, StateDep
 
 router = APIRouter(tags=["chat"])
 
 
 @router.post("/v1/chat/completions")
 async def create_chat_completion(
-    body: Annotated[ChatBody, Depends(JsonBody(ChatBody))], state: StateDep, request: Request
+    body: Annotated[ChatBody, Depends(JsonBody(ChatBody))],
+    state: StateDep,
+    held: HeldImagesDep,
+    request: Request,
 ) -> Response:
     """Continue a conversation."""
-    job = await make_job(chat_options(body), state, Caller.of(request.scope))
+    job = await make_job(chat_options(body), state, Caller.of(request.scope), held)
     return respond(job, ChatAnswer(job), state, request)

@@ -26,7 +26,7 @@ from logitserve.jobs.job import make_job
 from logitserve.jobs.options import head_outputs, reading_options
 from logitserve.protocol.limits import too_large
 from logitserve.protocol.readouts import EmbeddingsBody, PoolingBody
-from logitserve.state import StateDep
+from logitserve.state import HeldImagesDep, StateDep
 
 router = APIRouter(tags=["embeddings"])
 
@@ -48,7 +48,10 @@ async def create_embeddings(
 
 @router.post("/pooling")
 async def create_pooling(
-    body: Annotated[PoolingBody, Depends(JsonBody(PoolingBody))], state: StateDep, request: Request
+    body: Annotated[PoolingBody, Depends(JsonBody(PoolingBody))],
+    state: StateDep,
+    held: HeldImagesDep,
+    request: Request,
 ) -> Response:
     """A head's last values for each input, or the last token's hidden states where there is no head."""
     model = state.model()
@@ -57,7 +60,7 @@ async def create_pooling(
         outputs, source = OutputSpec(pooling="last"), PooledStates
     else:
         outputs, source = head_outputs(choose_head(body.head, model)), HeadValues
-    job = await make_job(reading_options(body, outputs), state, Caller.of(request.scope))
+    job = await make_job(reading_options(body, outputs), state, Caller.of(request.scope), held)
     answer_id = f"pool-{uuid.uuid4().hex}"
     extras = {"id": answer_id, "created": int(time.time())}
     new_readout = partial(PoolingReadout, source, body.encoding_format)

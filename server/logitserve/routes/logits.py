@@ -17,18 +17,21 @@ from logitserve.http.body import JsonBody
 from logitserve.jobs.job import make_job
 from logitserve.jobs.options import logits_options
 from logitserve.protocol.logits import LogitsBody
-from logitserve.state import StateDep
+from logitserve.state import HeldImagesDep, StateDep
 
 router = APIRouter(tags=["logits"])
 
 
 @router.post("/v1/logits")
 async def create_logits(
-    body: Annotated[LogitsBody, Depends(JsonBody(LogitsBody))], state: StateDep, request: Request
+    body: Annotated[LogitsBody, Depends(JsonBody(LogitsBody))],
+    state: StateDep,
+    held: HeldImagesDep,
+    request: Request,
 ) -> Response:
     """The logits of what is read and of what is generated: an Arrow stream, or JSON where ``Accept`` asks for it."""
     options = logits_options(body, as_arrow=not prefers_json(request.headers.get("accept", "")))
-    job = await make_job(options, state, Caller.of(request.scope))
+    job = await make_job(options, state, Caller.of(request.scope), held)
     logits = job.requests[0].logits
     answer: Answer = LogitsAnswer(job)
     if job.answer.stream and logits is not None:

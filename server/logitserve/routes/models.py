@@ -23,6 +23,7 @@ def describe(model: Model, name: str) -> dict[str, Any]:
         "vocab_size": info.vocab_size,
         "hidden_size": info.hidden_size,
         "can_generate": info.can_generate,
+        "images": info.encoder is not None,
         "heads": info.heads,
         "architecture": info.architecture,
         "dtype": info.dtype,

@@ -13,19 +13,22 @@ from logitserve.jobs.options import call_options, tokenize_prompts
 from logitserve.jobs.prompts import tokenize as tokenize_source
 from logitserve.protocol.limits import too_large
 from logitserve.protocol.tokens import DetokenizeBody, TokenizeBody
-from logitserve.state import ModelDep, StateDep
+from logitserve.state import HeldImagesDep, ModelDep, StateDep
 
 router = APIRouter(tags=["tokens"])
 
 
 @router.post("/tokenize")
 async def tokenize(
-    body: Annotated[TokenizeBody, Depends(JsonBody(TokenizeBody))], state: StateDep, model: ModelDep
+    body: Annotated[TokenizeBody, Depends(JsonBody(TokenizeBody))],
+    state: StateDep,
+    model: ModelDep,
+    held: HeldImagesDep,
 ) -> dict[str, Any]:
     """The tokens of a prompt, or of messages under the chat template."""
     model.check_name(body.model)
     source, _ = settle_tools(tokenize_prompts(body), call_options(body), model)
-    (prompt,) = await tokenize_source(source, state)
+    (prompt,) = await tokenize_source(source, state, held=held)
     ids = prompt.token_ids
     return {
         "count": len(ids),

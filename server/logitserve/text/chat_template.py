@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,10 @@ THINKING_SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates that know no effort are told whether to think."""
 
 
+PROBE = "Probe"
+"""Text by which it is told what a template makes of parts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Turns:
     """Messages, and how the prompt is to end.
@@ -37,6 +41,7 @@ class Turns:
     """
 
     messages: list[dict[str, Any]]
+    """A content is a text or a list of parts, as `{"type": "text", "text": …}` and `{"type": "image"}`."""
     add_generation_prompt: bool
     continue_final_message: bool = False
     variables: Mapping[str, Any] = field(default_factory=dict)
@@ -82,6 +87,18 @@ class ChatTemplate:
     def knows_tools(self) -> bool:
         """Whether the template reads the tools that a request lists."""
         return self._parsed is not None and "tools" in jinja2.meta.find_undeclared_variables(self._parsed)
+
+    def writes_images(self, mark: str) -> bool:
+        """Return whether the template writes ``mark`` once for an image among the parts of a user's content, and its text.
+
+        Templates for plain texts fail on parts, or write them out as a list.
+        """
+        parts = [{"type": "image"}, {"type": "text", "text": PROBE}]
+        try:
+            prompt = self.render(Turns([{"role": "user", "content": parts}], add_generation_prompt=True))
+        except (BadRequestError, RecursionError):
+            return False
+        return prompt.count(mark) == 1 and prompt.count(PROBE) == 1
 
     @cached_property
     def variables(self) -> frozenset[str]:
@@ -152,6 +169,24 @@ class ChatTemplate:
                     param=f"chat_template_kwargs.{name[:100]}",
                     code="unknown_parameter",
                 )
+
+
+def with_contents(turns: Turns, *, as_parts: bool) -> Turns:
+    """Return the turns with every content as a list of parts, or as a text, with line breaks between its parts.
+
+    An empty content is an empty text in both forms. Images have no place in a text.
+    """
+    change = _as_parts if as_parts else _as_text
+    messages = [{**message, "content": change(message["content"])} for message in turns.messages]
+    return replace(turns, messages=messages)
+
+
+def _as_parts(content: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
+    return [{"type": "text", "text": content}] if content and isinstance(content, str) else content
+
+
+def _as_text(content: str | list[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def _without_developer(message: dict[str, Any]) -> dict[str, Any]:

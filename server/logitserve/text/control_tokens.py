@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, models
@@ -146,6 +146,36 @@ class ControlTokens:
         named = "".join([*pieces, text[position:]])
         ids: list[int] = self._guarded.encode(named, add_special_tokens=add_special_tokens).ids
         return [self._known_ids.get(token_id, token_id) for token_id in ids]
+
+    def knows(self, content: str) -> bool:
+        """Return whether a text is one of the control tokens."""
+        return content in self._contents
+
+    def replace(
+        self, text: str, spans: list[Span] | None, content: str, texts: Sequence[str]
+    ) -> tuple[str, list[Span] | None] | None:
+        """Return a prompt whose i-th control token ``content`` is replaced by the i-th of ``texts``; None if the numbers differ.
+
+        Control tokens that ``texts`` spell are tokens.
+        """
+        number = self._contents.index(content)
+        found = self._find(text) if spans is None else spans
+        if sum(span.number == number for span in found) != len(texts):
+            return None
+        remaining = iter(texts)
+        pieces: list[str] = []
+        own: list[Span] = []
+        length = position = 0
+        for span in found:
+            is_replaced = span.number == number
+            written = next(remaining) if is_replaced else text[span.start : span.end]
+            before = text[position : span.start]
+            place = length + len(before)
+            inner = self._find(written) if is_replaced else [Span(0, len(written), span.number)]
+            own += [Span(place + one.start, place + one.end, one.number) for one in inner]
+            pieces += [before, written]
+            length, position = place + len(written), span.end
+        return "".join([*pieces, text[position:]]), None if spans is None else own
 
     def _find(self, text: str) -> list[Span]:
         """Return the control tokens in a text, as the tokenizer finds them: leftmost, longest."""

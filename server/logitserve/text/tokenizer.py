@@ -12,7 +12,7 @@ import orjson
 from tokenizers import Tokenizer
 
 from logitserve.errors import BadRequestError
-from logitserve.text.chat_template import ChatTemplate, Turns
+from logitserve.text.chat_template import ChatTemplate, Turns, with_contents
 from logitserve.text.control_tokens import ControlTokens, Span
 from logitserve.text.token_table import TokenTable
 
@@ -30,8 +30,11 @@ class RenderedChat:
 class ModelTokenizer:
     """The tokenizer and chat template of the model that is served. Safe to use from several threads."""
 
-    def __init__(self, directory: Path) -> None:
-        """Read the tokenizer's files. Raises OSError, ValueError or UnsupportedDecoderError."""
+    def __init__(self, directory: Path, chat_template: str | None = None) -> None:
+        """Read the tokenizer's files. Raises OSError, ValueError or UnsupportedDecoderError.
+
+        ``chat_template`` takes the place of the directory's own.
+        """
         tokenizer_json = (directory / "tokenizer.json").read_bytes()
         spec = orjson.loads(tokenizer_json)
         self.table = TokenTable(spec)
@@ -39,7 +42,7 @@ class ModelTokenizer:
         settings = _read_settings(directory)
         self._class_name: str = settings.get("tokenizer_class") or type(self._tokenizer).__name__
         self._special_tokens = _special_tokens(settings)
-        source = _chat_template(directory, settings)
+        source = chat_template or _chat_template(directory, settings)
         self._template = None if source is None else ChatTemplate(source, self._special_tokens)
         self.response_template: dict[str, Any] | None = settings.get("response_template")
         self._added_pattern = _one_of(entry["content"] for entry in spec.get("added_tokens", []))
@@ -63,6 +66,15 @@ class ModelTokenizer:
     def writes(self, text: str) -> bool:
         """Return whether the chat template holds the text."""
         return self._template is not None and text in self._template.source
+
+    def control_token_id(self, text: str) -> int | None:
+        """Return the id of the control token that a text is; None where it is none."""
+        token_id: int | None = self._tokenizer.token_to_id(text) if self._control_tokens.knows(text) else None
+        return token_id
+
+    def writes_images(self, mark: str) -> bool:
+        """Return whether the chat template writes ``mark`` once for an image among the parts of a user's content."""
+        return self._template is not None and self._template.writes_images(mark)
 
     def pieces(self, text: str) -> list[tuple[str, int | None]]:
         """Return the text in pieces: each an added token with its id, or text between these with None."""
@@ -107,10 +119,12 @@ class ModelTokenizer:
         """Return the tokens as the vocabulary spells them."""
         return [self._tokenizer.id_to_token(token_id) or "" for token_id in token_ids]
 
-    def render(self, turns: Turns, *, control_tokens_in_messages: bool = False) -> RenderedChat:
+    def render(
+        self, turns: Turns, *, control_tokens_in_messages: bool = False, as_parts: bool = False
+    ) -> RenderedChat:
         """Return the prompt that the model's chat template makes of a conversation.
 
-        Control tokens that texts spell are text, those of the assistant's own turns excepted, unless
+        With ``as_parts`` the template gets every content as a list of parts, otherwise as a text. Control tokens that texts spell are text, those of the assistant's own turns excepted, unless
         ``control_tokens_in_messages``. Raises BadRequestError.
         """
         if self._template is None:
@@ -119,7 +133,7 @@ class ModelTokenizer:
                 param="messages",
                 code="no_chat_template",
             )
-        template = self._template
+        template, turns = self._template, with_contents(turns, as_parts=as_parts)
         texts = [[_texts(message) for message in turns.messages], *turns.variables.values(), turns.tools]
         try:
             if control_tokens_in_messages:
@@ -138,6 +152,14 @@ class ModelTokenizer:
         if chat.spans is None:
             return self.encode(chat.text, add_special_tokens=add_special_tokens)
         return self._control_tokens.encode(chat.text, chat.spans, add_special_tokens=add_special_tokens)
+
+    def replace_marks(self, chat: RenderedChat, mark: str, texts: Sequence[str]) -> RenderedChat | None:
+        """Return a conversation whose i-th control token ``mark`` is replaced by the i-th text; None if the numbers differ.
+
+        Control tokens that ``texts`` spell are tokens.
+        """
+        replaced = self._control_tokens.replace(chat.text, chat.spans, mark, texts)
+        return None if replaced is None else RenderedChat(*replaced)
 
 
 def _changed(turns: Turns, change: Callable[[Any], Any]) -> Turns:

@@ -45,6 +45,8 @@ class Model(TypedDict):
     hidden_size: int
     can_generate: bool
     """False for a classifier, which has no logits over a vocabulary."""
+    images: bool
+    """Whether messages may hold images."""
     heads: dict[str, int]
     """Value heads and classifiers by name, with the number of values that each gives per token."""
     architecture: str
