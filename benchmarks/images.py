@@ -91,7 +91,7 @@ def random_model(num_layers: int) -> InternVLForConditionalGeneration:
     torch.manual_seed(1)
     model: InternVLForConditionalGeneration = InternVLForConditionalGeneration._from_config(
         config, dtype=torch.bfloat16
-    )  # noqa: SLF001 - as auto classes do
+    )
     model.eval().requires_grad_(requires_grad=False)
     return model
 

@@ -9,6 +9,7 @@ import httpx
 import pytest
 import torch
 from bad_requests import normal_answer
+from image_models import IMAGE_MODEL_NAME, ImageModel, save_image_model
 from live_server import serving
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, PreTrainedModel
@@ -56,6 +57,21 @@ def tiny_url(
     with serving(
         log, "--model", str(tiny_llama), "--dtype", "float32", "--served-model-name", "tiny", *flags
     ) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> ImageModel:
+    """Save a tiny InternVL model in its original format."""
+    return save_image_model(tmp_path_factory.mktemp("image-model"), "internvl_chat")
+
+
+@pytest.fixture(scope="session")
+def image_url(image_model: ImageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Serve the model that reads images in float32, and yield the base URL."""
+    log = tmp_path_factory.mktemp("image-server") / "server.log"
+    flags = ["--dtype", "float32", "--served-model-name", IMAGE_MODEL_NAME, "--num-blocks", "1024"]
+    with serving(log, "--model", str(image_model.directory), *flags) as server:
         yield server.url
 
 

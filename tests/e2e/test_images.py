@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,14 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from image_models import ImageModel, reference_logits, save_image_model
-from live_server import LiveServer, serving
+from image_files import image_part, picture, text_part
+from image_models import ImageModel, reference_logits
 from logitengine.images.decoding import decode
 from logitengine.images.processors import load_processor
 from logitengine.link.messages import PromptItem
 from numpy.typing import NDArray
-from PIL import Image
 
 DOCS = Path(__file__).parents[2] / "docs" / "images.md"
-NAME = "OpenGVLab/InternVL2-1B"
 MOST_PIXELS = 1 << 26
 
 TOLERANCE = 2e-4
@@ -34,40 +30,13 @@ TOLERANCE = 2e-4
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ImageModel:
-    return save_image_model(tmp_path_factory.mktemp("model"), "internvl_chat")
+def url(image_url: str) -> str:
+    return image_url
 
 
 @pytest.fixture(scope="module")
-def server(model: ImageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    flags = ["--dtype", "float32", "--served-model-name", NAME, "--num-blocks", "1024"]
-    with serving(log, "--model", str(model.directory), *flags) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
-def url(server: LiveServer) -> str:
-    return server.url
-
-
-def picture(seed: int, width: int = 90, height: int = 60) -> bytes:
-    """Return a PNG of random blocks."""
-    small = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(small).resize((width, height)).save(file, "PNG")
-    return file.getvalue()
-
-
-def image_part(file: bytes, **options: Any) -> dict[str, Any]:
-    return {
-        "type": "image_url",
-        "image_url": {"url": f"data:image/png;base64,{base64.b64encode(file).decode()}", **options},
-    }
-
-
-def text_part(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
+def model(image_model: ImageModel) -> ImageModel:
+    return image_model
 
 
 def question(*parts: bytes | str, **options: Any) -> dict[str, Any]:
@@ -148,6 +117,7 @@ def test_a_conversation_of_several_turns_keeps_its_images(client: httpx.Client, 
     check(model, response.json(), [first, second])
 
 
+@pytest.mark.anyio
 async def test_32_requests_at_once_get_the_rows_that_they_get_alone(url: str) -> None:
     bodies = [
         question(
@@ -209,7 +179,7 @@ def test_tokenize_and_logits_and_streams_count_image_tokens(client: httpx.Client
 def test_the_openai_sdk_streams_an_answer_about_an_image(url: str) -> None:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     stream = client.chat.completions.create(
-        model=NAME,
+        model=IMAGE_MODEL_NAME,
         messages=[{"role": "user", "content": [image_part(picture(1)), text_part("What is it?")]}],  # type: ignore[list-item, misc]
         max_tokens=3,
         stream=True,
