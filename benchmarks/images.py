@@ -89,7 +89,7 @@ def random_model(num_layers: int) -> InternVLForConditionalGeneration:
         tie_word_embeddings=True,
     )
     torch.manual_seed(1)
-    model: InternVLForConditionalGeneration = InternVLForConditionalGeneration._from_config(
+    model: InternVLForConditionalGeneration = InternVLForConditionalGeneration._from_config(  # noqa: SLF001 - as auto classes do
         config, dtype=torch.bfloat16
     )
     model.eval().requires_grad_(requires_grad=False)

@@ -9,7 +9,8 @@ import httpx
 import pytest
 import torch
 from bad_requests import normal_answer
-from image_models import IMAGE_MODEL_NAME, ImageModel, save_image_model
+from image_files import IMAGE_MODEL_NAME
+from image_models import ImageModel, save_image_model
 from live_server import serving
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, PreTrainedModel

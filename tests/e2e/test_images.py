@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from image_files import image_part, picture, text_part
+from image_files import IMAGE_MODEL_NAME, image_part, picture, text_part
 from image_models import ImageModel, reference_logits
 from logitengine.images.decoding import decode
 from logitengine.images.processors import load_processor

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+IMAGE_MODEL_NAME = "OpenGVLab/InternVL2-1B"
+"""Name under which tests serve a tiny model of InternVL2's format."""
+
 
 def picture(seed: int, width: int = 90, height: int = 60) -> bytes:
     """Return a PNG of random blocks."""

@@ -43,7 +43,7 @@ def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         model = load_internvl_chat(checkpoint.path, dtype, {**IMAGE_MODEL_ATTENTION})
         _refuse_unsupported(model.config)
         return model
-    model_config = AutoConfig.from_pretrained(checkpoint.path)
+    model_config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     _refuse_unsupported(model_config)
     attention: str | dict[str, str] = ATTENTION_NAME
     if model_config.model_type in FAMILIES:
@@ -54,6 +54,7 @@ def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         dtype=dtype,
         attn_implementation=attention,
         use_safetensors=True,
+        trust_remote_code=False,
     )
     return loaded
 
