@@ -178,9 +178,10 @@ def test_tokenize_and_logits_and_streams_count_image_tokens(client: httpx.Client
 
 def test_the_openai_sdk_streams_an_answer_about_an_image(url: str) -> None:
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+    content: Any = [image_part(picture(1)), text_part("What is it?")]
     stream = client.chat.completions.create(
         model=IMAGE_MODEL_NAME,
-        messages=[{"role": "user", "content": [image_part(picture(1)), text_part("What is it?")]}],  # type: ignore[list-item, misc]
+        messages=[{"role": "user", "content": content}],
         max_tokens=3,
         stream=True,
         stream_options={"include_usage": True},

@@ -67,7 +67,7 @@ PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 FUSED: dict[str, dict[str, Any]] = {
     "Llama": {"attention_bias": False, "tie_word_embeddings": True},
     "Mistral": {"sliding_window": 9},
-    "Qwen2": {},
+    "Qwen2": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}},
     "Qwen3": {},
     "Gemma": {"hidden_act": "gelu_pytorch_tanh"},
     "Gemma2": {"sliding_window": 7, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0},
@@ -166,9 +166,17 @@ def test_rows_are_the_models_in_every_family(
     ("family", "options", "reason"),
     [
         (
-            "Llama",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "dynamic rotary embeddings",
+            "Phi3",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                    "original_max_position_embeddings": 128,
+                }
+            },
+            "longrope rotary embeddings",
         ),
         ("Qwen3Next", {"num_experts": 4, "num_experts_per_tok": 2}, "layers of type linear_attention"),
     ],

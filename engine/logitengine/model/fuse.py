@@ -147,7 +147,7 @@ class Rotary:
         self._any = torch.empty(0, dtype=torch.float32, device=buffer.device)
         self._table: tuple[Tensor, Tensor] | None = None
         bound = module.config.max_position_embeddings
-        if "dynamic" not in kind and kind != "longrope" and bound <= MOST_TABLED_POSITIONS:
+        if kind != "longrope" and bound <= MOST_TABLED_POSITIONS:
             self._table = self._compute(torch.arange(bound, device=buffer.device))
 
         self._axes: Tensor | None = None

@@ -84,10 +84,9 @@ def _refuse_unsupported(model_config: PretrainedConfig) -> None:
     reasons = {
         f"layers of type {', '.join(unknown)}": bool(unknown),
         # Their frequencies follow the longest sequence of the batch, so another request would change a
-        # request's logits.
-        f"{', '.join(sorted(rope_types))} rotary embeddings": not rope_types.isdisjoint(
-            {"dynamic", "longrope"}
-        ),
+        # request's logits. Dynamic ones do only beyond max_position_embeddings, and no sequence is longer.
+        f"{', '.join(sorted(rope_types))} rotary embeddings": "longrope" in rope_types
+        or ("dynamic" in rope_types and not getattr(config, "max_position_embeddings", None)),
         "chunked attention": bool(getattr(config, "attention_chunk_size", None)),
         "bidirectional attention": getattr(config, "is_causal", True) is False
         or bool(getattr(config, "use_bidirectional_attention", False)),
