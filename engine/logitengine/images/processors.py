@@ -100,8 +100,6 @@ class TransformersProcessor:
 class Family(Protocol):
     """What a family's processor class does around its image processor."""
 
-    def __init__(self, files: ModelFiles) -> None: ...
-
     def options(self, detail: Detail) -> dict[str, Any]:
         """Return the options of the image processor's call."""
 
