@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
     Gemma3ImageProcessorPil,
+    Idefics3Config,
     Idefics3ImageProcessorPil,
     PixtralImageProcessorPil,
     Qwen2VLImageProcessorPil,
@@ -249,6 +250,14 @@ def test_qwen_vl_is_as_its_processor_has_it(tmp_path: Path, size: tuple[int, int
     assert items[0].grid == tuple(outputs["image_grid_thw"][0].tolist())
     assert np.array_equal(array_of(items[0]), outputs["pixel_values"])
     assert text_of(prepared, "<|image_pad|>") == Qwen2VLProcessor.replace_image_token(facts, outputs, 0)
+
+
+def test_what_a_configuration_leaves_out_is_its_class_default(tmp_path: Path) -> None:
+    theirs = Idefics3ImageProcessorPil(size={"longest_edge": 256}, max_image_size={"longest_edge": 64})
+    default: Any = Idefics3Config()
+    processor = processor_of(tmp_path, {"model_type": "idefics3"}, theirs)
+    items, _ = processor.prepare(picture(10, 10), "low")
+    assert items[0].num_tokens == (64 // default.vision_config.patch_size) ** 2 // default.scale_factor**2
 
 
 def test_settings_within_the_processors_own_file_are_read(tmp_path: Path) -> None:

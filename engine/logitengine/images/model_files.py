@@ -14,6 +14,9 @@ class ImageModelError(Exception):
 class ModelFiles:
     """The JSON files in a model's directory. Raises ImageModelError for what they lack.
 
+    Args:
+        config: config.json with defaults of the model's configuration class, in place of the file alone.
+
     Attributes:
         config: config.json.
         vision: config.json's part on the image encoder.
@@ -21,9 +24,9 @@ class ModelFiles:
         image_processor: the image processor's own settings.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, config: dict[str, Any] | None = None) -> None:
         self.directory = directory
-        self.config = self._read("config.json")
+        self.config = self._read("config.json") if config is None else config
         self.vision: dict[str, Any] = self.config.get("vision_config") or {}
         self.processor = self._read("processor_config.json", needed=False)
         self.image_processor: dict[str, Any] = self.processor.get("image_processor") or self._read(
@@ -66,7 +69,7 @@ class ModelFiles:
 
 
 def _two_sides(name: str, value: object) -> tuple[int, int]:
-    sides = value if isinstance(value, list) else [value, value]
+    sides = value if isinstance(value, list | tuple) else [value, value]
     match sides:
         case [int(height), int(width)] if height > 0 and width > 0:
             return height, width

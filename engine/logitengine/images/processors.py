@@ -68,18 +68,20 @@ class TransformersProcessor:
     """One of transformers' image processors, on Pillow, with the layout of its family."""
 
     def __init__(self, files: ModelFiles, family: Callable[[ModelFiles], Family]) -> None:
-        from transformers import AutoImageProcessor  # imports torch
+        from transformers import AutoConfig, AutoImageProcessor  # imports torch
 
         join_loggers()
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
+            config = AutoConfig.from_pretrained(str(files.directory), **options)
             self._processor = AutoImageProcessor.from_pretrained(
-                str(files.directory), backend="pil", local_files_only=True, trust_remote_code=False
+                str(files.directory), backend="pil", **options
             )
         except Exception as error:
             raise ImageModelError(f"the model's image processor cannot be loaded: {error}") from error
         if getattr(self._processor, "backend", None) != "pil":
             raise ImageModelError(f"the image processor {type(self._processor).__name__} needs torchvision")
-        self._family = family(files)
+        self._family = family(ModelFiles(files.directory, config.to_dict()))
 
     def prepare(self, image: Image.Image, detail: Detail) -> Prepared:
         options = self._family.options(detail)
@@ -97,8 +99,6 @@ class TransformersProcessor:
 
 class Family(Protocol):
     """What a family's processor class does around its image processor."""
-
-    def __init__(self, files: ModelFiles) -> None: ...
 
     def options(self, detail: Detail) -> dict[str, Any]:
         """Return the options of the image processor's call."""
