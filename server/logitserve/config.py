@@ -273,7 +273,7 @@ class Times(BaseModel):
         description="seconds to compile one request's schema or grammar",
     )
     image_timeout: Seconds = Field(
-        10.0, gt=0, description="seconds to decode an image and prepare it for the model"
+        30.0, gt=0, description="seconds to decode an image and prepare it for the model"
     )
     image_fetch_timeout: Seconds = Field(10.0, gt=0, description="seconds to fetch an image of --image-hosts")
     drain_delay: Seconds = Field(

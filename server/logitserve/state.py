@@ -24,10 +24,12 @@ from logitserve.errors import ApiError, not_ready
 from logitserve.grammars.checker import GrammarChecker
 from logitserve.held_bodies import HeldBodies
 from logitserve.held_bytes import HeldBytes
+from logitserve.images.chat_templates import template_for_images
 from logitserve.images.hosts import ImageHosts
-from logitserve.images.marks import ImageMark, find_mark, internvl_template
+from logitserve.images.marks import ImageMark, find_mark
 from logitserve.images.memory import HeldImages, ImageMemory
 from logitserve.images.preparation import Preparer
+from logitserve.images.process import ImagesUnavailableError
 from logitserve.images.sources import ImageSources
 from logitserve.request_queue import RequestQueue
 from logitserve.telemetry.metrics import Metrics
@@ -158,7 +160,7 @@ class ServerState:
                 self.config.tool_template,
             )
         except Exception as error:
-            foreseen = isinstance(error, EngineError)
+            foreseen = isinstance(error, EngineError | ImagesUnavailableError)
             reason = str(error) if foreseen else f"{type(error).__name__}: {error}"
             self.load_error = f"the model could not be loaded: {reason}"
             # The engine has logged where its own errors come from.
@@ -178,8 +180,8 @@ class ServerState:
         Raises OSError, ValueError, or whatever the preparer raises.
         """
         model = Path(info.model_path)
-        template = internvl_template(model) if encoder.family == "internvl_chat" else None
-        if template is not None:
+        template = template_for_images(encoder.family, model)
+        if template is not None and template != tokenizer.chat_template:
             tokenizer = await asyncio.to_thread(ModelTokenizer, directory, template)
         mark = await asyncio.to_thread(find_mark, encoder.family, model, tokenizer)
         self.images = self.new_preparer(info.model_path)

@@ -200,10 +200,10 @@ def test_an_encoder_layer_is_computed_in_a_step_and_no_more(served: Served) -> N
     """Between two steps of others at most one layer of one item, and the encoder ends after as many steps as it has parts."""
     model = served.model
     prompt = model.prompt(model.text(3), model.pixels(9), model.text(3))
-    encoder = served.loaded.runner._encoder_outputs._encoder
-    num_layers = sum(
-        len(module) for module in encoder._model.modules() if isinstance(module, torch.nn.ModuleList)
-    )
+    outputs = served.loaded.runner._encoder_outputs
+    assert outputs is not None
+    modules = outputs._encoder._model.modules()
+    num_layers = sum(len(module) for module in modules if isinstance(module, torch.nn.ModuleList))
     engine = served.engine()
     engine.add(ask("image", prompt))
     num_steps = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -290,6 +291,19 @@ async def test_a_checkpoint_without_a_template_has_the_format_that_it_names(
     ]
     start = "<|im_start|>"
     assert prompt == "".join(f"{start}{turn}{end}" for turn in turns) + f"{start}assistant\n"
+
+
+async def test_an_older_checkpoints_template_is_that_of_its_processor(
+    open_app: OpenApp, tmp_path: Path, model_info: ModelInfo
+) -> None:
+    kind = KINDS["qwen2_vl"]
+    text_only = dataclasses.replace(kind, template="{% for m in messages %}{{ m.content + '' }}{% endfor %}")
+    directory = save_image_model(tmp_path, text_only)
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": kind.template}))
+    messages = CONVERSATIONS["image_first"]
+    info = image_model_info(directory, model_info, kind)
+    async with open_app(info=info, preparer=ScriptedPreparer(kind)) as app:
+        assert await tokenized(app, messages) == processed(directory, kind, messages)
 
 
 async def test_a_system_message_takes_the_place_of_the_formats_own(

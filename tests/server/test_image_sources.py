@@ -22,13 +22,17 @@ PNG = b"\x89PNG\r\n\x1a\nnot really"
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
+def ignore(_nbytes: int) -> None:
+    """Count nothing."""
+
+
 def sources(hosts: list[str] | None = None, *, max_bytes: int = 1000, seconds: float = 30.0) -> ImageSources:
     return ImageSources(ImageHosts(hosts or []), max_bytes, seconds)
 
 
 async def refusal(url: str, reader: ImageSources) -> BadRequestError:
     with pytest.raises(BadRequestError) as refused:
-        await reader.read(url, PARAM)
+        await reader.read(url, PARAM, ignore)
     await reader.close()
     assert refused.value.param == PARAM
     assert refused.value.message.startswith(f"'{PARAM}' ")
@@ -39,7 +43,7 @@ async def refusal(url: str, reader: ImageSources) -> BadRequestError:
     "head", ["data:image/png;base64,", "DATA:image/svg+xml;BASE64,", "data:image/jpeg;charset=utf-8;base64,"]
 )
 async def test_a_data_url_is_its_own_file(head: str) -> None:
-    assert await sources().read(head + base64.b64encode(PNG).decode(), PARAM) == PNG
+    assert await sources().read(head + base64.b64encode(PNG).decode(), PARAM, ignore) == PNG
 
 
 @pytest.mark.parametrize(
@@ -67,7 +71,7 @@ async def test_a_malformed_data_url_is_refused(url: str, fault: str) -> None:
 async def test_a_data_url_may_hold_as_much_as_the_bound_says(size: int, fits: bool) -> None:
     url = "data:image/png;base64," + base64.b64encode(bytes(size)).decode()
     if fits:
-        assert await sources().read(url, PARAM) == bytes(size)
+        assert await sources().read(url, PARAM, ignore) == bytes(size)
     else:
         assert "1000 bytes (--max-image-bytes)" in (await refusal(url, sources())).message
 
@@ -75,7 +79,7 @@ async def test_a_data_url_may_hold_as_much_as_the_bound_says(size: int, fits: bo
 async def test_a_large_data_url_is_whole() -> None:
     data = bytes(range(256)) * 8192
     url = "data:image/png;base64," + base64.b64encode(data).decode()
-    assert await sources(max_bytes=4 << 20).read(url, PARAM) == data
+    assert await sources(max_bytes=4 << 20).read(url, PARAM, ignore) == data
 
 
 async def test_a_data_url_of_100_megabytes_is_refused_by_its_length() -> None:
@@ -100,6 +104,7 @@ async def test_without_listed_hosts_nothing_is_fetched(url: str) -> None:
         "http://images.example.evil.example/a.png",
         "http://images.example./a.png",
         "http://images.example:8080/a.png",
+        "http://images.example:0/a.png",
         "https://images.example:22/a.png",
         "http://other.example:8443/",
         "http://ported.example/",
@@ -215,12 +220,15 @@ class LoopbackHost:
         self.resolved: list[tuple[str, int]] = []
         self.url = f"http://images.example:{port}/a.png?size=1"
         self._port = port
+        self._resolve_always = False
 
     async def _resolve(self, host: str, port: int) -> list[str]:
         self.resolved.append((host, port))
-        return ["127.0.0.1"] if len(self.resolved) == 1 else ["10.0.0.1"]
+        return ["127.0.0.1"] if len(self.resolved) == 1 or self._resolve_always else ["10.0.0.1"]
 
-    def sources(self, *, seconds: float = 30.0) -> ImageSources:
+    def sources(self, *, seconds: float = 30.0, resolve_always: bool = False) -> ImageSources:
+        """Return sources for which the name is another's once it has been resolved, unless ``resolve_always``."""
+        self._resolve_always = resolve_always
         return ImageSources(
             ImageHosts([f"images.example:{self._port}"]),
             1000,
@@ -265,7 +273,7 @@ async def test_an_image_is_fetched_from_the_address_that_was_checked(monkeypatch
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     async with loopback(says(ok(PNG))) as host:
         reader = host.sources()
-        assert await reader.read(host.url, PARAM) == PNG
+        assert await reader.read(host.url, PARAM, ignore) == PNG
         await reader.close()
     assert len(host.resolved) == 1
     assert host.resolved[0][0] == "images.example"
@@ -273,6 +281,37 @@ async def test_an_image_is_fetched_from_the_address_that_was_checked(monkeypatch
     head = request.decode().splitlines()
     assert head[0] == "GET /a.png?size=1 HTTP/1.1"
     assert f"Host: {host.url.split('/')[2]}" in head
+
+
+async def test_bytes_are_counted_as_they_come() -> None:
+    counted: list[int] = []
+    async with loopback(says(ok(PNG))) as host:
+        reader = host.sources()
+        await reader.read(host.url, PARAM, counted.append)
+        await reader.read("data:image/png;base64,YWJj", PARAM, counted.append)
+        await reader.close()
+    assert sum(counted) == len(PNG) + 3
+
+
+async def test_no_room_ends_a_fetch() -> None:
+    def refuse(_nbytes: int) -> None:
+        raise BadRequestError("no room")
+
+    async with loopback(says(ok(PNG))) as host:
+        reader = host.sources()
+        with pytest.raises(BadRequestError, match="no room"):
+            await reader.read(host.url, PARAM, refuse)
+        await reader.close()
+
+
+async def test_no_cookie_is_kept_for_the_next_request() -> None:
+    async with loopback(says(ok(PNG, "Set-Cookie: who=one; Path=/"))) as host:
+        reader = host.sources(resolve_always=True)
+        for _ in range(2):
+            await reader.read(host.url, PARAM, ignore)
+        await reader.close()
+    assert len(host.requests) == 2
+    assert b"who=one" not in host.requests[1]
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "307 Temporary Redirect"])

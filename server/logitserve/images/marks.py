@@ -10,8 +10,6 @@ import orjson
 
 from logitserve.text.tokenizer import ModelTokenizer
 
-TEMPLATES = Path(__file__).parents[1] / "text" / "templates"
-
 PLACEHOLDERS = {"internvl_chat": "<IMG_CONTEXT>"}
 """Placeholder tokens of families whose config.json does not name theirs."""
 
@@ -54,18 +52,6 @@ def find_mark(family: str, directory: Path, tokenizer: ModelTokenizer) -> ImageM
         member, usual = OWN_MARKS[family]
         text = _control_token(config.get(member), tokenizer) or usual
     return ImageMark(text, placeholder, placeholder_id, tokenizer.writes_images(text))
-
-
-def internvl_template(directory: Path) -> str | None:
-    """Return the chat template of an original InternVL checkpoint, which holds none but names it.
-
-    None where the checkpoint has a chat_template.jinja of its own, and where config.json names no format that is known.
-    """
-    if (directory / "chat_template.jinja").is_file():
-        return None
-    name = orjson.loads((directory / "config.json").read_bytes()).get("template")
-    paths = {path.stem: path for path in TEMPLATES.glob("*.jinja")}
-    return paths[name].read_text(encoding="utf-8") if name in paths else None
 
 
 def _control_token(token_id: Any, tokenizer: ModelTokenizer) -> str | None:

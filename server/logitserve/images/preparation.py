@@ -37,8 +37,7 @@ async def prepare_images(
     num_url_bytes = sum(len(image.url) for image in images)
     held.hold(num_url_bytes)
     for image in images:
-        data = await sources.read(image.url, image.param)
-        held.hold(len(data))
+        data = await sources.read(image.url, image.param, held.hold)
         result = await preparer.prepare(data, image.detail, param=image.param)
         held.give_back(len(data))
         held.hold(sum(item.pixels.nbytes for item in result.items))

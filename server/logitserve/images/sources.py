@@ -7,6 +7,7 @@ import logging
 import re
 import socket
 from collections.abc import Awaitable, Callable
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 import pybase64
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 """Returns the IP addresses of a host's name and port. Raises OSError."""
+
+Hold = Callable[[int], None]
+"""Counts bytes that have come. Raises ApiError where there is no room for them."""
 
 _DATA = re.compile(
     r"data:(?P<type>image/[\w.+-]{1,100})(?:;[\w.+-]{1,100}=[\w.+-]{1,100})*;base64,",
@@ -68,21 +72,22 @@ class ImageSources:
                 trust_env=False,
                 follow_redirects=False,
                 timeout=seconds,
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
                 limits=httpx.Limits(max_keepalive_connections=0),
                 headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "logitserve"},
             )
 
-    async def read(self, url: str, param: str) -> bytes:
-        """Return an image's file. Raises BadRequestError, which names ``param``."""
+    async def read(self, url: str, param: str, hold: Hold) -> bytes:
+        """Return an image's file. Raises BadRequestError, which names ``param``, and what ``hold`` raises."""
         if url[:5].lower() == "data:":
-            return await self._from_data(url, param)
-        return await self._fetch(url, param)
+            return await self._from_data(url, param, hold)
+        return await self._fetch(url, param, hold)
 
     async def close(self) -> None:
         if self._client is not None:
             await self._client.aclose()
 
-    async def _from_data(self, url: str, param: str) -> bytes:
+    async def _from_data(self, url: str, param: str, hold: Hold) -> bytes:
         match = _DATA.match(url)
         if match is None:
             raise _invalid(param, "is a data: URL that is not of the form data:image/TYPE;base64,DATA")
@@ -98,9 +103,10 @@ class ImageSources:
             raise _invalid(param, "is a data: URL whose data is not valid base64")
         if len(data) > self._max_bytes:
             raise self._too_large(param)
+        hold(len(data))
         return data
 
-    async def _fetch(self, text: str, param: str) -> bytes:
+    async def _fetch(self, text: str, param: str, hold: Hold) -> bytes:
         client = self._client
         if client is None:
             raise _invalid(
@@ -111,7 +117,7 @@ class ImageSources:
             )
         url = _parsed(text, param)
         name = url.raw_host.decode("ascii").lower()
-        port = url.port or _PORTS[url.scheme]
+        port = _PORTS[url.scheme] if url.port is None else url.port
         if not self._hosts.allows(name, port):
             raise _invalid(
                 param, "names a host or a port that --image-hosts does not list", "image_host_not_allowed"
@@ -119,7 +125,11 @@ class ImageSources:
         try:
             async with asyncio.timeout(self._seconds):
                 address = await self._checked_address(name, port)
-                return await self._get(client, url, name, address, param)
+                response = await self._get(client, url, name, address)
+                try:
+                    return await self._file(response, param, hold)
+                finally:
+                    await response.aclose()
         except TimeoutError:
             raise self._too_slow(param) from None
         except httpx.TimeoutException:
@@ -136,8 +146,9 @@ class ImageSources:
         return addresses[0]
 
     async def _get(
-        self, client: httpx.AsyncClient, url: httpx.URL, name: str, address: str, param: str
-    ) -> bytes:
+        self, client: httpx.AsyncClient, url: httpx.URL, name: str, address: str
+    ) -> httpx.Response:
+        """Return the head of the answer; its body is still to come."""
         # The server's certificate is checked against the name, and the connection goes to the address.
         request = client.build_request(
             "GET",
@@ -145,24 +156,22 @@ class ImageSources:
             headers={"Host": url.netloc.decode("ascii")},
             extensions={"sni_hostname": name},
         )
-        response = await client.send(request, stream=True)
-        try:
-            if response.is_redirect:
-                raise _not_fetched(param, "leads to a redirect, which is not followed")
-            if response.status_code != httpx.codes.OK:
-                raise _not_fetched(param, f"could not be fetched: its server answered {response.status_code}")
-            if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-                raise _not_fetched(param, "could not be fetched: its server compressed the file")
-            return await self._body(response, param)
-        finally:
-            await response.aclose()
+        return await client.send(request, stream=True)
 
-    async def _body(self, response: httpx.Response, param: str) -> bytes:
+    async def _file(self, response: httpx.Response, param: str, hold: Hold) -> bytes:
+        """Return the body, counted as it comes. Raises BadRequestError for an answer that is no whole file."""
+        if response.is_redirect:
+            raise _not_fetched(param, "leads to a redirect, which is not followed")
+        if response.status_code != httpx.codes.OK:
+            raise _not_fetched(param, f"could not be fetched: its server answered {response.status_code}")
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise _not_fetched(param, "could not be fetched: its server compressed the file")
         declared = response.headers.get("Content-Length", "")
         if declared.isdigit() and int(declared) > self._max_bytes:
             raise self._too_large(param)
         data = bytearray()
         async for piece in response.aiter_raw():
+            hold(len(piece))
             data += piece
             if len(data) > self._max_bytes:
                 raise self._too_large(param)

@@ -158,6 +158,8 @@ class ControlTokens:
 
         Control tokens that ``texts`` spell are tokens.
         """
+        if not texts and content not in text:
+            return text, spans
         number = self._contents.index(content)
         found = self._find(text) if spans is None else spans
         if sum(span.number == number for span in found) != len(texts):

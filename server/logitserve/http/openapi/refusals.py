@@ -72,7 +72,9 @@ REFUSALS = {
     ),
     431: Refusal("HeadTooLarge", "The request's head is larger than `--max-header-bytes`."),
     500: Refusal("InternalError", "The server failed in a way that nobody foresaw."),
-    501: Refusal("NotImplemented", "The Transfer-Encoding is not `chunked`."),
+    501: Refusal(
+        "NotImplemented", "The Transfer-Encoding is not `chunked`, or the model's images cannot be prepared."
+    ),
     503: Refusal(
         "NotReady",
         "No requests are served at the moment: loading, draining, restarting, or waited too long.",
