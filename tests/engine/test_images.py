@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -14,6 +15,7 @@ from logitengine.engine import Engine
 from logitengine.errors import CheckpointError, RequestRefusedError
 from logitengine.link.messages import Array, GenerationRequest, LogitsSpec, SamplingParams
 from logitengine.model.loader import LoadedModel, load
+from loopback_device import LoopbackDevice
 from support import EVERY_ROW, Collected, make_engine, run
 
 TOLERANCE = 2e-4
@@ -210,3 +212,16 @@ def test_an_encoder_layer_is_computed_in_a_step_and_no_more(served: Served) -> N
     while not any(output.token_ids for output in engine.step()):
         num_steps += 1
     assert num_steps >= num_layers
+
+
+@pytest.mark.parametrize("family", ["internvl", "gemma3", "qwen3_vl"])
+def test_steps_that_overlap_read_images_too(family: str, tmp_path: Path) -> None:
+    model = save_image_model(tmp_path, family)
+    config = EngineConfig(
+        model=str(tmp_path), dtype="float32", kernels="reference", num_blocks=128, max_num_seqs=8
+    )
+    served = Served(model, load(config, device=LoopbackDevice()))
+    prompts = served.prompts()
+    answers = run(served.engine(), [ask(name, prompt) for name, prompt in prompts.items()])
+    for name, prompt in prompts.items():
+        check_rows(served, prompt, answers[name, 0])
