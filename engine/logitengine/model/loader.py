@@ -82,14 +82,15 @@ def load(
     dtype = torch.bfloat16 if config.dtype == "auto" else TORCH_DTYPES[config.dtype]
     model = load_pretrained(checkpoint, dtype, device.torch_device)
     whole: PreTrainedModel | None = None
+    family: str | None = None
     if model.config.model_type in FAMILIES:
-        model, whole = take_text_part(model), model
+        model, whole, family = take_text_part(model), model, model_type(checkpoint)
     weights: WeightSource = ModelWeights(model)
     if config.weights == "int8":
         weights = Int8Weights(model)
     elif blocks is not None:
         weights = StoredWeights(blocks, weights)
-    loaded = prepare(config, checkpoint, model, kernels, device, weights, digest, whole)
+    loaded = prepare(config, checkpoint, model, kernels, device, weights, digest, whole, family)
     logger.info("loaded %s", config.model, extra={"seconds": round(time.monotonic() - started, 1)})
     return loaded
 
@@ -103,12 +104,14 @@ def prepare(
     weights: WeightSource | None = None,
     digest: WeightsDigest | None = None,
     whole: PreTrainedModel | None = None,
+    family: str | None = None,
 ) -> LoadedModel:
     """Fuse a model on ``device`` that uses the project's attention function, and size the KV cache for it.
 
     The model cannot be used afterwards, because fused parts are taken out of it. Its linear layers use the
     weights of ``weights`` if given. ``digest`` is the checkpoint's; without one, as for a model that was built in
-    memory, the fingerprint knows the config alone. ``whole`` is the image-text model that the model was taken out of.
+    memory, the fingerprint knows the config alone. ``whole`` is the image-text model that the model was taken out of,
+    and ``family`` its checkpoint's ``model_type`` if it is not the config's.
 
     Raises CheckpointError for a model that cannot be served, with the reason.
     """
@@ -119,8 +122,8 @@ def prepare(
     try:
         if whole is not None:
             image_part = getattr(whole, whole.base_model_prefix)
-            family = model_type(checkpoint)
-            encoder = ImageEncoder(image_part, family, kernels, exact=dtype == torch.float32)
+            format_name = family or whole.config.model_type
+            encoder = ImageEncoder(image_part, format_name, kernels, exact=dtype == torch.float32)
             _check_joined_items(encoder.info, config, kernels)
         shapes = probe_layers(model, kernels)
         heads = value_heads_of(model, config.value_head, kernels, is_classifier=not can_generate)
