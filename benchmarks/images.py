@@ -112,7 +112,11 @@ def encoder_times(model: InternVLForConditionalGeneration, rounds: int) -> dict[
     item = image(0)
     pixels = torch.from_numpy(np.frombuffer(item.pixels.data, dtype="<f4").reshape(item.pixels.shape).copy())
     bound = ImageEncoder(
-        vision_part(model), "internvl", load_kernels("cpu", "cpu", batch_invariant=True), exact=False
+        vision_part(model),
+        "internvl",
+        load_kernels("cpu", "cpu", batch_invariant=True),
+        exact=False,
+        max_tokens=2048,
     )
     contestants: dict[str, Callable[[], object]] = {"logitserve": lambda: bound.encode(item)}
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
@@ -203,7 +207,9 @@ def report(times: dict[str, float], recorded: dict[str, Any], arguments: argpars
     for name, phase in recorded.items():
         print(f"| {name} | {' | '.join(f'{1e3 * value:.0f}' for value in spread(phase['gaps']))} |")
     without, layer = max(recorded["during"]["prompt_steps"], default=0.0), ours / (arguments.layers + 2)
-    print(f"\nlongest step that computes a prompt {1e3 * without:.0f} ms; a layer of a tile {1e3 * layer:.0f} ms")
+    print(
+        f"\nlongest step that computes a prompt {1e3 * without:.0f} ms; a layer of a tile {1e3 * layer:.0f} ms"
+    )
     if arguments.json:
         document = {"machine": machine(), "encoder_seconds": times, "recorded": recorded}
         arguments.json.write_text(json.dumps(document, indent=2))

@@ -96,6 +96,11 @@ class CacheMemory(BaseModel):
         ge=1 << 20,
         description="outputs of the image encoder that are kept, for images that come again",
     )
+    max_image_tokens: int = Field(
+        2048,
+        ge=16,
+        description="most tokens of an image, for models that read any resolution: larger images are made smaller",
+    )
     prefix_caching: bool = Field(True, description="reuse the KV blocks of equal prefixes")
 
 

@@ -15,7 +15,15 @@ from logitengine.errors import EngineOverloadedError, RequestRefusedError
 from logitengine.grammar.grammars import Grammars
 from logitengine.grammar.parse_state import ParseState
 from logitengine.grammar.vocabulary import GrammarError, Vocabulary
-from logitengine.link.messages import STEP_SECONDS, EngineStats, GenerationRequest, ModelInfo, StepOutput
+from logitengine.link.messages import (
+    STEP_SECONDS,
+    DrawError,
+    EngineStats,
+    GenerationRequest,
+    ModelInfo,
+    PromptItem,
+    StepOutput,
+)
 from logitengine.link.row_bytes import prompt_row_nbytes
 from logitengine.model.loader import LoadedModel
 from logitengine.run.plan import StepPlan, plan_step
@@ -186,7 +194,7 @@ class Engine:
         """
         begun_at = time.monotonic()
         outputs = self._settle_grammars()
-        launched = self._launch(begun_at)
+        launched = self._launch(begun_at, outputs)
         if self._device.overlaps:
             launched, self._under_way = self._under_way, launched
         if launched is None:
@@ -195,8 +203,11 @@ class Engine:
         self._count(launched.plan.chunks, reported, time.monotonic() - begun_at)
         return outputs + reported
 
-    def _launch(self, begun_at: float) -> _Step | None:
-        """Launch the next step on the device. Sequences continue from tokens that only the device knows yet."""
+    def _launch(self, begun_at: float, outputs: list[StepOutput]) -> _Step | None:
+        """Launch the next step on the device. Sequences continue from tokens that only the device knows yet.
+
+        Sequences whose image the encoder fails on end in ``outputs``.
+        """
         chunks = self._scheduler.schedule()
         dropped = self._scheduler.dropped
         queue = self._encoder_queue
@@ -215,14 +226,40 @@ class Engine:
         rows = self._runner.execute(plan)
         if queue is not None:
             queue.dropped.clear()
-            if encoding is not None and rows.has_encoded:
-                queue.complete(encoding)
         if not chunks and encoding is None:
             return None
         for chunk in chunks:
             self._scheduler.complete(chunk)
         positions = [chunk.sequence.await_token(row) for row, chunk in enumerate(plan.drawing)]
-        return _Step(plan, positions, rows, self._device.mark(), begun_at)
+        step = _Step(plan, positions, rows, self._device.mark(), begun_at)
+        if queue is not None and encoding is not None:
+            if rows.has_encoded:
+                queue.complete(encoding)
+            elif rows.encoding_error is not None:
+                outputs += self._fail_readers_of(encoding, rows.encoding_error)
+        return step
+
+    def _fail_readers_of(self, item: PromptItem, error: str) -> list[StepOutput]:
+        """End the sequences that wait for the output of an item which cannot be encoded."""
+        readers = [
+            sequence
+            for sequence in self._scheduler
+            if any(own.digest == item.digest for own in sequence.uncomputed_items)
+        ]
+        return [self._failed(sequence, "image_failed", error) for sequence in readers]
+
+    def _failed(self, sequence: Sequence, error: DrawError, detail: str | None) -> StepOutput:
+        """End a sequence that cannot go on."""
+        output = StepOutput(
+            request_id=sequence.request_id,
+            index=sequence.index,
+            num_cached_tokens=sequence.num_cached or 0,
+            finish_reason="error",
+            error=error,
+            error_detail=detail,
+        )
+        self._deliver(sequence, output)
+        return output
 
     def _report(self, step: _Step) -> list[StepOutput]:
         """Wait for a launched step and return its outputs for the sequences that still exist."""
@@ -295,17 +332,7 @@ class Engine:
             self._awaiting.remove(sequence)
             if grammar.mask is not None:
                 continue
-            outputs.append(
-                StepOutput(
-                    request_id=sequence.request_id,
-                    index=sequence.index,
-                    num_cached_tokens=sequence.num_cached or 0,
-                    finish_reason="error",
-                    error="grammar_failed",
-                    error_detail=grammar.error,
-                )
-            )
-            self._deliver(sequence, outputs[-1])
+            outputs.append(self._failed(sequence, "grammar_failed", grammar.error))
         return outputs
 
     def _parse_states(self, request: GenerationRequest) -> list[ParseState | None]:

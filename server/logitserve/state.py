@@ -120,7 +120,7 @@ class ServerState:
         )
         self.image_memory = ImageMemory(config.image_memory)
         self.images: Preparer | None = None
-        self.new_preparer: Callable[[str], Preparer] = self._image_preparer
+        self.new_preparer: Callable[[str, EncoderInfo], Preparer] = self._image_preparer
         self.metrics = Metrics()
         self.metrics.registry.register(Readings(self))
         self.tracing: Tracing | None = None
@@ -184,17 +184,18 @@ class ServerState:
         if template is not None and template != tokenizer.chat_template:
             tokenizer = await asyncio.to_thread(ModelTokenizer, directory, template)
         mark = await asyncio.to_thread(find_mark, encoder.family, model, tokenizer)
-        self.images = self.new_preparer(info.model_path)
+        self.images = self.new_preparer(info.model_path, encoder)
         await self.images.start()
         return tokenizer, mark
 
-    def _image_preparer(self, model_path: str) -> Preparer:
+    def _image_preparer(self, model_path: str, encoder: EncoderInfo) -> Preparer:
         from logitserve.images.preparer import ImagePreparer
 
         config = self.config
         return ImagePreparer(
             model_path,
             max_pixels=config.max_image_pixels,
+            max_tokens=encoder.max_tokens,
             timeout=config.image_timeout,
             log_flags=["--log-level", config.log_level, "--log-format", resolve_format(config.log_format)],
         )

@@ -59,7 +59,7 @@ def rows_of(block: dict[str, Any]) -> NDArray[np.float32]:
 
 def items_of(model: ImageModel, token_ids: list[int], files: list[bytes]) -> list[PromptItem]:
     """Return the items of a served prompt, whose placeholders are found in its ids."""
-    processor = load_processor(model.directory)
+    processor = load_processor(model.directory, 2048)
     items: list[PromptItem] = []
     at = 0
     for file in files:

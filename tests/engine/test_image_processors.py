@@ -32,6 +32,9 @@ from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
+MOST_TOKENS = 16_384
+"""More than any of these pictures has."""
+
 SIZES = [(1, 1), (50, 40), (333, 100), (90, 500), (640, 480)]
 
 
@@ -49,7 +52,7 @@ def processor_of(
         image_processor.save_pretrained(directory)
     for name, content in files.items():
         (directory / f"{name}.json").write_text(json.dumps(content))
-    return load_processor(directory)
+    return load_processor(directory, MOST_TOKENS)
 
 
 def array_of(item: PreparedItem) -> npt.NDArray[np.float32]:
@@ -139,10 +142,10 @@ def test_a_model_whose_images_are_not_supported_is_refused_by_name(
 
 def test_a_directory_without_a_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageModelError, match=r"the model has no config\.json"):
-        load_processor(tmp_path)
+        load_processor(tmp_path, MOST_TOKENS)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ImageModelError, match=r"config\.json cannot be read"):
-        load_processor(tmp_path)
+        load_processor(tmp_path, MOST_TOKENS)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -294,3 +297,12 @@ def test_a_digest_tells_pixels_grids_and_shapes_apart(tmp_path: Path) -> None:
     assert again.digest == qwen.prepare(picture(56, 56), "auto")[0][0].digest
     assert len({again.digest, other.digest, wide.digest}) == 3
     assert len(again.digest) == 32
+
+
+def test_an_image_of_any_resolution_has_at_most_the_tokens_that_are_allowed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
+    Qwen2VLImageProcessorPil().save_pretrained(tmp_path)
+    ((item,), _) = load_processor(tmp_path, 100).prepare(picture(1600, 900), "high")
+    assert 60 < item.num_tokens <= 100
+    ((small,), _) = load_processor(tmp_path, 100).prepare(picture(56, 56), "auto")
+    assert small.num_tokens == 4

@@ -9,11 +9,18 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from image_models import FAMILIES, ImageModel, ImagePrompt, reference_logits, save_image_model
+from image_models import (
+    FAMILIES,
+    ImageModel,
+    ImagePixels,
+    ImagePrompt,
+    reference_logits,
+    save_image_model,
+)
 from logitengine.config import EngineConfig
 from logitengine.engine import Engine
-from logitengine.errors import CheckpointError, RequestRefusedError
-from logitengine.link.messages import Array, GenerationRequest, LogitsSpec, SamplingParams
+from logitengine.errors import RequestRefusedError
+from logitengine.link.messages import Array, GenerationRequest, LogitsSpec, PromptItem, SamplingParams
 from logitengine.model.loader import LoadedModel, load
 from loopback_device import LoopbackDevice
 from support import EVERY_ROW, Collected, make_engine, run
@@ -188,14 +195,68 @@ def test_an_aborted_request_leaves_the_encoder_to_others(served: Served) -> None
     check_rows(served, second, answer)
 
 
-def test_a_step_that_an_image_does_not_fit_in_is_refused_when_the_model_is_loaded(model: ImageModel) -> None:
+def test_images_that_do_not_fit_in_a_step_are_not_read_and_text_is(
+    model: ImageModel, caplog: pytest.LogCaptureFixture
+) -> None:
     if model.family != "gemma3":
         pytest.skip("images of this model may be divided")
     config = EngineConfig(
-        model=str(model.directory), dtype="float32", kernels="reference", max_num_batched_tokens=64
+        model=str(model.directory),
+        dtype="float32",
+        kernels="reference",
+        max_num_batched_tokens=64,
+        num_blocks=32,
     )
-    with pytest.raises(CheckpointError, match="--max-num-batched-tokens"):
-        load(config)
+    with caplog.at_level("INFO"):
+        engine = Engine(config, load(config))
+    assert "--max-num-batched-tokens" in caplog.text
+    assert engine.info.encoder is None
+    text = model.prompt(model.text(5))
+    assert run(engine, [ask("text", text)])["text", 0].finish_reason == "length"
+    with pytest.raises(RequestRefusedError, match="reads no images"):
+        engine.add(ask("image", model.prompt(model.text(3), model.pixels(1), model.text(3))))
+
+
+def test_an_image_that_the_encoder_fails_on_costs_its_own_request_alone(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = served.model
+    bad, good = (model.prompt(model.text(3), model.pixels(seed), model.text(3)) for seed in (31, 32))
+    outputs = served.loaded.runner._encoder_outputs
+    assert outputs is not None
+    encode = outputs._encoder.encode
+
+    def fail_on_bad(item: PromptItem) -> torch.Tensor:
+        if item.pixels.data == bad.items[0].pixels.data:
+            raise RuntimeError("out of memory")
+        return encode(item)
+
+    monkeypatch.setattr(outputs._encoder, "encode", fail_on_bad)
+    answers = run(served.engine(), [ask("bad", bad), ask("good", good), ask("also bad", bad)])
+    for name in ("bad", "also bad"):
+        assert answers[name, 0].finish_reason == "error"
+        assert answers[name, 0].outputs[-1].error == "image_failed"
+    check_rows(served, good, answers["good", 0])
+
+
+def test_an_image_of_zeros_is_an_image(served: Served) -> None:
+    model = served.model
+    pixels = model.pixels(1)
+    black = ImagePixels(np.zeros_like(pixels.values), pixels.grid)
+    prompt = model.prompt(model.text(3), black, model.text(3))
+    answer = run(served.engine(), [ask("black", prompt)])["black", 0]
+    if model.family != "idefics3":  # where transformers drops the image
+        check_rows(served, prompt, answer)
+    assert answer.finish_reason == "length"
+
+
+def test_the_last_token_of_a_prompt_with_images_may_come_alone(served: Served) -> None:
+    """Such a step looks like a decode step, but its positions may have three axes."""
+    model = served.model
+    prompt = model.prompt(model.text(2), model.pixels(1), model.text(3))
+    rest = len(prompt.token_ids) - 1
+    engine = served.engine(max_num_batched_tokens=rest if not served.joins_tokens else 64)
+    check_rows(served, prompt, run(engine, [ask("one", prompt)])["one", 0])
 
 
 def test_an_encoder_layer_is_computed_in_a_step_and_no_more(served: Served) -> None:

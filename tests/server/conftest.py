@@ -74,7 +74,7 @@ def open_app(model_info: ModelInfo) -> OpenApp:
         engine = ScriptedEngine(info, script)
         app = create_app(engine, ServerConfig(**options), on_loopback=on_loopback)
         if preparer is not None:
-            app.state.server.new_preparer = lambda _: preparer
+            app.state.server.new_preparer = lambda _path, _encoder: preparer
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with (
             app.router.lifespan_context(app),

@@ -59,7 +59,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 async def images(model: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ImagePreparer]:
     """Yield a preparer whose process obeys faults."""
     monkeypatch.setattr(process_module, "COMMAND", faulty_images.COMMAND)
-    preparer = ImagePreparer(model, max_pixels=10_000, timeout=60)
+    preparer = ImagePreparer(model, max_pixels=10_000, max_tokens=2048, timeout=60)
     await preparer.start()
     yield preparer
     await preparer.close()
@@ -266,7 +266,7 @@ async def test_signals_to_the_whole_service_do_not_end_the_process(images: Image
 
 async def test_a_model_whose_images_are_not_supported_is_refused_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mllama"}')
-    images = ImagePreparer(str(tmp_path), max_pixels=10_000, timeout=60)
+    images = ImagePreparer(str(tmp_path), max_pixels=10_000, max_tokens=2048, timeout=60)
     message = "images cannot be prepared: images for the model type 'mllama' are not supported"
     with pytest.raises(ImagesUnavailableError, match=message):
         await images.start()
@@ -276,12 +276,12 @@ async def test_a_model_whose_images_are_not_supported_is_refused_at_the_start(tm
 async def test_a_process_that_does_not_start_is_told_at_the_start_and_tried_again_later(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = ImagePreparer(model, max_pixels=10_000, timeout=60)
+    images = ImagePreparer(model, max_pixels=10_000, max_tokens=2048, timeout=60)
     await images.start()
     with monkeypatch.context() as broken:
         broken.setattr(process_module, "COMMAND", ("/nowhere/python",))
         with pytest.raises(ImageProcessLostError, match="did not start"):
-            await ImagePreparer(model, max_pixels=10_000, timeout=60).start()
+            await ImagePreparer(model, max_pixels=10_000, max_tokens=2048, timeout=60).start()
         (await process_of(images)).kill()
         assert images._starting is not None
         await images._starting.result()._watching
@@ -294,7 +294,7 @@ async def test_a_process_that_does_not_start_is_told_at_the_start_and_tried_agai
 async def test_transformers_processors_work_within_the_bound_of_memory(tmp_path: Path) -> None:
     Qwen2VLImageProcessorPil().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
-    images = ImagePreparer(str(tmp_path), max_pixels=20_000_000, timeout=60)
+    images = ImagePreparer(str(tmp_path), max_pixels=20_000_000, max_tokens=2048, timeout=60)
     await images.start()
     prepared = await images.prepare(png(4000, 4000), "auto", param=PARAM)
     (item,) = prepared.items

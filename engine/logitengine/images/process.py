@@ -51,6 +51,7 @@ def main() -> NoReturn:
     parser.add_argument("--fd", type=int, required=True, help="connected socket of the server")
     parser.add_argument("--model", required=True, help="directory of the model's files")
     parser.add_argument("--max-image-pixels", type=int, required=True, help="most pixels of an image")
+    parser.add_argument("--max-image-tokens", type=int, required=True, help="most tokens of an image")
     parser.add_argument("--log-level", default="info", help="least severe line logged")
     parser.add_argument("--log-format", default="auto", help="text, json or auto")
     arguments = parser.parse_args()
@@ -61,7 +62,8 @@ def main() -> NoReturn:
         signal.signal(number, signal.SIG_IGN)
     os.nice(NICENESS)
     channel: BlockingChannel[ToImages] = BlockingChannel(socket.socket(fileno=arguments.fd), ToImages)
-    status = ImageLoop(channel, arguments.max_image_pixels).run(Path(arguments.model))
+    loop = ImageLoop(channel, arguments.max_image_pixels, arguments.max_image_tokens)
+    status = loop.run(Path(arguments.model))
     logging.shutdown()
     os._exit(status)
 
@@ -77,9 +79,10 @@ def quieten_libraries() -> None:
 class ImageLoop:
     """Moves messages between the channel and the model's image processor. The process ends with the server."""
 
-    def __init__(self, channel: BlockingChannel[ToImages], max_pixels: int) -> None:
+    def __init__(self, channel: BlockingChannel[ToImages], max_pixels: int, max_tokens: int) -> None:
         self._channel = channel
         self._max_pixels = max_pixels
+        self._max_tokens = max_tokens
         self._inbox: queue.SimpleQueue[PrepareImage] = queue.SimpleQueue()
 
     def run(self, directory: Path) -> int:
@@ -90,7 +93,7 @@ class ImageLoop:
         from logitengine.images.processors import load_processor
 
         try:
-            processor = load_processor(directory)
+            processor = load_processor(directory, self._max_tokens)
         except Exception as error:
             if isinstance(error, ImageModelError):
                 reason = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,15 +32,18 @@ class ImageProcessor(Protocol):
         """Return the items of an RGB image and their layout. Raises RefusedImageError."""
 
 
-def load_processor(directory: Path) -> ImageProcessor:
-    """Return the processor of the model in ``directory``, after a trial. Raises ImageModelError."""
+def load_processor(directory: Path, max_tokens: int) -> ImageProcessor:
+    """Return the processor of the model in ``directory``, after a trial.
+
+    Models that read any resolution get at most ``max_tokens`` tokens of an image. Raises ImageModelError.
+    """
     files = ModelFiles(directory)
     family = str(files.config.get("model_type"))
     processor: ImageProcessor
     if family == "internvl_chat":
         processor = InternVLChatProcessor(files)
     elif family in FAMILIES:
-        processor = TransformersProcessor(files, FAMILIES[family])
+        processor = TransformersProcessor(files, FAMILIES[family], max_tokens)
     else:
         known = ", ".join(sorted({*FAMILIES, "internvl_chat"}))
         raise ImageModelError(
@@ -67,7 +71,7 @@ def _try_out(processor: ImageProcessor) -> None:
 class TransformersProcessor:
     """One of transformers' image processors, on Pillow, with the layout of its family."""
 
-    def __init__(self, files: ModelFiles, family: Callable[[ModelFiles], Family]) -> None:
+    def __init__(self, files: ModelFiles, family: Callable[[ModelFiles], Family], max_tokens: int) -> None:
         from transformers import AutoConfig, AutoImageProcessor  # imports torch
 
         join_loggers()
@@ -82,6 +86,8 @@ class TransformersProcessor:
         if getattr(self._processor, "backend", None) != "pil":
             raise ImageModelError(f"the image processor {type(self._processor).__name__} needs torchvision")
         self._family = family(ModelFiles(files.directory, config.to_dict()))
+        if isinstance(self._family, _QwenVL):
+            self._family.bound(self._processor, max_tokens)
 
     def prepare(self, image: Image.Image, detail: Detail) -> Prepared:
         options = self._family.options(detail)
@@ -198,7 +204,10 @@ class _Gemma3:
 
 
 class _QwenVL:
-    """The image in patches of a grid; its chat template writes the tokens around it. ``detail`` changes nothing."""
+    """The image in patches of a grid; its chat template writes the tokens around it. ``detail`` changes nothing.
+
+    An image with more patches than the checkpoint, or the bound on its tokens, allows is made smaller.
+    """
 
     def __init__(self, files: ModelFiles) -> None:
         self._merge = int(
@@ -207,6 +216,14 @@ class _QwenVL:
 
     def options(self, detail: Detail) -> dict[str, Any]:  # noqa: ARG002 - there is one way
         return {}
+
+    def bound(self, processor: Any, max_tokens: int) -> None:
+        """Have the image processor make no more than ``max_tokens`` tokens of an image."""
+        size = processor.size
+        most = max_tokens * (self._merge * processor.patch_size) ** 2
+        processor.size = dataclasses.replace(
+            size, shortest_edge=min(size.shortest_edge, most), longest_edge=min(size.longest_edge, most)
+        )
 
     def prepared(self, outputs: Any) -> Prepared:
         (grid,) = outputs["image_grid_thw"].tolist()

@@ -16,9 +16,9 @@ LogitsDtype = Literal["float32", "float16", "bfloat16"]
 LogitsStage = Literal["raw", "processed"]
 LogitsPositions = Literal["generated", "prompt", "all"]
 FinishReason = Literal["stop", "length", "error"]
-DrawError = Literal["not_finite", "nothing_allowed", "grammar_failed"]
-"""Why no token could be drawn: the model's logits were not finite, the request's bans left no token, or its grammar
-could not be followed any further."""
+DrawError = Literal["not_finite", "nothing_allowed", "grammar_failed", "image_failed"]
+"""Why no token could be drawn: the model's logits were not finite, the request's bans left no token, its grammar could not
+be followed any further, or the image encoder failed on its image."""
 Pooling = Literal["mean", "last", "cls"]
 
 
@@ -283,6 +283,7 @@ class EncoderInfo(Struct, frozen=True, kw_only=True):
         family: config.json's ``model_type``, which decides how images are prepared and which tokens stand for them.
         pixels_shape: shape of an item's pixels; of one patch, [numbers], where the encoder reads any resolution.
         num_tokens: placeholder tokens of an item; 0 where they follow from its grid.
+        max_tokens: the most that an item may have.
         merge_size: patches in a row and in a column that become one token, where there is a grid.
         depth: number of decoder layers after which images add to the hidden states.
         joins_tokens: whether the tokens of an item attend to each other in both directions.
@@ -291,6 +292,7 @@ class EncoderInfo(Struct, frozen=True, kw_only=True):
     family: str
     pixels_shape: tuple[int, ...] = ()
     num_tokens: int = 0
+    max_tokens: int = 0
     merge_size: int = 1
     depth: int = 0
     joins_tokens: bool = False

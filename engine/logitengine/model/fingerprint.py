@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import logitkernels
+import PIL
 import torch
 import transformers
 from logitkernels import Kernels
@@ -33,9 +34,12 @@ NOT_NUMERIC = ("_name_or_path", "transformers_version", "architectures")
 """Members of config.json that name where a model comes from."""
 
 SOURCES = {Path(logitkernels.__file__).parent: ("**/*.py", "**/*.cpp", "**/*.h")} | {
-    Path(logitengine.__file__).parent / room: ("**/*.py",) for room in ("model", "run")
+    Path(logitengine.__file__).parent / room: ("**/*.py",) for room in ("model", "run", "images", "schedule")
 }
 """Folders whose files compute rows, and which of their files do."""
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Files that say how images are prepared."""
 
 CPU_PATH = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni")
 """Instruction sets with which the native kernels sum bfloat16 products in the processor's own order."""
@@ -50,6 +54,7 @@ class WeightsDigest:
     def __init__(self, directory: Path) -> None:
         self._files = sorted(directory.glob("*.safetensors"))
         self._config = directory / "config.json"
+        self._processors = [path for name in PROCESSORS if (path := directory / name).is_file()]
         self._digests: Future[list[str]] = Future()
         # A daemon: a model that is refused meanwhile ends the process at once.
         threading.Thread(target=self._compute, name="digest", daemon=True).start()
@@ -64,7 +69,9 @@ class WeightsDigest:
         """Wait for the digest. Raises OSError for a file that cannot be read."""
         config = json.loads(self._config.read_bytes())
         names = [path.name for path in self._files]
-        return digest_of([digest_of_config(config), list(zip(names, self._digests.result(), strict=True))])
+        processors = [json.loads(path.read_bytes()) for path in self._processors]
+        files = list(zip(names, self._digests.result(), strict=True))
+        return digest_of([digest_of_config(config), files, *processors])
 
 
 def file_digest(path: Path) -> str:
@@ -99,13 +106,21 @@ def digest_of(value: Any) -> str:
 
 
 def fingerprint(
-    weights: str, stored_as: str, dtype: str, kernels: Kernels, device: Device, *, is_fused: bool
+    weights: str,
+    stored_as: str,
+    dtype: str,
+    kernels: Kernels,
+    device: Device,
+    *,
+    is_fused: bool,
+    reads_images: bool = False,
 ) -> str:
     """Return the fingerprint.
 
     Args:
         weights: the result of WeightsDigest.
         stored_as: how linear layers store their weights.
+        reads_images: whether the model has an image encoder, of which torch computes a part.
     """
     facts = [weights, stored_as, dtype, kernels.name, kernels.batch_invariant, is_fused, _sources_digest()]
     facts += [
@@ -113,6 +128,8 @@ def fingerprint(
         transformers.__version__,
         *_machine(kernels, device, stored_as, dtype, is_fused=is_fused),
     ]
+    if reads_images:
+        facts += [PIL.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     return f"fp_{digest_of(facts)[:NUM_DIGITS]}"
 
 

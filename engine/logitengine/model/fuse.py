@@ -147,6 +147,10 @@ class Rotary:
         self._any = torch.empty(0, dtype=torch.float32, device=buffer.device)
         self._table: tuple[Tensor, Tensor] | None = None
         bound = module.config.max_position_embeddings
+        if kind == "dynamic" and rope is None:
+            module.rope_type = (
+                "default"  # no sequence is long enough to change it, and asking waits for the device
+            )
         if kind != "longrope" and bound <= MOST_TABLED_POSITIONS:
             self._table = self._compute(torch.arange(bound, device=buffer.device))
 

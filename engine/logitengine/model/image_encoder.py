@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import prod
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,7 @@ from transformers import PreTrainedModel
 
 from logitengine.link.messages import Array, EncoderInfo, PromptItem
 from logitengine.model.fused_linear import FusedLinear
-from logitengine.model.image_families import encoder_info
-
-USUAL_GRID = 72
-"""Patches in a row and in a column of an image of a megapixel, by patches of 14."""
+from logitengine.model.image_families import SHUFFLING_FAMILIES, encoder_info
 
 
 class Encoding:
@@ -35,6 +32,11 @@ class Encoding:
         output: Tensor = self._stack.switch()
         return output if self._stack.dead else None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing is left to compute, also because it failed."""
+        return bool(self._stack.dead)
+
     def abandon(self) -> None:
         """Give it up."""
         self._stack.throw()
@@ -50,16 +52,19 @@ class ImageEncoder:
         info: what the encoder reads. Its depth is that of Qwen3-VL's DeepStack; others add to embeddings alone.
     """
 
-    def __init__(self, model: PreTrainedModel, family: str, kernels: Kernels, *, exact: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, family: str, kernels: Kernels, *, exact: bool, max_tokens: int
+    ) -> None:
         """Take over a model without its decoder.
 
         Args:
             family: the ``model_type`` of the checkpoint, which in the original InternVL format is not the model's.
             exact: whether linear layers do not round their inputs.
+            max_tokens: most tokens of an item, where the encoder reads any resolution.
 
         Raises ValueError for an encoder that is not served.
         """
-        self.info: EncoderInfo = encoder_info(model.config, family)
+        self.info: EncoderInfo = encoder_info(model.config, family, max_tokens)
         self._model: Any = model
         self._device = model.device
         if self._device.type == "cpu":
@@ -74,14 +79,14 @@ class ImageEncoder:
         """Return the encoding of an item, of which nothing is computed yet."""
         return Encoding(lambda: self.encode(item))
 
-    def blank_item(self) -> PromptItem:
-        """Return an item of zeros, of the only size or a usual one."""
-        shape, grid = self.info.pixels_shape, None
-        if not self.info.num_tokens:
-            grid = (1, USUAL_GRID, USUAL_GRID)
-            shape = (USUAL_GRID**2, *shape)
-        num_tokens = self.info.num_tokens or (USUAL_GRID // self.info.merge_size) ** 2
-        pixels = Array("float32", shape, bytes(4 * prod(shape)))
+    def largest_item(self) -> PromptItem:
+        """Return a grey item of the only size, or of the largest that is read."""
+        shape, grid, num_tokens = self.info.pixels_shape, None, self.info.num_tokens
+        if not num_tokens:
+            side = isqrt(self.info.max_tokens)
+            patches = side * self.info.merge_size
+            shape, grid, num_tokens = (patches**2, *shape), (1, patches, patches), side**2
+        pixels = Array("float32", shape, np.full(shape, 0.5, dtype="<f4").tobytes())
         return PromptItem(start=0, stop=num_tokens, digest=b"", pixels=pixels, grid=grid)
 
     def encode(self, item: PromptItem) -> Tensor:
@@ -94,9 +99,13 @@ class ImageEncoder:
             grid = torch.tensor([item.grid], device=self._device)
             output = self._model.get_image_features(pixels, image_grid_thw=grid, return_dict=True)
         else:
-            is_nested = self.info.family in {"idefics3", "smolvlm"}  # a batch of lists of images
-            pixels = pixels[None, None] if is_nested else pixels[None]
-            output = self._model.get_image_features(pixel_values=pixels, return_dict=True)
+            if self.info.family in SHUFFLING_FAMILIES:
+                if not pixels.any():
+                    pixels.view(-1)[0] = torch.finfo(
+                        torch.float32
+                    ).tiny  # transformers takes zeros for padding
+                pixels = pixels[None]  # a batch of lists of images
+            output = self._model.get_image_features(pixel_values=pixels[None], return_dict=True)
         deeper = getattr(output, "deepstack_features", None) or ()
         return torch.stack([_one(features) for features in (output.pooler_output, *deeper)], dim=1)
 

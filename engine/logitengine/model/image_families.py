@@ -24,8 +24,10 @@ FAMILIES = GRID_FAMILIES | JOINING_FAMILIES | SHUFFLING_FAMILIES | {"internvl", 
 LLAVA_TOWERS = frozenset({"clip_vision_model", "siglip_vision_model"})
 
 
-def encoder_info(config: PreTrainedConfig, family: str) -> EncoderInfo:
+def encoder_info(config: PreTrainedConfig, family: str, max_tokens: int) -> EncoderInfo:
     """Return what the encoder of a model reads. ``family`` is the checkpoint's own name of its format.
+
+    ``max_tokens`` bounds an item where the encoder reads any resolution.
 
     Raises ValueError for an encoder that is not served.
     """
@@ -37,14 +39,17 @@ def encoder_info(config: PreTrainedConfig, family: str) -> EncoderInfo:
             family=family,
             pixels_shape=(patch,),
             merge_size=vision.spatial_merge_size,
+            max_tokens=max_tokens,
             depth=len(getattr(vision, "deepstack_visual_indexes", ())),
         )
     (height, width), (patch_height, patch_width) = _pair(vision.image_size), _pair(vision.patch_size)
     patches = (height // patch_height) * (width // patch_width)
+    num_tokens = _num_tokens(config, patches)
     return EncoderInfo(
         family=family,
         pixels_shape=(getattr(vision, "num_channels", 3), height, width),
-        num_tokens=_num_tokens(config, patches),
+        num_tokens=num_tokens,
+        max_tokens=num_tokens,
         joins_tokens=family in JOINING_FAMILIES,
     )
 

@@ -83,7 +83,7 @@ def load(
     model = load_pretrained(checkpoint, dtype, device.torch_device)
     whole: PreTrainedModel | None = None
     family: str | None = None
-    if model.config.model_type in FAMILIES:
+    if model.config.model_type in FAMILIES and model.get_output_embeddings() is not None:
         model, whole, family = take_text_part(model), model, model_type(checkpoint)
     weights: WeightSource = ModelWeights(model)
     if config.weights == "int8":
@@ -123,8 +123,17 @@ def prepare(
         if whole is not None:
             image_part = getattr(whole, whole.base_model_prefix)
             format_name = family or whole.config.model_type
-            encoder = ImageEncoder(image_part, format_name, kernels, exact=dtype == torch.float32)
-            _check_joined_items(encoder.info, config, kernels)
+            encoder = ImageEncoder(
+                image_part,
+                format_name,
+                kernels,
+                exact=dtype == torch.float32,
+                max_tokens=config.max_image_tokens,
+            )
+            missing = _why_no_images(encoder.info, config, kernels)
+            if missing is not None:
+                logger.info("images are not read: %s", missing)
+                encoder = None
         shapes = probe_layers(model, kernels)
         heads = value_heads_of(model, config.value_head, kernels, is_classifier=not can_generate)
         own = ModelWeights(model)
@@ -178,26 +187,25 @@ def prepare(
             kernels,
             device,
             is_fused=network.is_fused,
+            reads_images=encoder is not None,
         ),
     )
     return LoadedModel(info, runner, kernels, device)
 
 
-def _check_joined_items(encoder: EncoderInfo, config: EngineConfig, kernels: Kernels) -> None:
-    """Check that the tokens of an image can attend to each other, if they do. Raises ValueError."""
+def _why_no_images(encoder: EncoderInfo, config: EngineConfig, kernels: Kernels) -> str | None:
+    """Return why images of this model cannot be read, if the tokens of an image attend to each other."""
     if not encoder.joins_tokens:
-        return
+        return None
     if not kernels.honours_key_ends:
-        raise ValueError(
-            f"the tokens of its images attend to each other, which the {kernels.name} kernels do not compute"
-        )
+        return f"the tokens of an image attend to each other, which the {kernels.name} kernels do not compute"
     longest = min(config.max_prefill_chunk or config.max_num_batched_tokens, config.max_num_batched_tokens)
-    if encoder.num_tokens + config.max_num_seqs > longest:
-        raise ValueError(
-            f"the {encoder.num_tokens} tokens of an image are computed in one step, beside those of {config.max_num_seqs} "
-            f"other sequences, and a step has {longest}: raise --max-num-batched-tokens or --max-prefill-chunk, or lower "
-            "--max-num-seqs"
-        )
+    if encoder.num_tokens + config.max_num_seqs <= longest:
+        return None
+    return (
+        f"the {encoder.num_tokens} tokens of an image are computed in one step, beside those of {config.max_num_seqs} other "
+        f"sequences, and a step has {longest}: raise --max-num-batched-tokens or --max-prefill-chunk, or lower --max-num-seqs"
+    )
 
 
 def _stored_as(weights: WeightSource | None) -> str:

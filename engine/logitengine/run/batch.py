@@ -61,8 +61,13 @@ class Batch:
 
     @property
     def is_decode(self) -> bool:
-        """Whether every chunk is one token that draws the next. The batch's rows are then the drawing rows."""
-        return self.max_query_len == 1 and len(self.drawing) == len(self.chunks) and not self.item_rows
+        """Whether every chunk is one token of text that draws the next. The batch's rows are then the drawing rows."""
+        return (
+            self.max_query_len == 1
+            and len(self.drawing) == len(self.chunks)
+            and not self.item_rows
+            and self.arrays["position_ids"].ndim == 1
+        )
 
     def padded(self, num_seqs: int, num_blocks: int) -> dict[str, NDArray[Any]]:
         """Pad the arrays of a decode batch to ``num_seqs`` sequences with tables of ``num_blocks`` blocks."""

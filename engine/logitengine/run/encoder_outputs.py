@@ -26,22 +26,31 @@ class EncoderOutputs:
 
     def drop(self, digests: Iterable[bytes]) -> None:
         for digest in digests:
-            del self._kept[digest]
+            self._kept.pop(digest, None)
 
-    def advance(self, item: PromptItem) -> bool:
-        """Go on with the item, and give up another one that was begun. Return whether the item is encoded."""
-        if self._under_way is None or self._under_way[0] != item.digest:
-            if self._under_way is not None:
-                self._under_way[1].abandon()
+    def advance(self, item: PromptItem | None) -> bool:
+        """Go on with the item, and give up another one that was begun. Return whether the item is encoded.
+
+        Raises what the encoder raises. The item can be begun again then.
+        """
+        if self._under_way is not None and (item is None or self._under_way[0] != item.digest):
+            self._under_way[1].abandon()
+            self._under_way = None
+        if item is None:
+            return False
+        if self._under_way is None:
             self._under_way = item.digest, self._encoder.begin(item)
         encoding = self._under_way[1]
-        output = encoding.advance()
-        while output is None and self._at_once:
+        try:
             output = encoding.advance()
+            while output is None and self._at_once:
+                output = encoding.advance()
+        finally:
+            if encoding.has_ended:
+                self._under_way = None
         if output is None:
             return False
         self._kept[item.digest] = output
-        self._under_way = None
         return True
 
     def rows(self, item_rows: Sequence[ItemRows]) -> list[tuple[slice, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -20,6 +21,8 @@ from logitengine.run.kv_cache import PagedKVCache
 from logitengine.run.plan import StepPlan
 from logitengine.run.row_computer import Forward, RowComputer
 from logitengine.run.step_rows import StepRows
+
+logger = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -89,8 +92,12 @@ class ModelRunner:
         if outputs is not None:
             outputs.drop(plan.dropped_outputs)
         rows = self.rows.compute(plan, None if plan.batch is None else self._forward(plan))
-        if outputs is not None and plan.encoding is not None:
-            rows.has_encoded = outputs.advance(plan.encoding)
+        if outputs is not None:
+            try:
+                rows.has_encoded = outputs.advance(plan.encoding)
+            except Exception as error:  # whatever the model's code raises, its request alone fails
+                logger.exception("an image could not be encoded")
+                rows.encoding_error = f"{type(error).__name__}: {error}"
         return rows
 
     def _forward(self, plan: StepPlan) -> Forward:

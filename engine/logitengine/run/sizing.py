@@ -89,9 +89,7 @@ class RunnerFactory:
 
     def _affordable_blocks(self) -> int:
         """Return the number of blocks that fit into the memory for the cache."""
-        budget = self.config.kv_cache_bytes or self.device.kv_cache_bytes(
-            self.config.memory_fraction, lambda: self._run_largest_step(self._with_blocks(1))
-        )
+        budget = self.config.kv_cache_bytes or self._free_bytes()
         num_blocks = budget // bytes_per_block(self.shapes, self.config.block_size, self.dtype)
         if num_blocks < 2:
             raise CheckpointError(
@@ -99,6 +97,14 @@ class RunnerFactory:
                 "raise --kv-cache-bytes or --memory-fraction, or lower --max-num-seqs or --max-num-batched-tokens"
             )
         return num_blocks
+
+    def _free_bytes(self) -> int:
+        """Return what the device leaves for the cache, beside the encoder's outputs where they take its memory."""
+        free = self.device.kv_cache_bytes(
+            self.config.memory_fraction, lambda: self._run_largest_step(self._with_blocks(1))
+        )
+        keeps_outputs = self.encoder is not None and self.device.torch_device.type != "cpu"
+        return free - self.config.image_cache_bytes if keeps_outputs else free
 
     def _run_largest_step(self, runner: ModelRunner) -> None:
         largest_step(
@@ -110,4 +116,4 @@ class RunnerFactory:
         )
         if self.encoder is not None:
             with torch.inference_mode():
-                self.encoder.encode(self.encoder.blank_item())
+                self.encoder.encode(self.encoder.largest_item())

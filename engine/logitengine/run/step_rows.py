@@ -54,7 +54,8 @@ class StepRows:
 
     ``token_ids`` int32 [R] holds the drawn tokens, or a code below 0 where nothing could be drawn (see
     `logitkernels.sampling`). It is None in a step without a draw. The dicts are keyed by row of the draw and,
-    for prompts, by sequence. ``has_encoded`` says whether the plan's item is encoded.
+    for prompts, by sequence. ``has_encoded`` says whether the plan's item is encoded, and
+    ``encoding_error`` why it cannot be.
     """
 
     token_ids: Tensor | None = None
@@ -63,6 +64,7 @@ class StepRows:
     hidden_states: dict[int, Row[Tensor]] = field(default_factory=dict)
     prompts: dict[Sequence, PromptPart] = field(default_factory=dict)
     has_encoded: bool = False
+    encoding_error: str | None = None
 
     def prompt_output(self, sequence: Sequence) -> StepOutput:
         """Return the output of a sequence for which the step drew nothing: its prompt rows, if any."""

@@ -62,7 +62,10 @@ class EncoderQueue:
             self._kept.move_to_end(digest)
         current = self._current
         if current is None or current.digest not in missing:
-            current = next((item for item in missing.values() if self._make_room(item, ready)), None)
+            # Younger ones do not go first where the oldest does not fit: they would take the room again and again.
+            current = next(iter(missing.values()), None)
+            if current is not None and not self._make_room(current, ready):
+                current = None
         self._current = current
         return current
 

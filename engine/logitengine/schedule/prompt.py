@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import islice, takewhile
+from operator import attrgetter
 
 from logitengine.link.messages import PromptItem
 
@@ -29,13 +32,18 @@ class Prompt:
 
     def items_key(self, start: int, stop: int) -> bytes:
         """Return a key of the items at the positions ``start:stop``; empty if there are none."""
+        first = bisect_right(self.items, start, key=attrgetter("stop"))
         return b"".join(
             (item.start - start).to_bytes(8, "little", signed=True)
             + len(item.digest).to_bytes(8, "little")
             + item.digest
-            for item in self.items
-            if item.start < stop and start < item.stop
+            for item in takewhile(lambda item: item.start < stop, islice(self.items, first, None))
         )
+
+
+def item_digest(root: bytes, item: PromptItem) -> bytes:
+    """Return the digest of an item under a root: equal items of different roots share nothing."""
+    return hashlib.blake2b(root + item.digest, digest_size=DIGEST_BYTES).digest()
 
 
 def root_digest(*, cache_salt: str | None = None, adapter: str = "", weights_version: int = 0) -> bytes:

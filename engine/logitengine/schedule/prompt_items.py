@@ -38,12 +38,20 @@ def check_items(request: GenerationRequest, info: ModelInfo, cache_bytes: int) -
 
 def _check_pixels(number: int, item: PromptItem, encoder: EncoderInfo) -> None:
     shape, num_tokens = encoder.pixels_shape, encoder.num_tokens
-    if item.grid is not None and min(item.grid) > 0:
-        num_patches, merged = prod(item.grid), encoder.merge_size**2
-        shape, num_tokens = (num_patches, *shape), num_patches // merged
     if (item.grid is not None) != (encoder.num_tokens == 0):
         raise RequestRefusedError(
             f"item {number} has a grid of patches where the encoder has none, or lacks it"
+        )
+    if item.grid is not None:
+        time, height, width = item.grid
+        if time != 1 or min(height, width) < 1 or height % encoder.merge_size or width % encoder.merge_size:
+            raise RequestRefusedError(
+                f"item {number} has {item.grid} patches; one in time and multiples of {encoder.merge_size} are read"
+            )
+        shape, num_tokens = (height * width, *shape), height * width // encoder.merge_size**2
+    if num_tokens > encoder.max_tokens:
+        raise RequestRefusedError(
+            f"item {number} has {num_tokens} tokens; an image may have {encoder.max_tokens} (--max-image-tokens)"
         )
     pixels = item.pixels
     if pixels.dtype != "float32" or tuple(pixels.shape) != shape or pixels.nbytes != 4 * prod(shape):

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from logitengine.grammar.parse_state import ParseState
 from logitengine.link.messages import GenerationRequest, OutputSpec, PromptItem, SamplingParams
-from logitengine.schedule.prompt import Prompt, root_digest
+from logitengine.schedule.prompt import Prompt, item_digest, root_digest
 from logitengine.schedule.rope_positions import rope_positions
 from logitengine.schedule.token_counts import TokenCounts
 
@@ -108,14 +109,16 @@ class Sequence:
         grammar: ParseState | None = None,
     ) -> Sequence:
         """Make the sequence for choice ``index`` of a request."""
+        root = root_digest(cache_salt=request.cache_salt)
         return cls(
             request_id=request.request_id,
             index=index,
             arrival=arrival,
             prompt=Prompt(
                 request.prompt_token_ids,
-                items=tuple(request.items),
-                root=root_digest(cache_salt=request.cache_salt),
+                # How fast an image is read must not tell that another root has it.
+                items=tuple(replace(item, digest=item_digest(root, item)) for item in request.items),
+                root=root,
             ),
             sampling=request.sampling,
             outputs=request.outputs,

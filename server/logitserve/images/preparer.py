@@ -30,15 +30,23 @@ class ImagePreparer:
     Args:
         model_path: directory of the model's files.
         max_pixels: most pixels of an image (--max-image-pixels).
+        max_tokens: most tokens of an image, where the model reads any resolution (--max-image-tokens).
         timeout: seconds for one image, once its turn has come (--image-timeout).
         log_flags: options of the process that say how it logs.
     """
 
     def __init__(
-        self, model_path: str, *, max_pixels: int, timeout: float, log_flags: Sequence[str] = ()
+        self,
+        model_path: str,
+        *,
+        max_pixels: int,
+        max_tokens: int,
+        timeout: float,
+        log_flags: Sequence[str] = (),
     ) -> None:
         model = str(Path(model_path).expanduser())
-        self._arguments = ["--model", model, "--max-image-pixels", str(max_pixels), *log_flags]
+        self._arguments = ["--model", model, "--max-image-pixels", str(max_pixels)]
+        self._arguments += ["--max-image-tokens", str(max_tokens), *log_flags]
         self._timeout = timeout
         self._turn = asyncio.Lock()
         self._num_images = 0

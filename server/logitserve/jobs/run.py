@@ -162,4 +162,8 @@ def _not_drawn(output: StepOutput, grammar_param: str | None) -> ApiError:
             param=grammar_param,
             code="grammar_failed",
         )
+    if output.error == "image_failed":
+        return ApiError(
+            500, "The model's image encoder failed on an image of 'messages'.", code="model_error"
+        )
     return ApiError(500, "The model's logits were not finite.", code="model_error")
