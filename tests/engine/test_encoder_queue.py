@@ -6,10 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logitengine.link.messages import Array, GenerationRequest, PromptItem, SamplingParams
 from logitengine.schedule.encoder_queue import EncoderQueue
+from logitengine.schedule.prompt import item_digest, root_digest
 from logitengine.schedule.sequence import Sequence, SequenceState
 
 NO_PIXELS = Array("float32", (0,), b"")
 TOKEN_NBYTES = 10
+
+
+def digest(name: int) -> bytes:
+    """Return the digest by which the queue knows an image."""
+    return item_digest(root_digest(), item(0, 1, name))
 
 
 def item(start: int, stop: int, name: int) -> PromptItem:
@@ -43,7 +49,7 @@ def test_the_oldest_sequence_goes_first_and_a_begun_item_is_finished() -> None:
     queue.complete(first)
     second = queue.next_item([old, young])
     assert second is not None
-    assert second.digest == bytes([8])
+    assert second.digest == digest(8)
 
 
 def test_an_item_whose_sequence_left_is_given_up() -> None:
@@ -69,7 +75,7 @@ def test_outputs_that_nobody_waits_for_make_room() -> None:
         found = queue.next_item([one])
         assert found is not None
         queue.complete(found)
-    assert queue.dropped == [bytes([1])]
+    assert queue.dropped == [digest(1)]
 
 
 def test_outputs_that_are_waited_for_stay() -> None:
@@ -83,8 +89,21 @@ def test_outputs_that_are_waited_for_stay() -> None:
     waiting[0].num_computed = 5
     found = queue.next_item(waiting)
     assert found is not None
-    assert found.digest == bytes([3])
-    assert queue.dropped == [bytes([1])]
+    assert found.digest == digest(3)
+    assert queue.dropped == [digest(1)]
+
+
+def test_a_large_item_is_not_overtaken_for_ever_by_small_ones() -> None:
+    queue = EncoderQueue(100, TOKEN_NBYTES)
+    large, small = sequence(0, [(9, 99)]), sequence(1, [(2, 1)])
+    for number in range(2, 20):
+        found = queue.next_item([large, small])
+        if found is not None and found.digest == digest(99):
+            return
+        if found is not None:
+            queue.complete(found)
+        small = sequence(number, [(2, number)])
+    raise AssertionError("the oldest item was never encoded")
 
 
 Images = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 9)), max_size=4)
