@@ -223,7 +223,8 @@ def bare_process(model: str) -> Iterator[tuple[subprocess.Popen[bytes], Blocking
     """Yield the process without a preparer, and the server's end of its socket."""
     ours, theirs = socket.socketpair()
     with ours:
-        options = ["--fd", str(theirs.fileno()), "--model", model, "--max-image-pixels", "10000"]
+        options = ["--fd", str(theirs.fileno()), "--model", model]
+        options += ["--max-image-pixels", "10000", "--max-image-tokens", "2048"]
         with theirs:
             process = subprocess.Popen(
                 [*faulty_images.COMMAND, *options], pass_fds=[theirs.fileno()], stderr=subprocess.PIPE
