@@ -32,6 +32,14 @@ Inputs<Element> from_row(Inputs<Element> in, int64_t row) {
 
 constexpr int kPairs = kBlock / 2;
 
+// Rows that are multiplied by a panel as it is, where a scratch panel is the other way. Each number of rows and each
+// kind of integers have their own code, and vectors in four registers make it long to compile.
+#if defined(LOGITKERNELS_AVX512) || defined(LOGITKERNELS_AVX2)
+constexpr int kFusedRows = 4;
+#else
+constexpr int kFusedRows = 2;
+#endif
+
 // Calls step<P>() for the N pairs from P = First on.
 template <int First, int N, class Step>
 LOGITKERNELS_INLINE void for_each_pair(Step step) {
@@ -78,7 +86,7 @@ struct Dot {
 // Multiplies pairs of int16.
 struct PairDot : Dot {
     static constexpr bool has_scratch = true;
-    static constexpr int fused_rows = 4;
+    static constexpr int fused_rows = kFusedRows;
     static constexpr int64_t unpacked_bytes = 64;
     // A lone row has too few sums in one group to hide the latency of a multiply-add.
     template <int R>
@@ -208,7 +216,7 @@ struct Fma {
     using Sum = __m512;
 
     static constexpr bool has_scratch = true;
-    static constexpr int fused_rows = 2;
+    static constexpr int fused_rows = kFusedRows;
     static constexpr int64_t unpacked_bytes = 128;
     template <int R>
     static constexpr int groups_together = kRegisterSums == 6 && R == 1 ? kVectors : 1;

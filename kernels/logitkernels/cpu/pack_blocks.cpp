@@ -31,10 +31,10 @@ inline void read_nibbles(const uint8_t* source, uint8_t* integers) {
 // the sum carries it to the byte's top.
 inline void read_fifth_bits(const uint8_t* source, uint8_t* integers) {
     for (int i = 0; i < 4; ++i) {
-        const uint64_t bits = source[i] * 0x0101010101010101u & 0x8040201008040201u;
+        const uint64_t bits = (source[i] * 0x0101010101010101u) & 0x8040201008040201u;
         uint64_t eight;
         std::memcpy(&eight, integers + 8 * i, sizeof eight);
-        eight |= (bits + 0x7f7f7f7f7f7f7f7fu & 0x8080808080808080u) >> 3;
+        eight |= ((bits + 0x7f7f7f7f7f7f7f7fu) & 0x8080808080808080u) >> 3;
         std::memcpy(integers + 8 * i, &eight, sizeof eight);
     }
 }

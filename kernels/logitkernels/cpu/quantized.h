@@ -33,4 +33,8 @@ namespace logitkernels {
 void multiply_quantized(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
                         Epilogue epilogue);
 
+// The fma kinds alone, which are compiled beside the others.
+void multiply_quantized_fma(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
+                            Epilogue epilogue);
+
 }  // namespace logitkernels
