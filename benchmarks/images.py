@@ -155,7 +155,9 @@ def stream_gaps(model: InternVLForConditionalGeneration, num_images: int) -> dic
     return {"alone": alone, "during": during}
 
 
-def generate(request_id: str, prompt: list[int], items: list[PromptItem], max_tokens: int) -> GenerationRequest:
+def generate(
+    request_id: str, prompt: list[int], items: list[PromptItem], max_tokens: int
+) -> GenerationRequest:
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return GenerationRequest(request_id=request_id, prompt_token_ids=prompt, items=items, sampling=sampling)
 

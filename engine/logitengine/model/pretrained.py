@@ -35,7 +35,7 @@ def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
 
 def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     model_config = AutoConfig.from_pretrained(checkpoint.path)
-    _refuse_unsupported(model_config)
+    refuse_unsupported(model_config)
     reads_images = model_config.model_type in FAMILIES
     attention: str | dict[str, str] = ATTENTION_NAME
     if reads_images:
@@ -60,8 +60,11 @@ def _auto_class(model_config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM
 
 
-def _refuse_unsupported(model_config: PretrainedConfig) -> None:
-    """Refuse features that do not reach the attention function's kwargs and would silently be wrong."""
+def refuse_unsupported(model_config: PretrainedConfig) -> None:
+    """Refuse features that do not reach the attention function's kwargs and would silently be wrong.
+
+    Raises ValueError.
+    """
     config = model_config.get_text_config()
     rope_types = _rope_types(getattr(config, "rope_parameters", None) or {})
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
