@@ -218,6 +218,14 @@ class Packer:
         return [self._model.get(name) for name in names]
 
 
+def is_known(model: PreTrainedModel) -> bool:
+    """Whether the model's architecture is one that some backend fuses."""
+    decoder = getattr(model, model.base_model_prefix)
+    return type(decoder) in LLAMA_FAMILY + GEMMA_FAMILY and all(
+        _activation(layer) is not None for layer in decoder.layers
+    )
+
+
 def fuse(
     model: PreTrainedModel,
     packer: Packer,
@@ -232,9 +240,7 @@ def fuse(
     """
     kernels = packer.kernels
     decoder = getattr(model, model.base_model_prefix)
-    if type(decoder) not in LLAMA_FAMILY + GEMMA_FAMILY or not all(
-        _activation(layer) is not None for layer in decoder.layers
-    ):
+    if not is_known(model):
         return TransformersNetwork(model, kernels)
     layers: list[DecoderLayerWeights] = []
     for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True)):

@@ -18,7 +18,7 @@ from logitengine.link.messages import EncoderInfo, ModelInfo
 from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
 from logitengine.model.cpus import num_usable_cpus
 from logitengine.model.fingerprint import WeightsDigest, digest_of_config, fingerprint
-from logitengine.model.fuse import Packer, fuse
+from logitengine.model.fuse import Packer, fuse, is_known
 from logitengine.model.gguf.model import GgufModel
 from logitengine.model.gguf.weights import GgufWeights
 from logitengine.model.image_encoder import ImageEncoder
@@ -122,8 +122,11 @@ def prepare(
             image_part = getattr(whole, whole.base_model_prefix)
             encoder = ImageEncoder(image_part, kernels, exact=dtype == torch.float32)
             _check_joined_items(encoder.info, config, kernels)
+        is_skeleton = gguf is not None and is_known(model)
+        if gguf is not None and not is_skeleton:
+            gguf.fill()
         shapes = probe_layers(model, kernels)
-        if gguf is not None:
+        if gguf is not None and is_skeleton:
             gguf.fill_small(torch.float32 if kernels.block_formats else dtype)
         heads = value_heads_of(
             model, config.value_head, kernels, device.torch_device, is_classifier=not can_generate
@@ -132,7 +135,7 @@ def prepare(
         packer = Packer(kernels, own, weights or own, exact=dtype == torch.float32)
         depth = 0 if encoder is None else encoder.info.depth
         network = fuse(model, packer, shapes, depth, None if gguf is None else gguf.embedding)
-        if gguf is not None and not network.is_fused:
+        if gguf is not None and is_skeleton and not network.is_fused:
             gguf.fill()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{architecture} cannot be served: {error}") from error

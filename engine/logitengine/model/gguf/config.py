@@ -42,6 +42,10 @@ def _common(keys: Keys, header: Header) -> Config:
     if not 0 < layers <= len(header.tensors) or heads == 0:
         raise CheckpointError(f"{header.path} is damaged: it counts {layers} layers of {heads} heads")
     head_dim = keys.integer("attention.key_length", hidden // heads)
+    if head_dim == 0 or head_dim % 2:
+        raise CheckpointError(
+            f"{header.path} cannot be served: its heads have {head_dim} dimensions, an odd number"
+        )
     if keys.has("attention.value_length"):
         keys.must_be("attention.value_length", head_dim)
     keys.must_be("attention.causal", True)
@@ -131,7 +135,7 @@ def _partial_rotary(keys: Keys, config: Config) -> Config:
 def _experts(keys: Keys) -> None:
     """Check that the weights of experts are a softmax's, normed and unscaled, as these models have them."""
     keys.must_be("expert_gating_func", 1)
-    keys.must_be("expert_weights_norm", True)  # noqa: FBT003 - a value of the file
+    keys.must_be("expert_weights_norm", True)
     keys.must_be("expert_weights_scale", 1.0)
     keys.must_be("expert_shared_count", 0)
     keys.must_be("expert_shared_feed_forward_length", 0)

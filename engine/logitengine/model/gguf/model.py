@@ -67,7 +67,8 @@ class GgufModel:
                     self._fill(module, own, f"{name}.{own}", bias_dtype if own == "bias" else torch.float32)
 
     def fill(self) -> None:
-        """Give the skeleton every parameter, in the model's dtype. Tied ones share their numbers."""
+        """Give the skeleton its buffers and every parameter, in the model's dtype. Tied ones share their numbers."""
+        self._fill_buffers()
         filled: dict[int, nn.Parameter] = {}
         for name, module in self.skeleton.named_modules():
             for own, parameter in list(module.named_parameters(recurse=False)):

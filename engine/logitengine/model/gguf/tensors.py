@@ -146,6 +146,10 @@ class _Names:
             return self._gate_up(tensor, leaf, layer)
         if leaf not in self._modules:
             raise self._unknown(tensor)
+        if len(tensor.shape) == 1 and tensor.type.weights > 1:
+            raise CheckpointError(
+                f"{self._header.path} cannot be served: {tensor.name} is no matrix, and is in {tensor.type.name}"
+            )
         # The experts' weights are parameters themselves, without a module of their own.
         name = f"{layer}.{self._modules[leaf]}" + ("" if leaf == DOWN_EXPERTS else f".{kind}")
         return Parameter(name, (tensor,), self._pairs.get(leaf, 0), self._shift_of(leaf))

@@ -6,9 +6,10 @@ import logging
 
 import torch
 from logitkernels import BlockWeight, DenseWeight, Weight
-from torch import Tensor
+from torch import Tensor as Numbers
 
 from logitengine.model.gguf.blocks import FLOATS, in_head_order, mapped, to_dense
+from logitengine.model.gguf.header import Tensor
 from logitengine.model.gguf.tensors import Parameter
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,9 @@ class GgufWeights:
             return DenseWeight(name, self.dense(name))
         self.formats.add(kind)
         rows, columns = parameter.shape
-        return BlockWeight(name, _raw(parameter), kind, (rows, columns))
+        return BlockWeight(name, _raw(parameter, parameter.tensor), kind, (rows, columns))
 
-    def dense(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    def dense(self, name: str, dtype: torch.dtype | None = None) -> Numbers:
         """Return a parameter of any shape in numbers, in the model's dtype unless another is named."""
         parameter = self._parameters[name]
         dtype = dtype or self._dtype
@@ -77,11 +78,12 @@ class BlockEmbedding:
         self._type = parameter.tensor.type.name
         self._scale = scale
 
-    def __call__(self, ids: Tensor) -> Tensor:
+    def __call__(self, ids: Numbers) -> Numbers:
         rows = to_dense(self._raw.index_select(0, ids), self._type, torch.float32)
         return rows if self._scale == 1 else rows * self._scale
 
 
-def _raw(parameter: Parameter, tensor: object = None) -> Tensor:
-    raw = mapped(parameter.tensor if tensor is None else tensor)  # type: ignore[arg-type]
-    return in_head_order(raw, parameter.pairs) if parameter.pairs else raw
+def _raw(parameter: Parameter, tensor: Tensor) -> Numbers:
+    """Return the tensor's bytes, the rows (of a bias: the numbers) in the model's order."""
+    raw = mapped(tensor)
+    return in_head_order(raw.view(tensor.shape[0], -1), parameter.pairs) if parameter.pairs else raw
