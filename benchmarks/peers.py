@@ -11,14 +11,16 @@ Measure = Callable[[list[list[int]], int], float]
 
 
 def transformers_measure(model_name: str) -> Measure:
-    """Measure batched ``generate`` in bfloat16 on the project's conversion of the model's weights."""
+    """Measure batched ``generate`` in bfloat16, on what transformers reads from the model's files."""
     import torch
     from logitengine.model.checkpoint import resolve_checkpoint
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        resolve_checkpoint(model_name).path, dtype=torch.bfloat16
-    ).eval()
+    checkpoint = resolve_checkpoint(model_name)
+    directory, file = (
+        (checkpoint.path.parent, checkpoint.path.name) if checkpoint.is_gguf else (checkpoint.path, None)
+    )
+    model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=file, dtype=torch.bfloat16).eval()
 
     @torch.inference_mode()
     def measure(prompts: list[list[int]], new_tokens: int) -> float:

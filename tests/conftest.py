@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
-from packaged_models import qwen_coder_checkpoint
+from packaged_models import qwen_coder_checkpoint, transformers_directory
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
@@ -30,15 +30,21 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Checkpoint:
-    """Return the default model's files, converted once per machine."""
+    """Return the default model's files; the tokenizer is converted once per machine."""
     return resolve_checkpoint("smollm2")
 
 
 @pytest.fixture(scope="session")
-def smollm2_float32(smollm2: Checkpoint) -> PreTrainedModel:
+def smollm2_directory(smollm2: Checkpoint) -> Path:
+    """Return the default model as transformers reads it from its file, in float32, saved once per machine."""
+    return transformers_directory(smollm2)
+
+
+@pytest.fixture(scope="session")
+def smollm2_float32(smollm2_directory: Path) -> PreTrainedModel:
     """Return transformers' own float32 model on the same weights, as the reference."""
     model: PreTrainedModel = LlamaForCausalLM.from_pretrained(
-        smollm2.path, dtype=torch.float32, attn_implementation="sdpa"
+        smollm2_directory, dtype=torch.float32, attn_implementation="sdpa"
     )
     model.eval()
     return model
@@ -70,5 +76,5 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory, smollm2: Checkpoint) ->
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (directory / name).write_bytes((smollm2.path / name).read_bytes())
+        (directory / name).write_bytes((smollm2.tokenizer_path / name).read_bytes())
     return directory

@@ -48,7 +48,9 @@ def float32_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def evaluated(float32_url: str, smollm2: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def evaluated(
+    float32_url: str, smollm2: Checkpoint, smollm2_directory: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     """Return lm-eval's results for each model.
 
     lm-eval runs in a separate process, because it is not made to run with warnings as errors.
@@ -64,7 +66,7 @@ def evaluated(float32_url: str, smollm2: Checkpoint, tmp_path_factory: pytest.Te
     models = {
         "hf": {
             "model": "hf",
-            "model_args": {"pretrained": str(smollm2.path), "dtype": "float32", "device": "cpu"},
+            "model_args": {"pretrained": str(smollm2_directory), "dtype": "float32", "device": "cpu"},
         },
         "tokens": {"model": "local-completions", "model_args": {**served, "tokenized_requests": True}},
         "text": {"model": "local-completions", "model_args": {**served, "tokenized_requests": False}},

@@ -5,6 +5,7 @@ Tolerance of the float32 rows: 2e-3 absolute, 1e-4 mean absolute.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,11 +110,11 @@ def test_greedy_text_equals_transformers_generate(float32_model: LoadedModel, sm
 
 
 def test_bfloat16_is_no_further_from_float32_than_transformers_own(
-    bfloat16_model: LoadedModel, smollm2_float32: PreTrainedModel
+    bfloat16_model: LoadedModel, smollm2_float32: PreTrainedModel, smollm2_directory: Path
 ) -> None:
     """The error is at most 1.1 times the mean absolute error of transformers' bfloat16."""
     theirs = LlamaForCausalLM.from_pretrained(
-        bfloat16_model.info.model_path, dtype=torch.bfloat16, attn_implementation="eager"
+        smollm2_directory, dtype=torch.bfloat16, attn_implementation="eager"
     ).eval()
     our_errors, their_errors = [], []
     for length in (10, 100, 500):

@@ -13,8 +13,8 @@ from logitengine.model.attention import ATTENTION_NAME, register_attention
 from logitengine.model.fuse import FusedNetwork, Packer, fuse
 from logitengine.model.layer_shapes import probe_layers
 from logitengine.model.network import Network, TransformersNetwork
-from logitengine.model.weight_sources import Int8Weights, ModelWeights, StoredWeights, WeightSource
-from logitkernels import BlockWeight, DenseWeight, Kernels, Linear, ReferenceKernels
+from logitengine.model.weight_sources import Int8Weights, ModelWeights, WeightSource
+from logitkernels import BlockWeight, DenseWeight, Kernels, Linear, ReferenceKernels, Weight
 from logitkernels.backend import load_kernels
 from logitkernels.cpu.errors import BuildError
 from torch import nn
@@ -129,16 +129,27 @@ def test_layers_that_the_backend_does_not_fuse_run_as_transformers_has_them() ->
     assert isinstance(network_of(model_of("gemma2"), native()), TransformersNetwork)
 
 
+class SomeBlocks:
+    """Blocks by name, and a model's own parameters for all other names."""
+
+    def __init__(self, blocks: dict[str, BlockWeight], model: PreTrainedModel) -> None:
+        self._blocks = blocks
+        self._own = ModelWeights(model)
+
+    def get(self, name: str) -> Weight:
+        return self._blocks.get(name) or self._own.get(name)
+
+
 def test_layers_are_packed_in_blocks_where_all_of_their_weights_are_in_blocks_of_one_format() -> None:
     model = model_of("llama")
-    int8 = Int8Weights(model)
+    int8 = Int8Weights(ModelWeights(model))
     q, k, v, gate, up = (
         f"model.layers.0.{part}_proj.weight"
         for part in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")
     )
     blocks = {name: int8.get(name) for name in (q, k, gate, up)}  # v is dense
     expected = {name: model.get_parameter(name).clone() for name in (q, k, v, gate, up)}
-    network = network_of(model, native(), StoredWeights(blocks, ModelWeights(model)))
+    network = network_of(model, native(), SomeBlocks(blocks, model))
     assert isinstance(network, FusedNetwork)
     for name in (q, k, v):
         weight = Probe(network.linears[name]).weight(name)
@@ -160,7 +171,3 @@ def test_a_source_gives_its_weights_by_name() -> None:
         assert torch.equal(weight.tensor, model.get_parameter(name))
     with pytest.raises(AttributeError):
         own.get("model.layers.9.mlp.down_proj.weight")
-    block = BlockWeight("lm_head.weight", torch.zeros(160, 68, dtype=torch.uint8), "Q8_0", (160, 64))
-    stored = StoredWeights({block.name: block}, own)
-    assert stored.get(block.name) is block
-    assert isinstance(stored.get("model.layers.1.mlp.down_proj.weight"), DenseWeight)

@@ -12,33 +12,32 @@ from gguf.quants import dequantize, quantize
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
 from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.gguf.model import GgufModel
 from logitengine.model.loader import load
-from logitengine.model.weight_sources import Int8Weights, load_stored_blocks
+from logitengine.model.weight_sources import Int8Weights, ModelWeights
 from logitkernels import BlockWeight
 from second_device import DEVICE, SecondDevice
 from support import EVERY_ROW, english_tokens, greedy, make_engine, reference_logits, run
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
-@pytest.fixture(scope="module")
-def stored(smollm2: Checkpoint) -> dict[str, BlockWeight]:
-    blocks = load_stored_blocks(smollm2.path)
-    assert blocks is not None
-    return blocks
-
-
 def test_every_linear_layer_is_stored_and_dequantises_to_its_weight(
-    stored: dict[str, BlockWeight], smollm2_float32: PreTrainedModel
+    smollm2: Checkpoint, smollm2_float32: PreTrainedModel
 ) -> None:
+    """Queries and keys too, whose rows the file has in another order. The weights are transformers', to the bit."""
+    formats = frozenset({"Q4_1", "Q8_0"})
+    stored = GgufModel(smollm2.path, torch.float32, torch.device("cpu")).weights(formats)
     parameters = smollm2_float32.state_dict()
     linears = [name for name in parameters if name.endswith("_proj.weight")] + ["lm_head.weight"]
     assert len(linears) == 30 * 7 + 1
     for name in linears:
-        weight = stored[name]
+        weight = stored.get(name)
+        assert isinstance(weight, BlockWeight)
         assert weight.name == name
         assert weight.shape == tuple(parameters[name].shape)
         dense = dequantize(weight.raw.numpy(), GGMLQuantizationType[weight.format])
         np.testing.assert_array_equal(dense, parameters[name].numpy())
+    assert stored.formats == formats
 
 
 @pytest.mark.parametrize("weights", ["stored", "dense"])
@@ -56,12 +55,12 @@ def test_rows_are_the_models_in_either_form(
 
 
 def test_bfloat16_over_stored_weights_halves_transformers_error(
-    smollm2: Checkpoint, smollm2_float32: PreTrainedModel
+    smollm2: Checkpoint, smollm2_directory: Path, smollm2_float32: PreTrainedModel
 ) -> None:
     """Compares mean absolute errors: exact weights and a float32 residual stream against bfloat16 throughout."""
     loaded = load(EngineConfig(weights="stored", kv_cache_bytes=1 << 26, num_threads=1))
     theirs = LlamaForCausalLM.from_pretrained(
-        smollm2.path, dtype=torch.bfloat16, attn_implementation="eager"
+        smollm2_directory, dtype=torch.bfloat16, attn_implementation="eager"
     ).eval()
     prompt = english_tokens(str(smollm2.tokenizer_path), 200, 1000)
     expected = reference_logits(smollm2_float32, prompt)
@@ -97,11 +96,11 @@ def test_int8_rows_are_those_of_the_rounded_weights(tiny_llama: Path) -> None:
 
 def test_int8_blocks_are_made_on_the_host_wherever_the_model_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     model = torch.nn.Linear(64, 3)
-    expected = Int8Weights(model).get("weight")
+    expected = Int8Weights(ModelWeights(model)).get("weight")
     with SecondDevice():
         placed = {"weight": model.weight.detach().to(DEVICE)}
         monkeypatch.setattr(model, "get_parameter", placed.__getitem__)
-        weight = Int8Weights(model).get("weight")
+        weight = Int8Weights(ModelWeights(model)).get("weight")
     assert torch.equal(weight.raw, expected.raw)
     assert (weight.name, weight.format, weight.shape) == ("weight", "Q8_0", (3, 64))
 

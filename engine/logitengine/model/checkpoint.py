@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from logitengine.errors import CheckpointError
 from logitengine.model.conversions import Conversions
-from logitengine.model.files import check_directory, check_hub_name, gguf_path, unreachable
-from logitengine.model.weight_sources import write_stored_blocks
+from logitengine.model.files import GGUF_SUFFIX, check_directory, check_hub_name, gguf_path, unreachable
+from logitengine.model.gguf.header import read_header
+from logitengine.model.gguf.tokenizer import write_tokenizer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A directory with config.json and safetensors, and one with tokenizer.json."""
+    """A directory with config.json and safetensors, or a .gguf file; and a directory with tokenizer.json."""
 
     name: str
     path: Path
     tokenizer_path: Path
 
+    @property
+    def is_gguf(self) -> bool:
+        """Whether ``path`` is a GGUF file."""
+        return self.path.suffix == GGUF_SUFFIX
+
 
 def resolve_checkpoint(model: str, prepared: Path | None = None, *, cache: Path | None = None) -> Checkpoint:
     """Find ``model``: 'smollm2', a directory, a .gguf file, or a hub name. Raises CheckpointError.
 
-    A converted copy is looked for in ``prepared`` and then in ``cache``, by default the user's, where it is
+    A converted tokenizer is looked for in ``prepared`` and then in ``cache``, by default the user's, where it is
     made if need be.
     """
     conversions = Conversions(prepared, cache)
@@ -56,31 +59,25 @@ def _from_hub(name: str) -> Path:
         raise CheckpointError(unreachable(name, error)) from error
 
 
-def _from_gguf(name: str, gguf: Path, conversions: Conversions) -> Checkpoint:
-    """Convert once; later starts read the copy. transformers takes 15 s to dequantise and read a vocabulary."""
+def _from_gguf(name: str, path: Path, conversions: Conversions) -> Checkpoint:
+    """Convert the tokenizer, which is small, once. The weights stay in the file."""
+    header = read_header(path)
 
     def convert(directory: Path) -> None:
-        logger.info("converting %s, once", gguf.name)
         started = time.monotonic()
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        config = model.config.to_dict()
-        del config["quantization_config"]
-        config["architectures"] = [type(model).__name__]
-        (directory / "config.json").write_text(json.dumps(config, indent=2))
-        model.generation_config.save_pretrained(directory)
-        weights = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-        for tied in model.all_tied_weights_keys:
-            weights.pop(tied, None)
-        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-        write_stored_blocks(gguf, model, directory)
-        logger.info("converted %s", gguf.name, extra={"seconds": round(time.monotonic() - started, 1)})
+        write_tokenizer(header, directory)
+        logger.info(
+            "converted the tokenizer of %s",
+            path.name,
+            extra={"seconds": round(time.monotonic() - started, 1)},
+        )
 
     try:
-        path = conversions.find("gguf", gguf, convert)
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{gguf} could not be read as a GGUF model: {error}") from error
-    return Checkpoint(name, path, path)
+        tokenizer_path = conversions.find("gguf", path, convert)
+    # transformers and tokenizers have no common error for a vocabulary that makes no sense.
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer of {path} could not be read: {error}") from error
+    return Checkpoint(name, path, tokenizer_path)
 
 
 def _tokenizer_directory(path: Path, conversions: Conversions) -> Path:

@@ -1,4 +1,4 @@
-"""Converted copies of a model's files: made once, and found again by the file that they were made from."""
+"""Converted tokenizers: made once, and found again by the file that they were made from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-CONVERSION_VERSION = 2
+CONVERSION_VERSION = 3
 """Part of a copy's name. Raise it when the output of a conversion changes."""
 
 

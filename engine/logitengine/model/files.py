@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import struct
 from pathlib import Path
 
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
+from logitengine.model.gguf.config import model_config
+from logitengine.model.gguf.header import read_header
+from logitengine.model.gguf.tensors import parameters_of
 from logitengine.model.internvl_format import is_original, original_config
 
 DEFAULT_MODEL = "smollm2"
 CONFIG = "config.json"
 
-GGUF_MAGIC = b"GGUF"
-GGUF_VERSIONS = (2, 3)
-GGUF_HEADER = struct.Struct("<4sIQQ")
-"""Magic, version, number of tensors, number of metadata entries: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md"""
-
-LEAST_TENSOR_BYTES = 24
-LEAST_ENTRY_BYTES = 13
-"""Least bytes of a tensor or a metadata entry in the header."""
+GGUF_SUFFIX = ".gguf"
 
 
 def check_model(config: EngineConfig) -> None:
@@ -59,7 +54,7 @@ def gguf_path(model: str) -> Path | None:
     if model == DEFAULT_MODEL:
         return _packaged_gguf()
     path = Path(model).expanduser()
-    if path.suffix != ".gguf" or path.is_dir():
+    if path.suffix != GGUF_SUFFIX or path.is_dir():
         return None
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
@@ -116,22 +111,9 @@ def _packaged_gguf() -> Path:
 
 
 def _check_gguf(path: Path) -> None:
-    """Check the header's first fields against the file's size."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(GGUF_HEADER.size)
-    if len(start) < GGUF_HEADER.size or not start.startswith(GGUF_MAGIC):
-        raise CheckpointError(f"{path} is no GGUF file: it does not begin with a GGUF header")
-    _, version, num_tensors, num_entries = GGUF_HEADER.unpack(start)
-    if version not in GGUF_VERSIONS:
-        raise CheckpointError(
-            f"{path} has GGUF version {version}; versions {' and '.join(map(str, GGUF_VERSIONS))} can be read"
-        )
-    least = GGUF_HEADER.size + num_tensors * LEAST_TENSOR_BYTES + num_entries * LEAST_ENTRY_BYTES
-    if num_tensors == 0 or least > size:
-        raise CheckpointError(
-            f"{path} is damaged: its header counts {num_tensors} tensors, and the file has {size} bytes"
-        )
+    """Read the header, and see that this model is one that can be served."""
+    header = read_header(path)
+    parameters_of(header, model_config(header))
 
 
 def _check_hub(name: str) -> None:

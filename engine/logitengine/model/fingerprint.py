@@ -13,7 +13,7 @@ import os
 import platform
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,21 @@ class WeightsDigest:
     A file's digest is kept in the user's cache, under its path, size and times.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._files = sorted(directory.glob("*.safetensors"))
-        self._config = directory / "config.json"
-        self._processors = [path for name in PROCESSORS if (path := directory / name).is_file()]
+    @classmethod
+    def of_directory(cls, directory: Path) -> WeightsDigest:
+        """Return the digest of a Hugging Face directory."""
+        processors = [path for name in PROCESSORS if (path := directory / name).is_file()]
+        return cls(
+            sorted(directory.glob("*.safetensors")),
+            json.loads((directory / "config.json").read_bytes()),
+            [json.loads(path.read_bytes()) for path in processors],
+        )
+
+    def __init__(self, files: Sequence[Path], config: dict[str, Any], processors: Sequence[Any] = ()) -> None:
+        """Take the files that hold the weights, what a config says about numbers, and how images are prepared."""
+        self._files = files
+        self._config = config
+        self._processors = processors
         self._digests: Future[list[str]] = Future()
         # A daemon: a model that is refused meanwhile ends the process at once.
         threading.Thread(target=self._compute, name="digest", daemon=True).start()
@@ -67,11 +78,9 @@ class WeightsDigest:
 
     def result(self) -> str:
         """Wait for the digest. Raises OSError for a file that cannot be read."""
-        config = json.loads(self._config.read_bytes())
         names = [path.name for path in self._files]
-        processors = [json.loads(path.read_bytes()) for path in self._processors]
         files = list(zip(names, self._digests.result(), strict=True))
-        return digest_of([digest_of_config(config), files, *processors])
+        return digest_of([digest_of_config(self._config), files, *self._processors])
 
 
 def file_digest(path: Path) -> str:
@@ -141,7 +150,7 @@ def _machine(kernels: Kernels, device: Device, stored_as: str, dtype: str, *, is
     machine: list[Any] = [platform.machine()]
     if kernels.name != "cpu" or not is_fused:  # torch computes
         machine += [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-    elif stored_as == "dense" and dtype == "bfloat16":
+    elif "dense" in stored_as and dtype == "bfloat16":
         machine.append(_sums_bfloat16_itself())
     return machine
 

@@ -52,6 +52,9 @@ PLAIN_HEADS = (
 MOST_TABLED_POSITIONS = 1 << 15
 """Positions with tabled cosines and sines: 16 MiB each for a head of 128."""
 
+Lookup = Callable[[Tensor], Tensor]
+"""Embedding of token ids, [T] -> [T, H]."""
+
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """Activations that the kernels have, by transformers' names."""
@@ -87,12 +90,13 @@ class FusedNetwork(Network):
         linears: dict[str, Linear],
         kernels: Kernels,
         depth: int = 0,
+        embedding: Lookup | None = None,
     ) -> None:
-        """Take a decoder's parts. After each of the first ``depth`` layers images add to the residual stream."""
+        """Take a decoder's parts, or ``embedding`` in place of its own. After each of the first ``depth`` layers images add to the residual stream."""
         self.head = head
         self.linears = linears
         self._kernels = kernels
-        self._embedding = _embedding(decoder.embed_tokens)
+        self._embedding = embedding or _embedding(decoder.embed_tokens)
         self._norm = _norm_weight(decoder.norm)
         self._eps = _eps(decoder.norm)
         ropes = _ropes(decoder)
@@ -218,24 +222,38 @@ class Packer:
         return [self._model.get(name) for name in names]
 
 
-def fuse(model: PreTrainedModel, packer: Packer, shapes: list[LayerShape], depth: int = 0) -> Network:
+def is_known(model: PreTrainedModel) -> bool:
+    """Whether the model's architecture is one that some backend fuses."""
+    decoder = getattr(model, model.base_model_prefix)
+    return type(decoder) in LLAMA_FAMILY + GEMMA_FAMILY and all(
+        _activation(layer) is not None for layer in decoder.layers
+    )
+
+
+def fuse(
+    model: PreTrainedModel,
+    packer: Packer,
+    shapes: list[LayerShape],
+    depth: int = 0,
+    embedding: Callable[[], Lookup] | None = None,
+) -> Network:
     """Return the model as a fused network if its architecture is known, else unchanged.
 
     Fusing takes its decoder away. After each of the first ``depth`` layers images add to the residual stream.
+    ``embedding`` returns the lookup of token ids, for a model whose own has no weight.
     """
     kernels = packer.kernels
     decoder = getattr(model, model.base_model_prefix)
-    if type(decoder) not in LLAMA_FAMILY + GEMMA_FAMILY or not all(
-        _activation(layer) is not None for layer in decoder.layers
-    ):
+    if not is_known(model):
         return TransformersNetwork(model, kernels)
     layers: list[DecoderLayerWeights] = []
     for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True)):
         layers.append(_pack_layer(layer, packer, f"model.layers.{index}", shape))
         if not kernels.runs_fused(layers[-1]):
             return TransformersNetwork(model, kernels)
+    lookup = embedding() if embedding is not None else None
     setattr(model, model.base_model_prefix, None)  # its weights are packed, and nothing else may keep them
-    return FusedNetwork(decoder, layers, _fuse_head(model, packer), packer.linears, kernels, depth)
+    return FusedNetwork(decoder, layers, _fuse_head(model, packer), packer.linears, kernels, depth, lookup)
 
 
 def _fuse_head(model: PreTrainedModel, packer: Packer) -> Head:
@@ -284,7 +302,7 @@ def _pack_layer(layer: Any, packer: Packer, name: str, shape: LayerShape) -> Dec
     )
 
 
-def _embedding(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
+def _embedding(module: nn.Embedding) -> Lookup:
     """Return the module's lookup of token ids, [T] -> [T, H]."""
     if type(module) is nn.Embedding and module.max_norm is None:
         return partial(torch.index_select, module.weight.detach(), 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from logitkernels import Kernels
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,15 @@ class ShapeProbe:
 def probe_layers(model: PreTrainedModel, kernels: Kernels) -> list[LayerShape]:
     """Return the shape of each layer, found by running one token through transformers' own model.
 
-    Raises TypeError or ValueError if the architecture needs an attention feature that is not supported.
+    The model may lie on the meta device. Raises TypeError or ValueError if the architecture needs an attention feature that is not supported.
     """
     probe = ShapeProbe()
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     getattr(model, model.base_model_prefix)(
         input_ids=token,
         position_ids=token,
+        # Without a cache transformers looks at the positions' numbers, and there are none on the meta device.
+        past_key_values=DynamicCache() if model.device.type == "meta" else None,
         use_cache=False,
         kv_cache=probe,
         attention_metadata=None,

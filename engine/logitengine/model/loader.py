@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from logitkernels import BlockWeight, Kernels
+from logitkernels import Kernels
 from logitkernels.backend import load_kernels
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -18,7 +18,9 @@ from logitengine.link.messages import EncoderInfo, ModelInfo
 from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
 from logitengine.model.cpus import num_usable_cpus
 from logitengine.model.fingerprint import WeightsDigest, digest_of_config, fingerprint
-from logitengine.model.fuse import Packer, fuse
+from logitengine.model.fuse import Packer, fuse, is_known
+from logitengine.model.gguf.model import GgufModel
+from logitengine.model.gguf.weights import GgufWeights
 from logitengine.model.image_encoder import ImageEncoder
 from logitengine.model.image_families import FAMILIES
 from logitengine.model.layer_shapes import probe_layers
@@ -26,13 +28,7 @@ from logitengine.model.network import Network
 from logitengine.model.pretrained import eos_token_ids, load_pretrained, max_positions, model_type
 from logitengine.model.text_part import take_text_part
 from logitengine.model.value_heads import value_heads_of
-from logitengine.model.weight_sources import (
-    Int8Weights,
-    ModelWeights,
-    StoredWeights,
-    WeightSource,
-    load_stored_blocks,
-)
+from logitengine.model.weight_sources import Int8Weights, ModelWeights, WeightSource
 from logitengine.run.devices import Device, choose_device
 from logitengine.run.kv_cache import bytes_per_block
 from logitengine.run.rows import TORCH_DTYPES
@@ -77,20 +73,23 @@ def load(
         raise CheckpointError(
             "the native CPU kernels compute in bfloat16 or float32; use kernels=reference for float16"
         )
-    digest = WeightsDigest(checkpoint.path)
-    blocks = _stored_blocks(config, checkpoint, kernels)
+    _check_weights_option(config, checkpoint, kernels)
     dtype = torch.bfloat16 if config.dtype == "auto" else TORCH_DTYPES[config.dtype]
-    model = load_pretrained(checkpoint, dtype, device.torch_device)
-    whole: PreTrainedModel | None = None
-    family: str | None = None
-    if model.config.model_type in FAMILIES and model.get_output_embeddings() is not None:
-        model, whole, family = take_text_part(model), model, model_type(checkpoint)
-    weights: WeightSource = ModelWeights(model)
-    if config.weights == "int8":
-        weights = Int8Weights(model)
-    elif blocks is not None:
-        weights = StoredWeights(blocks, weights)
-    loaded = prepare(config, checkpoint, model, kernels, device, weights, digest, whole, family)
+    if checkpoint.is_gguf:
+        gguf = GgufModel(checkpoint.path, dtype, device.torch_device)
+        digest = WeightsDigest(gguf.paths, gguf.members)
+        weights = _gguf_weights(config, gguf, kernels)
+        loaded = prepare(config, checkpoint, gguf.skeleton, kernels, device, weights, digest, gguf=gguf)
+    else:
+        digest = WeightsDigest.of_directory(checkpoint.path)
+        model = load_pretrained(checkpoint, dtype, device.torch_device)
+        whole: PreTrainedModel | None = None
+        family: str | None = None
+        if model.config.model_type in FAMILIES and model.get_output_embeddings() is not None:
+            model, whole, family = take_text_part(model), model, model_type(checkpoint)
+        own = ModelWeights(model)
+        rounded = Int8Weights(own) if config.weights == "int8" else None
+        loaded = prepare(config, checkpoint, model, kernels, device, rounded, digest, whole, family)
     logger.info("loaded %s", config.model, extra={"seconds": round(time.monotonic() - started, 1)})
     return loaded
 
@@ -105,6 +104,7 @@ def prepare(
     digest: WeightsDigest | None = None,
     whole: PreTrainedModel | None = None,
     family: str | None = None,
+    gguf: GgufModel | None = None,
 ) -> LoadedModel:
     """Fuse a model on ``device`` that uses the project's attention function, and size the KV cache for it.
 
@@ -112,6 +112,7 @@ def prepare(
     weights of ``weights`` if given. ``digest`` is the checkpoint's; without one, as for a model that was built in
     memory, the fingerprint knows the config alone. ``whole`` is the image-text model that the model was taken out of,
     and ``family`` its checkpoint's ``model_type`` if it is not the config's.
+    ``gguf`` fills the model if it is the skeleton of a GGUF file.
 
     Raises CheckpointError for a model that cannot be served, with the reason.
     """
@@ -134,11 +135,21 @@ def prepare(
             if missing is not None:
                 logger.info("images are not read: %s", missing)
                 encoder = None
+        is_skeleton = gguf is not None and is_known(model)
+        if gguf is not None and not is_skeleton:
+            gguf.fill()
         shapes = probe_layers(model, kernels)
-        heads = value_heads_of(model, config.value_head, kernels, is_classifier=not can_generate)
-        own = ModelWeights(model)
+        if gguf is not None and is_skeleton:
+            gguf.fill_small(torch.float32 if kernels.block_formats else dtype)
+        heads = value_heads_of(
+            model, config.value_head, kernels, device.torch_device, is_classifier=not can_generate
+        )
+        own: WeightSource = ModelWeights(model) if gguf is None else gguf.weights()
         packer = Packer(kernels, own, weights or own, exact=dtype == torch.float32)
-        network = fuse(model, packer, shapes, 0 if encoder is None else encoder.info.depth)
+        depth = 0 if encoder is None else encoder.info.depth
+        network = fuse(model, packer, shapes, depth, None if gguf is None else gguf.embedding)
+        if gguf is not None and is_skeleton and not network.is_fused:
+            gguf.fill()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{architecture} cannot be served: {error}") from error
     _refuse_unfused(config, model, network)
@@ -160,7 +171,8 @@ def prepare(
         can_generate=can_generate,
     )
     runner = factory.runner()
-    stored_as, dtype_name = _stored_as(weights), str(dtype).removeprefix("torch.")
+    stored_as = _stored_as(weights, is_fused=network.is_fused)
+    dtype_name = str(dtype).removeprefix("torch.")
     info = ModelInfo(
         model_path=str(checkpoint.path),
         tokenizer_path=str(checkpoint.tokenizer_path),
@@ -208,34 +220,34 @@ def _why_no_images(encoder: EncoderInfo, config: EngineConfig, kernels: Kernels)
     )
 
 
-def _stored_as(weights: WeightSource | None) -> str:
+def _stored_as(weights: WeightSource | None, *, is_fused: bool) -> str:
     match weights:
         case Int8Weights():
             return "int8 (Q8_0)"
-        case StoredWeights():
-            return f"stored ({', '.join(weights.formats)})"
+        case GgufWeights(formats=formats) if formats and is_fused:
+            dense = ", dense" if weights.dequantised else ""
+            return f"stored ({', '.join(sorted(formats))}){dense}"
         case _:
             return "dense"
 
 
-def _stored_blocks(
-    config: EngineConfig, checkpoint: Checkpoint, kernels: Kernels
-) -> dict[str, BlockWeight] | None:
-    if config.weights == "dense":
-        return None
+def _gguf_weights(config: EngineConfig, gguf: GgufModel, kernels: Kernels) -> WeightSource:
     if config.weights == "int8":
-        if "Q8_0" not in kernels.block_formats:
-            raise CheckpointError(
-                f"the {kernels.name} kernels do not multiply weights=int8; the native CPU kernels do"
-            )
-        return None
-    stored = load_stored_blocks(checkpoint.path) if kernels.block_formats else None
-    if stored is None and config.weights == "stored":
+        return Int8Weights(gguf.weights(dtype=torch.float32))
+    return gguf.weights(frozenset() if config.weights == "dense" else kernels.block_formats)
+
+
+def _check_weights_option(config: EngineConfig, checkpoint: Checkpoint, kernels: Kernels) -> None:
+    """Refuse a form of weights that cannot be had. Raises CheckpointError."""
+    if config.weights == "int8" and "Q8_0" not in kernels.block_formats:
+        raise CheckpointError(
+            f"the {kernels.name} kernels do not multiply weights=int8; the native CPU kernels do"
+        )
+    if config.weights == "stored" and not (checkpoint.is_gguf and kernels.block_formats):
         raise CheckpointError(
             f"weights=stored needs a GGUF file and kernels that multiply its blocks; {checkpoint.name} with the "
             f"{kernels.name} kernels has neither or one of them"
         )
-    return stored
 
 
 def _refuse_unfused(config: EngineConfig, model: PreTrainedModel, network: Network) -> None:

@@ -41,10 +41,10 @@ def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
 def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     if model_type(checkpoint) == INTERNVL_CHAT:
         model = load_internvl_chat(checkpoint.path, dtype, {**IMAGE_MODEL_ATTENTION})
-        _refuse_unsupported(model.config)
+        refuse_unsupported(model.config)
         return model
     model_config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    _refuse_unsupported(model_config)
+    refuse_unsupported(model_config)
     attention: str | dict[str, str] = ATTENTION_NAME
     if model_config.model_type in FAMILIES:
         attention = {**IMAGE_MODEL_ATTENTION}
@@ -75,8 +75,11 @@ def _auto_class(model_config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM
 
 
-def _refuse_unsupported(model_config: PretrainedConfig) -> None:
-    """Refuse features that do not reach the attention function's kwargs and would silently be wrong."""
+def refuse_unsupported(model_config: PretrainedConfig) -> None:
+    """Refuse features that do not reach the attention function's kwargs and would silently be wrong.
+
+    Raises ValueError.
+    """
     config = model_config.get_text_config()
     rope_types = _rope_types(getattr(config, "rope_parameters", None) or {})
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])

@@ -84,13 +84,17 @@ def load_value_head(
 
 
 def value_heads_of(
-    model: PreTrainedModel, attached: Mapping[str, Path], kernels: Kernels, *, is_classifier: bool
+    model: PreTrainedModel,
+    attached: Mapping[str, Path],
+    kernels: Kernels,
+    device: torch.device,
+    *,
+    is_classifier: bool,
 ) -> dict[str, ValueHead]:
     """Return the attached heads by name, and a classifier's own head under `score`. Raises CheckpointError."""
     hidden_size = model.config.get_text_config().hidden_size
     heads = {
-        name: load_value_head(name, path, hidden_size, kernels, model.device)
-        for name, path in attached.items()
+        name: load_value_head(name, path, hidden_size, kernels, device) for name, path in attached.items()
     }
     if is_classifier:
         score = getattr(model, CLASSIFIER_HEAD, None)
@@ -98,7 +102,5 @@ def value_heads_of(
             raise CheckpointError(
                 f"{type(model).__name__} has neither a language-model head nor a linear score"
             )
-        heads.setdefault(
-            CLASSIFIER_HEAD, ValueHead.from_weights(score.weight, score.bias, kernels, model.device)
-        )
+        heads.setdefault(CLASSIFIER_HEAD, ValueHead.from_weights(score.weight, score.bias, kernels, device))
     return heads

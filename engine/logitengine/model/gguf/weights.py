@@ -1,0 +1,89 @@
+"""Weights of a GGUF file's linear layers and embedding, as the file has them or dequantised."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from logitkernels import BlockWeight, DenseWeight, Weight
+from torch import Tensor as Numbers
+
+from logitengine.model.gguf.blocks import FLOATS, in_head_order, mapped, to_dense
+from logitengine.model.gguf.header import Tensor
+from logitengine.model.gguf.tensors import Parameter
+
+logger = logging.getLogger(__name__)
+
+
+class GgufWeights:
+    """Parameters by the names of transformers' model, read when they are asked for.
+
+    Attributes:
+        formats: formats in which weights were handed out as the file has them.
+        dequantised: formats in which the file has weights that were handed out dense.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Parameter],
+        dtype: torch.dtype,
+        device: torch.device,
+        block_formats: frozenset[str] = frozenset(),
+    ) -> None:
+        """Hand out blocks in ``block_formats`` as they are, and all other weights in ``dtype`` on ``device``."""
+        self.formats: set[str] = set()
+        self.dequantised: set[str] = set()
+        self._parameters = parameters
+        self._dtype = dtype
+        self._device = device
+        self._block_formats = block_formats
+
+    def get(self, name: str) -> Weight:
+        """Return a weight [N, K]. Raises KeyError for a name that the model does not have."""
+        parameter = self._parameters[name]
+        kind = parameter.tensor.type.name
+        if kind not in self._block_formats:
+            self._tell(kind)
+            return DenseWeight(name, self.dense(name))
+        self.formats.add(kind)
+        rows, columns = parameter.shape
+        return BlockWeight(name, _raw(parameter, parameter.tensor), kind, (rows, columns))
+
+    def dense(self, name: str, dtype: torch.dtype | None = None) -> Numbers:
+        """Return a parameter of any shape in numbers, in the model's dtype unless another is named."""
+        parameter = self._parameters[name]
+        dtype = dtype or self._dtype
+        parts = []
+        for tensor in parameter.tensors:
+            numbers = to_dense(
+                _raw(parameter, tensor), tensor.type.name, torch.float32 if parameter.shift else dtype
+            )
+            parts.append((numbers - parameter.shift).to(dtype).view(tensor.shape))
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+        return joined.to(self._device)
+
+    def _tell(self, kind: str) -> None:
+        if kind in FLOATS or kind in self.dequantised:
+            return
+        self.dequantised.add(kind)
+        logger.info("weights in %s are dequantised to %s", kind, str(self._dtype).removeprefix("torch."))
+
+
+class BlockEmbedding:
+    """Lookup of token ids in an embedding that stays in the mapped file: [T] -> float32 [T, H]."""
+
+    def __init__(self, parameter: Parameter, scale: float = 1.0) -> None:
+        """Multiply what is looked up by ``scale``."""
+        self._raw = mapped(parameter.tensor)
+        self._type = parameter.tensor.type.name
+        self._scale = scale
+
+    def __call__(self, ids: Numbers) -> Numbers:
+        rows = to_dense(self._raw.index_select(0, ids), self._type, torch.float32)
+        return rows if self._scale == 1 else rows * self._scale
+
+
+def _raw(parameter: Parameter, tensor: Tensor) -> Numbers:
+    """Return the tensor's bytes, the rows (of a bias: the numbers) in the model's order."""
+    raw = mapped(tensor)
+    return in_head_order(raw.view(tensor.shape[0], -1), parameter.pairs) if parameter.pairs else raw

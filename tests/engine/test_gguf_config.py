@@ -1,0 +1,217 @@
+"""GGUF files of every architecture: served rows are those of the transformers model that the file was written from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf_files import write_gguf
+from logitengine.config import EngineConfig
+from logitengine.model.gguf.config import CONFIGS
+from logitengine.model.loader import LoadedModel, load
+from support import EVERY_ROW, greedy, make_engine, reference_logits, run
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 320
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+PROMPT = list(range(60, 108))
+
+SLIDING = {"sliding_window": 8}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config of transformers, and what llama.cpp's conversion writes of it beside the common keys."""
+
+    architecture: str
+    model_type: str
+    options: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, Any] = field(default_factory=dict)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
+YARN_KEYS = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 64,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+LINEAR_KEYS = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+GEMMA3_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
+
+CASES = {
+    "llama": Case("llama", "llama", {}, {"vocab_size": VOCAB}),
+    "llama-tied": Case("llama", "llama", {"tie_word_embeddings": True}),
+    "llama-biases": Case("llama", "llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear": Case("llama", "llama", {"rope_parameters": LINEAR}, LINEAR_KEYS),
+    "llama-old-linear": Case("llama", "llama", {"rope_parameters": LINEAR}, {"rope.scale_linear": 4.0}),
+    "mixtral": Case(
+        "llama",
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {"expert_count": 4, "expert_used_count": 2},
+    ),
+    "mistral": Case("llama", "mistral", {"sliding_window": None}),
+    "granite": Case(
+        "granite",
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 2.0,
+        },
+        {"embedding_scale": 3.0, "residual_scale": 0.5, "attention.scale": 0.1, "logit_scale": 2.0},
+    ),
+    "smollm3": Case(
+        "smollm3", "smollm3", {"num_hidden_layers": 5, "use_sliding_window": False, "layer_types": None}
+    ),
+    "qwen2": Case("qwen2", "qwen2"),
+    "qwen2-yarn": Case("qwen2", "qwen2", {"rope_parameters": YARN}, YARN_KEYS),
+    "qwen2-yarn-betas": Case(
+        "qwen2",
+        "qwen2",
+        {"rope_parameters": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0}},
+        {**YARN_KEYS, "rope.scaling.yarn_beta_fast": 16.0, "rope.scaling.yarn_beta_slow": 2.0},
+    ),
+    "qwen3": Case("qwen3", "qwen3"),
+    "qwen3moe": Case(
+        "qwen3moe",
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32},
+    ),
+    "gemma": Case("gemma", "gemma"),
+    "gemma2": Case(
+        "gemma2",
+        "gemma2",
+        {
+            **SLIDING,
+            "query_pre_attn_scalar": 32,
+            "attn_logit_softcapping": 20.0,
+            "final_logit_softcapping": 10.0,
+        },
+        {"attention.sliding_window": 8, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
+    ),
+    "gemma3": Case(
+        "gemma3",
+        "gemma3_text",
+        {
+            **SLIDING,
+            "query_pre_attn_scalar": 32,
+            "layer_types": GEMMA3_TYPES,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+        {
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [True, True, False],
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": 8.0,
+        },
+    ),
+    "gemma3-six": Case(
+        "gemma3",
+        "gemma3_text",
+        {**SLIDING, "query_pre_attn_scalar": 32, "num_hidden_layers": 7, "layer_types": None},
+        {"attention.sliding_window": 8, "mm.tokens_per_image": 256},
+    ),
+    "phi3": Case("phi3", "phi3", {**SLIDING, "head_dim": 16}, {"attention.sliding_window": 8}),
+    "phi3-partial": Case(
+        "phi3",
+        "phi3",
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+        {"rope.dimension_count": 8},
+    ),
+    "olmo2": Case("olmo2", "olmo2", {"head_dim": 16}),
+    "command-r": Case(
+        "command-r",
+        "cohere",
+        {"head_dim": 16, "logit_scale": 0.5, "layer_norm_eps": 1e-5},
+        {"attention.layer_norm_epsilon": 1e-5, "logit_scale": 0.5},
+    ),
+    "command-r-plus": Case(
+        "command-r",
+        "cohere",
+        {"head_dim": 16, "logit_scale": 0.5, "layer_norm_eps": 1e-5, "use_qk_norm": True},
+        {"attention.layer_norm_epsilon": 1e-5, "logit_scale": 0.5},
+    ),
+    "cohere2": Case(
+        "cohere2",
+        "cohere2",
+        {**SLIDING, "num_hidden_layers": 5, "logit_scale": 0.5, "layer_norm_eps": 1e-5},
+        {"attention.sliding_window": 8, "attention.layer_norm_epsilon": 1e-5, "logit_scale": 0.5},
+    ),
+    "glm4": Case(
+        "glm4",
+        "glm4",
+        {
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        },
+        {"rope.dimension_count": 16},
+    ),
+    "ernie4_5": Case("ernie4_5", "ernie4_5"),
+}
+
+
+def model_of(case: Case) -> PreTrainedModel:
+    """Return a random model whose norms and biases differ from what a model is initialised with."""
+    torch.manual_seed(3)
+    options = {name: value for name, value in (SIZES | case.options).items() if value is not None}
+    config = CONFIG_MAPPING[case.model_type](**options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, mean=0.7, std=0.2)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def serve(path: Path, **options: Any) -> LoadedModel:
+    config = {"model": str(path), "dtype": "float32", "kv_cache_bytes": 1 << 24, "num_threads": 1, **options}
+    return load(EngineConfig.model_validate(config))
+
+
+def rows_of(loaded: LoadedModel) -> np.ndarray[Any, Any]:
+    return run(make_engine(loaded), [greedy("a", PROMPT, 0, EVERY_ROW)])["a", 0].prompt_rows
+
+
+def test_every_architecture_has_a_case() -> None:
+    assert {case.architecture for case in CASES.values()} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_are_those_of_the_model_that_the_file_was_written_from(name: str, tmp_path: Path) -> None:
+    """Tolerance in float32: 1e-3 absolute, 1e-4 mean, of logits with a standard deviation of at least 0.3."""
+    case = CASES[name]
+    model = model_of(case)
+    path = write_gguf(tmp_path / "model.gguf", model, case.architecture, case.keys)
+    expected = reference_logits(model, PROMPT)
+    error = np.abs(rows_of(serve(path)) - expected)
+    assert expected.std() >= 0.3
+    assert error.max() <= 1e-3
+    assert error.mean() <= 1e-4

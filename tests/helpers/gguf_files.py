@@ -1,0 +1,134 @@
+"""GGUF files of transformers' models, written by gguf's own writer and by its own table of names.
+
+What llama.cpp's conversion does to the numbers is done here: rows of queries and keys in the order of rotary
+pairs, norms of the Gemma family plus 1, the experts' gates and ups apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+from gguf.quants import quantize
+from numpy.typing import NDArray
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedModel
+
+ARCHITECTURES = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+PAIRED = {"llama", "granite", "smollm3"}
+SHIFTED = {"gemma", "gemma2", "gemma3"}
+
+Edit = Callable[[GGUFWriter], None]
+
+
+def write_gguf(
+    path: Path,
+    model: PreTrainedModel,
+    architecture: str,
+    keys: Mapping[str, Any],
+    *,
+    kind: str = "F32",
+    extra: Mapping[str, NDArray[Any]] | None = None,
+    num_tokens: int | None = None,
+) -> Path:
+    """Write the model, its matrices in ``kind``, with ``keys`` beside the common ones; None leaves a key out."""
+    writer = GGUFWriter(path, architecture)
+    config = model.config
+    common = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": model.model.layers[0].self_attn.head_dim,
+        "attention.value_length": model.model.layers[0].self_attn.head_dim,
+        "attention.layer_norm_rms_epsilon": getattr(config, "rms_norm_eps", None),
+        "rope.dimension_count": model.model.layers[0].self_attn.head_dim,
+        "rope.freq_base": _theta(config),
+    }
+    for key, value in (common | dict(keys)).items():
+        if value is not None:
+            add_key(writer, f"{architecture}.{key}", value)
+    add_vocabulary(writer, num_tokens or config.vocab_size)
+    for name, numbers in _tensors(model, architecture).items():
+        add_tensor(writer, name, numbers, kind if numbers.ndim > 1 else "F32")
+    for name, numbers in (extra or {}).items():
+        add_tensor(writer, name, numbers, "F32")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_key(writer: GGUFWriter, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
+
+
+def add_tensor(writer: GGUFWriter, name: str, numbers: NDArray[Any], kind: str) -> None:
+    number = GGMLQuantizationType[kind]
+    writer.add_tensor(name, quantize(numbers, number), raw_dtype=number)
+
+
+def add_vocabulary(writer: GGUFWriter, num_tokens: int) -> None:
+    """Add a vocabulary of bytes, one merge, and tokens that no text gives."""
+    tokens = [*sorted(ByteLevel.alphabet()), "he"]
+    tokens += [f"token{index}" for index in range(len(tokens), num_tokens)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens[:num_tokens])
+    writer.add_token_types([1] * num_tokens)
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def _theta(config: Any) -> float:
+    parameters = config.rope_parameters
+    theta: float = parameters.get("full_attention", parameters)["rope_theta"]
+    return theta
+
+
+def _tensors(model: PreTrainedModel, architecture: str) -> dict[str, NDArray[Any]]:
+    config = model.config
+    names = get_tensor_name_map(ARCHITECTURES[architecture], config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    found: dict[str, NDArray[Any]] = {}
+    for name, tensor in model.state_dict().items():
+        if name in model.all_tied_weights_keys:
+            continue
+        numbers = tensor.detach().to(torch.float32).numpy()
+        if "experts.gate_up_proj" in name:
+            prefix = f"blk.{name.split('.')[2]}"
+            gate, up = np.split(numbers, 2, axis=1)
+            found[f"{prefix}.ffn_gate_exps.weight"], found[f"{prefix}.ffn_up_exps.weight"] = gate, up
+            continue
+        if "experts.down_proj" in name:
+            found[f"blk.{name.split('.')[2]}.ffn_down_exps.weight"] = numbers
+            continue
+        part = name.split(".")[-2]
+        if architecture in PAIRED and part in heads:
+            numbers = (
+                numbers.reshape(heads[part], 2, -1, *numbers.shape[1:]).swapaxes(1, 2).reshape(numbers.shape)
+            )
+        if architecture in SHIFTED and "norm" in part:
+            numbers = numbers + 1
+        renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert renamed is not None, name
+        found[renamed] = np.ascontiguousarray(numbers)
+    return found
