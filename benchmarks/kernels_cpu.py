@@ -3,7 +3,8 @@
     python benchmarks/kernels_cpu.py [--rounds 5] [--json kernels_cpu.json]
 
 It reports medians of interleaved rounds in milliseconds for one step of all layers: the linear layers alone,
-the attention alone, the whole decoder in one call, and the head.
+the attention alone, the whole decoder in one call, and the head. Then each block format on larger weights, which
+superblocks of 256 divide: products and packing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from logitkernels import (
     Weight,
 )
 from logitkernels.cpu import CpuKernels, GgufType
-from logitkernels.cpu.linear import STORED_BYTES, CpuLinear
+from logitkernels.cpu.linear import STORED, CpuLinear
 from torch import Tensor
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 576, 1536, 30, 9, 3, 64, 49152
@@ -52,6 +54,25 @@ def metadata_of(query_lens: list[int], seq_lens: list[int]) -> AttentionMetadata
     )
 
 
+SCALES = {
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (1,)),
+    **dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (1, 3)),
+    "Q2_K": (81, 83),
+    "Q3_K": (109,),
+    "Q6_K": (209,),
+    "MXFP4": (0,),
+}
+"""Bytes of a block that make its scales finite and small if they are 0x20."""
+
+
+def random_blocks(gguf_type: GgufType, n: int, k: int) -> BlockWeight:
+    """Return a weight of random integers with small scales."""
+    block, size = STORED[gguf_type]
+    raw = torch.randint(0, 256, (n * k // block, size), dtype=torch.uint8)
+    raw[:, SCALES[gguf_type.name]] = 0x20
+    return BlockWeight("random", raw, gguf_type.name, (n, k))
+
+
 class Decoder:
     """Random weights of the model's shape, and caches for a batch."""
 
@@ -68,11 +89,7 @@ class Decoder:
     def _weight(self, n: int, k: int) -> Weight:
         if self.gguf_type is None:
             return DenseWeight("random", (torch.randn(n, k) * k**-0.5).bfloat16())
-        # Random integers with small scales.
-        raw = torch.randint(0, 256, (n * k // 32, STORED_BYTES[self.gguf_type]), dtype=torch.uint8)
-        raw[:, 1] = 0x20
-        raw[:, 3] = 0x20
-        return BlockWeight("random", raw, self.gguf_type.name, (n, k))
+        return random_blocks(self.gguf_type, n, k)
 
     def _layer(self) -> DecoderLayerWeights:
         return DecoderLayerWeights(
@@ -144,6 +161,26 @@ class Decoder:
         return lambda: void(layers(hidden, cos, sin, metadata))
 
 
+def format_cases(kernels: CpuKernels) -> dict[str, Callable[[], None]]:
+    """Return products with each block format, and the packing of one weight; six weights keep them cold."""
+    n = k = 2048
+    cases: dict[str, Callable[[], None]] = {}
+
+    def product(linears: list[CpuLinear], rows: int) -> Callable[[], None]:
+        x = torch.randn(rows, k)
+        return lambda: void([linear(x) for linear in linears])
+
+    for gguf_type in GgufType:
+        weights = [random_blocks(gguf_type, n, k) for _ in range(6)]
+        linears = [kernels.pack([weight]) for weight in weights]
+        for rows in (1, 2, 4, 16, 64):
+            cases[f"6 of 2048 x 2048 in {gguf_type.name}, {rows} rows"] = product(linears, rows)
+        cases[f"packing 2048 x 2048 in {gguf_type.name}"] = partial(
+            lambda weight: void(kernels.pack([weight])), weights[0]
+        )
+    return cases
+
+
 def void(_: object) -> None:
     """Drop a result."""
 
@@ -189,6 +226,7 @@ def main() -> None:
             [1] * streams, [context] * streams
         )
     cases["attention, prefill 512"] = decoder.attention([512], [512])
+    cases |= format_cases(CpuKernels())
     cases = {name: run for name, run in cases.items() if options.only in name}
     results = measure(cases, options.rounds)
     for name, value in results.items():

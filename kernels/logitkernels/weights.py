@@ -27,7 +27,11 @@ class DenseWeight:
 
 @dataclass(frozen=True, slots=True)
 class BlockWeight:
-    """Weight [N, K] in blocks along K: ``raw`` uint8 [N, bytes of a row], in GGUF's format named ``format``."""
+    """Weight [N, K] in blocks along K, as a GGUF file has it: ``raw`` is uint8 [N, bytes of a row].
+
+    ``format`` is GGUF's name of the type, such as Q4_K. A backend's ``block_formats`` are those that it multiplies.
+    ``raw`` may be a mapped file: packing copies it.
+    """
 
     name: str
     raw: Tensor

@@ -9,8 +9,9 @@ import torch
 from logitkernels import AttentionMetadata, AttentionOptions, BlockWeight, DenseWeight
 from logitkernels.cpu import CpuKernels, GgufType
 from logitkernels.cpu.errors import BuildError
-from logitkernels.cpu.linear import STORED_BYTES
+from logitkernels.cpu.linear import STORED
 from logitkernels.cpu.processor import AVX2
+from random_blocks import random_blocks
 from torch import Tensor
 
 try:
@@ -20,6 +21,7 @@ except BuildError as error:  # pragma: no cover
     pytest.skip(f"no native kernels here: {error}", allow_module_level=True)
 
 DTYPES = [torch.bfloat16, torch.float32]
+WEIGHT_DTYPES = [*DTYPES, torch.float16]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 40]
 
 
@@ -27,7 +29,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize(("out", "depth"), [(96, 64), (77, 123), (1, 1), (33, 577)])
 def test_exact_linears_have_the_bits_of_the_native_ones(dtype: torch.dtype, out: int, depth: int) -> None:
     weight, bias, x = random(out, depth, seed=1, dtype=dtype), random(out, seed=2), random(40, depth, seed=3)
@@ -38,19 +40,13 @@ def test_exact_linears_have_the_bits_of_the_native_ones(dtype: torch.dtype, out:
         assert torch.equal(portable(x[:rows]), native(x[:rows]))
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
 @pytest.mark.parametrize("gguf_type", GgufType)
-def test_exact_products_of_blocks_have_the_bits_of_the_native_ones(gguf_type: GgufType) -> None:
-    raw = torch.randint(
-        0,
-        256,
-        (77 * 5, STORED_BYTES[gguf_type]),
-        dtype=torch.uint8,
-        generator=torch.Generator().manual_seed(1),
-    )
-    raw[:, [1, 3]] &= 0x3F  # finite scales
-    x = random(40, 160, seed=3)
-    weight = BlockWeight("w", raw, gguf_type.name, (77, 160))
-    native, portable = (kernels.pack([weight], exact=True) for kernels in (NATIVE, PORTABLE))
+def test_products_of_blocks_have_the_bits_of_the_native_ones(gguf_type: GgufType, *, exact: bool) -> None:
+    raw, weights = random_blocks(gguf_type.name, 77, 5 * STORED[gguf_type][0])
+    x = random(40, weights.shape[1], seed=3)
+    weight = BlockWeight("w", raw, gguf_type.name, (77, weights.shape[1]))
+    native, portable = (kernels.pack([weight], exact=exact) for kernels in (NATIVE, PORTABLE))
     for rows in ROWS:
         assert torch.equal(portable(x[:rows]), native(x[:rows]))
 

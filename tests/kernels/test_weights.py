@@ -56,7 +56,11 @@ def test_stacked_weights_give_their_outputs_one_after_another(name: str) -> None
 
 def test_blocks_are_stacked_like_dense_weights() -> None:
     kernels = kernels_of("cpu")
-    assert kernels.block_formats == {"Q4_0", "Q4_1", "Q8_0"}
+    assert kernels.block_formats == {
+        *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+        *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+        *("IQ4_NL", "IQ4_XS", "MXFP4"),
+    }
     weights = [
         block_weight(name, rows, 64, GGMLQuantizationType.Q8_0) for name, rows in (("up", 50), ("gate", 3))
     ]
@@ -89,6 +93,6 @@ def test_blocks_that_a_backend_does_not_multiply_are_refused() -> None:
             kernels_of(name).pack([q8])
     with pytest.raises(ValueError, match="not in blocks of one format"):
         kernels_of("cpu").pack([q8, q4])
-    q5 = BlockWeight("a", torch.from_numpy(np.zeros((4, 44), dtype=np.uint8)), "Q5_0", (4, 64))
-    with pytest.raises(ValueError, match="Q5_0 is not among Q4_0, Q4_1, Q8_0"):
-        kernels_of("cpu").pack([q5])
+    iq2 = BlockWeight("a", torch.from_numpy(np.zeros((4, 66), dtype=np.uint8)), "IQ2_XXS", (4, 256))
+    with pytest.raises(ValueError, match="IQ2_XXS is not among IQ4_NL, IQ4_XS, MXFP4, Q2_K"):
+        kernels_of("cpu").pack([iq2])

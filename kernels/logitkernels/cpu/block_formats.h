@@ -1,94 +1,200 @@
-// Layout of the block formats of GGUF files in panels; see quantized.h.
+// Layout of the integers of the block formats of GGUF files in panels; see quantized.h.
 #pragma once
 
-#include "linear_tile.h"
-#include "vector.h"
+#include <type_traits>
+
+#include "block_scales.h"
 
 namespace logitkernels {
 
 constexpr int64_t kBlock = kSumBlock;
-constexpr int64_t kScaleBytes = kLanes * 2;  // the scales, or the minima, of a block in 16 features
 
-// A format unpacks steps of k for 16 features of a block:
+// Integers are stored `offset` above their values. A kind of integers unpacks steps of k for 16 features of a block:
 //
-//   quad<Q>(integers)          AVX-512: four steps as unsigned bytes, `offset` above the integers, Q from 0 to 7
-//   pair<P>(integers)          elsewhere: two neighbouring steps as int16, P from 0 to 15
-//   even<P>, odd<P>(integers)  one of the two steps as float32
+//   raw<P>(integers)           two neighbouring steps as stored, as int16, P from 0 to 15
+//   even<P>, odd<P>(integers)  the value of one of the two steps as float32
+//   quad<Q>(integers)          AVX-512, where has_quads: four steps as unsigned bytes, `quad_offset` above their
+//                              values, Q from 0 to 7
+//   put(q, integers, lane)     stores the 32 integers of a feature
 //
 // The bytes of quads lie in the order that is cheapest to unpack: of 16 activations, byte i's is
-// byte_order()[i].
+// byte_order()[i]. What differs between formats with one kind of integers is a member, not a parameter of the
+// template, so that they share the code of products.
 
-template <bool kHasMinimum>
-struct Nibbles {
-    static constexpr bool has_minimum = kHasMinimum;
-    static constexpr int64_t integer_bytes = 256;  // of a block
+#ifdef LOGITKERNELS_AVX512
+constexpr bool kQuads = true;
+#else
+constexpr bool kQuads = false;
+#endif
 
-    // Offset of a nibble's integer: 0 where the format has a minimum, else 8.
-    static constexpr int offset = kHasMinimum ? 0 : 8;
+// Vectors of 16-bit words, two for each feature: the even and the odd steps. A word holds as many integers as fit
+// in it. The bits that are left in the words of a block make up its last integers:
+//
+//     bits  integers of a word  words  last integers
+//     2     8                   2
+//     3     5                   3      1: a bit of each word
+//     4     4                   4
+//     5     3                   5      1: a bit of each word
+//     6     2                   6      4: four bits of word i, and two of word 4 + i / 2
+template <int kBits>
+struct PackedIntegers {
+    int32_t offset;
+
+    static constexpr int64_t integer_bytes = kBits * 64;  // of a block
+    static constexpr bool has_quads = kQuads && kBits == 4;
+    int32_t quad_offset() const { return offset; }
 
     template <int P>
-    static LOGITKERNELS_INLINE __m512i shifted(const char* integers, int bits) {
-        const __m512i lanes = _mm512_loadu_si512(integers + P / 4 * 64);
-        return _mm512_srli_epi32(lanes, unsigned(4 * (P % 4) + bits));
+    LOGITKERNELS_INLINE __m512i raw(const char* integers) const {
+        if constexpr (P < kWhole) {
+            constexpr int shift = kBits * (P % kOfWord);
+            const __m512i words = word(integers, P / kOfWord);
+            const __m512i shifted = shift == 0 ? words : _mm512_srli_epi16(words, shift);
+            return shift + kBits == 16 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16(kMask));
+        } else if constexpr (kBits == 6) {
+            constexpr int i = P - kWhole;
+            const __m512i upper = _mm512_srli_epi16(word(integers, 4 + i / 2), 8 + i % 2 * 2);
+            return _mm512_or_si512(_mm512_srli_epi16(word(integers, i), 12),
+                                   _mm512_and_si512(upper, _mm512_set1_epi16(0x30)));
+        } else {
+            __m512i bits = _mm512_srli_epi16(word(integers, 0), 15);
+#pragma GCC unroll 5
+            for (int i = 1; i < kBits; ++i) {
+                const __m512i bit = _mm512_and_si512(word(integers, i), _mm512_set1_epi16(INT16_MIN));
+                bits = _mm512_or_si512(bits, _mm512_srli_epi16(bit, 15 - i));
+            }
+            return bits;
+        }
+    }
+
+    template <int P>
+    LOGITKERNELS_INLINE __m512 even(const char* integers) const {
+        return step<P, 0>(integers);
+    }
+    template <int P>
+    LOGITKERNELS_INLINE __m512 odd(const char* integers) const {
+        return step<P, 1>(integers);
     }
 
 #ifdef LOGITKERNELS_AVX512
     static __m128i byte_order() { return _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15); }
 
     template <int Q>
-    static LOGITKERNELS_INLINE __m512i quad(const char* integers) {
-        const __m512i lanes = _mm512_loadu_si512(integers + Q / 2 * 64);
+    LOGITKERNELS_INLINE __m512i quad(const char* integers) const {
+        const __m512i lanes = word(integers, Q / 2);
         return _mm512_and_si512(Q % 2 ? _mm512_srli_epi16(lanes, 4) : lanes, _mm512_set1_epi8(15));
     }
-    // The lookup ignores the bits above a nibble.
-    static LOGITKERNELS_INLINE __m512 float_table() {
-        const __m512i ids = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        return _mm512_cvtepi32_ps(_mm512_sub_epi32(ids, _mm512_set1_epi32(offset)));
+#endif
+
+    static void put(const uint8_t* q, char* integers, int64_t lane) {
+        uint32_t words[kBits] = {};
+        for (int p = 0; p < kBlock / 2; ++p) {
+            const uint32_t pair = q[2 * p] | uint32_t(q[2 * p + 1]) << 16;
+            const int i = p - kWhole;
+            if (i < 0) {
+                words[p / kOfWord] |= pair << (kBits * (p % kOfWord));
+            } else if (kBits == 6) {
+                words[i] |= (pair & 0x000f000f) << 12;
+                words[4 + i / 2] |= (pair >> 4 & 0x00030003) << (12 + i % 2 * 2);
+            } else {
+                for (int bit = 0; bit < kBits; ++bit) words[bit] |= (pair >> bit & 0x00010001) << 15;
+            }
+        }
+        for (int w = 0; w < kBits; ++w) std::memcpy(integers + w * 64 + lane * 4, &words[w], sizeof *words);
     }
 
-    template <int P>
-    static LOGITKERNELS_INLINE __m512 even(const char* integers) {
-        return _mm512_permutexvar_ps(shifted<P>(integers, 0), float_table());
-    }
-    template <int P>
-    static LOGITKERNELS_INLINE __m512 odd(const char* integers) {
-        return _mm512_permutexvar_ps(shifted<P>(integers, 16), float_table());
-    }
-#else
-    template <int P>
-    static LOGITKERNELS_INLINE __m512i pair(const char* integers) {
-        const __m512i lanes = _mm512_loadu_si512(integers + P / 4 * 64);
-        const __m512i shifted = _mm512_srli_epi16(lanes, 4 * (P % 4));
-        const __m512i nibbles = P % 4 == 3 ? shifted : _mm512_and_si512(shifted, _mm512_set1_epi16(15));
-        return offset == 0 ? nibbles : _mm512_sub_epi16(nibbles, _mm512_set1_epi16(offset));
-    }
-    static LOGITKERNELS_INLINE __m512 floats(__m512i nibbles) {
-        const __m512i masked = _mm512_and_si512(nibbles, _mm512_set1_epi32(15));
-        return _mm512_cvtepi32_ps(_mm512_sub_epi32(masked, _mm512_set1_epi32(offset)));
-    }
-    template <int P>
-    static LOGITKERNELS_INLINE __m512 even(const char* integers) {
-        return floats(shifted<P>(integers, 0));
-    }
-    template <int P>
-    static LOGITKERNELS_INLINE __m512 odd(const char* integers) {
-        return floats(shifted<P>(integers, 16));
-    }
+  private:
+    static constexpr int kMask = (1 << kBits) - 1;
+    static constexpr int kOfWord = 16 / kBits, kWhole = kOfWord * kBits;
+
+    static LOGITKERNELS_INLINE __m512i word(const char* integers, int w) { return _mm512_loadu_si512(integers + w * 64); }
+
+    template <int P, int kOdd>
+    LOGITKERNELS_INLINE __m512 step(const char* integers) const {
+        __m512i value;
+        if constexpr (P < kWhole) {
+            constexpr unsigned shift = kBits * (P % kOfWord) + 16 * kOdd;
+            value = _mm512_srli_epi32(word(integers, P / kOfWord), shift);
+#ifdef LOGITKERNELS_AVX512
+            // The lookup ignores the bits above a nibble.
+            if constexpr (kBits == 4) {
+                const __m512i ids = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+                const __m512 values = _mm512_cvtepi32_ps(_mm512_sub_epi32(ids, _mm512_set1_epi32(offset)));
+                return _mm512_permutexvar_ps(value, values);
+            }
 #endif
+            if constexpr (shift + kBits < 32) value = _mm512_and_si512(value, _mm512_set1_epi32(kMask));
+        } else {
+            const __m512i pair = raw<P>(integers);
+            value = kOdd ? _mm512_srli_epi32(pair, 16) : _mm512_and_si512(pair, _mm512_set1_epi32(kMask));
+        }
+        return _mm512_cvtepi32_ps(_mm512_sub_epi32(value, _mm512_set1_epi32(offset)));
+    }
 };
 
-struct Bytes {
-    static constexpr bool has_minimum = false;
-    static constexpr int64_t integer_bytes = 512;
+// Nibbles that stand for 16 values of eight bits, in the layout of integers of four bits. A lookup adds 128.
+struct LookedUp {
+    uint8_t table[16];
+
+    static constexpr int32_t offset = 128;
+    static constexpr int64_t integer_bytes = 256;
+    static constexpr bool has_quads = kQuads;
+    int32_t quad_offset() const { return offset; }
+
+    // Looks up the lower or the upper nibble of each byte.
+    LOGITKERNELS_INLINE __m512i bytes(const char* integers, int vector, int upper) const {
+        const __m512i nibbles = _mm512_loadu_si512(integers + vector * 64);
+        const __m512i shifted = upper ? _mm512_srli_epi16(nibbles, 4) : nibbles;
+        return look_up(table, _mm512_and_si512(shifted, _mm512_set1_epi16(0x0f0f)));
+    }
+    template <int P>
+    LOGITKERNELS_INLINE __m512i raw(const char* integers) const {
+        const __m512i looked_up = bytes(integers, P / 4, P % 2);
+        return P % 4 < 2 ? _mm512_and_si512(looked_up, _mm512_set1_epi16(255)) : _mm512_srli_epi16(looked_up, 8);
+    }
+    LOGITKERNELS_INLINE __m512 value(const __m512i& stored) const {
+        return _mm512_cvtepi32_ps(_mm512_sub_epi32(stored, _mm512_set1_epi32(offset)));
+    }
+    template <int P>
+    LOGITKERNELS_INLINE __m512 even(const char* integers) const {
+        return value(_mm512_and_si512(raw<P>(integers), _mm512_set1_epi32(255)));
+    }
+    template <int P>
+    LOGITKERNELS_INLINE __m512 odd(const char* integers) const {
+        return value(_mm512_srli_epi32(raw<P>(integers), 16));
+    }
 
 #ifdef LOGITKERNELS_AVX512
-    static constexpr int offset = 128;
+    static __m128i byte_order() { return PackedIntegers<4>::byte_order(); }
 
+    template <int Q>
+    LOGITKERNELS_INLINE __m512i quad(const char* integers) const {
+        return bytes(integers, Q / 2, Q % 2);
+    }
+#endif
+
+    static void put(const uint8_t* q, char* integers, int64_t lane) { PackedIntegers<4>::put(q, integers, lane); }
+};
+
+// Values of IQ4_NL and IQ4_XS, 128 above.
+constexpr LookedUp kNonLinear{{1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241}};
+
+// Twice the numbers of two exponent bits and one of mantissa, 128 above.
+constexpr LookedUp kMicroscaling{{128, 129, 130, 131, 132, 134, 136, 140, 128, 127, 126, 125, 124, 122, 120, 116}};
+
+// 16 half vectors of two steps, [16 features][2] int8.
+struct Bytes {
+    static constexpr int32_t offset = 0;
+    static constexpr int64_t integer_bytes = 512;
+    static constexpr bool has_quads = kQuads;
+    int32_t quad_offset() const { return 128; }
+
+#ifdef LOGITKERNELS_AVX512
     static __m128i byte_order() { return _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
     // Interleaves the 16-bit words of two half vectors of two steps each.
     template <int Q>
-    static LOGITKERNELS_INLINE __m512i quad(const char* integers) {
+    LOGITKERNELS_INLINE __m512i quad(const char* integers) const {
         const __m512i in_turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                                  21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
         const __m512i words = _mm512_permutexvar_epi16(in_turn, _mm512_loadu_si512(integers + Q * 64));
@@ -96,46 +202,72 @@ struct Bytes {
     }
 #else
     template <int P>
-    static LOGITKERNELS_INLINE __m512i pair(const char* integers) {
+    LOGITKERNELS_INLINE __m512i raw(const char* integers) const {
         return load_int8(integers + P * 32);
     }
 #endif
     template <int P>
-    static LOGITKERNELS_INLINE __m512i words(const char* integers) {
+    LOGITKERNELS_INLINE __m512i words(const char* integers) const {
         return load_int16(integers + P * 32);
     }
     template <int P>
-    static LOGITKERNELS_INLINE __m512 even(const char* integers) {
+    LOGITKERNELS_INLINE __m512 even(const char* integers) const {
         return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words<P>(integers), 24), 24));
     }
     template <int P>
-    static LOGITKERNELS_INLINE __m512 odd(const char* integers) {
+    LOGITKERNELS_INLINE __m512 odd(const char* integers) const {
         return _mm512_cvtepi32_ps(_mm512_srai_epi32(words<P>(integers), 8));
+    }
+
+    static void put(const uint8_t* q, char* integers, int64_t lane) {
+        for (int p = 0; p < kBlock / 2; ++p) std::memcpy(integers + p * 32 + lane * 2, q + 2 * p, 2);
     }
 };
 
-// Sizes and offsets within a panel.
-template <class Format>
-constexpr int64_t block_bytes = kVectors * (kScaleBytes + Format::integer_bytes);
+template <auto kIntegers, class ScalesType>
+struct BlockFormat {
+    using Integers = std::remove_const_t<decltype(kIntegers)>;
+    using Scales = ScalesType;
+    static constexpr Integers integers = kIntegers;
 
-template <class Format>
-int64_t minima_bytes(int64_t blocks) {
-    return Format::has_minimum ? blocks * kVectors * kScaleBytes : 0;
-}
+    static int64_t integers_begin(int64_t blocks) { return round_up(Scales::head_bytes(blocks), 64); }
+    static int64_t panel_bytes(int64_t blocks) {
+        return integers_begin(blocks) + blocks * kVectors * Integers::integer_bytes;
+    }
+};
 
-template <class Format>
-int64_t panel_bytes(int64_t blocks) {
-    return minima_bytes<Format>(blocks) + blocks * block_bytes<Format>;
-}
+using Q40 = BlockFormat<PackedIntegers<4>{8}, Float16Scales<false>>;
+using Q41 = BlockFormat<PackedIntegers<4>{0}, Float16Scales<true>>;
+using Q50 = BlockFormat<PackedIntegers<5>{16}, Float16Scales<false>>;
+using Q51 = BlockFormat<PackedIntegers<5>{0}, Float16Scales<true>>;
+using Q80 = BlockFormat<Bytes{}, Float16Scales<false>>;
+using Q2K = BlockFormat<PackedIntegers<2>{0}, SuperScales<NibbleScales, true>>;
+using Q3K = BlockFormat<PackedIntegers<3>{4}, SuperScales<ByteScales<true, 2>, false>>;
+using Q4K = BlockFormat<PackedIntegers<4>{0}, SuperScales<ByteScales<false, 1>, true>>;
+using Q5K = BlockFormat<PackedIntegers<5>{0}, SuperScales<ByteScales<false, 1>, true>>;
+using Q6K = BlockFormat<PackedIntegers<6>{32}, SuperScales<ByteScales<true, 2>, false>>;
+using IQ4NL = BlockFormat<kNonLinear, Float16Scales<false>>;
+using IQ4XS = BlockFormat<kNonLinear, SuperScales<ByteScales<true, 1>, false>>;
+using MXFP4 = BlockFormat<kMicroscaling, ExponentScales>;
 
-template <class Byte>
-Byte* minima_at(Byte* panel, int64_t b, int64_t group) {
-    return panel + (b * kVectors + group) * kScaleBytes;
-}
-
-template <class Format, class Byte>
-Byte* integers_at(Byte* block, int64_t group) {
-    return block + kVectors * kScaleBytes + group * Format::integer_bytes;
+// Calls use<Format>() for a type of GGUF files.
+template <class Use>
+LOGITKERNELS_INLINE void with_format(int64_t type, const Use& use) {
+    switch (type) {
+        case kQ40: return use.template operator()<Q40>();
+        case kQ41: return use.template operator()<Q41>();
+        case kQ50: return use.template operator()<Q50>();
+        case kQ51: return use.template operator()<Q51>();
+        case kQ80: return use.template operator()<Q80>();
+        case kQ2K: return use.template operator()<Q2K>();
+        case kQ3K: return use.template operator()<Q3K>();
+        case kQ4K: return use.template operator()<Q4K>();
+        case kQ5K: return use.template operator()<Q5K>();
+        case kQ6K: return use.template operator()<Q6K>();
+        case kIQ4NL: return use.template operator()<IQ4NL>();
+        case kIQ4XS: return use.template operator()<IQ4XS>();
+        default: return use.template operator()<MXFP4>();
+    }
 }
 
 }  // namespace logitkernels

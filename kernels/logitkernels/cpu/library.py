@@ -109,7 +109,9 @@ _SIGNATURES: dict[str, list[type]] = {
     "pin_threads": [POINTER(c_int32), c_int64],
     "pack_bf16": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "pack_f32": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
-    "pack_gguf": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "pack_f16": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "packed_bytes": [c_int64, c_int64, c_int64],
+    "pack_blocks": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "linear": [POINTER(LinearStruct), c_void_p, c_int64, c_void_p, c_int],
     "rms_norm": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
     "silu_and_mul": [c_void_p, c_int64, c_int64, c_void_p, c_int],
@@ -135,6 +137,9 @@ _SIGNATURES: dict[str, list[type]] = {
     ],
 }
 
+_RESULTS = {"packed_bytes": c_int64}
+"""Types of the functions that return something."""
+
 
 class Library:
     """The compiled functions, by their names without the prefix ``logitkernels_``."""
@@ -150,7 +155,7 @@ class Library:
         for name, argtypes in _SIGNATURES.items():
             function = getattr(library, f"logitkernels_{name}")
             function.argtypes = argtypes
-            function.restype = None
+            function.restype = _RESULTS.get(name)
             setattr(self, name, function)
 
     def __getattr__(self, name: str) -> ctypes._NamedFuncPointer:

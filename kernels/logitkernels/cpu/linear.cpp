@@ -104,15 +104,23 @@ struct Bf16Fma {
 using Bf16Dot = Bf16Fma;  // on activations that bf16 represents
 #endif
 
-struct F32Fma {
+struct Float16 {
+    uint16_t bits;
+};
+
+LOGITKERNELS_INLINE __m512 load_weights(const char* source, float) { return _mm512_load_ps(source); }
+LOGITKERNELS_INLINE __m512 load_weights(const char* source, Float16) { return load_float16(source); }
+
+template <class Weight>
+struct WeightFma {
     using Element = float;
-    static constexpr int64_t kStepBytes = 128;
+    static constexpr int64_t kVectorBytes = kLanes * sizeof(Weight), kStepBytes = kVectors * kVectorBytes;
     static int64_t panel_bytes(int64_t k) { return k * kStepBytes; }
     static int64_t steps(int64_t k) { return k; }
 
     template <int R>
     static inline void step(const float* x, int64_t stride, int64_t s, const char* weights, __m512 (&sums)[R][kVectors]) {
-        __m512 w0 = _mm512_load_ps(weights), w1 = _mm512_load_ps(weights + 64);
+        __m512 w0 = load_weights(weights, Weight{}), w1 = load_weights(weights + kVectorBytes, Weight{});
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             __m512 a = _mm512_set1_ps(x[r * stride + s]);
@@ -123,7 +131,7 @@ struct F32Fma {
 
     template <int R>
     static inline void step(const float* x, int64_t stride, int64_t s, const char* weights, __m512 (&sums)[R][1]) {
-        add<R>(x + s, stride, _mm512_load_ps(weights), sums);
+        add<R>(x + s, stride, load_weights(weights, Weight{}), sums);
     }
 
     template <int R, int V>
@@ -153,7 +161,7 @@ template <class Format, int R>
 void narrow_tile(const typename Format::Element* x, int64_t stride, const char* panel, int64_t k, const char* ahead,
                  int64_t ahead_lines, const Target& target) {
     for (int v = 0; v < kVectors; ++v, ahead_lines = 0) {
-        const char* weights = panel + v * 64;
+        const char* weights = panel + v * Format::kStepBytes / kVectors;
         __m512 sums[R][1];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) sums[r][0] = _mm512_setzero_ps();
@@ -225,6 +233,17 @@ void multiply_panels(const Linear& linear, const Activations& x, int64_t rows, f
     });
 }
 
+template <class Weight>
+void pack_panels(const Weight* weight, int64_t stride, int64_t n, int64_t k, Weight* target, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t panel = 0; panel < ceil_div(n, kPanelColumns); ++panel)
+        for (int64_t depth = 0; depth < k; ++depth)
+            for (int64_t c = 0; c < kPanelColumns; ++c) {
+                int64_t column = panel * kPanelColumns + c;
+                target[(panel * k + depth) * kPanelColumns + c] = column < n ? weight[column * stride + depth] : Weight(0);
+            }
+}
+
 }  // namespace
 
 void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, const Activations& target) {
@@ -245,7 +264,7 @@ void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, c
 }
 
 void finish_rows(const Activations& x, int64_t rows, int64_t k) {
-    if (!reads_blocks(x.kind)) return;
+    if (!has_blocks(x.kind)) return;
     const int64_t parts = ceil_div(k, kColumnsPerItem);
     share(rows * parts, [&](int64_t item) {
         const int64_t first = item % parts * kColumnsPerItem;
@@ -257,7 +276,8 @@ void multiply(const Linear& linear, const Activations& x, int64_t rows, float* o
     switch (linear.kind) {
         case kBf16Dot: return multiply_panels<Bf16Dot>(linear, x, rows, out, ldo, epilogue);
         case kBf16Fma: return multiply_panels<Bf16Fma>(linear, x, rows, out, ldo, epilogue);
-        case kF32Fma: return multiply_panels<F32Fma>(linear, x, rows, out, ldo, epilogue);
+        case kF32Fma: return multiply_panels<WeightFma<float>>(linear, x, rows, out, ldo, epilogue);
+        case kF16Fma: return multiply_panels<WeightFma<Float16>>(linear, x, rows, out, ldo, epilogue);
         default: return multiply_quantized(linear, x, rows, out, ldo, epilogue);
     }
 }
@@ -284,13 +304,11 @@ void logitkernels_pack_bf16(const bf16* weight, int64_t stride, int64_t n, int64
 }
 
 void logitkernels_pack_f32(const float* weight, int64_t stride, int64_t n, int64_t k, float* target, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t panel = 0; panel < ceil_div(n, kPanelColumns); ++panel)
-        for (int64_t depth = 0; depth < k; ++depth)
-            for (int64_t c = 0; c < kPanelColumns; ++c) {
-                int64_t column = panel * kPanelColumns + c;
-                target[(panel * k + depth) * kPanelColumns + c] = column < n ? weight[column * stride + depth] : 0.0f;
-            }
+    pack_panels(weight, stride, n, k, target, threads);
+}
+
+void logitkernels_pack_f16(const uint16_t* weight, int64_t stride, int64_t n, int64_t k, uint16_t* target, int threads) {
+    pack_panels(weight, stride, n, k, target, threads);
 }
 
 void logitkernels_linear(const Linear* linear, const float* x, int64_t rows, float* out, int threads) {

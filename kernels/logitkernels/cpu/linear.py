@@ -17,17 +17,16 @@ PANEL_COLUMNS = 32
 
 
 class LinearKind(IntEnum):
-    """Storage format and multiplication of weights; ``LinearKind`` of linear.h."""
+    """Storage format and multiplication of dense weights; ``LinearKind`` of linear.h."""
 
     BF16_DOT = 0
     BF16_FMA = 1
     F32_FMA = 2
-    Q4_0_DOT = 3
-    Q4_0_FMA = 4
-    Q4_1_DOT = 5
-    Q4_1_FMA = 6
-    Q8_0_DOT = 7
-    Q8_0_FMA = 8
+    F16_FMA = 3
+
+
+FIRST_BLOCKS = 16
+"""The kind of blocks of type t is this plus 2 t, and one more for float32 activations."""
 
 
 class GgufType(IntEnum):
@@ -35,12 +34,35 @@ class GgufType(IntEnum):
 
     Q4_0 = 2
     Q4_1 = 3
+    Q5_0 = 6
+    Q5_1 = 7
     Q8_0 = 8
+    Q2_K = 10
+    Q3_K = 11
+    Q4_K = 12
+    Q5_K = 13
+    Q6_K = 14
+    IQ4_NL = 20
+    IQ4_XS = 23
+    MXFP4 = 39
 
 
-BLOCK = 32
-STORED_BYTES = {GgufType.Q4_0: 18, GgufType.Q4_1: 20, GgufType.Q8_0: 34}
-"""Bytes of a block of 32 weights in the file; a block takes as many in a packed panel."""
+STORED = {
+    GgufType.Q4_0: (32, 18),
+    GgufType.Q4_1: (32, 20),
+    GgufType.Q5_0: (32, 22),
+    GgufType.Q5_1: (32, 24),
+    GgufType.Q8_0: (32, 34),
+    GgufType.Q2_K: (256, 84),
+    GgufType.Q3_K: (256, 110),
+    GgufType.Q4_K: (256, 144),
+    GgufType.Q5_K: (256, 176),
+    GgufType.Q6_K: (256, 210),
+    GgufType.IQ4_NL: (32, 18),
+    GgufType.IQ4_XS: (256, 136),
+    GgufType.MXFP4: (32, 17),
+}
+"""Weights of a block, and its bytes in the file. What a packed panel takes is in quantized.h."""
 
 
 class CpuLinear(Linear):
@@ -52,13 +74,13 @@ class CpuLinear(Linear):
         """Pack the weights: dense ones, or blocks in one of the formats of `GgufType`.
 
         A bf16 weight is multiplied by activations rounded to bf16 or, with ``exact``, by float32 ones. A
-        float32 weight is always multiplied by float32 activations. When bf16 represents all of it exactly, it
+        float32 or float16 weight is always multiplied by float32 activations. When bf16 represents all of it exactly, it
         is stored as bf16: half the bytes, the same bits in the result. Blocks are kept without loss; their
         weights are ``d q + m``, unrounded. Activations that multiply blocks are rounded as quantized.h says
         unless ``exact``.
 
         Raises:
-            TypeError: a dense weight is neither bfloat16 nor float32, or blocks are not uint8.
+            TypeError: a dense weight is neither bfloat16, float16 nor float32, or blocks are not uint8.
             ValueError: the shapes do not fit, or the format is not one of `GgufType`.
         """
         super().__init__(weights, bias)
@@ -101,33 +123,37 @@ def _pack_dense(library: Library, weight: Tensor, *, exact: bool) -> tuple[Linea
         fits = torch.equal(narrow.float(), weight)
         kind = LinearKind.BF16_FMA if fits else LinearKind.F32_FMA
         weight = narrow if fits else weight
+    elif weight.dtype == torch.float16:
+        kind = LinearKind.F16_FMA
     elif weight.dtype == torch.bfloat16:
         kind = LinearKind.BF16_FMA if exact else LinearKind.BF16_DOT
     else:
-        raise TypeError(f"weight is {weight.dtype}; the native kernels pack bfloat16 and float32")
+        raise TypeError(f"weight is {weight.dtype}; the native kernels pack bfloat16, float16 and float32")
     rows, depth = weight.shape
     weight = weight.contiguous()
-    steps, values = (depth, 1) if kind == LinearKind.F32_FMA else (-(-depth // 2), 2)
-    packed = torch.empty(-(-rows // PANEL_COLUMNS) * steps * PANEL_COLUMNS * values, dtype=weight.dtype)
-    pack_panels = library.pack_f32 if kind == LinearKind.F32_FMA else library.pack_bf16
+    pack_panels = {
+        LinearKind.F32_FMA: library.pack_f32,
+        LinearKind.F16_FMA: library.pack_f16,
+    }.get(kind, library.pack_bf16)
+    steps = depth + depth % 2 if weight.dtype == torch.bfloat16 else depth
+    packed = torch.empty(-(-rows // PANEL_COLUMNS) * steps * PANEL_COLUMNS, dtype=weight.dtype)
     pack_panels(weight.data_ptr(), depth, rows, depth, packed.data_ptr(), num_threads())
     return kind, packed
 
 
-def _pack_blocks(library: Library, weight: BlockWeight, *, exact: bool) -> tuple[LinearKind, Tensor]:
+def _pack_blocks(library: Library, weight: BlockWeight, *, exact: bool) -> tuple[int, Tensor]:
     if weight.format not in GgufType.__members__:
         raise ValueError(f"{weight.format} is not among {', '.join(sorted(GgufType.__members__))}")
-    (rows, depth), raw, block_bytes = weight.shape, weight.raw, STORED_BYTES[GgufType[weight.format]]
+    (rows, depth), raw, gguf_type = weight.shape, weight.raw, GgufType[weight.format]
+    block, block_bytes = STORED[gguf_type]
     if raw.dtype != torch.uint8:
         raise TypeError(f"raw is {raw.dtype}; the blocks of a GGUF file are torch.uint8")
-    if depth % BLOCK:
-        raise ValueError(f"shape is {weight.shape}; K must be a multiple of {BLOCK}")
-    expected = rows * depth // BLOCK * block_bytes
+    if depth % block:
+        raise ValueError(f"shape is {weight.shape}; K must be a multiple of {block}")
+    expected = rows * depth // block * block_bytes
     if raw.numel() != expected:
         raise ValueError(f"raw has {raw.numel()} bytes; {weight.shape} in {weight.format} has {expected}")
-    dot, fma = (LinearKind[f"{weight.format}_{how}"] for how in ("DOT", "FMA"))
-    padded = -(-rows // PANEL_COLUMNS) * PANEL_COLUMNS
-    packed = torch.zeros(padded * depth // BLOCK * block_bytes, dtype=torch.uint8)
+    packed = torch.empty(library.packed_bytes(gguf_type, rows, depth), dtype=torch.uint8)
     raw = raw.contiguous()
-    library.pack_gguf(raw.data_ptr(), dot, rows, depth, packed.data_ptr(), num_threads())
-    return (fma if exact else dot), packed
+    library.pack_blocks(raw.data_ptr(), gguf_type, rows, depth, packed.data_ptr(), num_threads())
+    return FIRST_BLOCKS + 2 * gguf_type + exact, packed

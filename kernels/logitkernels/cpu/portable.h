@@ -85,6 +85,7 @@ LOGITKERNELS_LANEWISE(_mm512_add_pd, __m512d, x + y)
 LOGITKERNELS_LANEWISE(_mm512_sub_epi32, __m512i, (int_part)((uint_part)x - (uint_part)y))
 LOGITKERNELS_LANEWISE(_mm512_sub_epi16, __m512i, (int_part)((ushort_part)x - (ushort_part)y))
 LOGITKERNELS_LANEWISE(_mm512_and_si512, __m512i, x & y)
+LOGITKERNELS_LANEWISE(_mm512_or_si512, __m512i, x | y)
 LOGITKERNELS_LANEWISE(_mm512_xor_si512, __m512i, x ^ y)
 // The result is the second operand when one is NaN or both are zero.
 #ifdef LOGITKERNELS_AVX2
@@ -497,6 +498,37 @@ LOGITKERNELS_INLINE __m512i load_int8(const char* source) {
         return (int_part)__builtin_convertvector(bytes, short_part);
 #endif
     });
+}
+
+// Widens 16 bytes to lanes.
+template <class Byte>
+LOGITKERNELS_INLINE __m512i widen_bytes(const char* source) {
+    return by_part([&](int p) LOGITKERNELS_LAMBDA {
+#ifdef LOGITKERNELS_AVX2
+        const ::__m128i bytes = ::_mm_loadl_epi64(reinterpret_cast<const ::__m128i*>(source + p * kPartLanes));
+        return (int_part)(Byte(-1) < 0 ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
+#else
+        typedef Byte byte_part __attribute__((vector_size(16 / kParts)));
+        byte_part bytes;
+        __builtin_memcpy(&bytes, source + p * kPartLanes, sizeof bytes);
+        return __builtin_convertvector(bytes, int_part);
+#endif
+    });
+}
+LOGITKERNELS_INLINE __m512i widen_uint8(const char* source) { return widen_bytes<uint8_t>(source); }
+LOGITKERNELS_INLINE __m512i widen_int8(const char* source) { return widen_bytes<int8_t>(source); }
+
+// Replaces each byte, which is below 16, by the table's entry.
+LOGITKERNELS_INLINE __m512i look_up(const uint8_t (&table)[16], const __m512i& bytes) {
+    return by_part([&](int, int_part x) LOGITKERNELS_LAMBDA {
+        const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+#ifdef LOGITKERNELS_AVX2
+        return (int_part)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256((::__m128i)entries), (::__m256i)x);
+#else
+        typedef uint8_t bytes_part __attribute__((vector_size(16)));
+        return (int_part)__builtin_shuffle((bytes_part)entries, (bytes_part)x);
+#endif
+    }, bytes);
 }
 
 LOGITKERNELS_INLINE __m512 load_float16(const char* source) {

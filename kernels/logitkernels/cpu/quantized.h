@@ -1,25 +1,29 @@
 // Linear layers on the block formats of GGUF files, without loss: every stored integer and scale is kept.
 //
-// A block is 32 weights along k with a scale d (and a minimum m): w = d q + m. The sum over a block is a sum
+// A part is 32 weights along k, or 16, with a scale d (and a minimum m): w = d q + m. The sum over a part is a sum
 // over q x that is scaled once, in the same order for any number of rows:
 //
-//     sum_k w_k x_k = (sum_blocks m sum_k x_k) + sum_blocks d (sum_k q_k x_k)
+//     sum_k w_k x_k = (sum_parts m sum_k x_k) + sum_parts d (sum_k q_k x_k)
 //
-// The product multiplies the integers q exactly. In the fma kinds the activations x are float32. In the dot
-// kinds they are rounded to 16-bit integers with a power of two for every 32: 15 bits of the largest of them,
-// where bfloat16 keeps 8 bits of each. bfloat16 would be finer only for blocks where one activation is
-// hundreds of times the others and has a weight near zero. The sums over a block are then exact, whatever
-// instructions compute them.
+// The product multiplies the integers q exactly. In the K formats d is a float16 of 256 weights by an integer,
+// which float32 holds exactly. In the fma kinds the activations x are float32. In the dot kinds they are rounded
+// to 16-bit integers with a power of two for every 32: 15 bits of the largest of them, where bfloat16 keeps 8
+// bits of each. bfloat16 would be finer only for parts where one activation is hundreds of times the others and
+// has a weight near zero. The sums over a part are then exact, whatever instructions compute them.
 //
-// A panel is 32 output features in two groups of 16. First come the minima of all blocks (Q4_1 only), float16
-// m[k / 32][2][16]. Then follow, block by block, float16 d[2][16] and the integers of the first and the
-// second group, one 32-bit lane per feature:
+// A panel is 32 output features in two groups of 16. First come the scales and minima of all blocks
+// (block_scales.h), then, block by block, the integers of the first and of the second group (block_formats.h).
+// Bytes moved per weight, which are those of the file but for the six-bit scales, that take whole bytes:
 //
-//     Q4_0, Q4_1:  4 vectors of 8 steps of k; nibble i of the lower half is step 2 i, of the upper half step
-//     2 i + 1
-//     Q8_0:        16 half vectors of 2 steps of k, [16 features][2] int8
+//     Q4_0, IQ4_NL  0.5625      Q2_K    0.328
+//     Q4_1          0.625       Q3_K    0.445 (0.430)
+//     Q5_0          0.6875      Q4_K    0.578 (0.5625)
+//     Q5_1          0.75        Q5_K    0.703 (0.6875)
+//     Q8_0          1.0625      Q6_K    0.820
+//     MXFP4         0.531       IQ4_XS  0.539 (0.531)
 //
-// Bytes moved per weight: 0.5625 (Q4_0), 0.625 (Q4_1), 1.0625 (Q8_0).
+// The scales of a panel are unpacked to float32 before it is multiplied, so that formats with one kind of integers
+// share the code of products.
 #pragma once
 
 #include "linear.h"
@@ -28,5 +32,9 @@ namespace logitkernels {
 
 void multiply_quantized(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
                         Epilogue epilogue);
+
+// The fma kinds alone, which are compiled beside the others.
+void multiply_quantized_fma(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
+                            Epilogue epilogue);
 
 }  // namespace logitkernels

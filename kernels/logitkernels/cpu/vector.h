@@ -111,6 +111,25 @@ LOGITKERNELS_INLINE __m512i load_int16(const char* source) {
     return _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
 }
 
+// Stores whole numbers that fit in 16 bits.
+LOGITKERNELS_INLINE void store_int16(int16_t* target, __m512 values) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(values)));
+}
+
+// Widen 16 bytes to lanes.
+LOGITKERNELS_INLINE __m512i widen_uint8(const char* source) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+}
+LOGITKERNELS_INLINE __m512i widen_int8(const char* source) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)));
+}
+
+// Replaces each byte, which is below 16, by the table's entry.
+LOGITKERNELS_INLINE __m512i look_up(const uint8_t (&table)[16], __m512i bytes) {
+    const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), bytes);
+}
+
 LOGITKERNELS_INLINE __m512 load_float16(const char* source) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source)));
 }
