@@ -91,13 +91,13 @@ def _rope(keys: Keys) -> Config:
     rope: Config = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
     kind = keys.text("rope.scaling.type", "none")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
-    original = keys.integer("rope.scaling.original_context_length", 0)
+    keys.integer("rope.scaling.original_context_length", 0)  # of no consequence without YaRN
     if kind == "none" and keys.has("rope.scale_linear"):
         kind = "linear"
     if kind == "linear" and factor != 1:
         return rope | {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        return rope | _yarn(keys, factor, original)
+        return rope | _yarn(keys, factor)
     if kind != "linear":
         keys.must_be("rope.scaling.type", "none")
     if kind == "none":
@@ -105,11 +105,12 @@ def _rope(keys: Keys) -> Config:
     return rope
 
 
-def _yarn(keys: Keys, factor: float, original: int) -> Config:
+def _yarn(keys: Keys, factor: float) -> Config:
     keys.must_be("rope.scaling.yarn_ext_factor", 1.0)
     scale = keys.number("rope.scaling.attn_factor", keys.number("rope.scaling.yarn_attn_factor", 1.0))
-    if factor < 1 or original == 0:
-        keys.must_be("rope.scaling.type", "none")  # needs both
+    original = keys.size("rope.scaling.original_context_length")
+    if factor < 1:
+        keys.must_be("rope.scaling.factor", 1.0)
     found = {
         "rope_type": "yarn",
         "factor": factor,
