@@ -67,7 +67,7 @@ class Computing(BaseModel):
     prepared: DirectoryPath | None = Field(
         None,
         description="directory that python -m logitengine.prepare filled: the native kernels come from there, and "
-        "converted models before those of the cache",
+        "converted tokenizers before those of the cache",
     )
 
     @property

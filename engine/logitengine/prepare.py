@@ -20,7 +20,7 @@ from logitengine.model.checkpoint import resolve_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compile the native kernels for every processor of this platform, and convert the models.
+    """Compile the native kernels for every processor of this platform, and convert the tokenizers of the models.
 
     Returns 0, or 1 where something could not be made; standard error says what.
     """

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from live_server import serving
+from logitengine.model.files import gguf_path
 
 SECONDS = 280
 TINY = ("--dtype", "float32", "--num-threads", "1", "--kv-cache-bytes", "16MiB")
@@ -55,6 +56,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "other.gguf").write_bytes(b"PK\x03\x04" * 10)
     (folder / "old.gguf").write_bytes(b"GGUF\x01\0\0\0" + bytes(16))
     (folder / "cut.gguf").write_bytes(b"GGUF\x03\0\0\0" + (290).to_bytes(8, "little") * 2)
+    packaged = gguf_path("smollm2")
+    assert packaged is not None
+    start = packaged.read_bytes()[: 1 << 22]  # the header, and a part of the weights
+    (folder / "half.gguf").write_bytes(start)
+    (folder / "mamba.gguf").write_bytes(
+        packaged.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba", 1)
+    )
     return folder
 
 
@@ -89,6 +97,8 @@ def refusal(*arguments: str, env: dict[str, str]) -> str:
         ("{models}/other.gguf", "no GGUF file"),
         ("{models}/old.gguf", "version 1"),
         ("{models}/cut.gguf", "damaged"),
+        ("{models}/half.gguf", "is damaged: token_embd.weight takes"),
+        ("{models}/mamba.gguf", "architecture mamba is not among"),
         ("~no-such-user/model", "cannot be read"),
     ],
 )

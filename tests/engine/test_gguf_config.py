@@ -11,6 +11,7 @@ import pytest
 import torch
 from gguf_files import write_gguf
 from logitengine.config import EngineConfig
+from logitengine.errors import CheckpointError
 from logitengine.model.gguf.config import CONFIGS
 from logitengine.model.loader import LoadedModel, load
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run
@@ -215,3 +216,119 @@ def test_rows_are_those_of_the_model_that_the_file_was_written_from(name: str, t
     assert expected.std() >= 0.3
     assert error.max() <= 1e-3
     assert error.mean() <= 1e-4
+
+
+def test_factors_of_rotary_frequencies_are_llama_3s(tmp_path: Path) -> None:
+    """The file has what its frequencies are divided by; transformers computes it from the config. Tolerance: 1e-3."""
+    scaling = {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    model = model_of(Case("llama", "llama", {"rope_parameters": scaling}))
+    own: Any = model.get_submodule("model.rotary_emb")
+    plain: Any = model_of(CASES["llama"]).get_submodule("model.rotary_emb")
+    factors = (plain.inv_freq / own.inv_freq).numpy()
+    assert factors.max() == pytest.approx(8.0)
+    path = write_gguf(tmp_path / "model.gguf", model, "llama", {}, extra={"rope_freqs.weight": factors})
+    expected = reference_logits(model, PROMPT)
+    assert np.abs(rows_of(serve(path)) - expected).max() <= 1e-3
+    without = rows_of(serve(write_gguf(tmp_path / "plain.gguf", model, "llama", {})))
+    assert np.abs(without - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("factors", [np.ones(15), np.zeros(16), np.full(16, np.nan)])
+def test_factors_that_no_frequency_can_have_are_refused(
+    tmp_path: Path, factors: np.ndarray[Any, Any]
+) -> None:
+    extra = {"rope_freqs.weight": factors.astype(np.float32)}
+    path = write_gguf(tmp_path / "model.gguf", model_of(CASES["llama"]), "llama", {}, extra=extra)
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight is not 16 numbers above 0"):
+        serve(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "says"),
+    [
+        (
+            "llama",
+            {"attention.temperature_scale": 0.1},
+            r"key llama\.attention\.temperature_scale is not known here",
+        ),
+        ("llama", {"attention.causal": False}, r"llama\.attention\.causal is not True"),
+        ("llama", {"attention.value_length": 16}, r"llama\.attention\.value_length is not 32"),
+        ("llama", {"rope.dimension_count": 16}, r"llama\.rope\.dimension_count is not 32"),
+        ("llama", {"rope.scaling.type": "longrope"}, r"llama\.rope\.scaling\.type is not none"),
+        ("llama", {"rope.scaling.factor": 4.0}, r"llama\.rope\.scaling\.factor is not 1\.0"),
+        ("llama", {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "original_context_length"),
+        ("llama", {**YARN_KEYS, "rope.scaling.yarn_ext_factor": 0.5}, "yarn_ext_factor is not 1"),
+        ("llama", {"attention.head_count_kv": [2, 4, 2]}, "head_count_kv differs from layer to layer"),
+        (
+            "llama",
+            {"attention.layer_norm_rms_epsilon": "small"},
+            "layer_norm_rms_epsilon is no finite number",
+        ),
+        (
+            "llama",
+            {"attention.layer_norm_rms_epsilon": None},
+            r"lacks llama\.attention\.layer_norm_rms_epsilon",
+        ),
+        ("llama", {"vocab_size": 319}, r"llama\.vocab_size is not 320"),
+        ("llama", {"expert_used_count": 2}, "expert_used_count is not 0"),
+        ("qwen3moe", {"expert_gating_func": 2}, "expert_gating_func is not 1"),
+        ("olmo2", {"attention.sliding_window": 8}, r"key olmo2\.attention\.sliding_window is not known here"),
+        ("gemma3", {"attention.sliding_window_pattern": [True]}, "sliding_window_pattern"),
+    ],
+)
+def test_what_could_change_the_logits_unnoticed_is_refused_by_its_key(
+    tmp_path: Path, name: str, keys: dict[str, Any], says: str
+) -> None:
+    case = CASES[name]
+    path = write_gguf(tmp_path / "model.gguf", model_of(case), case.architecture, case.keys | keys)
+    with pytest.raises(CheckpointError, match=says):
+        serve(path)
+
+
+def test_equal_numbers_for_every_layer_are_one_number(tmp_path: Path) -> None:
+    case, keys = CASES["llama"], {"attention.head_count_kv": [2, 2, 2], "feed_forward_length": [96] * 3}
+    model = model_of(case)
+    path = write_gguf(tmp_path / "model.gguf", model, "llama", keys)
+    assert np.abs(rows_of(serve(path)) - reference_logits(model, PROMPT)).max() <= 1e-3
+
+
+def test_a_tensor_that_the_architecture_lacks_is_refused_by_its_name(tmp_path: Path) -> None:
+    model = model_of(CASES["qwen2"])
+    for name, says in (
+        ("blk.0.attn_sinks.weight", r"its tensor blk\.0\.attn_sinks\.weight is not known here"),
+        ("blk.7.attn_norm.weight", r"its tensor blk\.7\.attn_norm\.weight is not known here"),
+        (
+            "blk.0.attn_q_norm.weight",
+            r"blk\.0\.attn_q_norm\.weight would be .*Qwen2ForCausalLM does not have",
+        ),
+    ):
+        extra = {name: np.ones(32, np.float32)}
+        path = write_gguf(tmp_path / "model.gguf", model, "qwen2", {}, extra=extra)
+        with pytest.raises(CheckpointError, match=says):
+            serve(path)
+
+
+def test_a_tensor_of_another_shape_is_refused_by_its_name(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", model_of(CASES["llama"]), "llama", {"feed_forward_length": 64})
+    with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_\w+\.weight is \[.*96.*\], and by the metadata"):
+        serve(path)
+
+
+def test_a_vocabulary_that_differs_from_the_embedding_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", model_of(CASES["llama"]), "llama", {}, num_tokens=319)
+    with pytest.raises(CheckpointError, match=r"tokens has 319, and token_embd\.weight has 320 rows"):
+        serve(path)
+
+
+def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", model_of(CASES["llama"]), "llama", {})
+    path.write_bytes(path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba", 1))
+    with pytest.raises(CheckpointError, match="architecture mamba is not among cohere2, command-r"):
+        serve(path)

@@ -34,9 +34,13 @@ def write_gguf(
     kind: str = "F32",
     extra: Mapping[str, NDArray[Any]] | None = None,
     num_tokens: int | None = None,
+    split: int = 0,
 ) -> Path:
-    """Write the model, its matrices in ``kind``, with ``keys`` beside the common ones; None leaves a key out."""
-    writer = GGUFWriter(path, architecture)
+    """Write the model, its matrices in ``kind``, with ``keys`` beside the common ones; None leaves a key out.
+
+    With ``split`` it is written in parts of so many tensors.
+    """
+    writer = GGUFWriter(path, architecture, split_max_tensors=split)
     config = model.config
     common = {
         "block_count": config.num_hidden_layers,

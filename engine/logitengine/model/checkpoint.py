@@ -64,6 +64,7 @@ def _from_gguf(name: str, path: Path, conversions: Conversions) -> Checkpoint:
     header = read_header(path)
 
     def convert(directory: Path) -> None:
+        logger.info("converting the tokenizer of %s, once", path.name)
         started = time.monotonic()
         write_tokenizer(header, directory)
         logger.info(

@@ -35,28 +35,28 @@ def model_config(header: Header) -> Config:
 def _common(keys: Keys, header: Header) -> Config:
     """Return what all architectures have."""
     hidden, heads, layers = (
-        keys.integer("embedding_length"),
-        keys.integer("attention.head_count"),
-        keys.integer("block_count"),
+        keys.size(key) for key in ("embedding_length", "attention.head_count", "block_count")
     )
-    if not 0 < layers <= len(header.tensors) or heads == 0:
-        raise CheckpointError(f"{header.path} is damaged: it counts {layers} layers of {heads} heads")
-    head_dim = keys.integer("attention.key_length", hidden // heads)
-    if head_dim == 0 or head_dim % 2:
+    kv_heads, head_dim = (
+        keys.size("attention.head_count_kv", heads),
+        keys.size("attention.key_length", hidden // heads),
+    )
+    if layers > len(header.tensors) or heads % kv_heads or head_dim % 2:
         raise CheckpointError(
-            f"{header.path} cannot be served: its heads have {head_dim} dimensions, an odd number"
+            f"{header.path} is damaged: it counts {layers} layers of {heads} heads and {kv_heads} for keys, with {head_dim} "
+            "dimensions each"
         )
     if keys.has("attention.value_length"):
         keys.must_be("attention.value_length", head_dim)
     keys.must_be("attention.causal", True)
     return {
         "hidden_size": hidden,
-        "intermediate_size": keys.integer("feed_forward_length"),
+        "intermediate_size": keys.size("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.integer("attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": keys.integer("context_length"),
+        "max_position_embeddings": keys.size("context_length"),
         "vocab_size": _vocab_size(keys, header, hidden),
         "tie_word_embeddings": HEAD not in header.tensors,
         "bos_token_id": keys.token_id("bos_token_id"),
@@ -91,13 +91,13 @@ def _rope(keys: Keys) -> Config:
     rope: Config = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)}
     kind = keys.text("rope.scaling.type", "none")
     factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
-    original = keys.integer("rope.scaling.original_context_length", 0)
+    keys.integer("rope.scaling.original_context_length", 0)  # of no consequence without YaRN
     if kind == "none" and keys.has("rope.scale_linear"):
         kind = "linear"
     if kind == "linear" and factor != 1:
         return rope | {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        return rope | _yarn(keys, factor, original)
+        return rope | _yarn(keys, factor)
     if kind != "linear":
         keys.must_be("rope.scaling.type", "none")
     if kind == "none":
@@ -105,11 +105,12 @@ def _rope(keys: Keys) -> Config:
     return rope
 
 
-def _yarn(keys: Keys, factor: float, original: int) -> Config:
+def _yarn(keys: Keys, factor: float) -> Config:
     keys.must_be("rope.scaling.yarn_ext_factor", 1.0)
     scale = keys.number("rope.scaling.attn_factor", keys.number("rope.scaling.yarn_attn_factor", 1.0))
-    if factor < 1 or original == 0:
-        keys.must_be("rope.scaling.type", "none")  # needs both
+    original = keys.size("rope.scaling.original_context_length")
+    if factor < 1:
+        keys.must_be("rope.scaling.factor", 1.0)
     found = {
         "rope_type": "yarn",
         "factor": factor,
@@ -156,7 +157,7 @@ def _llama(keys: Keys, config: Config) -> Config:
             "sliding_window": None,
             "architectures": ["MixtralForCausalLM"],
             "num_local_experts": experts,
-            "num_experts_per_tok": keys.integer("expert_used_count"),
+            "num_experts_per_tok": keys.size("expert_used_count"),
         }
     keys.must_be("expert_used_count", 0)
     return _rms(keys) | {
@@ -219,9 +220,9 @@ def _qwen3moe(keys: Keys, config: Config) -> Config:
         "architectures": ["Qwen3MoeForCausalLM"],
         "attention_bias": False,
         "use_sliding_window": False,
-        "num_experts": keys.integer("expert_count"),
-        "num_experts_per_tok": keys.integer("expert_used_count"),
-        "moe_intermediate_size": keys.integer("expert_feed_forward_length"),
+        "num_experts": keys.size("expert_count"),
+        "num_experts_per_tok": keys.size("expert_used_count"),
+        "moe_intermediate_size": keys.size("expert_feed_forward_length"),
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
@@ -274,7 +275,7 @@ def _gemma2(keys: Keys, config: Config) -> Config:
         "hidden_activation": "gelu_pytorch_tanh",
         "attn_logit_softcapping": _softcap(keys, "attn_logit_softcapping"),
         "final_logit_softcapping": _softcap(keys, "final_logit_softcapping"),
-        "sliding_window": keys.integer("attention.sliding_window"),
+        "sliding_window": keys.size("attention.sliding_window"),
         "layer_types": _layer_types(keys, config, 2),
         "query_pre_attn_scalar": _gemma_scale(config, GEMMA2_27B_LAYERS),
     }
@@ -289,7 +290,7 @@ def _gemma3(keys: Keys, config: Config) -> Config:
         "hidden_activation": "gelu_pytorch_tanh",
         "attn_logit_softcapping": _softcap(keys, "attn_logit_softcapping"),
         "final_logit_softcapping": _softcap(keys, "final_logit_softcapping"),
-        "sliding_window": keys.integer("attention.sliding_window"),
+        "sliding_window": keys.size("attention.sliding_window"),
         "layer_types": _layer_types(keys, config, 6),
         "query_pre_attn_scalar": _gemma_scale(config, GEMMA3_27B_LAYERS),
         # Layers with a window have their own, unscaled rotary embedding.
@@ -338,7 +339,7 @@ def _cohere2(keys: Keys, config: Config) -> Config:
         "layer_norm_eps": keys.number("attention.layer_norm_epsilon"),
         "logit_scale": keys.number("logit_scale"),
         "attention_bias": keys.has_tensor("blk.0.attn_q.bias"),
-        "sliding_window": keys.integer("attention.sliding_window"),
+        "sliding_window": keys.size("attention.sliding_window"),
         "layer_types": _layer_types(keys, config, 4),
     }
 

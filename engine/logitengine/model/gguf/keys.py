@@ -45,12 +45,16 @@ class Keys:
         """Whether the file has a tensor of this name."""
         return name in self._header.tensors
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        """Return a whole number from 0 on. An array of equal numbers, one a layer, is that number."""
+    def integer(self, key: str, default: int | None = None, least: int = 0) -> int:
+        """Return a whole number from ``least`` on. An array of equal numbers, one a layer, is that number."""
         value = self._single(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self._refused(key, "is no whole number from 0 on")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise self._refused(key, f"is no whole number from {least} on")
         return value
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """Return a whole number from 1 on."""
+        return self.integer(key, default, 1)
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a finite number."""

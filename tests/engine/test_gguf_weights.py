@@ -1,0 +1,143 @@
+"""Weights that stay in a GGUF file: exactly those that gguf's own code reads, in every form that is served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from gguf_files import write_gguf
+from logitengine.config import EngineConfig
+from logitengine.model.checkpoint import resolve_checkpoint
+from logitengine.model.gguf.header import read_header
+from logitengine.model.gguf.model import GgufModel
+from logitengine.model.gguf.tensors import Parameter
+from logitengine.model.gguf.weights import BlockEmbedding
+from logitengine.model.loader import load
+from logitkernels import BlockWeight, DenseWeight
+from support import EVERY_ROW, greedy, make_engine, reference_logits, run
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+CPU = torch.device("cpu")
+PROMPT = list(range(60, 92))
+KINDS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+
+
+def tiny(*, tied: bool = False) -> PreTrainedModel:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model: PreTrainedModel = LlamaForCausalLM(config).eval()
+    return model
+
+
+def rounded(model: PreTrainedModel, *kinds: str) -> PreTrainedModel:
+    """Round the model's matrices to formats, one after the other."""
+    for parameter in model.parameters():
+        for kind in kinds if parameter.ndim > 1 else ():
+            number = GGMLQuantizationType[kind]
+            numbers = dequantize(quantize(parameter.detach().numpy(), number), number)
+            parameter.data = torch.from_numpy(numbers.astype(np.float32))
+    return model
+
+
+def rows_of(path: Path, **options: Any) -> np.ndarray[Any, Any]:
+    config = {"model": str(path), "dtype": "float32", "kv_cache_bytes": 1 << 24, "num_threads": 1, **options}
+    loaded = load(EngineConfig.model_validate(config))
+    return run(make_engine(loaded), [greedy("a", PROMPT, 0, EVERY_ROW)])["a", 0].prompt_rows
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"weights": "dense"}, {"kernels": "reference"}])
+def test_rows_are_those_of_the_dequantised_weights(
+    tmp_path: Path, kind: str, options: dict[str, str], *, tied: bool
+) -> None:
+    """Tolerance in float32: 1e-3 absolute. Whether the kernels multiply the format or not, a head is tied or not."""
+    path = write_gguf(tmp_path / "model.gguf", tiny(tied=tied), "llama", {}, kind=kind)
+    expected = reference_logits(rounded(tiny(tied=tied), kind), PROMPT)
+    assert np.abs(rows_of(path, **options) - expected).max() <= 1e-3
+
+
+def test_int8_rounds_the_dequantised_weights_of_linear_layers(tmp_path: Path) -> None:
+    """Tolerance: 1e-3 absolute, in float32. The embedding is not rounded a second time."""
+    path = write_gguf(tmp_path / "model.gguf", tiny(), "llama", {}, kind="Q4_0")
+    model = rounded(tiny(), "Q4_0")
+    embedding = model.get_parameter("model.embed_tokens.weight").detach().clone()
+    unrounded = reference_logits(rounded(tiny(), "Q4_0"), PROMPT)
+    rounded(model, "Q8_0").get_parameter("model.embed_tokens.weight").data = embedding
+    rows = rows_of(path, weights="int8")
+    assert np.abs(rows - reference_logits(model, PROMPT)).max() <= 1e-3
+    assert np.abs(rows - unrounded).max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_embedding_in_the_file_gives_the_rows_asked_for(tmp_path: Path, kind: str) -> None:
+    model = tiny()
+    path = write_gguf(tmp_path / "model.gguf", model, "llama", {}, kind=kind)
+    lookup = BlockEmbedding(
+        Parameter("embedding", (read_header(path).tensors["token_embd.weight"],)), scale=2.0
+    )
+    ids = torch.tensor([7, 299, 0, 7])
+    expected = rounded(model, kind).get_parameter("model.embed_tokens.weight")[ids] * 2
+    found = lookup(ids)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_what_the_kernels_multiply_is_handed_out_as_the_file_has_it(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny(), "llama", {}, kind="Q8_0")
+    model = GgufModel(path, torch.bfloat16, CPU)
+    weights = model.weights(frozenset({"Q8_0"}))
+    block = weights.get("model.layers.1.mlp.down_proj.weight")
+    assert isinstance(block, BlockWeight)
+    assert (block.format, block.shape) == ("Q8_0", (64, 96))
+    tensor = read_header(path).tensors["blk.1.ffn_down.weight"]
+    content = path.read_bytes()[tensor.offset : tensor.offset + tensor.nbytes]
+    assert block.raw.numpy().tobytes() == content
+    dense = model.weights().get("model.layers.1.mlp.down_proj.weight")
+    assert isinstance(dense, DenseWeight)
+    assert dense.tensor.dtype == torch.bfloat16
+
+
+def test_a_skeleton_holds_no_matrix(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny(), "llama", {}, kind="Q8_0")
+    model = GgufModel(path, torch.bfloat16, CPU)
+    model.fill_small(torch.float32)
+    held = {name: tensor for name, tensor in model.skeleton.named_parameters() if tensor.device == CPU}
+    assert held
+    assert all("norm" in name and tensor.dtype == torch.float32 for name, tensor in held.items())
+
+
+def test_only_the_tokenizer_is_written_to_the_disk(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny(), "llama", {}, kind="Q8_0")
+    before = path.read_bytes()
+    checkpoint = resolve_checkpoint(str(path), cache=tmp_path / "cache")
+    load(EngineConfig(model=str(path), kv_cache_bytes=1 << 24, num_threads=1), checkpoint=checkpoint)
+    assert checkpoint.path == path
+    assert path.read_bytes() == before
+    written = {file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    assert written == {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_a_split_model_is_served(tmp_path: Path) -> None:
+    """Tolerance: 1e-3 absolute, in float32."""
+    write_gguf(tmp_path / "model.gguf", tiny(), "llama", {}, split=5)
+    first = min(tmp_path.glob("model-00001-of-*.gguf"))
+    assert len(list(tmp_path.glob("model-*.gguf"))) > 2
+    assert np.abs(rows_of(first) - reference_logits(tiny(), PROMPT)).max() <= 1e-3
