@@ -17,7 +17,7 @@ from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.model import GgufModel
 from logitengine.model.gguf.tensors import Parameter
 from logitengine.model.gguf.weights import BlockEmbedding
-from logitengine.model.loader import load
+from logitengine.model.loader import LoadedModel, load
 from logitkernels import BlockWeight, DenseWeight
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -56,9 +56,13 @@ def rounded(model: PreTrainedModel, *kinds: str) -> PreTrainedModel:
     return model
 
 
-def rows_of(path: Path, **options: Any) -> np.ndarray[Any, Any]:
+def served(path: Path, **options: Any) -> LoadedModel:
     config = {"model": str(path), "dtype": "float32", "kv_cache_bytes": 1 << 24, "num_threads": 1, **options}
-    loaded = load(EngineConfig.model_validate(config))
+    return load(EngineConfig.model_validate(config))
+
+
+def rows_of(path: Path, **options: Any) -> np.ndarray[Any, Any]:
+    loaded = served(path, **options)
     return run(make_engine(loaded), [greedy("a", PROMPT, 0, EVERY_ROW)])["a", 0].prompt_rows
 
 
@@ -72,6 +76,17 @@ def test_rows_are_those_of_the_dequantised_weights(
     path = write_gguf(tmp_path / "model.gguf", tiny(tied=tied), "llama", {}, kind=kind)
     expected = reference_logits(rounded(tiny(tied=tied), kind), PROMPT)
     assert np.abs(rows_of(path, **options) - expected).max() <= 1e-3
+
+
+def test_queries_keys_and_values_in_several_formats_are_served_dense(tmp_path: Path) -> None:
+    """Tolerance in float32: 1e-3 absolute. The same rows as with weights=dense, and /v1/models tells of both forms."""
+    path = write_gguf(
+        tmp_path / "model.gguf", tiny(), "llama", {}, kind=lambda name: "Q8_0" if "attn_v" in name else "Q4_0"
+    )
+    assert np.abs(rows_of(path) - rows_of(path, weights="dense")).max() <= 1e-3
+    assert served(path).info.weights == "stored (Q4_0), dense"
+    assert served(path, weights="dense").info.weights == "dense"
+    assert served(path, weights="int8").info.weights == "int8 (Q8_0)"
 
 
 def test_int8_rounds_the_dequantised_weights_of_linear_layers(tmp_path: Path) -> None:

@@ -31,12 +31,12 @@ def write_gguf(
     architecture: str,
     keys: Mapping[str, Any],
     *,
-    kind: str = "F32",
+    kind: str | Callable[[str], str] = "F32",
     extra: Mapping[str, NDArray[Any]] | None = None,
     num_tokens: int | None = None,
     split: int = 0,
 ) -> Path:
-    """Write the model, its matrices in ``kind``, with ``keys`` beside the common ones; None leaves a key out.
+    """Write the model, its matrices in ``kind`` (of their names, if it is a function), with ``keys`` beside the common ones; None leaves a key out.
 
     With ``split`` it is written in parts of so many tensors.
     """
@@ -60,7 +60,8 @@ def write_gguf(
             add_key(writer, f"{architecture}.{key}", value)
     add_vocabulary(writer, num_tokens or config.vocab_size)
     for name, numbers in _tensors(model, architecture).items():
-        add_tensor(writer, name, numbers, kind if numbers.ndim > 1 else "F32")
+        own = kind if isinstance(kind, str) else kind(name)
+        add_tensor(writer, name, numbers, own if numbers.ndim > 1 else "F32")
     for name, numbers in (extra or {}).items():
         add_tensor(writer, name, numbers, "F32")
     writer.write_header_to_file()
