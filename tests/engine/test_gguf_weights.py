@@ -13,8 +13,10 @@ from gguf.quants import dequantize, quantize
 from gguf_files import write_gguf
 from logitengine.config import EngineConfig
 from logitengine.model.checkpoint import resolve_checkpoint
+from logitengine.model.gguf.blocks import to_dense
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.model import GgufModel
+from logitengine.model.gguf.tensor_types import TENSOR_TYPES, TensorType
 from logitengine.model.gguf.tensors import Parameter
 from logitengine.model.gguf.weights import BlockEmbedding
 from logitengine.model.loader import LoadedModel, load
@@ -156,3 +158,16 @@ def test_a_split_model_is_served(tmp_path: Path) -> None:
     first = min(tmp_path.glob("model-00001-of-*.gguf"))
     assert len(list(tmp_path.glob("model-*.gguf"))) > 2
     assert np.abs(rows_of(first) - reference_logits(tiny(), PROMPT)).max() <= 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 7, 3000])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in TENSOR_TYPES.values() if kind.weights > 1], ids=lambda kind: kind.name
+)
+def test_blocks_of_any_bits_are_dequantised_as_gguf_does(kind: TensorType, rows: int) -> None:
+    """To the bit, infinities and NaN among them; few rows and many take different ways."""
+    raw = np.random.default_rng(rows).integers(0, 256, (rows, 2 * kind.nbytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = dequantize(raw, GGMLQuantizationType[kind.name])
+    found = to_dense(torch.from_numpy(raw), kind.name, torch.float32).numpy()
+    np.testing.assert_array_equal(found, expected)
