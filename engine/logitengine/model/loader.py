@@ -20,7 +20,6 @@ from logitengine.model.cpus import num_usable_cpus
 from logitengine.model.fingerprint import WeightsDigest, digest_of_config, fingerprint
 from logitengine.model.fuse import Packer, fuse, is_known
 from logitengine.model.gguf.model import GgufModel
-from logitengine.model.gguf.weights import GgufWeights
 from logitengine.model.image_encoder import ImageEncoder
 from logitengine.model.image_families import FAMILIES
 from logitengine.model.layer_shapes import probe_layers
@@ -171,7 +170,7 @@ def prepare(
         can_generate=can_generate,
     )
     runner = factory.runner()
-    stored_as = _stored_as(weights, is_fused=network.is_fused)
+    stored_as = _stored_as(config, packer, is_fused=network.is_fused)
     dtype_name = str(dtype).removeprefix("torch.")
     info = ModelInfo(
         model_path=str(checkpoint.path),
@@ -220,15 +219,14 @@ def _why_no_images(encoder: EncoderInfo, config: EngineConfig, kernels: Kernels)
     )
 
 
-def _stored_as(weights: WeightSource | None, *, is_fused: bool) -> str:
-    match weights:
-        case Int8Weights():
-            return "int8 (Q8_0)"
-        case GgufWeights(formats=formats) if formats and is_fused:
-            dense = ", dense" if weights.dequantised else ""
-            return f"stored ({', '.join(sorted(formats))}){dense}"
-        case _:
-            return "dense"
+def _stored_as(config: EngineConfig, packer: Packer, *, is_fused: bool) -> str:
+    """Return how the linear layers store their weights, as /v1/models shows it."""
+    blocks = sorted(packer.formats - {"dense"})
+    if not is_fused or not blocks:
+        return "dense"
+    if config.weights == "int8":
+        return "int8 (Q8_0)"
+    return f"stored ({', '.join(blocks)})" + (", dense" if "dense" in packer.formats else "")
 
 
 def _gguf_weights(config: EngineConfig, gguf: GgufModel, kernels: Kernels) -> WeightSource:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
-from gguf.quants import dequantize
+from gguf import GGMLQuantizationType, quants
+from numpy.typing import NDArray
 from torch import Tensor as Numbers
 
 from logitengine.model.gguf.header import Tensor
+from logitengine.model.gguf.tensor_types import TENSOR_TYPES
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types whose numbers torch has itself."""
 
+TYPES = {kind.name: kind for kind in TENSOR_TYPES.values()}
+
 CHUNK_BYTES = 1 << 22
 """Bytes of blocks that are dequantised at a time."""
+
+FEW_BYTES = 1 << 15
+"""Bytes of blocks of a few rows, whose numbers fit a cache."""
 
 
 def mapped(tensor: Tensor) -> Numbers:
@@ -40,16 +48,24 @@ def to_dense(raw: Numbers, type_name: str, dtype: torch.dtype) -> Numbers:
     if type_name in FLOATS:
         # The copy is aligned; a file need not be.
         return raw.contiguous().clone().view(FLOATS[type_name]).to(dtype)
-    kind = GGMLQuantizationType[type_name]
-    rows = max(1, CHUNK_BYTES // raw.shape[1])
-    out: Numbers | None = None
+    if raw.numel() <= FEW_BYTES:
+        return torch.from_numpy(_few_rows(raw.numpy(), type_name)).to(dtype)
+    kind, rows = TYPES[type_name], max(1, CHUNK_BYTES // raw.shape[1])
+    out = torch.empty(len(raw), raw.shape[1] // kind.nbytes * kind.weights, dtype=dtype)
     for start in range(0, len(raw), rows):
-        part = torch.from_numpy(dequantize(raw[start : start + rows].numpy(), kind))
-        if out is None:
-            out = torch.empty(len(raw), part.shape[1], dtype=dtype)
-        out[start : start + rows] = part
-    assert out is not None  # noqa: S101 - a tensor has a row
+        with np.errstate(all="ignore"):  # a block may hold any bits
+            part = quants.dequantize(raw[start : start + rows].numpy(), GGMLQuantizationType[type_name])
+        out[start : start + rows] = torch.from_numpy(part)
     return out
+
+
+def _few_rows(raw: NDArray[np.uint8], type_name: str) -> NDArray[np.float32]:
+    """Dequantise by gguf's code for arrays of blocks, without its loop over groups of rows: half the time for one row."""
+    kind: Any = getattr(quants, type_name)
+    kind.init_grid()
+    with np.errstate(all="ignore"):
+        blocks: NDArray[np.float32] = kind.dequantize_blocks(raw.reshape(-1, TYPES[type_name].nbytes))
+    return blocks.reshape(len(raw), -1)
 
 
 def in_head_order(raw: Numbers, heads: int) -> Numbers:

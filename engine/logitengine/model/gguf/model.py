@@ -40,6 +40,7 @@ class GgufModel:
         self._parameters = parameters_of(header, self.members)
         self._dtype = dtype
         self._device = device
+        self._told: set[str] = set()
         self._dense = self.weights()
         try:
             self.config: PretrainedConfig = AutoConfig.for_model(**self.members)
@@ -56,7 +57,7 @@ class GgufModel:
         self, block_formats: frozenset[str] = frozenset(), dtype: torch.dtype | None = None
     ) -> GgufWeights:
         """Return the file's weights: blocks in ``block_formats`` as they are, others in the model's dtype or ``dtype``."""
-        return GgufWeights(self._parameters, dtype or self._dtype, self._device, block_formats)
+        return GgufWeights(self._parameters, dtype or self._dtype, self._device, block_formats, self._told)
 
     def fill_small(self, bias_dtype: torch.dtype) -> None:
         """Give the skeleton its buffers, norms (float32) and biases: all but matrices."""

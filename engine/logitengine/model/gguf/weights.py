@@ -16,12 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class GgufWeights:
-    """Parameters by the names of transformers' model, read when they are asked for.
-
-    Attributes:
-        formats: formats in which weights were handed out as the file has them.
-        dequantised: formats in which the file has weights that were handed out dense.
-    """
+    """Parameters by the names of transformers' model, read when they are asked for."""
 
     def __init__(
         self,
@@ -29,10 +24,13 @@ class GgufWeights:
         dtype: torch.dtype,
         device: torch.device,
         block_formats: frozenset[str] = frozenset(),
+        told: set[str] | None = None,
     ) -> None:
-        """Hand out blocks in ``block_formats`` as they are, and all other weights in ``dtype`` on ``device``."""
-        self.formats: set[str] = set()
-        self.dequantised: set[str] = set()
+        """Hand out blocks in ``block_formats`` as they are, and all other weights in ``dtype`` on ``device``.
+
+        ``told`` holds the formats of which the log has said that they are dequantised.
+        """
+        self._told = set() if told is None else told
         self._parameters = parameters
         self._dtype = dtype
         self._device = device
@@ -45,7 +43,6 @@ class GgufWeights:
         if kind not in self._block_formats:
             self._tell(kind)
             return DenseWeight(name, self.dense(name))
-        self.formats.add(kind)
         rows, columns = parameter.shape
         return BlockWeight(name, _raw(parameter, parameter.tensor), kind, (rows, columns))
 
@@ -63,9 +60,9 @@ class GgufWeights:
         return joined.to(self._device)
 
     def _tell(self, kind: str) -> None:
-        if kind in FLOATS or kind in self.dequantised:
+        if kind in FLOATS or kind in self._told:
             return
-        self.dequantised.add(kind)
+        self._told.add(kind)
         logger.info("weights in %s are dequantised to %s", kind, str(self._dtype).removeprefix("torch."))
 
 
