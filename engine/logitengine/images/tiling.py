@@ -14,7 +14,7 @@ from PIL import Image
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-"""Of ImageNet's pixels in red, green and blue, between 0 and 1."""
+"""Mean and deviation of ImageNet's pixels in red, green and blue, between 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Tiling:
         best, closest = (1, 1), float("inf")
         for columns, rows in self._grids(max_tiles or self.max_tiles):
             distance = abs(aspect - columns / rows)
-            # Of equally close grids the larger wins where the image has over half as many pixels as its tiles.
+            # The larger of two equally close grids wins where the image has over half as many pixels as its tiles.
             is_large = area > 0.5 * self.size * self.size * columns * rows
             if distance < closest or (distance == closest and is_large):
                 best, closest = (columns, rows), distance
