@@ -50,6 +50,11 @@ class Kernels(ABC):
     honours_key_ends: bool = False
     """Whether ``paged_attention`` and ``bind_layers`` take metadata with ``key_ends``."""
 
+    @property
+    def bf16_sums(self) -> str:
+        """Name of the order in which products of bfloat16 are summed, where it depends on the processor; else empty."""
+        return ""
+
     block_formats: frozenset[str] = frozenset()
     """Block formats of weights that ``pack`` takes."""
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from logitengine.config import EngineConfig
-from logitengine.model import fingerprint as module
 from logitengine.model.fingerprint import file_digest
 from logitengine.model.loader import load
+from logitkernels.cpu import CpuKernels
 from safetensors.torch import load_file, save_file
 from tiny_models import save_llama
 
@@ -72,8 +72,8 @@ def test_instruction_sets_matter_where_the_processor_sums_in_its_own_order(
 ) -> None:
     cases: list[dict[str, Any]] = [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "weights": "int8"}]
     found = []
-    for has_dot_product in (True, False):
-        monkeypatch.setattr(module, "_sums_bfloat16_itself", lambda answer=has_dot_product: answer)
+    for order in ("ONE_BY_ONE", "IN_PAIRS"):
+        monkeypatch.setattr(CpuKernels, "bf16_sums", order)
         found.append([fingerprint_of(llama, **case) for case in cases])
     assert [a == b for a, b in zip(*found, strict=True)] == [True, False, True]
 

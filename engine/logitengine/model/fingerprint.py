@@ -41,9 +41,6 @@ SOURCES = {Path(logitkernels.__file__).parent: ("**/*.py", "**/*.cpp", "**/*.h")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Files that say how images are prepared."""
 
-CPU_PATH = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni")
-"""Instruction sets with which the native kernels sum bfloat16 products in the processor's own order."""
-
 
 class WeightsDigest:
     """The digest of a checkpoint's weights and config, computed on a thread while the model loads.
@@ -151,15 +148,8 @@ def _machine(kernels: Kernels, device: Device, stored_as: str, dtype: str, *, is
     if kernels.name != "cpu" or not is_fused:  # torch computes
         machine += [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     elif "dense" in stored_as and dtype == "bfloat16":
-        machine.append(_sums_bfloat16_itself())
+        machine.append(kernels.bf16_sums)
     return machine
-
-
-def _sums_bfloat16_itself() -> bool:
-    with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
-        return set(CPU_PATH) <= set(flags)
-    return False
 
 
 def _sources_digest() -> str:

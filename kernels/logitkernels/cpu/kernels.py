@@ -26,7 +26,7 @@ from logitkernels.cpu.arguments import (
 )
 from logitkernels.cpu.layers import CpuLayers
 from logitkernels.cpu.library import AttentionStruct, Library
-from logitkernels.cpu.linear import CpuLinear, GgufType
+from logitkernels.cpu.linear import Bf16Sums, CpuLinear, GgufType
 from logitkernels.cpu.processor import NATIVE, Target
 from logitkernels.cpu.sampling import CpuSampling
 from logitkernels.decoder import DecoderLayerWeights
@@ -36,7 +36,7 @@ from logitkernels.weights import Weight
 
 
 class CpuKernels(Kernels):
-    """Kernels for x86-64 (AVX-512 VNNI and BF16 where the processor has them, else AVX2) and for aarch64.
+    """Kernels for x86-64 (AVX-512 VNNI and BF16 and AMX where the processor has them, else AVX2) and for aarch64.
 
     Activations are float32; bfloat16 ones are widened on entry and the result is rounded back. The number of
     threads is torch's, and never changes a result.
@@ -61,6 +61,10 @@ class CpuKernels(Kernels):
             BuildError: the library cannot be built or loaded here (see errors.py).
         """
         self._library = Library(target, prebuilt)
+
+    @property
+    def bf16_sums(self) -> str:
+        return Bf16Sums(self._library.bf16_sums()).name
 
     def pin_threads(self) -> None:
         cpus = sorted(os.sched_getaffinity(0))

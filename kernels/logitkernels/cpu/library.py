@@ -107,6 +107,7 @@ class SamplingRowStruct(Structure):
 
 _SIGNATURES: dict[str, list[type]] = {
     "pin_threads": [POINTER(c_int32), c_int64],
+    "bf16_sums": [],
     "pack_bf16": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "pack_f32": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "pack_f16": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
@@ -137,7 +138,7 @@ _SIGNATURES: dict[str, list[type]] = {
     ],
 }
 
-_RESULTS = {"packed_bytes": c_int64}
+_RESULTS = {"packed_bytes": c_int64, "bf16_sums": c_int64}
 """Types of the functions that return something."""
 
 

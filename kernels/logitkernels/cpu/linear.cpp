@@ -5,6 +5,7 @@
 #include "linear_tile.h"
 #include "quantized.h"
 #include "team.h"
+#include "tiles.h"
 
 namespace logitkernels {
 namespace {
@@ -233,6 +234,94 @@ void multiply_panels(const Linear& linear, const Activations& x, int64_t rows, f
     });
 }
 
+#ifdef LOGITKERNELS_AVX512
+constexpr int64_t kTileDepth = 32;  // steps along k of a multiplication of tiles
+constexpr int64_t kMostRows = 2 * kTileRows;
+
+struct Bf16TileSums {
+    alignas(64) float sums[kVectors][kMostRows][kLanes];
+};
+
+// Adds the products of rows of activations, `stride` bytes apart, by kTileDepth steps of a panel.
+template <bool kTwoHalves>
+LOGITKERNELS_INLINE void add_bf16_tiles(const char* x, int64_t stride, const char* weights) {
+    load_tile<kWeights>(weights, 2 * kTileRowBytes);
+    load_tile<kWeights + 1>(weights + kTileRowBytes, 2 * kTileRowBytes);
+    load_tile<kRows>(x, stride);
+    add_bf16_products<kSums, kRows, kWeights>();
+    add_bf16_products<kSums + 1, kRows, kWeights + 1>();
+    if constexpr (kTwoHalves) {
+        load_tile<kRows + 1>(x + kTileRows * stride, stride);
+        add_bf16_products<kSums + 2, kRows + 1, kWeights>();
+        add_bf16_products<kSums + 3, kRows + 1, kWeights + 1>();
+    }
+}
+
+// Multiplies up to 32 rows by a panel. Steps past k are zeros in copies of the last rows and weights.
+template <bool kTwoHalves>
+void bf16_tiles(const bf16* x, int64_t stride, int64_t rows, const char* panel, int64_t k, const char* ahead, int64_t lines,
+                Bf16TileSums& result) {
+    constexpr int64_t panel_step = kTileDepth * kPanelColumns * sizeof(bf16);
+    zero_tile<kSums>();
+    zero_tile<kSums + 1>();
+    if constexpr (kTwoHalves) {
+        zero_tile<kSums + 2>();
+        zero_tile<kSums + 3>();
+    }
+    const int64_t whole = k / kTileDepth * kTileDepth;
+    for (int64_t i = 0; i < whole; i += kTileDepth, panel += panel_step) {
+        for (int64_t line = 0; line < lines; ++line, ahead += 64) prefetch(ahead);
+        add_bf16_tiles<kTwoHalves>(reinterpret_cast<const char*>(x + i), stride * int64_t(sizeof(bf16)), panel);
+    }
+    if (whole < k) {
+        alignas(64) bf16 last_rows[kMostRows][kTileDepth] = {};
+        alignas(64) char last_weights[panel_step] = {};
+        for (int64_t r = 0; r < rows; ++r) std::copy_n(x + r * stride + whole, k - whole, last_rows[r]);
+        std::copy_n(panel, ceil_div(k - whole, 2) * Bf16Dot::kStepBytes, last_weights);
+        add_bf16_tiles<kTwoHalves>(reinterpret_cast<const char*>(last_rows), sizeof *last_rows, last_weights);
+    }
+    store_tile<kSums>(result.sums[0], kTileRowBytes);
+    store_tile<kSums + 1>(result.sums[1], kTileRowBytes);
+    if constexpr (kTwoHalves) {
+        store_tile<kSums + 2>(result.sums[0][kTileRows], kTileRowBytes);
+        store_tile<kSums + 3>(result.sums[1][kTileRows], kTileRowBytes);
+    }
+}
+
+// A tile register adds the even and the odd ones of 32 steps apart, and then both to its sums. It does so for any number of
+// rows, so a lone row takes this way too.
+void multiply_bf16_tiles(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
+                         Epilogue epilogue) {
+    const int64_t k = linear.k, panels = ceil_div(linear.n, kPanelColumns), panel_bytes = Bf16Dot::panel_bytes(k);
+    const int64_t block = round_up(rows_per_block(rows, x.stride * int64_t(sizeof(bf16))), kMostRows);
+    share(ceil_div(rows, block) * panels, [&](int64_t item) {
+        const int64_t first = item / panels * block, panel = item % panels;
+        const int64_t count = std::min(block, rows - first), tiles = ceil_div(count, kMostRows);
+        const char* weights = static_cast<const char*>(linear.weights) + panel * panel_bytes;
+        const int64_t lines = panel + 1 == panels ? 0 : ceil_div(kTileDepth * kPanelColumns * 2 / 64, tiles);
+        Bf16TileSums result;
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t row = first + t * kMostRows, size = std::min(kMostRows, first + count - row);
+            const TileShapes shapes(size);
+            const bf16* source = static_cast<const bf16*>(x.data) + row * x.stride;
+            const char* ahead = weights + panel_bytes + t * lines * 64 * (k / kTileDepth);
+            if (size > kTileRows)
+                bf16_tiles<true>(source, x.stride, size, weights, k, ahead, lines, result);
+            else
+                bf16_tiles<false>(source, x.stride, size, weights, k, ahead, lines, result);
+            const Target target = target_of(linear, row, panel, out, ldo, epilogue);
+            for (int64_t r = 0; r < size; ++r) {
+                __m512 sums[1][kVectors];
+                for (int v = 0; v < kVectors; ++v) sums[0][v] = _mm512_load_ps(result.sums[v][r]);
+                Target of_row = target;
+                of_row.out += r * target.stride;
+                finish(sums, of_row);
+            }
+        }
+    });
+}
+#endif
+
 template <class Weight>
 void pack_panels(const Weight* weight, int64_t stride, int64_t n, int64_t k, Weight* target, int threads) {
 #pragma omp parallel for num_threads(threads)
@@ -275,6 +364,9 @@ void finish_rows(const Activations& x, int64_t rows, int64_t k) {
 void multiply(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo, Epilogue epilogue) {
     switch (linear.kind) {
         case kBf16Dot: return multiply_panels<Bf16Dot>(linear, x, rows, out, ldo, epilogue);
+#ifdef LOGITKERNELS_AVX512
+        case kBf16Tiles: return multiply_bf16_tiles(linear, x, rows, out, ldo, epilogue);
+#endif
         case kBf16Fma: return multiply_panels<Bf16Fma>(linear, x, rows, out, ldo, epilogue);
         case kF32Fma: return multiply_panels<WeightFma<float>>(linear, x, rows, out, ldo, epilogue);
         case kF16Fma: return multiply_panels<WeightFma<Float16>>(linear, x, rows, out, ldo, epilogue);
@@ -287,6 +379,17 @@ void multiply(const Linear& linear, const Activations& x, int64_t rows, float* o
 using namespace logitkernels;
 
 extern "C" {
+
+// How products of bf16 are summed here. Mirrored by linear.py.
+enum Bf16Sums : int64_t { kOneByOne = 0, kInPairs = 1, kInTiles = 2 };
+
+int64_t logitkernels_bf16_sums() {
+#ifdef LOGITKERNELS_AVX512
+    return request_tiles() ? kInTiles : kInPairs;
+#else
+    return kOneByOne;
+#endif
+}
 
 // Packs weight [n, k], rows `stride` elements apart, into panels. `target` holds ceil(n / 32) panels.
 void logitkernels_pack_bf16(const bf16* weight, int64_t stride, int64_t n, int64_t k, bf16* target, int threads) {

@@ -11,6 +11,7 @@ enum LinearKind : int64_t {
     kBf16Fma = 1,  // bf16 weights widened in registers, float32 activations
     kF32Fma = 2,   // float32 weights and activations
     kF16Fma = 3,   // float16 weights widened in registers, float32 activations
+    kBf16Tiles = 4,  // as kBf16Dot, in AMX's tile registers; the order of the sums is another
     // Blocks of a type of GGUF files: kFirstBlocks + 2 type for rounded activations (dot), one more for float32
     // ones (fma); see quantized.h.
     kFirstBlocks = 16,
@@ -66,7 +67,7 @@ struct ActivationBlocks {
     int32_t* integer_sums;  // [rows, parts]
 };
 
-inline bool reads_rounded(int64_t kind) { return kind == kBf16Dot; }
+inline bool reads_rounded(int64_t kind) { return kind == kBf16Dot || kind == kBf16Tiles; }
 
 // Activations in the form that a linear layer of some kind reads: Rounded or float32 rows, `stride` elements
 // apart, and the properties of their blocks. A rounded row is padded with a zero to an even length. Code that

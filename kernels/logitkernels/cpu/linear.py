@@ -23,6 +23,15 @@ class LinearKind(IntEnum):
     BF16_FMA = 1
     F32_FMA = 2
     F16_FMA = 3
+    BF16_TILES = 4
+
+
+class Bf16Sums(IntEnum):
+    """Order in which this processor sums products of bfloat16; ``Bf16Sums`` of linear.cpp."""
+
+    ONE_BY_ONE = 0
+    IN_PAIRS = 1
+    IN_TILES = 2
 
 
 FIRST_BLOCKS = 16
@@ -126,7 +135,9 @@ def _pack_dense(library: Library, weight: Tensor, *, exact: bool) -> tuple[Linea
     elif weight.dtype == torch.float16:
         kind = LinearKind.F16_FMA
     elif weight.dtype == torch.bfloat16:
-        kind = LinearKind.BF16_FMA if exact else LinearKind.BF16_DOT
+        tiles = library.bf16_sums() == Bf16Sums.IN_TILES
+        rounded = LinearKind.BF16_TILES if tiles else LinearKind.BF16_DOT
+        kind = LinearKind.BF16_FMA if exact else rounded
     else:
         raise TypeError(f"weight is {weight.dtype}; the native kernels pack bfloat16, float16 and float32")
     rows, depth = weight.shape
