@@ -57,9 +57,8 @@ class Kernels(ABC):
     def pack(self, weights: Sequence[Weight], bias: Tensor | None = None, *, exact: bool = False) -> Linear:
         """Pack weights [N, K] of one K, their rows stacked in order, and ``bias`` [all N]. Done once, at load.
 
-        The weights are dense, or all in blocks of one of ``block_formats``. With ``exact`` the layer
-        multiplies them by unrounded activations; otherwise it may round activations to the precision of the
-        weights.
+        Each weight is dense or in blocks of one of ``block_formats``. With ``exact`` the layer multiplies them by
+        unrounded activations; otherwise it may round activations to the precision of the weights.
 
         Raises ValueError for weights that cannot be stacked or are in blocks that the backend does not
         multiply.

@@ -80,13 +80,14 @@ def test_rows_are_those_of_the_dequantised_weights(
     assert np.abs(rows_of(path, **options) - expected).max() <= 1e-3
 
 
-def test_queries_keys_and_values_in_several_formats_are_served_dense(tmp_path: Path) -> None:
-    """Tolerance in float32: 1e-3 absolute. The same rows as with weights=dense, and /v1/models tells of both forms."""
+def test_queries_keys_and_values_in_several_formats_are_each_served_as_stored(tmp_path: Path) -> None:
+    """Tolerance in float32: 1e-3 absolute. The same rows as with weights=dense."""
+    kinds = {"attn_q": "F16", "attn_v": "Q8_0", "attn_k": "Q5_0"}
     path = write_gguf(
-        tmp_path / "model.gguf", tiny(), "llama", {}, kind=lambda name: "Q8_0" if "attn_v" in name else "Q4_0"
+        tmp_path / "model.gguf", tiny(), "llama", {}, kind=lambda name: kinds.get(name.split(".")[-2], "Q4_0")
     )
     assert np.abs(rows_of(path) - rows_of(path, weights="dense")).max() <= 1e-3
-    assert served(path).info.weights == "stored (Q4_0), dense"
+    assert served(path).info.weights == "stored (Q4_0, Q5_0, Q8_0), dense"
     assert served(path, weights="dense").info.weights == "dense"
     assert served(path, weights="int8").info.weights == "int8 (Q8_0)"
 

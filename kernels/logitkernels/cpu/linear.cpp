@@ -1,6 +1,8 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <memory>
+#include <vector>
 
 #include "linear_tile.h"
 #include "quantized.h"
@@ -206,31 +208,43 @@ void tile_of(int64_t rows, const typename Format::Element* x, int64_t stride, co
 }
 
 template <class Format>
-void multiply_panels(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
-                     Epilogue epilogue) {
+class DenseProduct : public PartProduct {
     using Element = typename Format::Element;
-    const int64_t k = linear.k, panels = ceil_div(linear.n, kPanelColumns), panel_bytes = Format::panel_bytes(k);
-    const int64_t block = rows_per_block(rows, x.stride * int64_t(sizeof(Element)));
-    const int64_t blocks = ceil_div(rows, block);
-    share(blocks * panels, [&](int64_t item) {
-        const int64_t first = item / panels * block, panel = item % panels;
-        const int64_t count = std::min(block, rows - first);
-        const char* weights = static_cast<const char*>(linear.weights) + panel * panel_bytes;
+
+  public:
+    explicit DenseProduct(const PartTask& task)
+        : PartProduct(task, task.x.stride * int64_t(sizeof(Element))), panel_bytes_(Format::panel_bytes(task.k)) {}
+
+  private:
+    void multiply(int64_t panel, int64_t first, int64_t count) override {
+        const char* weights = static_cast<const char*>(task_.part.weights) + panel * panel_bytes_;
         // Tiles are balanced: 13 rows are 7 and 6, not 12 and a lone one.
         const int64_t tiles = ceil_div(count, kMaxTileRows), small = count / tiles, larger = count % tiles;
-        const bool last = panel + 1 == panels;
+        const bool last = panel + 1 == panels_;
         const int64_t lines = last ? 0 : ceil_div(8 * Format::kStepBytes / 64, tiles);
-        const int64_t share = lines * (Format::steps(k) / 8) * 64;
+        const int64_t share = lines * (Format::steps(task_.k) / 8) * 64, stride = task_.x.stride;
+        const Element* x = static_cast<const Element*>(task_.x.data);
         int64_t row = first;
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t size = small + (t < larger);
-            const char* ahead = weights + panel_bytes + t * share;
-            const Target target = target_of(linear, row, panel, out, ldo, epilogue);
-            tile_of<Format>(size, static_cast<const Element*>(x.data) + row * x.stride, x.stride, weights, k, ahead,
-                            t * share < panel_bytes ? lines : 0, target);
+            const char* ahead = weights + panel_bytes_ + t * share;
+            tile_of<Format>(size, x + row * stride, stride, weights, task_.k, ahead, t * share < panel_bytes_ ? lines : 0,
+                            task_.target(row, panel));
             row += size;
         }
-    });
+    }
+
+    const int64_t panel_bytes_;
+};
+
+std::unique_ptr<PartProduct> product_of(const PartTask& task) {
+    switch (task.part.kind) {
+        case kBf16Dot: return std::make_unique<DenseProduct<Bf16Dot>>(task);
+        case kBf16Fma: return std::make_unique<DenseProduct<Bf16Fma>>(task);
+        case kF32Fma: return std::make_unique<DenseProduct<WeightFma<float>>>(task);
+        case kF16Fma: return std::make_unique<DenseProduct<WeightFma<Float16>>>(task);
+        default: return quantized_product(task);
+    }
 }
 
 template <class Weight>
@@ -264,7 +278,7 @@ void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, c
 }
 
 void finish_rows(const Activations& x, int64_t rows, int64_t k) {
-    if (!has_blocks(x.kind)) return;
+    if (!x.has_blocks()) return;
     const int64_t parts = ceil_div(k, kColumnsPerItem);
     share(rows * parts, [&](int64_t item) {
         const int64_t first = item % parts * kColumnsPerItem;
@@ -273,13 +287,21 @@ void finish_rows(const Activations& x, int64_t rows, int64_t k) {
 }
 
 void multiply(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo, Epilogue epilogue) {
-    switch (linear.kind) {
-        case kBf16Dot: return multiply_panels<Bf16Dot>(linear, x, rows, out, ldo, epilogue);
-        case kBf16Fma: return multiply_panels<Bf16Fma>(linear, x, rows, out, ldo, epilogue);
-        case kF32Fma: return multiply_panels<WeightFma<float>>(linear, x, rows, out, ldo, epilogue);
-        case kF16Fma: return multiply_panels<WeightFma<Float16>>(linear, x, rows, out, ldo, epilogue);
-        default: return multiply_quantized(linear, x, rows, out, ldo, epilogue);
+    std::vector<std::unique_ptr<PartProduct>> products;
+    int64_t items = 0, column = 0;
+    for (int64_t i = 0; i < linear.num_parts; ++i) {
+        const LinearPart& part = linear.parts[i];
+        const float* bias = linear.bias ? linear.bias + column : nullptr;
+        products.push_back(product_of({part, linear.k, bias, x, rows, out + column, ldo, epilogue}));
+        items += products.back()->items();
+        column += part.n;
     }
+    share(items, [&](int64_t item) {
+        for (const auto& product : products) {
+            if (item < product->items()) return product->compute(item);
+            item -= product->items();
+        }
+    });
 }
 
 }  // namespace logitkernels
@@ -312,12 +334,12 @@ void logitkernels_pack_f16(const uint16_t* weight, int64_t stride, int64_t n, in
 }
 
 void logitkernels_linear(const Linear* linear, const float* x, int64_t rows, float* out, int threads) {
-    const bool rounds = reads_rounded(linear->kind);
-    const int64_t k = linear->k, stride = activation_stride(k);
+    const int64_t k = linear->k, stride = activation_stride(k), forms = forms_of(*linear);
+    const bool rounds = forms & kRoundedRows;
     Buffer<Rounded> rounded = allocate<Rounded>(rounds ? rows * stride : 0);
-    const BlockBuffers buffers(rows, k);
-    Activations activations{const_cast<float*>(x), k, linear->kind, buffers.blocks()};
-    if (rounds) activations = {rounded.get(), stride, linear->kind, buffers.blocks()};
+    const BlockBuffers buffers(rows, k, forms);
+    Activations activations{const_cast<float*>(x), k, forms, buffers.blocks()};
+    if (rounds) activations = {rounded.get(), stride, forms, buffers.blocks()};
     in_team(threads, [&] {
         if (rounds)
             convert_activations(x, k, rows, k, activations);

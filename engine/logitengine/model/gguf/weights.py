@@ -8,7 +8,7 @@ import torch
 from logitkernels import BlockWeight, DenseWeight, Weight
 from torch import Tensor as Numbers
 
-from logitengine.model.gguf.blocks import FLOATS, in_head_order, mapped, to_dense
+from logitengine.model.gguf.blocks import FLOATS, head_order, mapped, to_dense
 from logitengine.model.gguf.header import Tensor
 from logitengine.model.gguf.tensors import Parameter
 
@@ -44,7 +44,8 @@ class GgufWeights:
             self._tell(kind)
             return DenseWeight(name, self.dense(name))
         rows, columns = parameter.shape
-        return BlockWeight(name, _raw(parameter, parameter.tensor), kind, (rows, columns))
+        order = head_order(rows, parameter.pairs) if parameter.pairs else None
+        return BlockWeight(name, mapped(parameter.tensor), kind, (rows, columns), order)
 
     def dense(self, name: str, dtype: torch.dtype | None = None) -> Numbers:
         """Return a parameter of any shape in numbers, in the model's dtype unless another is named."""
@@ -83,4 +84,7 @@ class BlockEmbedding:
 def _raw(parameter: Parameter, tensor: Tensor) -> Numbers:
     """Return the tensor's bytes, the rows (of a bias: the numbers) in the model's order."""
     raw = mapped(tensor)
-    return in_head_order(raw.view(tensor.shape[0], -1), parameter.pairs) if parameter.pairs else raw
+    if not parameter.pairs:
+        return raw
+    raw = raw.view(tensor.shape[0], -1)
+    return raw[head_order(len(raw), parameter.pairs)]
