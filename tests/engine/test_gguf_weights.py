@@ -21,6 +21,7 @@ from logitengine.model.gguf.tensors import Parameter
 from logitengine.model.gguf.weights import BlockEmbedding
 from logitengine.model.loader import LoadedModel, load
 from logitkernels import BlockWeight, DenseWeight
+from logitkernels.backend import load_kernels
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -104,13 +105,13 @@ def test_int8_rounds_the_dequantised_weights_of_linear_layers(tmp_path: Path) ->
     assert np.abs(rows - unrounded).max() > 1e-2
 
 
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_embedding_in_the_file_gives_the_rows_asked_for(tmp_path: Path, kind: str) -> None:
+def test_an_embedding_in_the_file_gives_the_rows_asked_for(tmp_path: Path, kind: str, kernels: str) -> None:
     model = tiny()
     path = write_gguf(tmp_path / "model.gguf", model, "llama", {}, kind=kind)
-    lookup = BlockEmbedding(
-        Parameter("embedding", (read_header(path).tensors["token_embd.weight"],)), scale=2.0
-    )
+    parameter = Parameter("embedding", (read_header(path).tensors["token_embd.weight"],))
+    lookup = BlockEmbedding(parameter, load_kernels(kernels, "cpu"), scale=2.0)
     ids = torch.tensor([7, 299, 0, 7])
     expected = rounded(model, kind).get_parameter("model.embed_tokens.weight")[ids] * 2
     found = lookup(ids)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import platform
 
+import numpy as np
 import pytest
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitkernels import BlockWeight, DenseWeight, Weight
+from logitkernels import BlockWeight, DenseWeight, ReferenceKernels, Weight
 from logitkernels.cpu import CpuKernels, GgufType
 from logitkernels.cpu.errors import BuildError
 from logitkernels.cpu.linear import STORED, CpuLinear
@@ -282,6 +283,40 @@ def test_rows_are_packed_in_the_order_that_a_weight_gives(gguf_type: GgufType) -
     for wrong in (order - 1, order[:-1], torch.zeros(71, dtype=torch.int64)):
         with pytest.raises(ValueError, match="each of the 71 rows once"):
             KERNELS.pack([BlockWeight("w", raw, gguf_type.name, shape, wrong)])
+
+
+@pytest.mark.parametrize("name", [*(kind.name for kind in GgufType), "F32", "F16", "BF16"])
+def test_rows_of_an_embedding_of_any_bits_are_those_that_gguf_dequantises(name: str) -> None:
+    """To the bit, infinities and NaN among them."""
+    kind = GGMLQuantizationType[name]
+    block, size = GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(1).integers(0, 256, (50, 3 * (256 // block) * size), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = dequantize(raw, kind)
+    weight = BlockWeight("w", torch.from_numpy(raw), name, (50, 768))
+    for kernels in (KERNELS, PORTABLE):
+        assert name in kernels.embedding_formats
+        embedding = kernels.embedding(weight)
+        for ids in ([], [49], [3, 0, 49, 3], list(range(50))):
+            rows = embedding(torch.tensor(ids, dtype=torch.int64))
+            np.testing.assert_array_equal(rows.numpy(), expected[ids])
+        for bad in (-1, 50):
+            with pytest.raises(IndexError, match=f"token id {bad} is outside an embedding of 50 rows"):
+                embedding(torch.tensor([0, bad]))
+
+
+def test_embeddings_that_cannot_be_read_are_refused() -> None:
+    raw = torch.zeros(4, 34, dtype=torch.uint8)
+    for weight, message in (
+        (BlockWeight("w", raw, "IQ2_XXS", (4, 256)), "IQ2_XXS is not among BF16, F16"),
+        (BlockWeight("w", raw, "Q8_0", (5, 32)), "136 bytes"),
+        (BlockWeight("w", raw, "F16", (4, 16)), "136 bytes"),
+        (BlockWeight("w", raw, "Q8_0", (4, 32), torch.arange(4)), "order of the file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            KERNELS.embedding(weight)
+    with pytest.raises(ValueError, match="do not read an embedding in Q8_0"):
+        ReferenceKernels().embedding(BlockWeight("w", raw, "Q8_0", (4, 32)))
 
 
 @pytest.mark.parametrize("gguf_type", GgufType)

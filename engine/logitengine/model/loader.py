@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from logitkernels import Kernels
@@ -147,7 +148,7 @@ def prepare(
             weights = ModelWeights(model) if gguf is None else gguf.weights()
         packer = Packer(kernels, weights, exact=dtype == torch.float32)
         depth = 0 if encoder is None else encoder.info.depth
-        embedding = None if gguf is None else gguf.embedding
+        embedding = None if gguf is None else partial(gguf.embedding, kernels)
         network = fuse(model, packer, shapes, depth, embedding)
         if gguf is not None and is_skeleton and not network.is_fused:
             gguf.fill()

@@ -122,6 +122,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "pack_f16": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "packed_bytes": [c_int64, c_int64, c_int64],
     "pack_blocks": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "embed": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int],
     "linear": [POINTER(LinearStruct), c_void_p, c_int64, c_void_p, c_int],
     "rms_norm": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
     "silu_and_mul": [c_void_p, c_int64, c_int64, c_void_p, c_int],
@@ -147,7 +148,7 @@ _SIGNATURES: dict[str, list[type]] = {
     ],
 }
 
-_RESULTS = {"packed_bytes": c_int64}
+_RESULTS = {"packed_bytes": c_int64, "embed": c_int64}
 """Types of the functions that return something."""
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
-from logitkernels import BlockWeight, DenseWeight, Weight
+from logitkernels import BlockWeight, DenseWeight, Kernels, Weight
 from torch import Tensor as Numbers
 
 from logitengine.model.gguf.blocks import FLOATS, head_order, mapped, to_dense
@@ -70,15 +71,24 @@ class GgufWeights:
 class BlockEmbedding:
     """Lookup of token ids in an embedding that stays in the mapped file: [T] -> float32 [T, H]."""
 
-    def __init__(self, parameter: Parameter, scale: float = 1.0) -> None:
-        """Multiply what is looked up by ``scale``."""
-        self._raw = mapped(parameter.tensor)
-        self._type = parameter.tensor.type.name
+    def __init__(self, parameter: Parameter, kernels: Kernels, scale: float = 1.0) -> None:
+        """Multiply what is looked up by ``scale``. Rows in a format that the kernels do not read are dequantised here."""
+        raw, kind = mapped(parameter.tensor), parameter.tensor.type.name
+        rows, columns = parameter.shape
+        self._rows = (
+            kernels.embedding(BlockWeight("embedding", raw, kind, (rows, columns)))
+            if kind in kernels.embedding_formats
+            else partial(_dense_rows, raw, kind)
+        )
         self._scale = scale
 
     def __call__(self, ids: Numbers) -> Numbers:
-        rows = to_dense(self._raw.index_select(0, ids), self._type, torch.float32)
+        rows = self._rows(ids)
         return rows if self._scale == 1 else rows * self._scale
+
+
+def _dense_rows(raw: Numbers, kind: str, ids: Numbers) -> Numbers:
+    return to_dense(raw.index_select(0, ids), kind, torch.float32)
 
 
 def _raw(parameter: Parameter, tensor: Tensor) -> Numbers:
