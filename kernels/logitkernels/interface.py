@@ -8,7 +8,7 @@ of a linear layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from logitkernels.attention import AttentionMetadata, AttentionOptions
 from logitkernels.decoder import BoundLayers, ComposedLayers, DecoderLayerWeights
 from logitkernels.reference_sampling import HostSampling
 from logitkernels.sampling import PreparedSampling, RowSampling, SamplingSize
-from logitkernels.weights import Linear, Weight
+from logitkernels.weights import BlockWeight, Linear, Weight
 
 
 class Kernels(ABC):
@@ -62,13 +62,24 @@ class Kernels(ABC):
     def pack(self, weights: Sequence[Weight], bias: Tensor | None = None, *, exact: bool = False) -> Linear:
         """Pack weights [N, K] of one K, their rows stacked in order, and ``bias`` [all N]. Done once, at load.
 
-        The weights are dense, or all in blocks of one of ``block_formats``. With ``exact`` the layer
-        multiplies them by unrounded activations; otherwise it may round activations to the precision of the
-        weights.
+        Each weight is dense or in blocks of one of ``block_formats``. With ``exact`` the layer multiplies them by
+        unrounded activations; otherwise it may round activations to the precision of the weights.
 
         Raises ValueError for weights that cannot be stacked or are in blocks that the backend does not
         multiply.
         """
+
+    embedding_formats: frozenset[str] = frozenset()
+    """Formats of weights that ``embedding`` takes: blocks, and numbers as a GGUF file has them (F32, F16, BF16)."""
+
+    def embedding(self, weight: BlockWeight) -> Callable[[Tensor], Tensor]:
+        """Return the lookup of token ids, int64 [T] -> float32 [T, H], in the bytes of a weight [V, H].
+
+        Nothing is copied: ``raw`` may be a mapped file. The lookup raises IndexError for an id outside [0, V).
+
+        Raises ValueError for a weight in another format than ``embedding_formats``.
+        """
+        raise ValueError(f"the {self.name} kernels do not read an embedding in {weight.format}")
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

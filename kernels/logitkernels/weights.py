@@ -30,13 +30,15 @@ class BlockWeight:
     """Weight [N, K] in blocks along K, as a GGUF file has it: ``raw`` is uint8 [N, bytes of a row].
 
     ``format`` is GGUF's name of the type, such as Q4_K. A backend's ``block_formats`` are those that it multiplies.
-    ``raw`` may be a mapped file: packing copies it.
+    ``raw`` may be a mapped file: packing copies it. ``order``, int64 [N], holds for each row of the weight its place
+    in ``raw``, where they differ.
     """
 
     name: str
     raw: Tensor
     format: str
     shape: tuple[int, int]
+    order: Tensor | None = None
 
 
 Weight = DenseWeight | BlockWeight
@@ -81,30 +83,10 @@ class Linear(ABC):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-def stack_dense(weights: Sequence[Weight]) -> Tensor | None:
-    """Stack the rows of dense weights, [N, K]; None for weights in blocks.
-
-    Raises ValueError for weights of both kinds.
-    """
+def stack_dense(weights: Sequence[Weight]) -> Tensor:
+    """Stack the rows of dense weights, [N, K]. Raises ValueError for weights in blocks."""
     dense = [weight.tensor.detach() for weight in weights if isinstance(weight, DenseWeight)]
-    if not dense:
-        return None
     if len(dense) < len(weights):
-        raise ValueError(f"{', '.join(weight.name for weight in weights)} are dense and in blocks")
+        blocks = ", ".join(weight.name for weight in weights if isinstance(weight, BlockWeight))
+        raise ValueError(f"these kernels do not multiply weights in blocks, as {blocks} are")
     return dense[0] if len(dense) == 1 else torch.cat(dense)
-
-
-def stack_blocks(weights: Sequence[Weight]) -> BlockWeight:
-    """Stack the rows of weights in blocks, under the first weight's name.
-
-    Raises ValueError for weights of several formats.
-    """
-    blocks = [weight for weight in weights if isinstance(weight, BlockWeight)]
-    formats = {weight.format for weight in blocks}
-    if len(formats) != 1 or len(blocks) < len(weights):
-        raise ValueError(f"{', '.join(weight.name for weight in weights)} are not in blocks of one format")
-    if len(blocks) == 1:
-        return blocks[0]
-    rows = sum(weight.shape[0] for weight in blocks)
-    raw = torch.cat([weight.raw.reshape(weight.shape[0], -1) for weight in blocks])
-    return BlockWeight(blocks[0].name, raw, formats.pop(), (rows, blocks[0].shape[1]))

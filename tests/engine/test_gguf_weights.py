@@ -21,6 +21,7 @@ from logitengine.model.gguf.tensors import Parameter
 from logitengine.model.gguf.weights import BlockEmbedding
 from logitengine.model.loader import LoadedModel, load
 from logitkernels import BlockWeight, DenseWeight
+from logitkernels.backend import load_kernels
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -80,13 +81,14 @@ def test_rows_are_those_of_the_dequantised_weights(
     assert np.abs(rows_of(path, **options) - expected).max() <= 1e-3
 
 
-def test_queries_keys_and_values_in_several_formats_are_served_dense(tmp_path: Path) -> None:
-    """Tolerance in float32: 1e-3 absolute. The same rows as with weights=dense, and /v1/models tells of both forms."""
+def test_queries_keys_and_values_in_several_formats_are_each_served_as_stored(tmp_path: Path) -> None:
+    """Tolerance in float32: 1e-3 absolute. The same rows as with weights=dense."""
+    kinds = {"attn_q": "F16", "attn_v": "Q8_0", "attn_k": "Q5_0"}
     path = write_gguf(
-        tmp_path / "model.gguf", tiny(), "llama", {}, kind=lambda name: "Q8_0" if "attn_v" in name else "Q4_0"
+        tmp_path / "model.gguf", tiny(), "llama", {}, kind=lambda name: kinds.get(name.split(".")[-2], "Q4_0")
     )
     assert np.abs(rows_of(path) - rows_of(path, weights="dense")).max() <= 1e-3
-    assert served(path).info.weights == "stored (Q4_0), dense"
+    assert served(path).info.weights == "stored (Q4_0, Q5_0, Q8_0), dense"
     assert served(path, weights="dense").info.weights == "dense"
     assert served(path, weights="int8").info.weights == "int8 (Q8_0)"
 
@@ -103,13 +105,13 @@ def test_int8_rounds_the_dequantised_weights_of_linear_layers(tmp_path: Path) ->
     assert np.abs(rows - unrounded).max() > 1e-2
 
 
+@pytest.mark.parametrize("kernels", ["cpu", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_embedding_in_the_file_gives_the_rows_asked_for(tmp_path: Path, kind: str) -> None:
+def test_an_embedding_in_the_file_gives_the_rows_asked_for(tmp_path: Path, kind: str, kernels: str) -> None:
     model = tiny()
     path = write_gguf(tmp_path / "model.gguf", model, "llama", {}, kind=kind)
-    lookup = BlockEmbedding(
-        Parameter("embedding", (read_header(path).tensors["token_embd.weight"],)), scale=2.0
-    )
+    parameter = Parameter("embedding", (read_header(path).tensors["token_embd.weight"],))
+    lookup = BlockEmbedding(parameter, load_kernels(kernels, "cpu"), scale=2.0)
     ids = torch.tensor([7, 299, 0, 7])
     expected = rounded(model, kind).get_parameter("model.embed_tokens.weight")[ids] * 2
     found = lookup(ids)

@@ -36,7 +36,8 @@ def test_every_linear_layer_is_stored_and_dequantises_to_its_weight(
         assert weight.name == name
         assert weight.shape == tuple(parameters[name].shape)
         dense = dequantize(weight.raw.numpy(), GGMLQuantizationType[weight.format])
-        np.testing.assert_array_equal(dense, parameters[name].numpy())
+        ordered = dense if weight.order is None else dense[weight.order.numpy()]
+        np.testing.assert_array_equal(ordered, parameters[name].numpy())
 
 
 @pytest.mark.parametrize("weights", ["stored", "dense"])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import platform
 
+import numpy as np
 import pytest
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitkernels import BlockWeight
+from logitkernels import BlockWeight, DenseWeight, ReferenceKernels, Weight
 from logitkernels.cpu import CpuKernels, GgufType
 from logitkernels.cpu.errors import BuildError
 from logitkernels.cpu.linear import STORED, CpuLinear
@@ -228,16 +229,94 @@ def test_a_row_has_the_same_bits_wherever_batches_hold_it(
         assert torch.equal(linear(x[batch]), alone[batch])
 
 
-@pytest.mark.parametrize("gguf_type", GgufType)
-def test_stacked_weights_are_packed_like_each_alone(gguf_type: GgufType) -> None:
-    depth = 2 * STORED[gguf_type][0]
-    weights = [
-        BlockWeight(f"w{out}", random(gguf_type, out, 2)[0], gguf_type.name, (out, depth))
-        for out in (33, 7, 50)
+ANY_WEIGHT = st.one_of(
+    st.sampled_from(GgufType), st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kinds=st.lists(st.tuples(ANY_WEIGHT, st.integers(1, 70)), min_size=1, max_size=4),
+    blocks=st.integers(1, 3),
+    rows=st.integers(1, 20),
+    exact=st.booleans(),
+    has_bias=st.booleans(),
+)
+def test_weights_of_several_formats_are_multiplied_like_each_alone(
+    kinds: list[tuple[GgufType | torch.dtype, int]], blocks: int, rows: int, *, exact: bool, has_bias: bool
+) -> None:
+    """To the bit. A dense weight beside blocks is multiplied as an exact one."""
+    generator = torch.Generator().manual_seed(rows)
+    depth, total = 256 * blocks, sum(out for _, out in kinds)
+    has_blocks = any(isinstance(kind, GgufType) for kind, _ in kinds)
+    if not has_blocks:  # dense weights are joined first
+        kinds = [(kinds[0][0], out) for _, out in kinds]
+    weights: list[Weight] = [
+        BlockWeight(f"w{i}", random_blocks(kind.name, out, depth, seed=i)[0], kind.name, (out, depth))
+        if isinstance(kind, GgufType)
+        else DenseWeight(f"w{i}", torch.randn(out, depth, generator=generator).to(kind))
+        for i, (kind, out) in enumerate(kinds)
     ]
-    x = torch.randn(5, depth, generator=torch.Generator().manual_seed(1))
-    stacked = KERNELS.pack(weights)(x)
-    assert torch.equal(stacked, torch.cat([KERNELS.pack([weight])(x) for weight in weights], dim=1))
+    x = torch.randn(rows, depth, generator=generator)
+    bias = torch.randn(total, generator=generator) if has_bias else None
+    for kernels in (KERNELS, PORTABLE):
+        linear = kernels.pack(weights, bias, exact=exact)
+        alone = [
+            kernels.pack(
+                [weight],
+                None if bias is None else bias[linear.parts[weight.name]],
+                exact=exact or (has_blocks and isinstance(weight, DenseWeight)),
+            )(x)
+            for weight in weights
+        ]
+        assert torch.equal(linear(x), torch.cat(alone, dim=1))
+
+
+@pytest.mark.parametrize("gguf_type", GgufType)
+def test_rows_are_packed_in_the_order_that_a_weight_gives(gguf_type: GgufType) -> None:
+    raw, weights = random(gguf_type, 71, 2)
+    order = torch.randperm(71, generator=torch.Generator().manual_seed(1))
+    shape = (71, weights.shape[1])
+    x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1))
+    ordered = KERNELS.pack([BlockWeight("w", raw, gguf_type.name, shape, order)])(x)
+    assert torch.equal(ordered, pack(raw, gguf_type)(x)[:, order])
+    for wrong in (order - 1, order[:-1], torch.zeros(71, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="each of the 71 rows once"):
+            KERNELS.pack([BlockWeight("w", raw, gguf_type.name, shape, wrong)])
+
+
+@pytest.mark.parametrize("name", [*(kind.name for kind in GgufType), "F32", "F16", "BF16"])
+def test_rows_of_an_embedding_of_any_bits_are_those_that_gguf_dequantises(name: str) -> None:
+    """To the bit, infinities and NaN among them."""
+    kind = GGMLQuantizationType[name]
+    block, size = GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(1).integers(0, 256, (50, 3 * (256 // block) * size), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = dequantize(raw, kind)
+    weight = BlockWeight("w", torch.from_numpy(raw), name, (50, 768))
+    for kernels in (KERNELS, PORTABLE):
+        assert name in kernels.embedding_formats
+        embedding = kernels.embedding(weight)
+        for ids in ([], [49], [3, 0, 49, 3], list(range(50))):
+            rows = embedding(torch.tensor(ids, dtype=torch.int64))
+            np.testing.assert_array_equal(rows.numpy(), expected[ids])
+        for bad in (-1, 50):
+            with pytest.raises(IndexError, match=f"token id {bad} is outside an embedding of 50 rows"):
+                embedding(torch.tensor([0, bad]))
+
+
+def test_embeddings_that_cannot_be_read_are_refused() -> None:
+    raw = torch.zeros(4, 34, dtype=torch.uint8)
+    for weight, message in (
+        (BlockWeight("w", raw, "IQ2_XXS", (4, 256)), "IQ2_XXS is not among BF16, F16"),
+        (BlockWeight("w", raw, "Q8_0", (5, 32)), "136 bytes"),
+        (BlockWeight("w", raw, "F16", (4, 16)), "136 bytes"),
+        (BlockWeight("w", raw, "Q8_0", (4, 32), torch.arange(4)), "order of the file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            KERNELS.embedding(weight)
+    with pytest.raises(ValueError, match="do not read an embedding in Q8_0"):
+        ReferenceKernels().embedding(BlockWeight("w", raw, "Q8_0", (4, 32)))
 
 
 @pytest.mark.parametrize("gguf_type", GgufType)

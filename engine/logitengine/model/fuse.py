@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from logitkernels import AttentionOptions, BlockWeight, DecoderLayerWeights, Kernels, Linear, Weight
+from logitkernels import AttentionOptions, BlockWeight, DecoderLayerWeights, Kernels, Linear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
@@ -190,12 +190,10 @@ class Packer:
         formats: formats of the packed weights; `dense` for those in no blocks.
     """
 
-    def __init__(self, kernels: Kernels, model: WeightSource, source: WeightSource, *, exact: bool) -> None:
-        """Take weights from ``source``, or dense from ``model`` for layers that cannot be packed from ``source``."""
+    def __init__(self, kernels: Kernels, source: WeightSource, *, exact: bool) -> None:
         self.kernels = kernels
         self.linears: dict[str, Linear] = {}
         self.formats: set[str] = set()
-        self._model = model
         self._source = source
         self._exact = exact
 
@@ -206,23 +204,11 @@ class Packer:
         ]
         if biases and len(biases) != len(linears):
             raise ValueError(f"of {', '.join(linears)} some have a bias and some have none")
-        weights = self._weights([f"{name}.weight" for name in linears])
+        weights = [self._source.get(f"{name}.weight") for name in linears]
         packed = self.kernels.pack(weights, torch.cat(biases) if biases else None, exact=self._exact)
         self.linears |= dict.fromkeys(packed.names, packed)
         self.formats |= {weight.format if isinstance(weight, BlockWeight) else "dense" for weight in weights}
         return packed
-
-    def _weights(self, names: list[str]) -> list[Weight]:
-        """Return weights that can be stacked. A GGUF file may hold those of one layer in blocks of several formats."""
-        weights = [self._source.get(name) for name in names]
-        formats = {weight.format for weight in weights if isinstance(weight, BlockWeight)}
-        if not formats or (
-            len(formats) == 1
-            and formats <= self.kernels.block_formats
-            and all(isinstance(weight, BlockWeight) for weight in weights)
-        ):
-            return weights
-        return [self._model.get(name) for name in names]
 
 
 def is_known(model: PreTrainedModel) -> bool:

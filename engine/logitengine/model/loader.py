@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from logitkernels import Kernels
@@ -143,10 +144,12 @@ def prepare(
         heads = value_heads_of(
             model, config.value_head, kernels, device.torch_device, is_classifier=not can_generate
         )
-        own: WeightSource = ModelWeights(model) if gguf is None else gguf.weights()
-        packer = Packer(kernels, own, weights or own, exact=dtype == torch.float32)
+        if weights is None:
+            weights = ModelWeights(model) if gguf is None else gguf.weights()
+        packer = Packer(kernels, weights, exact=dtype == torch.float32)
         depth = 0 if encoder is None else encoder.info.depth
-        network = fuse(model, packer, shapes, depth, None if gguf is None else gguf.embedding)
+        embedding = None if gguf is None else partial(gguf.embedding, kernels)
+        network = fuse(model, packer, shapes, depth, embedding)
         if gguf is not None and is_skeleton and not network.is_fused:
             gguf.fill()
     except (TypeError, ValueError) as error:

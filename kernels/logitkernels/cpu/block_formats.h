@@ -15,7 +15,9 @@ constexpr int64_t kBlock = kSumBlock;
 //   even<P>, odd<P>(integers)  the value of one of the two steps as float32
 //   quad<Q>(integers)          AVX-512, where has_quads: four steps as unsigned bytes, `quad_offset` above their
 //                              values, Q from 0 to 7
-//   put(q, integers, lane)     stores the 32 integers of a feature
+//   put(quads, integers)       stores a block of 16 features, of each four integers in a word: [8][16]
+//   value_of(stored)           the value of a stored integer
+//   order                      order in which dot products read the integers of activations
 //
 // The bytes of quads lie in the order that is cheapest to unpack: of 16 activations, byte i's is
 // byte_order()[i]. What differs between formats with one kind of integers is a member, not a parameter of the
@@ -42,6 +44,7 @@ struct PackedIntegers {
 
     static constexpr int64_t integer_bytes = kBits * 64;  // of a block
     static constexpr bool has_quads = kQuads && kBits == 4;
+    static constexpr IntegerOrder order = has_quads ? kNibbleQuads : kWords;
     int32_t quad_offset() const { return offset; }
 
     template <int P>
@@ -86,22 +89,27 @@ struct PackedIntegers {
     }
 #endif
 
-    static void put(const uint8_t* q, char* integers, int64_t lane) {
-        uint32_t words[kBits] = {};
+    static void put(const uint32_t (&quads)[kBlock / 4][kLanes], char* integers) {
+        uint32_t words[kBits][kLanes] = {};
+#pragma GCC unroll 16
         for (int p = 0; p < kBlock / 2; ++p) {
-            const uint32_t pair = q[2 * p] | uint32_t(q[2 * p + 1]) << 16;
             const int i = p - kWhole;
-            if (i < 0) {
-                words[p / kOfWord] |= pair << (kBits * (p % kOfWord));
-            } else if (kBits == 6) {
-                words[i] |= (pair & 0x000f000f) << 12;
-                words[4 + i / 2] |= (pair >> 4 & 0x00030003) << (12 + i % 2 * 2);
-            } else {
-                for (int bit = 0; bit < kBits; ++bit) words[bit] |= (pair >> bit & 0x00010001) << 15;
+            for (int lane = 0; lane < kLanes; ++lane) {
+                const uint32_t quad = quads[p / 2][lane] >> (p % 2 * 16), pair = (quad & 0xff) | (quad & 0xff00) << 8;
+                if (i < 0) {
+                    words[p / kOfWord][lane] |= pair << (kBits * (p % kOfWord));
+                } else if (kBits == 6) {
+                    words[i % kBits][lane] |= (pair & 0x000f000f) << 12;
+                    words[(4 + i / 2) % kBits][lane] |= (pair >> 4 & 0x00030003) << (8 + i % 2 * 2 + 4);
+                } else {
+#pragma GCC unroll 5
+                    for (int bit = 0; bit < kBits; ++bit) words[bit][lane] |= (pair >> bit & 0x00010001) << 15;
+                }
             }
         }
-        for (int w = 0; w < kBits; ++w) std::memcpy(integers + w * 64 + lane * 4, &words[w], sizeof *words);
+        std::memcpy(integers, words, sizeof words);
     }
+    int value_of(uint8_t stored) const { return int(stored) - offset; }
 
   private:
     static constexpr int kMask = (1 << kBits) - 1;
@@ -139,6 +147,7 @@ struct LookedUp {
     static constexpr int32_t offset = 128;
     static constexpr int64_t integer_bytes = 256;
     static constexpr bool has_quads = kQuads;
+    static constexpr IntegerOrder order = PackedIntegers<4>::order;
     int32_t quad_offset() const { return offset; }
 
     // Looks up the lower or the upper nibble of each byte.
@@ -173,7 +182,8 @@ struct LookedUp {
     }
 #endif
 
-    static void put(const uint8_t* q, char* integers, int64_t lane) { PackedIntegers<4>::put(q, integers, lane); }
+    static void put(const uint32_t (&quads)[kBlock / 4][kLanes], char* integers) { PackedIntegers<4>::put(quads, integers); }
+    int value_of(uint8_t stored) const { return int(table[stored]) - offset; }
 };
 
 // Values of IQ4_NL and IQ4_XS, 128 above.
@@ -187,6 +197,7 @@ struct Bytes {
     static constexpr int32_t offset = 0;
     static constexpr int64_t integer_bytes = 512;
     static constexpr bool has_quads = kQuads;
+    static constexpr IntegerOrder order = has_quads ? kByteQuads : kWords;
     int32_t quad_offset() const { return 128; }
 
 #ifdef LOGITKERNELS_AVX512
@@ -219,9 +230,16 @@ struct Bytes {
         return _mm512_cvtepi32_ps(_mm512_srai_epi32(words<P>(integers), 8));
     }
 
-    static void put(const uint8_t* q, char* integers, int64_t lane) {
-        for (int p = 0; p < kBlock / 2; ++p) std::memcpy(integers + p * 32 + lane * 2, q + 2 * p, 2);
+    static void put(const uint32_t (&quads)[kBlock / 4][kLanes], char* integers) {
+        uint16_t pairs[kBlock / 2][kLanes];
+        for (int j = 0; j < kBlock / 4; ++j)
+            for (int lane = 0; lane < kLanes; ++lane) {
+                pairs[2 * j][lane] = uint16_t(quads[j][lane]);
+                pairs[2 * j + 1][lane] = uint16_t(quads[j][lane] >> 16);
+            }
+        std::memcpy(integers, pairs, sizeof pairs);
     }
+    int value_of(uint8_t stored) const { return int8_t(stored); }
 };
 
 template <auto kIntegers, class ScalesType>

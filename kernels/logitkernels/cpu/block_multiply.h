@@ -2,6 +2,8 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
+#include <optional>
 
 #include "block_panel.h"
 #include "team.h"
@@ -71,42 +73,55 @@ LOGITKERNELS_INLINE void for_tiles(int64_t first, int64_t count, int64_t most, c
 }
 
 template <class Product, int kParts, class Integers>
-void multiply_panels(const Integers& q, const PanelLayout& layout, const Linear& linear, const Activations& x,
-                     int64_t rows, float* out, int64_t ldo, Epilogue epilogue) {
-    const auto all = Product::inputs(x, linear.k, kParts);
-    const int64_t panels = ceil_div(linear.n, kPanelColumns);
-    const int64_t row_block = rows_per_block(rows, all.stride * int64_t(sizeof *all.x));
-    const PanelScales scales(layout, all.parts);
-    const auto fused = [&](const char* weights, int64_t panel, int64_t first, int64_t count) {
+class BlockProduct : public PartProduct {
+  public:
+    BlockProduct(const Integers& q, const PanelLayout& layout, const PartTask& task)
+        : PartProduct(task, Product::row_bytes(task.x, task.k)),
+          q_(q),
+          layout_(layout),
+          all_(Product::template inputs<Integers>(task.x, task.k, kParts)),
+          scales_(layout, all_.parts) {
+        if constexpr (Product::has_scratch)
+            if (task.rows > Product::fused_rows) scratch_.emplace(scales_, layout.blocks);
+    }
+
+  private:
+    void multiply(int64_t panel, int64_t first, int64_t count) override {
+        const char* weights = static_cast<const char*>(task_.part.weights) + panel * layout_.bytes;
+        layout_.unpack_scales(weights, layout_.blocks, scales_.scales.get(), scales_.minima.get());
+        if constexpr (Product::has_scratch)
+            if (count > Product::fused_rows) {
+                scratch_->unpack(q_, weights, layout_, ceil_div(count, kScratchRows));
+                for_tiles(first, count, kScratchRows, [&](int64_t, int64_t, int64_t row, int64_t size) {
+                    tile_of<kScratchRows>(size, [&]<int R>() {
+                        scratch_->template tile<R>(from_row(all_, row), task_.target(row, panel));
+                    });
+                });
+                return;
+            }
         for_tiles(first, count, Product::fused_rows, [&](int64_t turn, int64_t turns, int64_t row, int64_t size) {
             tile_of<Product::fused_rows>(size, [&]<int R>() {
-                fused_tile<Product, kParts, R>(q, weights, layout, scales, from_row(all, row), turn, turns,
-                                               target_of(linear, row, panel, out, ldo, epilogue));
-            });
-        });
-    };
-    const auto for_panels = [&](const auto& multiply) {
-        share(ceil_div(rows, row_block) * panels, [&](int64_t item) {
-            const int64_t first = item / panels * row_block, panel = item % panels;
-            const char* weights = static_cast<const char*>(linear.weights) + panel * layout.bytes;
-            layout.unpack_scales(weights, layout.blocks, scales.scales.get(), scales.minima.get());
-            multiply(weights, panel, first, std::min(row_block, rows - first));
-        });
-    };
-    if constexpr (!Product::has_scratch) {
-        for_panels(fused);
-    } else {
-        ScratchPanel<Product, kParts> scratch(scales, rows > Product::fused_rows ? layout.blocks : 0);
-        for_panels([&](const char* weights, int64_t panel, int64_t first, int64_t count) {
-            if (count <= Product::fused_rows) return fused(weights, panel, first, count);
-            scratch.unpack(q, weights, layout, ceil_div(count, kScratchRows));
-            for_tiles(first, count, kScratchRows, [&](int64_t, int64_t, int64_t row, int64_t size) {
-                tile_of<kScratchRows>(size, [&]<int R>() {
-                    scratch.template tile<R>(from_row(all, row), target_of(linear, row, panel, out, ldo, epilogue));
-                });
+                fused_tile<Product, kParts, R>(q_, weights, layout_, scales_, from_row(all_, row), turn, turns,
+                                               task_.target(row, panel));
             });
         });
     }
+
+    struct NoScratch {};
+    using Scratch = std::conditional_t<Product::has_scratch, std::optional<ScratchPanel<Product, kParts>>, NoScratch>;
+
+    const Integers q_;
+    const PanelLayout layout_;
+    const Inputs<typename Product::Element> all_;
+    const PanelScales scales_;
+    Scratch scratch_;
+};
+
+template <class Product, class Format>
+std::unique_ptr<PartProduct> block_product(const PartTask& task) {
+    using Integers = typename Format::Integers;
+    return std::make_unique<BlockProduct<Product, Format::Scales::parts, Integers>>(
+        Format::integers, layout_of<Format>(task.k / kBlock), task);
 }
 
 }  // namespace logitkernels

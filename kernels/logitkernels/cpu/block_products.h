@@ -22,7 +22,7 @@ struct Inputs {
 template <class Element>
 Inputs<Element> from_row(Inputs<Element> in, int64_t row) {
     in.x += row * in.stride;
-    in.part_sums += row * in.parts;
+    if (in.part_sums != nullptr) in.part_sums += row * in.parts;
     if (in.block_scales != nullptr) {
         in.block_scales += row * in.blocks;
         in.integer_sums += row * in.parts;
@@ -69,9 +69,14 @@ struct Dot {
     using Element = int16_t;
     using Sum = __m512i;
 
+    static int64_t row_bytes(const Activations&, int64_t k) { return k * int64_t(sizeof(int16_t)); }
+
+    template <class Integers>
     static Inputs<int16_t> inputs(const Activations& x, int64_t k, int parts) {
         const int64_t blocks = k / kBlock;
-        return {x.blocks.integers, k, blocks, blocks * parts, x.blocks.sums, x.blocks.scales, x.blocks.integer_sums};
+        const ActivationBlocks& all = x.blocks;
+        return {all.integers[Integers::order], k, blocks, blocks * parts, all.sums[parts - 1], all.scales,
+                all.integer_sums[parts - 1]};
     }
     static LOGITKERNELS_INLINE __m512 scaled(const __m512i& sum, const Inputs<int16_t>& in, int64_t block) {
         return _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(in.block_scales[block]));
@@ -221,9 +226,13 @@ struct Fma {
     template <int R>
     static constexpr int groups_together = kRegisterSums == 6 && R == 1 ? kVectors : 1;
 
+    static int64_t row_bytes(const Activations& x, int64_t) { return x.stride * int64_t(sizeof(float)); }
+
+    template <class>
     static Inputs<float> inputs(const Activations& x, int64_t k, int parts) {
         const int64_t blocks = k / kBlock;
-        return {static_cast<const float*>(x.data), x.stride, blocks, blocks * parts, x.blocks.sums, nullptr, nullptr};
+        const float* sums = x.blocks.sums[parts - 1];
+        return {static_cast<const float*>(x.data), x.stride, blocks, blocks * parts, sums, nullptr, nullptr};
     }
     static LOGITKERNELS_INLINE __m512 scaled(const __m512& sum, const Inputs<float>&, int64_t) { return sum; }
 

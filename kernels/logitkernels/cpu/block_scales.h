@@ -7,8 +7,10 @@
 //   scale<H>(head, blocks, b, g)     d of part H of block b for group g of 16 features, as float32, exactly
 //   minimum<H>(head, blocks, b, g)   m, where the format has a minimum
 //   put(head, blocks, b, g, lane, unit, i)   stores those of one feature, which are block i's of the unit
+//   scale_of(unit, s)              d of part s of the unit, and m: minimum_of
 #pragma once
 
+#include <bit>
 #include <cstring>
 
 #include "linear_tile.h"
@@ -26,6 +28,13 @@ struct Unit {
     uint8_t minima[2 * kSuperBlocks];
     uint8_t integers[kSuperBlocks * kSumBlock];  // as stored, without a sign
 };
+
+inline float float16_value(uint16_t float16) {
+    alignas(32) const uint16_t vector[kLanes] = {float16};
+    alignas(64) float values[kLanes];
+    _mm512_store_ps(values, load_float16(reinterpret_cast<const char*>(vector)));
+    return values[0];
+}
 
 template <class Byte>
 Byte* vector_at(Byte* vectors, int64_t b, int64_t group, int64_t bytes) {
@@ -53,6 +62,8 @@ struct Float16Scales {
         if constexpr (kHasMinimum)
             std::memcpy(vector_at(head, blocks + b, group, kFloat16Bytes) + lane * 2, &unit.minimum, 2);
     }
+    static float scale_of(const Unit& unit, int64_t) { return float16_value(unit.scale); }
+    static float minimum_of(const Unit& unit, int64_t) { return float16_value(unit.minimum); }
 };
 
 // A power of two for each block, as its biased exponent e: 2^(e - 128). e[blocks][2][16].
@@ -75,6 +86,10 @@ struct ExponentScales {
     static void put(char* head, int64_t, int64_t b, int64_t group, int64_t lane, const Unit& unit, int64_t) {
         vector_at(head, b, group, kLanes)[lane] = char(unit.scales[0]);
     }
+    static float scale_of(const Unit& unit, int64_t) {
+        const uint32_t e = unit.scales[0];
+        return std::bit_cast<float>(e < 2 ? 0x00200000u << e : (e - 1) << 23);
+    }
 };
 
 // Integer scales of the parts of a block, to be multiplied by the superblock's float16.
@@ -90,6 +105,7 @@ struct ByteScales {
     static void put(char* target, int64_t lane, const uint8_t* parts_of_block) {
         for (int h = 0; h < kParts; ++h) target[h * kLanes + lane] = char(parts_of_block[h]);
     }
+    static float value_of(uint8_t part) { return kSigned ? int8_t(part) : part; }
 };
 
 // The scales of both halves of a block in one byte.
@@ -105,6 +121,7 @@ struct NibbleScales {
     static void put(char* target, int64_t lane, const uint8_t* parts_of_block) {
         target[lane] = char(parts_of_block[0] | parts_of_block[1] << 4);
     }
+    static float value_of(uint8_t part) { return part; }
 };
 
 // Scales of the K formats. d[superblocks][2][16] float16, the blocks' integers [blocks][2][Part::bytes], and the
@@ -130,6 +147,10 @@ struct SuperScales {
         put_section(head, blocks, b, group, lane, unit.scale, unit.scales + i * parts);
         if constexpr (kHasMinimum)
             put_section(head + section_bytes(blocks), blocks, b, group, lane, unit.minimum, unit.minima + i * parts);
+    }
+    static float scale_of(const Unit& unit, int64_t s) { return float16_value(unit.scale) * Part::value_of(unit.scales[s]); }
+    static float minimum_of(const Unit& unit, int64_t s) {
+        return float16_value(unit.minimum) * Part::value_of(unit.minima[s]);
     }
 
   private:

@@ -24,6 +24,7 @@ from logitkernels.cpu.arguments import (
     threads_for,
     window_of,
 )
+from logitkernels.cpu.embedding import NUMBERS, CpuEmbedding
 from logitkernels.cpu.layers import CpuLayers
 from logitkernels.cpu.library import AttentionStruct, Library
 from logitkernels.cpu.linear import Bf16Sums, CpuLinear, GgufType
@@ -32,7 +33,7 @@ from logitkernels.cpu.sampling import CpuSampling
 from logitkernels.decoder import DecoderLayerWeights
 from logitkernels.interface import Kernels
 from logitkernels.sampling import RowSampling, SamplingSize
-from logitkernels.weights import Weight
+from logitkernels.weights import BlockWeight, Weight
 
 
 class CpuKernels(Kernels):
@@ -48,6 +49,7 @@ class CpuKernels(Kernels):
     reads_strided_caches = True
     honours_key_ends = True
     block_formats = frozenset(GgufType.__members__)
+    embedding_formats = frozenset({*GgufType.__members__, *NUMBERS})
 
     def __init__(self, *, target: Target = NATIVE, prebuilt: Path | None = None) -> None:
         """Load the library; build it if it is needed and neither prebuilt nor in the cache.
@@ -75,6 +77,9 @@ class CpuKernels(Kernels):
         self, weights: Sequence[Weight], bias: Tensor | None = None, *, exact: bool = False
     ) -> CpuLinear:
         return CpuLinear(self._library, weights, bias, exact=exact)
+
+    def embedding(self, weight: BlockWeight) -> CpuEmbedding:
+        return CpuEmbedding(self._library, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         size = x.shape[-1]

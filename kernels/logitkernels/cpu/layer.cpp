@@ -38,19 +38,21 @@ namespace {
 // Memory for the intermediate results of a layer, reused by every layer.
 struct Workspace {
     Workspace(const DecoderLayer* layers, int64_t count, int64_t tokens) {
-        int64_t widest_input = 0;
+        int64_t widest_input = 0, forms = 0;
         for (int64_t i = 0; i < count; ++i) {
-            for (const Linear* linear : {layers[i].qkv, layers[i].output, layers[i].gate_up, layers[i].down})
+            for (const Linear* linear : {layers[i].qkv, layers[i].output, layers[i].gate_up, layers[i].down}) {
                 widest_input = std::max(widest_input, activation_stride(linear->k));
+                forms |= forms_of(*linear);
+            }
             widest_output = std::max({widest_output, layers[i].qkv->n, layers[i].gate_up->n});
         }
         input = allocate<float>(tokens * widest_input);
-        blocks.emplace(tokens, widest_input);
+        blocks.emplace(tokens, widest_input, forms);
         projected = allocate<float>(tokens * widest_output);
     }
 
     Activations input_of(const Linear& linear) const {
-        return {input.get(), activation_stride(linear.k), linear.kind, blocks->blocks()};
+        return {input.get(), activation_stride(linear.k), forms_of(linear), blocks->blocks()};
     }
 
     int64_t widest_output = 0;

@@ -11,15 +11,25 @@ from logitkernels.cpu import build
 from logitkernels.cpu.processor import NATIVE, Target
 
 
-class LinearStruct(Structure):
-    """``Linear`` of linear.h."""
+class LinearPartStruct(Structure):
+    """``LinearPart`` of linear.h."""
 
     _fields_: ClassVar = [
         ("kind", c_int64),
         ("n", c_int64),
-        ("k", c_int64),
         ("weights", c_void_p),
+    ]
+
+
+class LinearStruct(Structure):
+    """``Linear`` of linear.h."""
+
+    _fields_: ClassVar = [
+        ("n", c_int64),
+        ("k", c_int64),
         ("bias", c_void_p),
+        ("num_parts", c_int64),
+        ("parts", POINTER(LinearPartStruct)),
     ]
 
 
@@ -112,7 +122,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "pack_f32": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "pack_f16": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "packed_bytes": [c_int64, c_int64, c_int64],
-    "pack_blocks": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "pack_blocks": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "embed": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int],
     "linear": [POINTER(LinearStruct), c_void_p, c_int64, c_void_p, c_int],
     "rms_norm": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
     "silu_and_mul": [c_void_p, c_int64, c_int64, c_void_p, c_int],
@@ -138,7 +149,7 @@ _SIGNATURES: dict[str, list[type]] = {
     ],
 }
 
-_RESULTS = {"packed_bytes": c_int64, "bf16_sums": c_int64}
+_RESULTS = {"packed_bytes": c_int64, "bf16_sums": c_int64, "embed": c_int64}
 """Types of the functions that return something."""
 
 

@@ -1,6 +1,8 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <memory>
+#include <vector>
 
 #include "linear_tile.h"
 #include "quantized.h"
@@ -207,120 +209,47 @@ void tile_of(int64_t rows, const typename Format::Element* x, int64_t stride, co
 }
 
 template <class Format>
-void multiply_panels(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
-                     Epilogue epilogue) {
+class DenseProduct : public PartProduct {
     using Element = typename Format::Element;
-    const int64_t k = linear.k, panels = ceil_div(linear.n, kPanelColumns), panel_bytes = Format::panel_bytes(k);
-    const int64_t block = rows_per_block(rows, x.stride * int64_t(sizeof(Element)));
-    const int64_t blocks = ceil_div(rows, block);
-    share(blocks * panels, [&](int64_t item) {
-        const int64_t first = item / panels * block, panel = item % panels;
-        const int64_t count = std::min(block, rows - first);
-        const char* weights = static_cast<const char*>(linear.weights) + panel * panel_bytes;
+
+  public:
+    explicit DenseProduct(const PartTask& task)
+        : PartProduct(task, task.x.stride * int64_t(sizeof(Element))), panel_bytes_(Format::panel_bytes(task.k)) {}
+
+  private:
+    void multiply(int64_t panel, int64_t first, int64_t count) override {
+        const char* weights = static_cast<const char*>(task_.part.weights) + panel * panel_bytes_;
         // Tiles are balanced: 13 rows are 7 and 6, not 12 and a lone one.
         const int64_t tiles = ceil_div(count, kMaxTileRows), small = count / tiles, larger = count % tiles;
-        const bool last = panel + 1 == panels;
+        const bool last = panel + 1 == panels_;
         const int64_t lines = last ? 0 : ceil_div(8 * Format::kStepBytes / 64, tiles);
-        const int64_t share = lines * (Format::steps(k) / 8) * 64;
+        const int64_t share = lines * (Format::steps(task_.k) / 8) * 64, stride = task_.x.stride;
+        const Element* x = static_cast<const Element*>(task_.x.data);
         int64_t row = first;
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t size = small + (t < larger);
-            const char* ahead = weights + panel_bytes + t * share;
-            const Target target = target_of(linear, row, panel, out, ldo, epilogue);
-            tile_of<Format>(size, static_cast<const Element*>(x.data) + row * x.stride, x.stride, weights, k, ahead,
-                            t * share < panel_bytes ? lines : 0, target);
+            const char* ahead = weights + panel_bytes_ + t * share;
+            tile_of<Format>(size, x + row * stride, stride, weights, task_.k, ahead, t * share < panel_bytes_ ? lines : 0,
+                            task_.target(row, panel));
             row += size;
         }
-    });
-}
+    }
 
-#ifdef LOGITKERNELS_AVX512
-constexpr int64_t kTileDepth = 32;  // steps along k of a multiplication of tiles
-constexpr int64_t kMostRows = 2 * kTileRows;
-
-struct Bf16TileSums {
-    alignas(64) float sums[kVectors][kMostRows][kLanes];
+    const int64_t panel_bytes_;
 };
 
-// Adds the products of rows of activations, `stride` bytes apart, by kTileDepth steps of a panel.
-template <bool kTwoHalves>
-LOGITKERNELS_INLINE void add_bf16_tiles(const char* x, int64_t stride, const char* weights) {
-    load_tile<kWeights>(weights, 2 * kTileRowBytes);
-    load_tile<kWeights + 1>(weights + kTileRowBytes, 2 * kTileRowBytes);
-    load_tile<kRows>(x, stride);
-    add_bf16_products<kSums, kRows, kWeights>();
-    add_bf16_products<kSums + 1, kRows, kWeights + 1>();
-    if constexpr (kTwoHalves) {
-        load_tile<kRows + 1>(x + kTileRows * stride, stride);
-        add_bf16_products<kSums + 2, kRows + 1, kWeights>();
-        add_bf16_products<kSums + 3, kRows + 1, kWeights + 1>();
-    }
-}
-
-// Multiplies up to 32 rows by a panel. Steps past k are zeros in copies of the last rows and weights.
-template <bool kTwoHalves>
-void bf16_tiles(const bf16* x, int64_t stride, int64_t rows, const char* panel, int64_t k, const char* ahead, int64_t lines,
-                Bf16TileSums& result) {
-    constexpr int64_t panel_step = kTileDepth * kPanelColumns * sizeof(bf16);
-    zero_tile<kSums>();
-    zero_tile<kSums + 1>();
-    if constexpr (kTwoHalves) {
-        zero_tile<kSums + 2>();
-        zero_tile<kSums + 3>();
-    }
-    const int64_t whole = k / kTileDepth * kTileDepth;
-    for (int64_t i = 0; i < whole; i += kTileDepth, panel += panel_step) {
-        for (int64_t line = 0; line < lines; ++line, ahead += 64) prefetch(ahead);
-        add_bf16_tiles<kTwoHalves>(reinterpret_cast<const char*>(x + i), stride * int64_t(sizeof(bf16)), panel);
-    }
-    if (whole < k) {
-        alignas(64) bf16 last_rows[kMostRows][kTileDepth] = {};
-        alignas(64) char last_weights[panel_step] = {};
-        for (int64_t r = 0; r < rows; ++r) std::copy_n(x + r * stride + whole, k - whole, last_rows[r]);
-        std::copy_n(panel, ceil_div(k - whole, 2) * Bf16Dot::kStepBytes, last_weights);
-        add_bf16_tiles<kTwoHalves>(reinterpret_cast<const char*>(last_rows), sizeof *last_rows, last_weights);
-    }
-    store_tile<kSums>(result.sums[0], kTileRowBytes);
-    store_tile<kSums + 1>(result.sums[1], kTileRowBytes);
-    if constexpr (kTwoHalves) {
-        store_tile<kSums + 2>(result.sums[0][kTileRows], kTileRowBytes);
-        store_tile<kSums + 3>(result.sums[1][kTileRows], kTileRowBytes);
-    }
-}
-
-// A tile register adds the even and the odd ones of 32 steps apart, and then both to its sums. It does so for any number of
-// rows, so a lone row takes this way too.
-void multiply_bf16_tiles(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
-                         Epilogue epilogue) {
-    const int64_t k = linear.k, panels = ceil_div(linear.n, kPanelColumns), panel_bytes = Bf16Dot::panel_bytes(k);
-    const int64_t block = round_up(rows_per_block(rows, x.stride * int64_t(sizeof(bf16))), kMostRows);
-    share(ceil_div(rows, block) * panels, [&](int64_t item) {
-        const int64_t first = item / panels * block, panel = item % panels;
-        const int64_t count = std::min(block, rows - first), tiles = ceil_div(count, kMostRows);
-        const char* weights = static_cast<const char*>(linear.weights) + panel * panel_bytes;
-        const int64_t lines = panel + 1 == panels ? 0 : ceil_div(kTileDepth * kPanelColumns * 2 / 64, tiles);
-        Bf16TileSums result;
-        for (int64_t t = 0; t < tiles; ++t) {
-            const int64_t row = first + t * kMostRows, size = std::min(kMostRows, first + count - row);
-            const TileShapes shapes(size);
-            const bf16* source = static_cast<const bf16*>(x.data) + row * x.stride;
-            const char* ahead = weights + panel_bytes + t * lines * 64 * (k / kTileDepth);
-            if (size > kTileRows)
-                bf16_tiles<true>(source, x.stride, size, weights, k, ahead, lines, result);
-            else
-                bf16_tiles<false>(source, x.stride, size, weights, k, ahead, lines, result);
-            const Target target = target_of(linear, row, panel, out, ldo, epilogue);
-            for (int64_t r = 0; r < size; ++r) {
-                __m512 sums[1][kVectors];
-                for (int v = 0; v < kVectors; ++v) sums[0][v] = _mm512_load_ps(result.sums[v][r]);
-                Target of_row = target;
-                of_row.out += r * target.stride;
-                finish(sums, of_row);
-            }
-        }
-    });
-}
+std::unique_ptr<PartProduct> product_of(const PartTask& task) {
+    switch (task.part.kind) {
+        case kBf16Dot: return std::make_unique<DenseProduct<Bf16Dot>>(task);
+#ifdef LOGITKERNELS_AVX512
+        case kBf16Tiles: return std::make_unique<Bf16TileProduct>(task);
 #endif
+        case kBf16Fma: return std::make_unique<DenseProduct<Bf16Fma>>(task);
+        case kF32Fma: return std::make_unique<DenseProduct<WeightFma<float>>>(task);
+        case kF16Fma: return std::make_unique<DenseProduct<WeightFma<Float16>>>(task);
+        default: return quantized_product(task);
+    }
+}
 
 template <class Weight>
 void pack_panels(const Weight* weight, int64_t stride, int64_t n, int64_t k, Weight* target, int threads) {
@@ -353,7 +282,7 @@ void convert_activations(const float* x, int64_t ldx, int64_t rows, int64_t k, c
 }
 
 void finish_rows(const Activations& x, int64_t rows, int64_t k) {
-    if (!has_blocks(x.kind)) return;
+    if (!x.has_blocks()) return;
     const int64_t parts = ceil_div(k, kColumnsPerItem);
     share(rows * parts, [&](int64_t item) {
         const int64_t first = item % parts * kColumnsPerItem;
@@ -362,16 +291,21 @@ void finish_rows(const Activations& x, int64_t rows, int64_t k) {
 }
 
 void multiply(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo, Epilogue epilogue) {
-    switch (linear.kind) {
-        case kBf16Dot: return multiply_panels<Bf16Dot>(linear, x, rows, out, ldo, epilogue);
-#ifdef LOGITKERNELS_AVX512
-        case kBf16Tiles: return multiply_bf16_tiles(linear, x, rows, out, ldo, epilogue);
-#endif
-        case kBf16Fma: return multiply_panels<Bf16Fma>(linear, x, rows, out, ldo, epilogue);
-        case kF32Fma: return multiply_panels<WeightFma<float>>(linear, x, rows, out, ldo, epilogue);
-        case kF16Fma: return multiply_panels<WeightFma<Float16>>(linear, x, rows, out, ldo, epilogue);
-        default: return multiply_quantized(linear, x, rows, out, ldo, epilogue);
+    std::vector<std::unique_ptr<PartProduct>> products;
+    int64_t items = 0, column = 0;
+    for (int64_t i = 0; i < linear.num_parts; ++i) {
+        const LinearPart& part = linear.parts[i];
+        const float* bias = linear.bias ? linear.bias + column : nullptr;
+        products.push_back(product_of({part, linear.k, bias, x, rows, out + column, ldo, epilogue}));
+        items += products.back()->items();
+        column += part.n;
     }
+    share(items, [&](int64_t item) {
+        for (const auto& product : products) {
+            if (item < product->items()) return product->compute(item);
+            item -= product->items();
+        }
+    });
 }
 
 }  // namespace logitkernels
@@ -415,12 +349,12 @@ void logitkernels_pack_f16(const uint16_t* weight, int64_t stride, int64_t n, in
 }
 
 void logitkernels_linear(const Linear* linear, const float* x, int64_t rows, float* out, int threads) {
-    const bool rounds = reads_rounded(linear->kind);
-    const int64_t k = linear->k, stride = activation_stride(k);
+    const int64_t k = linear->k, stride = activation_stride(k), forms = forms_of(*linear);
+    const bool rounds = forms & kRoundedRows;
     Buffer<Rounded> rounded = allocate<Rounded>(rounds ? rows * stride : 0);
-    const BlockBuffers buffers(rows, k);
-    Activations activations{const_cast<float*>(x), k, linear->kind, buffers.blocks()};
-    if (rounds) activations = {rounded.get(), stride, linear->kind, buffers.blocks()};
+    const BlockBuffers buffers(rows, k, forms);
+    Activations activations{const_cast<float*>(x), k, forms, buffers.blocks()};
+    if (rounds) activations = {rounded.get(), stride, forms, buffers.blocks()};
     in_team(threads, [&] {
         if (rounds)
             convert_activations(x, k, rows, k, activations);

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from ctypes import byref
+from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from logitkernels.cpu.arguments import as_float32, num_threads
-from logitkernels.cpu.library import Library, LinearStruct
-from logitkernels.weights import BlockWeight, Linear, Weight, stack_blocks, stack_dense
+from logitkernels.cpu.arguments import as_float32, as_integers, num_threads
+from logitkernels.cpu.library import Library, LinearPartStruct, LinearStruct
+from logitkernels.weights import BlockWeight, Linear, Weight, stack_dense
 
 PANEL_COLUMNS = 32
 
@@ -74,19 +75,28 @@ STORED = {
 """Weights of a block, and its bytes in the file. What a packed panel takes is in quantized.h."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Packed rows of a weight: ``LinearPart`` of linear.h."""
+
+    kind: int
+    rows: int
+    packed: Tensor
+
+
 class CpuLinear(Linear):
-    """Linear layer in the layout that linear.h describes. Activations are rounded as ``kind`` says."""
+    """Linear layer in the layout that linear.h describes. Activations are rounded as the kind of each part says."""
 
     def __init__(
         self, library: Library, weights: Sequence[Weight], bias: Tensor | None, *, exact: bool
     ) -> None:
-        """Pack the weights: dense ones, or blocks in one of the formats of `GgufType`.
+        """Pack the weights: dense ones, and blocks in the formats of `GgufType`.
 
-        A bf16 weight is multiplied by activations rounded to bf16 or, with ``exact``, by float32 ones. A
-        float32 or float16 weight is always multiplied by float32 activations. When bf16 represents all of it exactly, it
-        is stored as bf16: half the bytes, the same bits in the result. Blocks are kept without loss; their
-        weights are ``d q + m``, unrounded. Activations that multiply blocks are rounded as quantized.h says
-        unless ``exact``.
+        A bf16 weight is multiplied by activations rounded to bf16 or, with ``exact`` or beside blocks, by float32
+        ones. A float32 or float16 weight is always multiplied by float32 activations. When bf16 represents all of
+        it exactly, it is stored as bf16: half the bytes, the same bits in the result. Blocks are kept without
+        loss; their weights are ``d q + m``, unrounded. Activations that multiply blocks are rounded as quantized.h
+        says unless ``exact``.
 
         Raises:
             TypeError: a dense weight is neither bfloat16, float16 nor float32, or blocks are not uint8.
@@ -94,25 +104,24 @@ class CpuLinear(Linear):
         """
         super().__init__(weights, bias)
         self._library = library
-        dense = stack_dense(weights)
-        self.kind, self._weights = (
-            _pack_blocks(library, stack_blocks(weights), exact=exact)
-            if dense is None
-            else _pack_dense(library, dense, exact=exact)
-        )
+        if any(isinstance(weight, BlockWeight) for weight in weights):
+            self._parts = [_pack(library, weight, exact=exact) for weight in weights]
+        else:
+            self._parts = [_pack_dense(library, stack_dense(weights), exact=exact)]
         self._bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
+        structs = [LinearPartStruct(part.kind, part.rows, part.packed.data_ptr()) for part in self._parts]
         self.struct = LinearStruct(
-            self.kind,
             self.out_features,
             self.in_features,
-            self._weights.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
+            len(structs),
+            (LinearPartStruct * len(structs))(*structs),
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights that a product reads."""
-        return self._weights.nbytes
+        return sum(part.packed.nbytes for part in self._parts)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer: [..., K] -> [..., N]."""
@@ -126,7 +135,14 @@ class CpuLinear(Linear):
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-def _pack_dense(library: Library, weight: Tensor, *, exact: bool) -> tuple[LinearKind, Tensor]:
+def _pack(library: Library, weight: Weight, *, exact: bool) -> _Part:
+    """Pack a weight of a layer that has blocks."""
+    if isinstance(weight, BlockWeight):
+        return _pack_blocks(library, weight, exact=exact)
+    return _pack_dense(library, weight.tensor.detach(), exact=True)
+
+
+def _pack_dense(library: Library, weight: Tensor, *, exact: bool) -> _Part:
     if weight.dtype == torch.float32:
         narrow = weight.to(torch.bfloat16)
         fits = torch.equal(narrow.float(), weight)
@@ -149,14 +165,17 @@ def _pack_dense(library: Library, weight: Tensor, *, exact: bool) -> tuple[Linea
     steps = depth + depth % 2 if weight.dtype == torch.bfloat16 else depth
     packed = torch.empty(-(-rows // PANEL_COLUMNS) * steps * PANEL_COLUMNS, dtype=weight.dtype)
     pack_panels(weight.data_ptr(), depth, rows, depth, packed.data_ptr(), num_threads())
-    return kind, packed
+    return _Part(kind, rows, packed)
 
 
-def _pack_blocks(library: Library, weight: BlockWeight, *, exact: bool) -> tuple[int, Tensor]:
-    if weight.format not in GgufType.__members__:
-        raise ValueError(f"{weight.format} is not among {', '.join(sorted(GgufType.__members__))}")
-    (rows, depth), raw, gguf_type = weight.shape, weight.raw, GgufType[weight.format]
-    block, block_bytes = STORED[gguf_type]
+def check_raw(weight: BlockWeight, block: int, block_bytes: int) -> None:
+    """Check the bytes of a weight whose blocks of ``block`` weights take ``block_bytes``.
+
+    Raises:
+        TypeError: they are not uint8.
+        ValueError: there are not as many as the shape needs.
+    """
+    (rows, depth), raw = weight.shape, weight.raw
     if raw.dtype != torch.uint8:
         raise TypeError(f"raw is {raw.dtype}; the blocks of a GGUF file are torch.uint8")
     if depth % block:
@@ -164,7 +183,25 @@ def _pack_blocks(library: Library, weight: BlockWeight, *, exact: bool) -> tuple
     expected = rows * depth // block * block_bytes
     if raw.numel() != expected:
         raise ValueError(f"raw has {raw.numel()} bytes; {weight.shape} in {weight.format} has {expected}")
+
+
+def _pack_blocks(library: Library, weight: BlockWeight, *, exact: bool) -> _Part:
+    if weight.format not in GgufType.__members__:
+        raise ValueError(f"{weight.format} is not among {', '.join(sorted(GgufType.__members__))}")
+    (rows, depth), gguf_type = weight.shape, GgufType[weight.format]
+    check_raw(weight, *STORED[gguf_type])
+    order = None if weight.order is None else as_integers(weight.order, torch.int64, "order")
+    if order is not None and not torch.equal(order.sort().values, torch.arange(rows)):
+        raise ValueError(f"order does not hold each of the {rows} rows once")
+    raw = weight.raw.contiguous()
     packed = torch.empty(library.packed_bytes(gguf_type, rows, depth), dtype=torch.uint8)
-    raw = raw.contiguous()
-    library.pack_blocks(raw.data_ptr(), gguf_type, rows, depth, packed.data_ptr(), num_threads())
-    return FIRST_BLOCKS + 2 * gguf_type + exact, packed
+    library.pack_blocks(
+        raw.data_ptr(),
+        None if order is None else order.data_ptr(),
+        gguf_type,
+        rows,
+        depth,
+        packed.data_ptr(),
+        num_threads(),
+    )
+    return _Part(FIRST_BLOCKS + 2 * gguf_type + exact, rows, packed)

@@ -1,5 +1,8 @@
-// Shared by the products of all weight formats: the target of a tile's sums.
+// Shared by the products of all weight formats: the work of one part, and the target of a tile's sums.
 #pragma once
+
+#include <algorithm>
+#include <memory>
 
 #include "linear.h"
 
@@ -20,11 +23,6 @@ struct Target {
     int64_t columns;    // of the panel that exist
     Epilogue epilogue;
 };
-
-inline Target target_of(const Linear& linear, int64_t row, int64_t panel, float* out, int64_t ldo, Epilogue epilogue) {
-    const int64_t column = panel * kPanelColumns;
-    return {out + row * ldo + column, ldo, linear.bias ? linear.bias + column : nullptr, linear.n - column, epilogue};
-}
 
 // The part of the target that begins at vector `v` of the panel.
 inline Target from_vector(const Target& target, int v) {
@@ -54,5 +52,48 @@ inline int64_t rows_per_block(int64_t rows, int64_t row_bytes) {
     const int64_t most = std::max<int64_t>(cached_bytes / row_bytes, kMaxTileRows);
     return round_up(ceil_div(rows, ceil_div(rows, most)), kMaxTileRows);
 }
+
+// What the product with one part of a linear layer computes; `out` and `bias` begin at its first feature.
+struct PartTask {
+    const LinearPart& part;
+    int64_t k;
+    const float* bias;
+    const Activations& x;
+    int64_t rows;
+    float* out;
+    int64_t ldo;
+    Epilogue epilogue;
+
+    int64_t panels() const { return ceil_div(part.n, kPanelColumns); }
+    Target target(int64_t row, int64_t panel) const {
+        const int64_t column = panel * kPanelColumns;
+        return {out + row * ldo + column, ldo, bias ? bias + column : nullptr, part.n - column, epilogue};
+    }
+};
+
+// The product with one part, in items that any thread can compute: some rows by one panel each. Every thread has
+// such an object of its own, with the memory that it needs.
+class PartProduct {
+  public:
+    PartProduct(const PartTask& task, int64_t row_bytes)
+        : task_(task), panels_(task.panels()), row_block_(rows_per_block(task.rows, row_bytes)) {}
+    virtual ~PartProduct() = default;
+
+    int64_t items() const { return ceil_div(task_.rows, row_block_) * panels_; }
+    void compute(int64_t item) {
+        const int64_t first = item / panels_ * row_block_;
+        multiply(item % panels_, first, std::min(row_block_, task_.rows - first));
+    }
+
+  protected:
+    // Multiplies the rows from `first` on.
+    virtual void multiply(int64_t panel, int64_t first, int64_t count) = 0;
+
+    const PartTask task_;
+    const int64_t panels_;
+
+  private:
+    const int64_t row_block_;
+};
 
 }  // namespace logitkernels

@@ -26,15 +26,13 @@
 // share the code of products.
 #pragma once
 
-#include "linear.h"
+#include "linear_tile.h"
 
 namespace logitkernels {
 
-void multiply_quantized(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
-                        Epilogue epilogue);
+std::unique_ptr<PartProduct> quantized_product(const PartTask& task);
 
 // The fma kinds alone, which are compiled beside the others.
-void multiply_quantized_fma(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
-                            Epilogue epilogue);
+std::unique_ptr<PartProduct> quantized_fma_product(const PartTask& task);
 
 }  // namespace logitkernels

@@ -4,12 +4,10 @@
 
 namespace logitkernels {
 
-void multiply_quantized_fma(const Linear& linear, const Activations& x, int64_t rows, float* out, int64_t ldo,
-                            Epilogue epilogue) {
-    with_format(block_type(linear.kind), [&]<class Format>() {
-        multiply_panels<Fma, Format::Scales::parts>(Format::integers, layout_of<Format>(linear.k / kBlock), linear, x, rows,
-                                                    out, ldo, epilogue);
-    });
+std::unique_ptr<PartProduct> quantized_fma_product(const PartTask& task) {
+    std::unique_ptr<PartProduct> product;
+    with_format(block_type(task.part.kind), [&]<class Format>() { product = block_product<Fma, Format>(task); });
+    return product;
 }
 
 }  // namespace logitkernels

@@ -1,4 +1,4 @@
-// AMX's tile registers: sums of 16 rows of activations by 16 output features.
+// Products of bf16 in AMX's tile registers: 16 rows of activations by 16 output features.
 //
 // The instructions are compiled wherever AVX-512 is, and run where `request_tiles` has said that they may.
 #pragma once
@@ -27,7 +27,7 @@ inline bool request_tiles() {
 constexpr int kTileRows = 16, kTileRowBytes = 64;
 
 // The first numbers of the tile registers that hold sums, activations and weights.
-constexpr int kSums = 0, kRows = 4, kWeights = 6;
+constexpr int kTileSums = 0, kTileX = 4, kTileWeights = 6;
 
 // Instructions on the registers of these numbers. GCC's intrinsics need options of their own, and literal numbers. Rows in
 // memory are `stride` bytes apart.
@@ -57,9 +57,9 @@ class TileShapes {
         shapes.palette = 1;
         for (int half = 0; half < 2; ++half) {
             const auto count = uint8_t(std::clamp<int64_t>(rows - half * kTileRows, 0, kTileRows));
-            for (int v = 0; v < kVectors; ++v) shapes.set(kSums + kVectors * half + v, count);
-            shapes.set(kRows + half, count);
-            shapes.set(kWeights + half, kTileRows);
+            for (int v = 0; v < kVectors; ++v) shapes.set(kTileSums + kVectors * half + v, count);
+            shapes.set(kTileX + half, count);
+            shapes.set(kTileWeights + half, kTileRows);
         }
         asm volatile("ldtilecfg %0" : : "m"(shapes));
     }
@@ -78,6 +78,91 @@ class TileShapes {
             row_bytes[tile] = count > 0 ? kTileRowBytes : 0;
         }
     };
+};
+
+// A register adds the even and the odd ones of 32 steps apart, and then both to its sums. It does so for any number of rows, so
+// a lone row takes this way too.
+class Bf16TileProduct : public PartProduct {
+  public:
+    explicit Bf16TileProduct(const PartTask& task)
+        : PartProduct(task, task.x.stride * int64_t(sizeof(bf16))), panel_bytes_(ceil_div(task.k, 2) * kPairBytes) {}
+
+  private:
+    static constexpr int64_t kDepth = 32;       // steps along k of one instruction
+    static constexpr int64_t kPairBytes = 128;  // of a panel's weights for two steps
+    static constexpr int64_t kStepBytes = kDepth / 2 * kPairBytes;
+    static constexpr int64_t kMostRows = 2 * kTileRows;
+
+    void multiply(int64_t panel, int64_t first, int64_t count) override {
+        const int64_t tiles = ceil_div(count, kMostRows);
+        const char* weights = static_cast<const char*>(task_.part.weights) + panel * panel_bytes_;
+        const int64_t lines = panel + 1 == panels_ ? 0 : ceil_div(kStepBytes / 64, tiles);
+        for (int64_t t = 0; t < tiles; ++t) {
+            const int64_t row = first + t * kMostRows, size = std::min(kMostRows, first + count - row);
+            const char* ahead = weights + panel_bytes_ + t * lines * 64 * (task_.k / kDepth);
+            const TileShapes shapes(size);
+            if (size > kTileRows)
+                sum<true>(row, size, weights, ahead, lines);
+            else
+                sum<false>(row, size, weights, ahead, lines);
+            Target target = task_.target(row, panel);
+            for (int64_t r = 0; r < size; ++r, target.out += target.stride) {
+                __m512 sums[1][kVectors];
+                for (int v = 0; v < kVectors; ++v) sums[0][v] = _mm512_load_ps(sums_[v][r]);
+                finish(sums, target);
+            }
+        }
+    }
+
+    // Sums the products of up to 32 rows with a panel, of which `lines` lines of the next one are fetched every step. Steps past
+    // k are zeros in copies of the last activations and weights.
+    template <bool kTwoHalves>
+    void sum(int64_t row, int64_t size, const char* weights, const char* ahead, int64_t lines) {
+        const bf16* x = static_cast<const bf16*>(task_.x.data) + row * task_.x.stride;
+        zero_tile<kTileSums>();
+        zero_tile<kTileSums + 1>();
+        if constexpr (kTwoHalves) {
+            zero_tile<kTileSums + 2>();
+            zero_tile<kTileSums + 3>();
+        }
+        const int64_t whole = task_.k / kDepth * kDepth, rest = task_.k - whole;
+        for (int64_t i = 0; i < whole; i += kDepth, weights += kStepBytes) {
+            for (int64_t line = 0; line < lines; ++line, ahead += 64) prefetch(ahead);
+            add<kTwoHalves>(x + i, task_.x.stride, weights);
+        }
+        if (rest > 0) {
+            alignas(64) bf16 last_x[kMostRows][kDepth] = {};
+            alignas(64) char last_weights[kStepBytes] = {};
+            for (int64_t r = 0; r < size; ++r) std::copy_n(x + r * task_.x.stride + whole, rest, last_x[r]);
+            std::copy_n(weights, ceil_div(rest, 2) * kPairBytes, last_weights);
+            add<kTwoHalves>(last_x[0], kDepth, last_weights);
+        }
+        store_tile<kTileSums>(sums_[0], kTileRowBytes);
+        store_tile<kTileSums + 1>(sums_[1], kTileRowBytes);
+        if constexpr (kTwoHalves) {
+            store_tile<kTileSums + 2>(sums_[0][kTileRows], kTileRowBytes);
+            store_tile<kTileSums + 3>(sums_[1][kTileRows], kTileRowBytes);
+        }
+    }
+
+    // Adds the products of kDepth steps.
+    template <bool kTwoHalves>
+    static LOGITKERNELS_INLINE void add(const bf16* x, int64_t stride, const char* weights) {
+        const int64_t row_bytes = stride * int64_t(sizeof(bf16));
+        load_tile<kTileWeights>(weights, kPairBytes);
+        load_tile<kTileWeights + 1>(weights + kTileRowBytes, kPairBytes);
+        load_tile<kTileX>(x, row_bytes);
+        add_bf16_products<kTileSums, kTileX, kTileWeights>();
+        add_bf16_products<kTileSums + 1, kTileX, kTileWeights + 1>();
+        if constexpr (kTwoHalves) {
+            load_tile<kTileX + 1>(x + kTileRows * stride, row_bytes);
+            add_bf16_products<kTileSums + 2, kTileX + 1, kTileWeights>();
+            add_bf16_products<kTileSums + 3, kTileX + 1, kTileWeights + 1>();
+        }
+    }
+
+    const int64_t panel_bytes_;
+    alignas(64) float sums_[kVectors][kMostRows][kLanes];
 };
 
 }  // namespace logitkernels

@@ -43,8 +43,6 @@ class TritonLinear(Linear):
     def __init__(self, weights: Sequence[Weight], bias: Tensor | None, *, batch_invariant: bool) -> None:
         super().__init__(weights, bias)
         weight = stack_dense(weights)
-        if weight is None:
-            raise ValueError("the triton kernels do not multiply weights in blocks")
         self.input_dtype = weight.dtype
         self._weight, self._bias = weight.contiguous(), None if bias is None else bias.contiguous()
         self._multiply = matmul if batch_invariant else functional.linear

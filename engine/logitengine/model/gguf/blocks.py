@@ -68,7 +68,8 @@ def _few_rows(raw: NDArray[np.uint8], type_name: str) -> NDArray[np.float32]:
     return blocks.reshape(len(raw), -1)
 
 
-def in_head_order(raw: Numbers, heads: int) -> Numbers:
-    """Return rows of rotary pairs in the order of transformers: the first of each pair before the second ones."""
-    order = torch.arange(len(raw)).view(heads, -1, 2).transpose(1, 2).reshape(-1)
-    return raw[order]
+def head_order(rows: int, heads: int) -> Numbers:
+    """Return the places of rows of rotary pairs in the order of transformers, int64 [rows]: the first of each pair
+    before the second ones.
+    """
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)

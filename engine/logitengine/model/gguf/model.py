@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from logitkernels import Kernels
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -78,12 +79,12 @@ class GgufModel:
                 else:
                     filled[id(parameter)] = self._fill(module, own, f"{name}.{own}", self._dtype)
 
-    def embedding(self) -> Callable[[Tensor], Tensor]:
+    def embedding(self, kernels: Kernels) -> Callable[[Tensor], Tensor]:
         """Return the lookup of token ids, [T] -> [T, H]: in the file itself, or in a copy on another device."""
         module = self.skeleton.get_input_embeddings()
         if self._device.type == "cpu":
             scale = float(getattr(module, "scalar_embed_scale", 1.0))
-            return BlockEmbedding(self._parameters[EMBEDDING], scale)
+            return BlockEmbedding(self._parameters[EMBEDDING], kernels, scale)
         self._fill(module, "weight", EMBEDDING, self._dtype)
         return module
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import torch
-from logitkernels import BlockWeight, DenseWeight, Weight
+from logitkernels import BlockWeight, DenseWeight, Kernels, Weight
 from torch import Tensor as Numbers
 
-from logitengine.model.gguf.blocks import FLOATS, in_head_order, mapped, to_dense
+from logitengine.model.gguf.blocks import FLOATS, head_order, mapped, to_dense
 from logitengine.model.gguf.header import Tensor
 from logitengine.model.gguf.tensors import Parameter
 
@@ -44,7 +45,8 @@ class GgufWeights:
             self._tell(kind)
             return DenseWeight(name, self.dense(name))
         rows, columns = parameter.shape
-        return BlockWeight(name, _raw(parameter, parameter.tensor), kind, (rows, columns))
+        order = head_order(rows, parameter.pairs) if parameter.pairs else None
+        return BlockWeight(name, mapped(parameter.tensor), kind, (rows, columns), order)
 
     def dense(self, name: str, dtype: torch.dtype | None = None) -> Numbers:
         """Return a parameter of any shape in numbers, in the model's dtype unless another is named."""
@@ -69,18 +71,30 @@ class GgufWeights:
 class BlockEmbedding:
     """Lookup of token ids in an embedding that stays in the mapped file: [T] -> float32 [T, H]."""
 
-    def __init__(self, parameter: Parameter, scale: float = 1.0) -> None:
-        """Multiply what is looked up by ``scale``."""
-        self._raw = mapped(parameter.tensor)
-        self._type = parameter.tensor.type.name
+    def __init__(self, parameter: Parameter, kernels: Kernels, scale: float = 1.0) -> None:
+        """Multiply what is looked up by ``scale``. Rows in a format that the kernels do not read are dequantised here."""
+        raw, kind = mapped(parameter.tensor), parameter.tensor.type.name
+        rows, columns = parameter.shape
+        self._rows = (
+            kernels.embedding(BlockWeight("embedding", raw, kind, (rows, columns)))
+            if kind in kernels.embedding_formats
+            else partial(_dense_rows, raw, kind)
+        )
         self._scale = scale
 
     def __call__(self, ids: Numbers) -> Numbers:
-        rows = to_dense(self._raw.index_select(0, ids), self._type, torch.float32)
+        rows = self._rows(ids)
         return rows if self._scale == 1 else rows * self._scale
+
+
+def _dense_rows(raw: Numbers, kind: str, ids: Numbers) -> Numbers:
+    return to_dense(raw.index_select(0, ids), kind, torch.float32)
 
 
 def _raw(parameter: Parameter, tensor: Tensor) -> Numbers:
     """Return the tensor's bytes, the rows (of a bias: the numbers) in the model's order."""
     raw = mapped(tensor)
-    return in_head_order(raw.view(tensor.shape[0], -1), parameter.pairs) if parameter.pairs else raw
+    if not parameter.pairs:
+        return raw
+    raw = raw.view(tensor.shape[0], -1)
+    return raw[head_order(len(raw), parameter.pairs)]
