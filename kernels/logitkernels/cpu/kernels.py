@@ -26,7 +26,7 @@ from logitkernels.cpu.arguments import (
 )
 from logitkernels.cpu.layers import CpuLayers
 from logitkernels.cpu.library import AttentionStruct, Library
-from logitkernels.cpu.linear import CpuLinear, GgufType
+from logitkernels.cpu.linear import BLOCK_TYPES, CpuLinear
 from logitkernels.cpu.processor import NATIVE, Target
 from logitkernels.cpu.sampling import CpuSampling
 from logitkernels.decoder import DecoderLayerWeights
@@ -47,7 +47,7 @@ class CpuKernels(Kernels):
     transposes_keys = True
     reads_strided_caches = True
     honours_key_ends = True
-    block_formats = frozenset(GgufType.__members__)
+    block_formats = frozenset(BLOCK_TYPES)
 
     def __init__(self, *, target: Target = NATIVE, prebuilt: Path | None = None) -> None:
         """Load the library; build it if it is needed and neither prebuilt nor in the cache.

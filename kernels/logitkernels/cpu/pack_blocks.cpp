@@ -1,4 +1,4 @@
-// Packing of the blocks of GGUF files into panels.
+// Packing of blocks into panels.
 #include <algorithm>
 #include <cstring>
 
@@ -7,8 +7,8 @@
 namespace logitkernels {
 namespace {
 
-// A source reads a unit, a block or superblock of one feature, as the file has it: `bytes` for `blocks` blocks of
-// 32 weights. The layouts are those of https://github.com/ggml-org/ggml, src/ggml-common.h.
+// A source reads a unit, a block, group or superblock of one feature, as the file has it: `bytes` for `blocks` blocks
+// of 32 weights. The layouts are those of https://github.com/ggml-org/ggml, src/ggml-common.h, and of ../int4.py.
 template <class Format>
 struct Source;
 
@@ -202,6 +202,23 @@ struct Source<IQ4XS> {
     }
 };
 
+// A group's float32 scale, its zero, and the nibbles of its blocks.
+template <int kBlocks>
+struct GroupSource {
+    static constexpr int64_t bytes = 5 + 16 * kBlocks, blocks = kBlocks;
+    static void read(const uint8_t* source, Unit& unit) {
+        std::memcpy(&unit.group_scale, source, sizeof unit.group_scale);
+        unit.zero = source[4];
+        for (int b = 0; b < kBlocks; ++b) read_nibbles<16>(source + 5 + 16 * b, unit.integers + 32 * b);
+    }
+};
+template <>
+struct Source<Int4By32> : GroupSource<1> {};
+template <>
+struct Source<Int4By64> : GroupSource<2> {};
+template <>
+struct Source<Int4By128> : GroupSource<4> {};
+
 // Panels are written in order, and the 32 rows of a panel are neighbours in the file.
 template <class Format>
 void pack_format(const uint8_t* raw, int64_t n, int64_t blocks, char* target, int threads) {
@@ -240,7 +257,7 @@ int64_t logitkernels_packed_bytes(int64_t type, int64_t n, int64_t k) {
     return bytes;
 }
 
-// Packs the blocks of a weight [n, k] of a GGUF file, row after row, into panels.
+// Packs the blocks of a weight [n, k], row after row, into panels.
 void logitkernels_pack_blocks(const uint8_t* raw, int64_t type, int64_t n, int64_t k, char* target, int threads) {
     with_format(type, [&]<class Format>() { pack_format<Format>(raw, n, k / kBlock, target, threads); });
 }
