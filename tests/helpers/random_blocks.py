@@ -59,8 +59,8 @@ def dequantized(name: str, raw: Tensor) -> Tensor:
     scales = np.ascontiguousarray(groups[:, :, :4]).view("<f4").astype(np.float64)
     integers = np.empty((*groups.shape[:2], size))
     for k in range(size):
-        byte = groups[:, :, 5 + k // 32 * 16 + k % 16]
-        integers[:, :, k] = byte >> 4 if k % 32 >= 16 else byte & 15
+        byte = groups[:, :, 5 + k // 2]
+        integers[:, :, k] = byte >> 4 if k % 2 else byte & 15
     weights = scales * (integers - groups[:, :, 4:5])
     return torch.from_numpy(weights.reshape(len(raw), -1))
 

@@ -202,14 +202,17 @@ struct Source<IQ4XS> {
     }
 };
 
-// A group's float32 scale, its zero, and the nibbles of its blocks.
+// A group's float32 scale, its zero, and its nibbles, two neighbours in a byte.
 template <int kBlocks>
 struct GroupSource {
     static constexpr int64_t bytes = 5 + 16 * kBlocks, blocks = kBlocks;
     static void read(const uint8_t* source, Unit& unit) {
         std::memcpy(&unit.group_scale, source, sizeof unit.group_scale);
         unit.zero = source[4];
-        for (int b = 0; b < kBlocks; ++b) read_nibbles<16>(source + 5 + 16 * b, unit.integers + 32 * b);
+        for (int i = 0; i < 16 * kBlocks; ++i) {
+            unit.integers[2 * i] = source[5 + i] & 15;
+            unit.integers[2 * i + 1] = source[5 + i] >> 4;
+        }
     }
 };
 template <>
