@@ -56,7 +56,7 @@ def tiny_llama(**options: Any) -> PreTrainedModel:
     torch.manual_seed(5)
     config = LlamaConfig(
         **{
-            "vocab_size": 300,
+            "vocab_size": 304,
             "hidden_size": 128,
             "intermediate_size": 256,
             "num_hidden_layers": 2,
@@ -70,7 +70,14 @@ def tiny_llama(**options: Any) -> PreTrainedModel:
         | options
     )
     model: PreTrainedModel = LlamaForCausalLM(config).eval()
-    return model.half().float()
+    return in_float16(model)
+
+
+def in_float16(model: PreTrainedModel) -> PreTrainedModel:
+    """Round the parameters to float16."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    return model
 
 
 def save_packed(
