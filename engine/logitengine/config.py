@@ -37,10 +37,10 @@ class ModelChoice(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="weights and KV cache; auto: bfloat16"
     )
-    weights: Literal["auto", "stored", "dense", "int8"] = Field(
+    weights: Literal["auto", "stored", "dense", "int8", "int4"] = Field(
         "auto",
-        description="stored: multiply a GGUF file's blocks as they are; dense: unpack them to dtype; "
-        "int8: round any model's linear layers to blocks of 32 int8 with a scale",
+        description="stored: multiply a GGUF file's blocks or packed int4 as they are; dense: unpack them to dtype; "
+        "int8, int4: round any model's linear layers to blocks of 32 such integers with a scale, and a zero for int4",
     )
     value_head: dict[str, Path] = Field(
         {}, description="NAME=PATH of a safetensors value head on the hidden states; may be repeated"

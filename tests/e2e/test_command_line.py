@@ -45,6 +45,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "no-tokenizer": {**complete, "tokenizer.json": None},
         "bad-config": {**complete, "config.json": "{"},
         "listed-config": {**complete, "config.json": "[]"},
+        "damaged-weights": complete,
+        "lying-index": {
+            **complete,
+            "model.safetensors": None,
+            "more.safetensors": "",
+            "model.safetensors.index.json": '{"weight_map": {"a": "../other.safetensors"}}',
+        },
+        "fp8": {**complete, "config.json": '{"quantization_config": {"quant_method": "fp8"}}'},
     }
     for name, files in lacking.items():
         (folder / name).mkdir()
@@ -92,6 +100,9 @@ def refusal(*arguments: str, env: dict[str, str]) -> str:
         ("{models}/no-tokenizer", "neither tokenizer.json nor"),
         ("{models}/bad-config", "not valid JSON"),
         ("{models}/listed-config", "no JSON object"),
+        ("{models}/damaged-weights", "model.safetensors is damaged"),
+        ("{models}/lying-index", "is no file of its directory"),
+        ("{models}/fp8", "it is quantised by fp8; awq, gptq, compressed-tensors in 4 bits are"),
         ("{models}/text.txt", "neither a directory nor a .gguf file"),
         ("{models}/empty.gguf", "no GGUF file"),
         ("{models}/other.gguf", "no GGUF file"),

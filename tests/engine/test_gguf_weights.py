@@ -91,6 +91,7 @@ def test_queries_keys_and_values_in_several_formats_are_each_served_as_stored(tm
     assert served(path).info.weights == "stored (Q4_0, Q5_0, Q8_0), dense"
     assert served(path, weights="dense").info.weights == "dense"
     assert served(path, weights="int8").info.weights == "int8 (Q8_0)"
+    assert served(path, weights="int4").info.weights == "int4 (INT4_32)"
 
 
 def test_int8_rounds_the_dequantised_weights_of_linear_layers(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_the_cache_is_as_large_as_its_memory_allows(llama: Path) -> None:
         ({"kernels": "triton", "device": "cuda"}, "cuda"),
         ({"weights": "stored"}, "needs a GGUF file"),
         ({"weights": "int8", "kernels": "reference"}, "do not multiply weights=int8"),
+        ({"weights": "int4", "kernels": "reference"}, "do not multiply weights=int4"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(

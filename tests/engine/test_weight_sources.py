@@ -14,8 +14,9 @@ from logitengine.errors import CheckpointError
 from logitengine.model.checkpoint import Checkpoint
 from logitengine.model.gguf.model import GgufModel
 from logitengine.model.loader import load
-from logitengine.model.weight_sources import Int8Weights, ModelWeights
+from logitengine.model.weight_sources import Int4Weights, Int8Weights, ModelWeights
 from logitkernels import BlockWeight
+from random_blocks import dequantized
 from second_device import DEVICE, SecondDevice
 from support import EVERY_ROW, english_tokens, greedy, make_engine, reference_logits, run
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -94,15 +95,41 @@ def test_int8_rows_are_those_of_the_rounded_weights(tiny_llama: Path) -> None:
     assert np.abs(rows - unrounded).max() > 1e-2, "they were rounded"
 
 
-def test_int8_blocks_are_made_on_the_host_wherever_the_model_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int4_rows_are_those_of_the_rounded_weights(tiny_llama: Path) -> None:
+    """Multiplies a checkpoint's linear layers, the head too, as int4 blocks; reference: transformers in float32, 1e-3 absolute."""
+    prompt = list(range(300, 340))
+    model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    unrounded = reference_logits(model, prompt)
+    rounded = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+    own = ModelWeights(model)
+    for name, module in rounded.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            blocks = Int4Weights(own).get(f"{name}.weight")
+            assert blocks.format == "INT4_32"
+            module.weight = torch.nn.Parameter(dequantized(blocks.format, blocks.raw).float())
+    loaded = load(
+        EngineConfig(
+            model=str(tiny_llama), weights="int4", dtype="float32", kv_cache_bytes=1 << 24, num_threads=1
+        )
+    )
+    assert loaded.info.weights == "int4 (INT4_32)"
+    rows = run(make_engine(loaded), [greedy("a", prompt, 0, EVERY_ROW)])["a", 0].prompt_rows
+    assert np.abs(rows - reference_logits(rounded, prompt)).max() <= 1e-3
+    assert np.abs(rows - unrounded).max() > 1e-1, "they were rounded"
+
+
+@pytest.mark.parametrize(("rounded", "form"), [(Int8Weights, "Q8_0"), (Int4Weights, "INT4_32")])
+def test_blocks_are_made_on_the_host_wherever_the_model_lies(
+    monkeypatch: pytest.MonkeyPatch, rounded: type[Int8Weights | Int4Weights], form: str
+) -> None:
     model = torch.nn.Linear(64, 3)
-    expected = Int8Weights(ModelWeights(model)).get("weight")
+    expected = rounded(ModelWeights(model)).get("weight")
     with SecondDevice():
         placed = {"weight": model.weight.detach().to(DEVICE)}
         monkeypatch.setattr(model, "get_parameter", placed.__getitem__)
-        weight = Int8Weights(ModelWeights(model)).get("weight")
+        weight = rounded(ModelWeights(model)).get("weight")
     assert torch.equal(weight.raw, expected.raw)
-    assert (weight.name, weight.format, weight.shape) == ("weight", "Q8_0", (3, 64))
+    assert (weight.name, weight.format, weight.shape) == ("weight", form, (3, 64))
 
 
 def test_int8_is_refused_where_it_cannot_be_had(tiny_llama: Path, tmp_path: Path) -> None:
@@ -121,6 +148,8 @@ def test_int8_is_refused_where_it_cannot_be_had(tiny_llama: Path, tmp_path: Path
         (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
     with pytest.raises(CheckpointError, match="24 input features; int8 takes multiples of 32"):
         load(EngineConfig(model=str(tmp_path), weights="int8"))
+    with pytest.raises(CheckpointError, match="24 input features; int4 takes multiples of 32"):
+        load(EngineConfig(model=str(tmp_path), weights="int4"))
 
 
 def test_int8_is_refused_for_a_model_that_is_not_fused(tmp_path: Path, tiny_llama: Path) -> None:

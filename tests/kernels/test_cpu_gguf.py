@@ -1,4 +1,4 @@
-"""Linear layers on GGUF blocks as stored, against the dequantised weights in float64.
+"""Linear layers on blocks as stored, of GGUF files and our own, against the dequantised weights in float64.
 
 Activations are rounded to 16-bit integers with a power of two for every 32. ``PORTABLE`` is the code of
 processors without AVX-512; its products have the same bits.
@@ -16,11 +16,11 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitkernels import BlockWeight, DenseWeight, ReferenceKernels, Weight
-from logitkernels.cpu import CpuKernels, GgufType
+from logitkernels.cpu import CpuKernels, GgufType, Int4Type
 from logitkernels.cpu.errors import BuildError
 from logitkernels.cpu.linear import STORED, CpuLinear
 from logitkernels.cpu.processor import TARGETS
-from random_blocks import FLOAT16_AT, random_blocks
+from random_blocks import FLOAT16_AT, dequantized, random_blocks
 from torch import Tensor
 
 try:
@@ -30,21 +30,25 @@ except BuildError as error:  # pragma: no cover
     pytest.skip(f"no native kernels here: {error}", allow_module_level=True)
 
 
-def random(gguf_type: GgufType, rows: int, blocks: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+BlockType = GgufType | Int4Type
+BLOCK_TYPES: list[BlockType] = [*GgufType, *Int4Type]
+
+
+def random(block_type: BlockType, rows: int, blocks: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return random weights of as many blocks or superblocks along K, and their values in float64."""
-    return random_blocks(gguf_type.name, rows, blocks * STORED[gguf_type][0], seed=seed)
+    return random_blocks(block_type.name, rows, blocks * STORED[block_type][0], seed=seed)
 
 
 def pack(
     raw: Tensor,
-    gguf_type: GgufType,
+    block_type: BlockType,
     bias: Tensor | None = None,
     *,
     kernels: CpuKernels = KERNELS,
     exact: bool = False,
 ) -> CpuLinear:
-    block, size = STORED[gguf_type]
-    weight = BlockWeight("w", raw, gguf_type.name, (raw.shape[0], raw.shape[1] // size * block))
+    block, size = STORED[block_type]
+    weight = BlockWeight("w", raw, block_type.name, (raw.shape[0], raw.shape[1] // size * block))
     return kernels.pack([weight], bias, exact=exact)
 
 
@@ -70,7 +74,7 @@ def relative_error(output: Tensor, read: Tensor, weights: Tensor, bias: Tensor |
 
 @settings(max_examples=100, deadline=None)
 @given(
-    gguf_type=st.sampled_from(GgufType),
+    block_type=st.sampled_from(BLOCK_TYPES),
     exact=st.booleans(),
     rows=st.integers(1, 30),
     out=st.integers(1, 80),
@@ -78,36 +82,37 @@ def relative_error(output: Tensor, read: Tensor, weights: Tensor, bias: Tensor |
     has_bias=st.booleans(),
 )
 def test_products_are_those_of_the_dequantised_weights(
-    gguf_type: GgufType, *, exact: bool, rows: int, out: int, blocks: int, has_bias: bool
+    block_type: BlockType, *, exact: bool, rows: int, out: int, blocks: int, has_bias: bool
 ) -> None:
-    raw, weights = random(gguf_type, out, blocks)
+    raw, weights = random(block_type, out, blocks)
     x = torch.randn(rows, weights.shape[1], generator=torch.Generator().manual_seed(1))
     bias = torch.randn(out) if has_bias else None
 
     native, portable = (
-        pack(raw, gguf_type, bias, kernels=kernels, exact=exact)(x) for kernels in (KERNELS, PORTABLE)
+        pack(raw, block_type, bias, kernels=kernels, exact=exact)(x) for kernels in (KERNELS, PORTABLE)
     )
     assert relative_error(native, x if exact else as_int16_blocks(x), weights, bias) < 1e-6
     assert torch.equal(native, portable)
 
 
-@pytest.mark.parametrize("gguf_type", GgufType)
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
 @pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
-def test_long_products_are_those_of_the_dequantised_weights(gguf_type: GgufType, *, exact: bool) -> None:
-    raw, weights = random(gguf_type, 45, 4864 // STORED[gguf_type][0])
+def test_long_products_are_those_of_the_dequantised_weights(block_type: BlockType, *, exact: bool) -> None:
+    raw, weights = random(block_type, 45, 4864 // STORED[block_type][0])
     x = torch.randn(7, weights.shape[1], generator=torch.Generator().manual_seed(1))
-    out = pack(raw, gguf_type, exact=exact)(x)
+    out = pack(raw, block_type, exact=exact)(x)
     assert relative_error(out, x if exact else as_int16_blocks(x), weights, None) < 1e-6
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
-@pytest.mark.parametrize("gguf_type", GgufType)
-def test_each_stored_integer_and_scale_is_kept(gguf_type: GgufType, *, exact: bool) -> None:
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_each_stored_integer_and_scale_is_kept(block_type: BlockType, *, exact: bool) -> None:
     """Reads the weights back one by one: a product with a row of the unit matrix is exact but for the sum with a minimum."""
-    raw, weights = random(gguf_type, 40, 2)
-    out = pack(raw, gguf_type, exact=exact)(torch.eye(weights.shape[1])).double()
-    bound = weights.abs().amax() if gguf_type.name in MINIMA else 0
-    assert (out - weights.T).abs().max() <= 2**-24 * bound
+    raw, weights = random(block_type, 40, 2)
+    out = pack(raw, block_type, exact=exact)(torch.eye(weights.shape[1])).double()
+    # The minimum of int4 weights is a rounded product, at most 8 times the scale.
+    units = 2 if isinstance(block_type, Int4Type) else 1 if block_type.name in MINIMA else 0
+    assert (out - weights.T).abs().max() <= units * 2**-24 * weights.abs().amax()
 
 
 def test_every_exponent_of_mxfp4_is_kept() -> None:
@@ -121,16 +126,16 @@ def test_every_exponent_of_mxfp4_is_kept() -> None:
 
 
 @pytest.mark.parametrize(("outlier", "ratio"), [(1, 40), (30, 20)])
-@pytest.mark.parametrize("gguf_type", GgufType)
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
 def test_rounding_to_int16_is_far_finer_than_to_bfloat16(
-    gguf_type: GgufType, outlier: float, ratio: float
+    block_type: BlockType, outlier: float, ratio: float
 ) -> None:
     """Compares root mean square errors against unrounded activations, also with outliers in every other block."""
-    raw, weights = random(gguf_type, 64, 256 // STORED[gguf_type][0])
+    raw, weights = random(block_type, 64, 256 // STORED[block_type][0])
     x = torch.randn(50, 256, generator=torch.Generator().manual_seed(1))
     x[:, ::64] *= outlier
     exact = x.double() @ weights.T
-    error = (pack(raw, gguf_type)(x) - exact).pow(2).mean().sqrt()
+    error = (pack(raw, block_type)(x) - exact).pow(2).mean().sqrt()
     of_bfloat16 = (x.bfloat16().double() @ weights.T - exact).pow(2).mean().sqrt()
     assert error < of_bfloat16 / ratio
 
@@ -147,47 +152,50 @@ def test_the_largest_of_a_block_may_be_any_number() -> None:
     assert relative_error(out, as_int16_blocks(x), weights, None) < 1e-6
 
 
-@pytest.mark.parametrize("gguf_type", GgufType)
-def test_the_largest_integers_do_not_overflow(gguf_type: GgufType) -> None:
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_the_largest_integers_do_not_overflow(block_type: BlockType) -> None:
     """All bits of the integers are ones or all are zeros, and all activations are the largest that they are rounded to."""
-    raw, _ = random(gguf_type, 40, 2)
-    block, size = STORED[gguf_type]
-    scales = {at + i for at in FLOAT16_AT.get(gguf_type.name, (0,)) for i in range(2)} & set(range(size))
-    if gguf_type == GgufType.MXFP4:
+    raw, _ = random(block_type, 40, 2)
+    block, size = STORED[block_type]
+    scales = {at + i for at in FLOAT16_AT.get(block_type.name, (0,)) for i in range(2)} & set(range(size))
+    if block_type == GgufType.MXFP4:
         scales = {0}
+    if isinstance(block_type, Int4Type):
+        scales = set(range(5))
+        raw.view(40, 2, size)[:, :, 4] = 3  # no weight is 0
     integers = sorted(set(range(size)) - scales)
     for byte in (0, 255):
         raw.view(40, 2, size)[:, :, integers] = byte
-        weights = torch.from_numpy(dequantize(raw.numpy(), GGMLQuantizationType[gguf_type.name])).double()
+        weights = dequantized(block_type.name, raw)
         x = torch.full((7, 2 * block), 32639.0)
         x[1::2] *= -1
-        out = pack(raw, gguf_type)(x)
+        out = pack(raw, block_type)(x)
         assert relative_error(out, x, weights, None) < 1e-6
 
 
-@pytest.mark.parametrize("gguf_type", GgufType)
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
 @pytest.mark.parametrize("magnitude", [0.0, 1e-44, 1e-37, 1e-20, 1e30, 1e33])
-def test_activations_of_any_magnitude_are_multiplied(gguf_type: GgufType, magnitude: float) -> None:
+def test_activations_of_any_magnitude_are_multiplied(block_type: BlockType, magnitude: float) -> None:
     """An error of 1e-38 of an activation is allowed."""
-    raw, weights = random(gguf_type, 40, 2)
+    raw, weights = random(block_type, 40, 2)
     x = torch.rand(3, weights.shape[1], generator=torch.Generator().manual_seed(1)) * 2 - 1
     x[:, 0] = 1
     x = (x.double() * magnitude).float()
-    out = pack(raw, gguf_type)(x).double()
+    out = pack(raw, block_type)(x).double()
     error = (out - as_int16_blocks(x) @ weights.T).abs()
     assert (error <= (1e-6 * x.double().abs() + 1e-38) @ weights.T.abs()).all()
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("gguf_type", [GgufType.Q4_1, GgufType.Q6_K, GgufType.Q2_K])
+@pytest.mark.parametrize("block_type", [GgufType.Q4_1, GgufType.Q6_K, GgufType.Q2_K, Int4Type.INT4_64])
 def test_a_row_that_is_not_finite_says_so_and_leaves_the_others(
-    gguf_type: GgufType, *, exact: bool, bad: float
+    block_type: BlockType, *, exact: bool, bad: float
 ) -> None:
-    raw, weights = random(gguf_type, 40, 2)
+    raw, weights = random(block_type, 40, 2)
     x = torch.randn(9, weights.shape[1], generator=torch.Generator().manual_seed(1))
     for kernels in (KERNELS, PORTABLE):
-        linear = pack(raw, gguf_type, kernels=kernels, exact=exact)
+        linear = pack(raw, block_type, kernels=kernels, exact=exact)
         for rows in (2, 9):
             clean, spoilt = x[:rows], x[:rows].clone()
             spoilt[1, 40] = bad
@@ -198,12 +206,12 @@ def test_a_row_that_is_not_finite_says_so_and_leaves_the_others(
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
-@pytest.mark.parametrize("gguf_type", GgufType)
-def test_a_row_has_the_same_bits_in_every_batch(gguf_type: GgufType, *, exact: bool) -> None:
-    raw, weights = random(gguf_type, 77, 3)
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_a_row_has_the_same_bits_in_every_batch(block_type: BlockType, *, exact: bool) -> None:
+    raw, weights = random(block_type, 77, 3)
     x = torch.randn(31, weights.shape[1], generator=torch.Generator().manual_seed(1))
     for kernels in (KERNELS, PORTABLE):
-        linear = pack(raw, gguf_type, kernels=kernels, exact=exact)
+        linear = pack(raw, block_type, kernels=kernels, exact=exact)
         alone = torch.cat([linear(row[None]) for row in x])
         for size in (*range(2, 20), 31):
             for start in range(0, 31, size):
@@ -213,24 +221,24 @@ def test_a_row_has_the_same_bits_in_every_batch(gguf_type: GgufType, *, exact: b
 
 @settings(max_examples=60, deadline=None)
 @given(
-    gguf_type=st.sampled_from(GgufType),
+    block_type=st.sampled_from(BLOCK_TYPES),
     exact=st.booleans(),
     out=st.integers(1, 100),
     batches=st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=40), min_size=1, max_size=4),
 )
 def test_a_row_has_the_same_bits_wherever_batches_hold_it(
-    gguf_type: GgufType, *, exact: bool, out: int, batches: list[list[int]]
+    block_type: BlockType, *, exact: bool, out: int, batches: list[list[int]]
 ) -> None:
-    raw, weights = random(gguf_type, out, 2)
+    raw, weights = random(block_type, out, 2)
     x = torch.randn(12, weights.shape[1], generator=torch.Generator().manual_seed(1))
-    linear = pack(raw, gguf_type, exact=exact)
+    linear = pack(raw, block_type, exact=exact)
     alone = torch.cat([linear(row[None]) for row in x])
     for batch in batches:
         assert torch.equal(linear(x[batch]), alone[batch])
 
 
 ANY_WEIGHT = st.one_of(
-    st.sampled_from(GgufType), st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
+    st.sampled_from(BLOCK_TYPES), st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 )
 
 
@@ -243,17 +251,17 @@ ANY_WEIGHT = st.one_of(
     has_bias=st.booleans(),
 )
 def test_weights_of_several_formats_are_multiplied_like_each_alone(
-    kinds: list[tuple[GgufType | torch.dtype, int]], blocks: int, rows: int, *, exact: bool, has_bias: bool
+    kinds: list[tuple[BlockType | torch.dtype, int]], blocks: int, rows: int, *, exact: bool, has_bias: bool
 ) -> None:
     """To the bit. A dense weight beside blocks is multiplied as an exact one."""
     generator = torch.Generator().manual_seed(rows)
     depth, total = 256 * blocks, sum(out for _, out in kinds)
-    has_blocks = any(isinstance(kind, GgufType) for kind, _ in kinds)
+    has_blocks = any(isinstance(kind, BlockType) for kind, _ in kinds)
     if not has_blocks:  # dense weights are joined first
         kinds = [(kinds[0][0], out) for _, out in kinds]
     weights: list[Weight] = [
         BlockWeight(f"w{i}", random_blocks(kind.name, out, depth, seed=i)[0], kind.name, (out, depth))
-        if isinstance(kind, GgufType)
+        if isinstance(kind, BlockType)
         else DenseWeight(f"w{i}", torch.randn(out, depth, generator=generator).to(kind))
         for i, (kind, out) in enumerate(kinds)
     ]
@@ -319,17 +327,17 @@ def test_embeddings_that_cannot_be_read_are_refused() -> None:
         ReferenceKernels().embedding(BlockWeight("w", raw, "Q8_0", (4, 32)))
 
 
-@pytest.mark.parametrize("gguf_type", GgufType)
-def test_packed_weights_are_hardly_larger_than_in_the_file(gguf_type: GgufType) -> None:
+@pytest.mark.parametrize("block_type", BLOCK_TYPES)
+def test_packed_weights_are_hardly_larger_than_in_the_file(block_type: BlockType) -> None:
     """The scales of six bits take whole bytes, two to four bytes for each superblock."""
-    raw, _ = random(gguf_type, 64, 4)
-    most = 1.04 if gguf_type.name in {"Q3_K", "Q4_K", "Q5_K", "IQ4_XS"} else 1
-    assert raw.nbytes <= pack(raw, gguf_type).nbytes <= raw.nbytes * most
+    raw, _ = random(block_type, 64, 4)
+    most = 1.04 if block_type.name in {"Q3_K", "Q4_K", "Q5_K", "IQ4_XS"} else 1
+    assert raw.nbytes <= pack(raw, block_type).nbytes <= raw.nbytes * most
 
 
 def test_blocks_have_the_sizes_that_files_have() -> None:
-    for gguf_type, sizes in STORED.items():
-        assert sizes == GGML_QUANT_SIZES[GGMLQuantizationType(int(gguf_type))]
+    for gguf_type in GgufType:
+        assert STORED[gguf_type] == GGML_QUANT_SIZES[GGMLQuantizationType(int(gguf_type))]
         assert gguf_type.name == GGMLQuantizationType(int(gguf_type)).name
 
 

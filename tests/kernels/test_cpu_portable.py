@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from logitkernels import AttentionMetadata, AttentionOptions, BlockWeight, DenseWeight
-from logitkernels.cpu import CpuKernels, GgufType
+from logitkernels.cpu import CpuKernels
 from logitkernels.cpu.errors import BuildError
-from logitkernels.cpu.linear import STORED
+from logitkernels.cpu.linear import BLOCK_TYPES, STORED
 from logitkernels.cpu.processor import AVX2
 from random_blocks import random_blocks
 from torch import Tensor
@@ -41,11 +41,11 @@ def test_exact_linears_have_the_bits_of_the_native_ones(dtype: torch.dtype, out:
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
-@pytest.mark.parametrize("gguf_type", GgufType)
-def test_products_of_blocks_have_the_bits_of_the_native_ones(gguf_type: GgufType, *, exact: bool) -> None:
-    raw, weights = random_blocks(gguf_type.name, 77, 5 * STORED[gguf_type][0])
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_products_of_blocks_have_the_bits_of_the_native_ones(name: str, *, exact: bool) -> None:
+    raw, weights = random_blocks(name, 77, 5 * STORED[BLOCK_TYPES[name]][0])
     x = random(40, weights.shape[1], seed=3)
-    weight = BlockWeight("w", raw, gguf_type.name, (77, weights.shape[1]))
+    weight = BlockWeight("w", raw, name, (77, weights.shape[1]))
     native, portable = (kernels.pack([weight], exact=exact) for kernels in (NATIVE, PORTABLE))
     for rows in ROWS:
         assert torch.equal(portable(x[:rows]), native(x[:rows]))

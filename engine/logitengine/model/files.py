@@ -8,13 +8,17 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
 from logitengine.model.gguf.config import model_config
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tensors import parameters_of
+from logitengine.model.int4.config import int4_config
+from logitengine.model.int4.tensors import parameters_of as packed_parameters_of
 from logitengine.model.internvl_format import is_original, original_config
+from logitengine.model.safetensors_files import INDEX, WEIGHTS, tensors_of
 
 DEFAULT_MODEL = "smollm2"
 CONFIG = "config.json"
@@ -62,9 +66,9 @@ def gguf_path(model: str) -> Path | None:
 
 
 def check_directory(path: Path) -> None:
-    """Look for the files of a Hugging Face model. Raises CheckpointError for one that is missing or no JSON.
+    """Look for the files of a Hugging Face model. Raises CheckpointError for one that is missing or damaged.
 
-    So does a config of InternVL's original format that is not served.
+    So does a config of InternVL's original format, or a way of quantisation, that is not served.
     """
     config = path / CONFIG
     if not config.is_file():
@@ -81,6 +85,16 @@ def check_directory(path: Path) -> None:
         raise CheckpointError(f"{path} holds neither tokenizer.json nor tokenizer_config.json")
     if is_original(fields):
         original_config(fields)
+    _check_weights(path, fields)
+
+
+def _check_weights(path: Path, fields: dict[str, Any]) -> None:
+    """Read the headers of the files, and see that packed layers are ones that can be served."""
+    packing = int4_config(fields, str(path))
+    if packing is not None:
+        packed_parameters_of(tensors_of(path), packing)
+    elif (path / WEIGHTS).is_file() or (path / INDEX).is_file():
+        tensors_of(path)
 
 
 def check_hub_name(name: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,17 +20,21 @@ from logitengine.errors import CheckpointError
 from logitengine.link.messages import EncoderInfo, ModelInfo
 from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
 from logitengine.model.cpus import num_usable_cpus
+from logitengine.model.files import CONFIG
 from logitengine.model.fingerprint import WeightsDigest, digest_of_config, fingerprint
 from logitengine.model.fuse import Packer, fuse, is_known
 from logitengine.model.gguf.model import GgufModel
 from logitengine.model.image_encoder import ImageEncoder
 from logitengine.model.image_families import FAMILIES
+from logitengine.model.int4.config import int4_config
+from logitengine.model.int4.model import Int4Model
 from logitengine.model.layer_shapes import probe_layers
 from logitengine.model.network import Network
 from logitengine.model.pretrained import eos_token_ids, load_pretrained, max_positions, model_type
+from logitengine.model.skeleton import StoredModel
 from logitengine.model.text_part import take_text_part
 from logitengine.model.value_heads import value_heads_of
-from logitengine.model.weight_sources import Int8Weights, ModelWeights, WeightSource
+from logitengine.model.weight_sources import Int4Weights, Int8Weights, ModelWeights, WeightSource
 from logitengine.run.devices import Device, choose_device
 from logitengine.run.kv_cache import bytes_per_block
 from logitengine.run.rows import TORCH_DTYPES
@@ -36,6 +42,18 @@ from logitengine.run.runner import ModelRunner
 from logitengine.run.sizing import RunnerFactory
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """A block format that the weights of any model can be rounded to, and the source that rounds them."""
+
+    format: str
+    source: Callable[[WeightSource], WeightSource]
+
+
+ROUNDED = {"int8": Rounding("Q8_0", Int8Weights), "int4": Rounding("INT4_32", Int4Weights)}
+"""Values of ``weights`` that round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +91,13 @@ def load(
         raise CheckpointError(
             "the native CPU kernels compute in bfloat16 or float32; use kernels=reference for float16"
         )
-    _check_weights_option(config, checkpoint, kernels)
     dtype = torch.bfloat16 if config.dtype == "auto" else TORCH_DTYPES[config.dtype]
-    if checkpoint.is_gguf:
-        gguf = GgufModel(checkpoint.path, dtype, device.torch_device)
-        digest = WeightsDigest(gguf.paths, gguf.members)
-        weights = _gguf_weights(config, gguf, kernels)
-        loaded = prepare(config, checkpoint, gguf.skeleton, kernels, device, weights, digest, gguf=gguf)
+    stored = _stored_model(checkpoint, dtype, device.torch_device)
+    _check_weights_option(config, checkpoint, kernels, is_stored=stored is not None)
+    if stored is not None:
+        digest = WeightsDigest(stored.paths, stored.members)
+        weights = _stored_weights(config, stored, kernels)
+        loaded = prepare(config, checkpoint, stored.skeleton, kernels, device, weights, digest, stored=stored)
     else:
         digest = WeightsDigest.of_directory(checkpoint.path)
         model = load_pretrained(checkpoint, dtype, device.torch_device)
@@ -88,7 +106,7 @@ def load(
         if model.config.model_type in FAMILIES and model.get_output_embeddings() is not None:
             model, whole, family = take_text_part(model), model, model_type(checkpoint)
         own = ModelWeights(model)
-        rounded = Int8Weights(own) if config.weights == "int8" else None
+        rounded = ROUNDED[config.weights].source(own) if config.weights in ROUNDED else None
         loaded = prepare(config, checkpoint, model, kernels, device, rounded, digest, whole, family)
     logger.info("loaded %s", config.model, extra={"seconds": round(time.monotonic() - started, 1)})
     return loaded
@@ -104,7 +122,7 @@ def prepare(
     digest: WeightsDigest | None = None,
     whole: PreTrainedModel | None = None,
     family: str | None = None,
-    gguf: GgufModel | None = None,
+    stored: StoredModel | None = None,
 ) -> LoadedModel:
     """Fuse a model on ``device`` that uses the project's attention function, and size the KV cache for it.
 
@@ -112,7 +130,7 @@ def prepare(
     weights of ``weights`` if given. ``digest`` is the checkpoint's; without one, as for a model that was built in
     memory, the fingerprint knows the config alone. ``whole`` is the image-text model that the model was taken out of,
     and ``family`` its checkpoint's ``model_type`` if it is not the config's.
-    ``gguf`` fills the model if it is the skeleton of a GGUF file.
+    ``stored`` fills the model if it is a skeleton whose weights stay in files.
 
     Raises CheckpointError for a model that cannot be served, with the reason.
     """
@@ -135,23 +153,23 @@ def prepare(
             if missing is not None:
                 logger.info("images are not read: %s", missing)
                 encoder = None
-        is_skeleton = gguf is not None and is_known(model)
-        if gguf is not None and not is_skeleton:
-            gguf.fill()
+        is_skeleton = stored is not None and is_known(model)
+        if stored is not None and not is_skeleton:
+            stored.fill()
         shapes = probe_layers(model, kernels)
-        if gguf is not None and is_skeleton:
-            gguf.fill_small(torch.float32 if kernels.block_formats else dtype)
+        if stored is not None and is_skeleton:
+            stored.fill_small(torch.float32 if kernels.block_formats else dtype)
         heads = value_heads_of(
             model, config.value_head, kernels, device.torch_device, is_classifier=not can_generate
         )
         if weights is None:
-            weights = ModelWeights(model) if gguf is None else gguf.weights()
+            weights = ModelWeights(model) if stored is None else stored.weights()
         packer = Packer(kernels, weights, exact=dtype == torch.float32)
         depth = 0 if encoder is None else encoder.info.depth
-        embedding = None if gguf is None else partial(gguf.embedding, kernels)
+        embedding = None if stored is None else partial(stored.embedding, kernels)
         network = fuse(model, packer, shapes, depth, embedding)
-        if gguf is not None and is_skeleton and not network.is_fused:
-            gguf.fill()
+        if stored is not None and is_skeleton and not network.is_fused:
+            stored.fill()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{architecture} cannot be served: {error}") from error
     _refuse_unfused(config, model, network)
@@ -227,27 +245,37 @@ def _stored_as(config: EngineConfig, packer: Packer, *, is_fused: bool) -> str:
     blocks = sorted(packer.formats - {"dense"})
     if not is_fused or not blocks:
         return "dense"
-    if config.weights == "int8":
-        return "int8 (Q8_0)"
+    if config.weights in ROUNDED:
+        return f"{config.weights} ({ROUNDED[config.weights].format})"
     return f"stored ({', '.join(blocks)})" + (", dense" if "dense" in packer.formats else "")
 
 
-def _gguf_weights(config: EngineConfig, gguf: GgufModel, kernels: Kernels) -> WeightSource:
-    if config.weights == "int8":
-        return Int8Weights(gguf.weights(dtype=torch.float32))
-    return gguf.weights(frozenset() if config.weights == "dense" else kernels.block_formats)
+def _stored_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> StoredModel | None:
+    """Return the model of a GGUF file or of packed layers; None for a directory of floating-point numbers."""
+    if checkpoint.is_gguf:
+        return GgufModel(checkpoint.path, dtype, device)
+    packing = int4_config(json.loads((checkpoint.path / CONFIG).read_bytes()), checkpoint.name)
+    return None if packing is None else Int4Model(checkpoint.path, packing, dtype, device)
 
 
-def _check_weights_option(config: EngineConfig, checkpoint: Checkpoint, kernels: Kernels) -> None:
+def _stored_weights(config: EngineConfig, stored: StoredModel, kernels: Kernels) -> WeightSource:
+    if config.weights in ROUNDED:
+        return ROUNDED[config.weights].source(stored.weights(dtype=torch.float32))
+    return stored.weights(frozenset() if config.weights == "dense" else kernels.block_formats)
+
+
+def _check_weights_option(
+    config: EngineConfig, checkpoint: Checkpoint, kernels: Kernels, *, is_stored: bool
+) -> None:
     """Refuse a form of weights that cannot be had. Raises CheckpointError."""
-    if config.weights == "int8" and "Q8_0" not in kernels.block_formats:
+    if config.weights in ROUNDED and ROUNDED[config.weights].format not in kernels.block_formats:
         raise CheckpointError(
-            f"the {kernels.name} kernels do not multiply weights=int8; the native CPU kernels do"
+            f"the {kernels.name} kernels do not multiply weights={config.weights}; the native CPU kernels do"
         )
-    if config.weights == "stored" and not (checkpoint.is_gguf and kernels.block_formats):
+    if config.weights == "stored" and not (is_stored and kernels.block_formats):
         raise CheckpointError(
-            f"weights=stored needs a GGUF file and kernels that multiply its blocks; {checkpoint.name} with the "
-            f"{kernels.name} kernels has neither or one of them"
+            "weights=stored needs a GGUF file, or packed int4 layers, and kernels that multiply blocks; "
+            f"{checkpoint.name} with the {kernels.name} kernels has neither or one of them"
         )
 
 
@@ -255,7 +283,7 @@ def _refuse_unfused(config: EngineConfig, model: PreTrainedModel, network: Netwo
     """Refuse options that only fused networks honour. Raises CheckpointError."""
     only_fused = {
         "batch_invariant": config.batch_invariant,
-        f"weights={config.weights}": config.weights in {"stored", "int8"},
+        f"weights={config.weights}": config.weights in {"stored", *ROUNDED},
     }
     for option, is_asked in only_fused.items():
         if is_asked and not network.is_fused:

@@ -1,4 +1,4 @@
-"""Sources of weights for a model's linear layers: its own parameters, or int8 blocks of another source's."""
+"""Sources of weights for a model's linear layers: its own parameters, or another source's rounded to blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import quantize
 from logitkernels import BlockWeight, DenseWeight, Weight
-from torch import nn
+from logitkernels.int4 import round_to_int4
+from torch import Tensor, nn
 
 BLOCK_WEIGHTS = 32
 
@@ -39,11 +40,31 @@ class Int8Weights:
 
     def get(self, name: str) -> BlockWeight:
         """Return the blocks. Raises ValueError for a weight whose rows are not a whole number of blocks."""
-        weight = self._source.get(name)
-        if not isinstance(weight, DenseWeight):
-            raise TypeError(f"{name} is in blocks of {weight.format}; int8 is made of dense weights")
-        rows, columns = weight.shape
-        if columns % BLOCK_WEIGHTS:
-            raise ValueError(f"{name} has {columns} input features; int8 takes multiples of {BLOCK_WEIGHTS}")
-        raw = quantize(weight.tensor.float().cpu().numpy(), GGMLQuantizationType.Q8_0)
+        numbers = _whole_blocks(self._source.get(name), "int8")
+        rows, columns = numbers.shape
+        raw = quantize(numbers.float().cpu().numpy(), GGMLQuantizationType.Q8_0)
         return BlockWeight(name, torch.from_numpy(raw), "Q8_0", (rows, columns))
+
+
+class Int4Weights:
+    """Weights of another source in blocks of INT4_32: 32 int4 along K, a float32 scale and a zero. Made on request."""
+
+    def __init__(self, source: WeightSource) -> None:
+        """Round the weights of ``source``, which are dense."""
+        self._source = source
+
+    def get(self, name: str) -> BlockWeight:
+        """Return the blocks. Raises ValueError for a weight whose rows are not a whole number of blocks."""
+        return round_to_int4(name, _whole_blocks(self._source.get(name), "int4").cpu(), BLOCK_WEIGHTS)
+
+
+def _whole_blocks(weight: Weight, form: str) -> Tensor:
+    """Return the numbers of a dense weight that blocks divide."""
+    if not isinstance(weight, DenseWeight):
+        raise TypeError(f"{weight.name} is in blocks of {weight.format}; {form} is made of dense weights")
+    columns = weight.shape[1]
+    if columns % BLOCK_WEIGHTS:
+        raise ValueError(
+            f"{weight.name} has {columns} input features; {form} takes multiples of {BLOCK_WEIGHTS}"
+        )
+    return weight.tensor

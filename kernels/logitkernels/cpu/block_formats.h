@@ -1,4 +1,4 @@
-// Layout of the integers of the block formats of GGUF files in panels; see quantized.h.
+// Layout of the integers of the block formats in panels; see quantized.h.
 #pragma once
 
 #include <type_traits>
@@ -267,8 +267,11 @@ using Q6K = BlockFormat<PackedIntegers<6>{32}, SuperScales<ByteScales<true, 2>, 
 using IQ4NL = BlockFormat<kNonLinear, Float16Scales<false>>;
 using IQ4XS = BlockFormat<kNonLinear, SuperScales<ByteScales<true, 1>, false>>;
 using MXFP4 = BlockFormat<kMicroscaling, ExponentScales>;
+using Int4By32 = BlockFormat<PackedIntegers<4>{8}, ZeroScales<1>>;
+using Int4By64 = BlockFormat<PackedIntegers<4>{8}, ZeroScales<2>>;
+using Int4By128 = BlockFormat<PackedIntegers<4>{8}, ZeroScales<4>>;
 
-// Calls use<Format>() for a type of GGUF files.
+// Calls use<Format>() for a type of blocks.
 template <class Use>
 LOGITKERNELS_INLINE void with_format(int64_t type, const Use& use) {
     switch (type) {
@@ -284,7 +287,10 @@ LOGITKERNELS_INLINE void with_format(int64_t type, const Use& use) {
         case kQ6K: return use.template operator()<Q6K>();
         case kIQ4NL: return use.template operator()<IQ4NL>();
         case kIQ4XS: return use.template operator()<IQ4XS>();
-        default: return use.template operator()<MXFP4>();
+        case kMXFP4: return use.template operator()<MXFP4>();
+        case kInt4By32: return use.template operator()<Int4By32>();
+        case kInt4By64: return use.template operator()<Int4By64>();
+        default: return use.template operator()<Int4By128>();
     }
 }
 

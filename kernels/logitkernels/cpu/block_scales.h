@@ -1,4 +1,4 @@
-// Scales and minima of the block formats of GGUF files: their layout at the head of a panel, and their values.
+// Scales and minima of the block formats: their layout at the head of a panel, and their values.
 //
 // A block of 32 weights has one scale, or one for each half: `parts` of them. A part's weight is d q + m. All
 // scales of a panel lie before its integers. Each kind defines
@@ -20,10 +20,13 @@ namespace logitkernels {
 
 constexpr int64_t kSuperBlocks = 8;         // blocks of 32 that share a float16 scale in the K formats
 constexpr int64_t kFloat16Bytes = kLanes * 2;  // of a vector of 16 features
+constexpr int64_t kFloat32Bytes = kLanes * 4;
 
-// What one feature has in a file as one piece: a block of 32 weights or a superblock of 256.
+// What one feature has in a file as one piece: a block of 32 weights, a group or a superblock of several.
 struct Unit {
     uint16_t scale, minimum;       // float16 of the block or superblock
+    float group_scale;             // float32 of the group
+    uint8_t zero;                  // of the group
     uint8_t scales[2 * kSuperBlocks];  // of the parts
     uint8_t minima[2 * kSuperBlocks];
     uint8_t integers[kSuperBlocks * kSumBlock];  // as stored, without a sign
@@ -89,6 +92,40 @@ struct ExponentScales {
     static float scale_of(const Unit& unit, int64_t) {
         const uint32_t e = unit.scales[0];
         return std::bit_cast<float>(e < 2 ? 0x00200000u << e : (e - 1) << 23);
+    }
+};
+
+// A float32 scale and an integer zero for each group of kBlocks blocks, whose weights are d (q - z): d[groups][2][16]
+// float32, z[groups][2][16] bytes. The integers are multiplied 8 below what is stored, so m = -d (z - 8), which is 0
+// where weights are symmetric. It is exact for scales of up to 20 bits, such as float16 and bfloat16.
+template <int kBlocks>
+struct ZeroScales {
+    static constexpr int parts = 1;
+    static constexpr bool has_minimum = true;
+
+    static int64_t head_bytes(int64_t blocks) { return blocks / kBlocks * kVectors * (kFloat32Bytes + kLanes); }
+
+    template <int H>
+    static LOGITKERNELS_INLINE __m512 scale(const char* head, int64_t, int64_t b, int64_t group) {
+        return _mm512_load_ps(vector_at(head, b / kBlocks, group, kFloat32Bytes));
+    }
+    template <int H>
+    static LOGITKERNELS_INLINE __m512 minimum(const char* head, int64_t blocks, int64_t b, int64_t group) {
+        const __m512i z = widen_uint8(vector_at(zeros(head, blocks), b / kBlocks, group, kLanes));
+        return _mm512_mul_ps(scale<H>(head, blocks, b, group),
+                             _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(8), z)));
+    }
+    static float scale_of(const Unit& unit, int64_t) { return unit.group_scale; }
+    static float minimum_of(const Unit& unit, int64_t) { return unit.group_scale * float(8 - int(unit.zero)); }
+    static void put(char* head, int64_t blocks, int64_t b, int64_t group, int64_t lane, const Unit& unit, int64_t) {
+        std::memcpy(vector_at(head, b / kBlocks, group, kFloat32Bytes) + lane * 4, &unit.group_scale, 4);
+        vector_at(zeros(head, blocks), b / kBlocks, group, kLanes)[lane] = char(unit.zero);
+    }
+
+  private:
+    template <class Byte>
+    static Byte* zeros(Byte* head, int64_t blocks) {
+        return head + blocks / kBlocks * kVectors * kFloat32Bytes;
     }
 };
 

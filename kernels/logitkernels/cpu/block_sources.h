@@ -1,4 +1,4 @@
-// Blocks as GGUF files have them.
+// Blocks as GGUF files have them, and ours of int4.py.
 #pragma once
 
 #include <cstring>
@@ -7,8 +7,8 @@
 
 namespace logitkernels {
 
-// A source reads a unit, a block or superblock of one feature, as the file has it: `bytes` for `blocks` blocks of
-// 32 weights. The layouts are those of https://github.com/ggml-org/ggml, src/ggml-common.h.
+// A source reads a unit, a block, group or superblock of one feature, as the file has it: `bytes` for `blocks` blocks
+// of 32 weights. The layouts are those of https://github.com/ggml-org/ggml, src/ggml-common.h, and of ../int4.py.
 template <class Format>
 struct Source;
 
@@ -205,5 +205,25 @@ struct Source<IQ4XS> {
         }
     }
 };
+
+// A group's float32 scale, its zero, and its nibbles, two neighbours in a byte.
+template <int kBlocks>
+struct GroupSource {
+    static constexpr int64_t bytes = 5 + 16 * kBlocks, blocks = kBlocks;
+    static void read(const uint8_t* source, Unit& unit) {
+        std::memcpy(&unit.group_scale, source, sizeof unit.group_scale);
+        unit.zero = source[4];
+        for (int i = 0; i < 16 * kBlocks; ++i) {
+            unit.integers[2 * i] = source[5 + i] & 15;
+            unit.integers[2 * i + 1] = source[5 + i] >> 4;
+        }
+    }
+};
+template <>
+struct Source<Int4By32> : GroupSource<1> {};
+template <>
+struct Source<Int4By64> : GroupSource<2> {};
+template <>
+struct Source<Int4By128> : GroupSource<4> {};
 
 }  // namespace logitkernels

@@ -27,7 +27,7 @@ from logitkernels.cpu.arguments import (
 from logitkernels.cpu.embedding import NUMBERS, CpuEmbedding
 from logitkernels.cpu.layers import CpuLayers
 from logitkernels.cpu.library import AttentionStruct, Library
-from logitkernels.cpu.linear import Bf16Sums, CpuLinear, GgufType
+from logitkernels.cpu.linear import BLOCK_TYPES, Bf16Sums, CpuLinear, GgufType
 from logitkernels.cpu.processor import NATIVE, Target
 from logitkernels.cpu.sampling import CpuSampling
 from logitkernels.decoder import DecoderLayerWeights
@@ -48,7 +48,7 @@ class CpuKernels(Kernels):
     transposes_keys = True
     reads_strided_caches = True
     honours_key_ends = True
-    block_formats = frozenset(GgufType.__members__)
+    block_formats = frozenset(BLOCK_TYPES)
     embedding_formats = frozenset({*GgufType.__members__, *NUMBERS})
 
     def __init__(self, *, target: Target = NATIVE, prebuilt: Path | None = None) -> None:

@@ -12,12 +12,12 @@ enum LinearKind : int64_t {
     kF32Fma = 2,   // float32 weights and activations
     kF16Fma = 3,   // float16 weights widened in registers, float32 activations
     kBf16Tiles = 4,  // as kBf16Dot in AMX's tile registers, which sum in another order
-    // Blocks of a type of GGUF files: kFirstBlocks + 2 type for rounded activations (dot), one more for float32
+    // Blocks of a type: kFirstBlocks + 2 type for rounded activations (dot), one more for float32
     // ones (fma); see quantized.h.
     kFirstBlocks = 16,
 };
 
-// Types of blocks, by their numbers in GGUF files, and of numbers.
+// Types of blocks: those of GGUF files by their numbers there, and our own (see ../int4.py). And types of numbers.
 enum BlockType : int64_t {
     kF32 = 0,
     kF16 = 1,
@@ -35,6 +35,9 @@ enum BlockType : int64_t {
     kIQ4NL = 20,
     kIQ4XS = 23,
     kMXFP4 = 39,
+    kInt4By32 = 64,
+    kInt4By64 = 65,
+    kInt4By128 = 66,
 };
 
 inline bool has_blocks(int64_t kind) { return kind >= kFirstBlocks; }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from logitkernels.cpu.arguments import as_float32, as_integers, num_threads
 from logitkernels.cpu.library import Library, LinearPartStruct, LinearStruct
+from logitkernels.int4 import GROUP_SIZES, group_bytes, int4_format
 from logitkernels.weights import BlockWeight, Linear, Weight, stack_dense
 
 PANEL_COLUMNS = 32
@@ -57,7 +58,18 @@ class GgufType(IntEnum):
     MXFP4 = 39
 
 
-STORED = {
+class Int4Type(IntEnum):
+    """Block formats of our own, in groups of so many weights; see int4.py."""
+
+    INT4_32 = 64
+    INT4_64 = 65
+    INT4_128 = 66
+
+
+BLOCK_TYPES: dict[str, GgufType | Int4Type] = {**GgufType.__members__, **Int4Type.__members__}
+"""Block formats that are multiplied as they are stored, by name."""
+
+STORED: dict[GgufType | Int4Type, tuple[int, int]] = {
     GgufType.Q4_0: (32, 18),
     GgufType.Q4_1: (32, 20),
     GgufType.Q5_0: (32, 22),
@@ -71,6 +83,7 @@ STORED = {
     GgufType.IQ4_NL: (32, 18),
     GgufType.IQ4_XS: (256, 136),
     GgufType.MXFP4: (32, 17),
+    **{Int4Type[int4_format(size)]: (size, group_bytes(size)) for size in GROUP_SIZES},
 }
 """Weights of a block, and its bytes in the file. What a packed panel takes is in quantized.h."""
 
@@ -90,7 +103,7 @@ class CpuLinear(Linear):
     def __init__(
         self, library: Library, weights: Sequence[Weight], bias: Tensor | None, *, exact: bool
     ) -> None:
-        """Pack the weights: dense ones, and blocks in the formats of `GgufType`.
+        """Pack the weights: dense ones, and blocks in the formats of `BLOCK_TYPES`.
 
         A bf16 weight is multiplied by activations rounded to bf16 or, with ``exact`` or beside blocks, by float32
         ones. A float32 or float16 weight is always multiplied by float32 activations. When bf16 represents all of
@@ -100,7 +113,7 @@ class CpuLinear(Linear):
 
         Raises:
             TypeError: a dense weight is neither bfloat16, float16 nor float32, or blocks are not uint8.
-            ValueError: the shapes do not fit, or the format is not one of `GgufType`.
+            ValueError: the shapes do not fit, or the format is not one of `BLOCK_TYPES`.
         """
         super().__init__(weights, bias)
         self._library = library
@@ -177,7 +190,7 @@ def check_raw(weight: BlockWeight, block: int, block_bytes: int) -> None:
     """
     (rows, depth), raw = weight.shape, weight.raw
     if raw.dtype != torch.uint8:
-        raise TypeError(f"raw is {raw.dtype}; the blocks of a GGUF file are torch.uint8")
+        raise TypeError(f"raw is {raw.dtype}; blocks are torch.uint8")
     if depth % block:
         raise ValueError(f"shape is {weight.shape}; K must be a multiple of {block}")
     expected = rows * depth // block * block_bytes
@@ -186,22 +199,22 @@ def check_raw(weight: BlockWeight, block: int, block_bytes: int) -> None:
 
 
 def _pack_blocks(library: Library, weight: BlockWeight, *, exact: bool) -> _Part:
-    if weight.format not in GgufType.__members__:
-        raise ValueError(f"{weight.format} is not among {', '.join(sorted(GgufType.__members__))}")
-    (rows, depth), gguf_type = weight.shape, GgufType[weight.format]
-    check_raw(weight, *STORED[gguf_type])
+    if weight.format not in BLOCK_TYPES:
+        raise ValueError(f"{weight.format} is not among {', '.join(sorted(BLOCK_TYPES))}")
+    (rows, depth), block_type = weight.shape, BLOCK_TYPES[weight.format]
+    check_raw(weight, *STORED[block_type])
     order = None if weight.order is None else as_integers(weight.order, torch.int64, "order")
     if order is not None and not torch.equal(order.sort().values, torch.arange(rows)):
         raise ValueError(f"order does not hold each of the {rows} rows once")
     raw = weight.raw.contiguous()
-    packed = torch.empty(library.packed_bytes(gguf_type, rows, depth), dtype=torch.uint8)
+    packed = torch.empty(library.packed_bytes(block_type, rows, depth), dtype=torch.uint8)
     library.pack_blocks(
         raw.data_ptr(),
         None if order is None else order.data_ptr(),
-        gguf_type,
+        block_type,
         rows,
         depth,
         packed.data_ptr(),
         num_threads(),
     )
-    return _Part(FIRST_BLOCKS + 2 * gguf_type + exact, rows, packed)
+    return _Part(FIRST_BLOCKS + 2 * block_type + exact, rows, packed)

@@ -1,4 +1,4 @@
-// Packing of the blocks of GGUF files into panels.
+// Packing of blocks into panels.
 #include <algorithm>
 #include <cstring>
 
@@ -56,7 +56,7 @@ int64_t logitkernels_packed_bytes(int64_t type, int64_t n, int64_t k) {
     return bytes;
 }
 
-// Packs the blocks of a weight [n, k] of a GGUF file into panels. Row i of the weight is row order[i] of the file's,
+// Packs the blocks of a weight [n, k] into panels. Row i of the weight is row order[i] of the file's,
 // or row i without an order.
 void logitkernels_pack_blocks(const uint8_t* raw, const int64_t* order, int64_t type, int64_t n, int64_t k, char* target,
                               int threads) {

@@ -1,4 +1,4 @@
-// Linear layers on the block formats of GGUF files, without loss: every stored integer and scale is kept.
+// Linear layers on the block formats of GGUF files and our own int4 ones, without loss: every stored integer and scale is kept.
 //
 // A part is 32 weights along k, or 16, with a scale d (and a minimum m): w = d q + m. The sum over a part is a sum
 // over q x that is scaled once, in the same order for any number of rows:
@@ -21,6 +21,7 @@
 //     Q5_1          0.75        Q5_K    0.703 (0.6875)
 //     Q8_0          1.0625      Q6_K    0.820
 //     MXFP4         0.531       IQ4_XS  0.539 (0.531)
+//     INT4_32       0.656       INT4_64 0.578      INT4_128  0.539
 //
 // The scales of a panel are unpacked to float32 before it is multiplied, so that formats with one kind of integers
 // share the code of products.

@@ -92,6 +92,11 @@ class Parameter:
         return self.tensors[0]
 
     @property
+    def origin(self) -> str:
+        """Name of the first tensor."""
+        return self.tensor.name
+
+    @property
     def shape(self) -> tuple[int, ...]:
         first = self.tensors[0].shape
         return (

@@ -1,0 +1,105 @@
+"""A checkpoint with packed linear layers as a model of transformers whose weights stay in the files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from logitkernels import Kernels
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig
+
+from logitengine.errors import CheckpointError
+from logitengine.model.files import CONFIG
+from logitengine.model.image_families import FAMILIES
+from logitengine.model.int4.config import Int4Config
+from logitengine.model.int4.tensors import DenseParameter, PackedParameter, Parameter, parameters_of
+from logitengine.model.int4.unpacking import read_tensor
+from logitengine.model.int4.weights import PackedWeights
+from logitengine.model.pretrained import refuse_unsupported
+from logitengine.model.safetensors_files import tensors_of
+from logitengine.model.skeleton import EMBEDDING, StoredModel
+
+GENERATION_CONFIG = "generation_config.json"
+
+IGNORED_TENSORS = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
+"""What old checkpoints copied from buffers that follow from the config."""
+
+
+class Int4Model(StoredModel):
+    """The model of a directory: a skeleton on the meta device, and what fills it.
+
+    Attributes:
+        members: members of config.json.
+    """
+
+    _parameters: dict[str, Parameter]
+
+    def __init__(
+        self, directory: Path, packing: Int4Config, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Read the headers and build the skeleton. Raises CheckpointError for a model that cannot be served."""
+        tensors = tensors_of(directory)
+        self.members = json.loads((directory / CONFIG).read_bytes())
+        self._packing = packing
+        self._told: set[str] = set()
+        parameters = parameters_of(tensors, packing)
+        paths = sorted({tensor.path for tensor in tensors.values()})
+        try:
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            refuse_unsupported(config)
+            _refuse_other_models(config.model_type, config.architectures or [])
+            del config.quantization_config  # packing is read here, and transformers would want its packages
+            super().__init__(paths, config, parameters, dtype, device)
+            if (directory / GENERATION_CONFIG).is_file():
+                self.skeleton.generation_config = GenerationConfig.from_pretrained(directory)
+        except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, OSError) as error:
+            raise CheckpointError(f"{directory} could not be loaded: {error}") from error
+        self._drop_unread()
+        for name, target in self.skeleton.all_tied_weights_keys.items():
+            if target in self._parameters:
+                self._parameters.setdefault(name, self._parameters[target])
+        self._check_shapes()
+
+    def weights(
+        self, block_formats: frozenset[str] = frozenset(), dtype: torch.dtype | None = None
+    ) -> PackedWeights:
+        """Return the weights: packed ones as blocks if those are in ``block_formats``, others in the model's dtype or ``dtype``."""
+        return PackedWeights(
+            self._parameters, self._packing, dtype or self._dtype, self._device, block_formats, self._told
+        )
+
+    def _lookup(self, kernels: Kernels, scale: float) -> Callable[[Tensor], Tensor]:
+        parameter = self._parameters[EMBEDDING]
+        if not isinstance(parameter, DenseParameter):
+            raise CheckpointError(f"{parameter.integers.path} cannot be served: its embedding is packed")
+        numbers = read_tensor(parameter.tensor)
+        return lambda ids: numbers.index_select(0, ids).float() * scale
+
+    def _drop_unread(self) -> None:
+        """Forget tensors that cannot change a number: copied buffers, and biases of 0 where a model has none."""
+        expected = {name for name, _ in self.skeleton.named_parameters(remove_duplicate=False)}
+        for name, parameter in list(self._parameters.items()):
+            module, _, own = name.rpartition(".")
+            is_added = (
+                isinstance(parameter, DenseParameter)
+                and name not in expected
+                and own == "bias"
+                and isinstance(self._parameters.get(f"{module}.weight"), PackedParameter)
+                and not read_tensor(parameter.tensor).any()
+            )
+            if is_added or IGNORED_TENSORS.fullmatch(name):
+                del self._parameters[name]
+
+
+def _refuse_other_models(model_type: str, architectures: list[str]) -> None:
+    """Refuse models that are no language models. Raises ValueError."""
+    if model_type in FAMILIES:
+        raise ValueError(
+            f"{model_type} reads images, and its linear layers are packed, which is not supported"
+        )
+    if any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise ValueError(f"{architectures[0]} has packed linear layers, which is not supported")

@@ -1,0 +1,159 @@
+"""Numbers of packed weights: from the words of AWQ, GPTQ and compressed-tensors to rows of nibbles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from logitkernels.int4 import SYMMETRIC_ZERO, pack_nibbles, unpack_nibbles
+from safetensors import safe_open
+from torch import Tensor
+
+from logitengine.errors import CheckpointError
+from logitengine.model.int4.config import Int4Config, Method
+from logitengine.model.int4.tensors import PackedParameter
+from logitengine.model.safetensors_files import FileTensor
+
+AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Nibble of a word that holds its first, second, ... column: AWQ's words begin with columns 0, 2, 4, 6."""
+
+ONE_IN_EACH = 0x11111111
+"""A word of ones."""
+
+CHUNK_WEIGHTS = 1 << 20
+"""Weights that are dequantised at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """A weight [N, K]: ``scale * (q - zero)``, with G scales and zeros of a row.
+
+    Attributes:
+        nibbles: q, uint8 [N, K / 2], the first of two in the lower nibble.
+        scales: [N, G].
+        zeros: uint8 [N, G]; 8 if None.
+        of_column: int64 [K], the group of each column; None where groups are neighbours.
+    """
+
+    nibbles: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    of_column: Tensor | None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight, computed in float32 and rounded once."""
+        rows, depth = self.nibbles.shape[0], 2 * self.nibbles.shape[1]
+        out = torch.empty(rows, depth, dtype=dtype)
+        at_once = max(1, CHUNK_WEIGHTS // depth)
+        for start in range(0, rows, at_once):
+            part = slice(start, start + at_once)
+            integers = unpack_nibbles(self.nibbles[part]).float()
+            zeros = SYMMETRIC_ZERO if self.zeros is None else self._by_column(self.zeros[part].float(), depth)
+            out[part] = (integers - zeros) * self._by_column(self.scales[part].float(), depth)
+        return out
+
+    def _by_column(self, by_group: Tensor, depth: int) -> Tensor:
+        if self.of_column is not None:
+            return by_group[:, self.of_column]
+        return by_group.repeat_interleave(depth // by_group.shape[1], dim=1)
+
+
+def read_tensor(tensor: FileTensor) -> Tensor:
+    """Map a tensor; pages leave the process with the last reference to it. Raises CheckpointError if it cannot be read."""
+    try:
+        with safe_open(tensor.path, "pt") as file:
+            numbers: Tensor = file.get_tensor(tensor.name)
+    except Exception as error:  # errors of the file and of the library
+        raise CheckpointError(f"{tensor.path} cannot be read: {error}") from error
+    return numbers
+
+
+def read_groups(parameter: PackedParameter, config: Int4Config) -> Groups:
+    """Read a packed weight. Raises CheckpointError for one whose tensors contradict each other."""
+    nibbles, scales, zeros = READERS[config.method](parameter, config)
+    if not scales.isfinite().all():
+        raise _damaged(parameter, f"{parameter.scales.name} holds numbers that are not finite")
+    if parameter.stored_shape is not None:
+        shape = tuple(read_tensor(parameter.stored_shape).tolist())
+        if shape != parameter.shape:
+            raise _damaged(
+                parameter, f"{parameter.stored_shape.name} is {list(shape)} for {list(parameter.shape)}"
+            )
+    return Groups(nibbles, scales, zeros, _groups_of_columns(parameter))
+
+
+def _groups_of_columns(parameter: PackedParameter) -> Tensor | None:
+    if parameter.groups is None:
+        return None
+    groups = read_tensor(parameter.groups).long()
+    depth, num_groups = parameter.shape[1], parameter.num_groups
+    in_turn = torch.arange(depth) // (depth // num_groups)
+    if torch.equal(groups, in_turn) or (groups == -1).all():  # -1: it is not used
+        return None
+    if groups.min() < 0 or groups.max() >= num_groups:
+        raise _damaged(parameter, f"{parameter.groups.name} names groups beyond the {num_groups} there are")
+    return groups
+
+
+def _awq(parameter: PackedParameter, config: Int4Config) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Words [K, N / 8] hold eight columns of the transposed weight, and so do those of the zeros, [G, N / 8]."""
+    del config
+    rows, depth = parameter.shape
+    # A byte is two rows of the weight. Turned so that k runs along a row, each is split into those two.
+    pairs = _bytes(read_tensor(parameter.integers)).t().contiguous()
+    nibbles = torch.empty(rows // 8, 8, depth // 2, dtype=torch.uint8)
+    by_word = pairs.view(rows // 8, 4, depth)
+    for row, nibble in enumerate(AWQ_COLUMNS):
+        own = by_word[:, nibble // 2] >> 4 if nibble % 2 else by_word[:, nibble // 2] & 15
+        nibbles[:, row] = pack_nibbles(own)
+    zeros = _zeros(parameter).view(parameter.num_groups, -1, 8)[..., AWQ_COLUMNS].flatten(1)
+    return nibbles.view(rows, -1), read_tensor(parameter.scales).t(), zeros.t()
+
+
+def _gptq(parameter: PackedParameter, config: Int4Config) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Words [K / 8, N] hold eight rows of the transposed weight; those of the zeros, [G, N / 8], eight columns."""
+    nibbles = _bytes(read_tensor(parameter.integers).t().contiguous())
+    # The carry from a zero of 16 is what GPTQModel's code gives.
+    zeros = _zeros(parameter, ONE_IN_EACH if config.zeros_less_one else 0)[:, : parameter.shape[0]]
+    return nibbles, read_tensor(parameter.scales).t(), zeros.t()
+
+
+def _compressed_tensors(
+    parameter: PackedParameter, config: Int4Config
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Words [N, K / 8] hold eight columns; those of the zeros, [N / 8, G], eight rows. All are stored 8 above their values."""
+    del config
+    nibbles, scales = _bytes(read_tensor(parameter.integers)), read_tensor(parameter.scales)
+    if parameter.zeros is None:
+        return nibbles, scales, None
+    zeros = read_tensor(parameter.zeros)
+    if zeros.dtype == torch.int8:
+        zeros = zeros.short() + SYMMETRIC_ZERO
+        if zeros.min() < 0 or zeros.max() > 15:
+            raise _damaged(parameter, f"{parameter.zeros.name} holds zeros beyond four bits")
+        return nibbles, scales, zeros.to(torch.uint8)
+    by_column = unpack_nibbles(_bytes(zeros.t().contiguous()))[:, : parameter.shape[0]]
+    return nibbles, scales, by_column.t()
+
+
+READERS: dict[Method, Callable[[PackedParameter, Int4Config], tuple[Tensor, Tensor, Tensor | None]]] = {
+    "awq": _awq,
+    "gptq": _gptq,
+    "compressed-tensors": _compressed_tensors,
+}
+
+
+def _zeros(parameter: PackedParameter, added: int = 0) -> Tensor:
+    """Return the nibbles of the zeros' words in order, uint8 [G, 8 words], with ``added`` on each word."""
+    assert parameter.zeros is not None  # noqa: S101 - tensors.py has checked
+    return unpack_nibbles(_bytes(read_tensor(parameter.zeros) + added))
+
+
+def _bytes(words: Tensor) -> Tensor:
+    """Return the bytes of words int32 [..., W], uint8 [..., 4 W], lowest first."""
+    return words.contiguous().view(torch.uint8)
+
+
+def _damaged(parameter: PackedParameter, why: str) -> CheckpointError:
+    return CheckpointError(f"{parameter.integers.path} is damaged: {why}")
