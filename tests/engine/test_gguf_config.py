@@ -57,6 +57,37 @@ LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
 LINEAR_KEYS = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
 GEMMA3_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
 
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "head_dim": None,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+LATENT_KEYS: dict[str, Any] = {
+    "attention.kv_lora_rank": 32,
+    "attention.key_length": 48,
+    "attention.value_length": 32,
+    "rope.dimension_count": 16,
+    "leading_dense_block_count": 1,
+    "expert_shared_count": 2,
+}
+SPLIT_LATENT_KEYS = LATENT_KEYS | {
+    "attention.head_count_kv": 1,
+    "attention.key_length": 48,
+    "attention.key_length_mla": 48,
+    "attention.value_length_mla": 32,
+}
+GROUPS = {"n_group": 2, "topk_group": 1}
+GROUP_KEYS = {"expert_group_count": 2, "expert_group_used_count": 1}
+
 CASES = {
     "llama": Case("llama", "llama", {}, {"vocab_size": VOCAB}),
     "llama-tied": Case("llama", "llama", {"tie_word_embeddings": True}),
@@ -67,7 +98,6 @@ CASES = {
         "llama",
         "mixtral",
         {"num_local_experts": 4, "num_experts_per_tok": 2},
-        {"expert_count": 4, "expert_used_count": 2},
     ),
     "mistral": Case("llama", "mistral", {"sliding_window": None}),
     "granite": Case(
@@ -97,7 +127,6 @@ CASES = {
         "qwen3moe",
         "qwen3_moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
-        {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32},
     ),
     "gemma": Case("gemma", "gemma"),
     "gemma2": Case(
@@ -175,20 +204,103 @@ CASES = {
         {"rope.dimension_count": 16},
     ),
     "ernie4_5": Case("ernie4_5", "ernie4_5"),
+    "gpt-oss": Case(
+        "gpt-oss",
+        "gpt_oss",
+        {
+            **SLIDING,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+        {**YARN_KEYS, "attention.sliding_window": 8},
+    ),
+    "deepseek2-lite": Case("deepseek2", "deepseek_v2", {**DEEPSEEK, "q_lora_rank": None}, LATENT_KEYS),
+    "deepseek2-v2": Case(
+        "deepseek2",
+        "deepseek_v2",
+        {
+            **DEEPSEEK,
+            **GROUPS,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 16.0,
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+        {
+            **LATENT_KEYS,
+            **GROUP_KEYS,
+            **YARN_KEYS,
+            "attention.q_lora_rank": 32,
+            "expert_gating_func": 1,
+            "expert_weights_scale": 16.0,
+            "rope.scaling.yarn_log_multiplier": 0.0707,
+        },
+    ),
+    "deepseek2-v3": Case(
+        "deepseek2",
+        "deepseek_v3",
+        {
+            **DEEPSEEK,
+            **GROUPS,
+            "n_routed_experts": 8,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        {
+            **SPLIT_LATENT_KEYS,
+            **GROUP_KEYS,
+            **YARN_KEYS,
+            "attention.q_lora_rank": 32,
+            "expert_gating_func": 2,
+            "expert_weights_scale": 2.5,
+            "expert_weights_norm": True,
+            "rope.scaling.yarn_log_multiplier": 0.1,
+        },
+    ),
+    "deepseek2-moonlight": Case(
+        "deepseek2",
+        "deepseek_v3",
+        {**DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.446},
+        {**SPLIT_LATENT_KEYS, "expert_weights_scale": 2.446, "expert_weights_norm": True},
+    ),
+    "deepseek2-dense": Case(
+        "deepseek2",
+        "deepseek_v2",
+        {**DEEPSEEK, "first_k_dense_replace": 3, "q_lora_rank": None},
+        {
+            **SPLIT_LATENT_KEYS,
+            "leading_dense_block_count": 3,
+            "expert_shared_count": 0,
+            "expert_count": None,
+            "expert_used_count": None,
+        },
+    ),
 }
 
+FUSED = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"}
+AS_THEY_ARE = [name for name, case in CASES.items() if case.model_type not in FUSED]
+"""Cases of architectures that run through transformers' modules."""
 
-def model_of(case: Case) -> PreTrainedModel:
-    """Return a random model whose norms and biases differ from what a model is initialised with."""
+
+def model_of(case: Case, **sizes: Any) -> PreTrainedModel:
+    """Return a random model whose norms and biases differ from what a model is initialised with.
+
+    ``sizes`` are members of its config in place of the case's.
+    """
     torch.manual_seed(3)
-    options = {name: value for name, value in (SIZES | case.options).items() if value is not None}
+    options = SIZES | case.options | sizes
+    options = {name: value for name, value in options.items() if value is not None or name == "q_lora_rank"}
     config = CONFIG_MAPPING[case.model_type](**options)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(parameter, mean=0.7, std=0.2)
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "sinks")):
             torch.nn.init.normal_(parameter, std=0.2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.2)
     return model
 
 

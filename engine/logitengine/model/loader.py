@@ -23,7 +23,8 @@ from logitengine.model.gguf.model import GgufModel
 from logitengine.model.image_encoder import ImageEncoder
 from logitengine.model.image_families import FAMILIES
 from logitengine.model.layer_shapes import probe_layers
-from logitengine.model.network import Network
+from logitengine.model.network import Network, TransformersNetwork
+from logitengine.model.packing import modules_in_blocks, pack_modules
 from logitengine.model.pretrained import eos_token_ids, load_pretrained, max_positions, model_type
 from logitengine.model.text_part import take_text_part
 from logitengine.model.value_heads import value_heads_of
@@ -134,24 +135,30 @@ def prepare(
             if missing is not None:
                 logger.info("images are not read: %s", missing)
                 encoder = None
-        is_skeleton = gguf is not None and is_known(model)
-        if gguf is not None and not is_skeleton:
-            gguf.fill()
+        own: WeightSource = ModelWeights(model) if gguf is None else gguf.weights()
+        packer = Packer(kernels, own, weights or own, exact=dtype == torch.float32)
+        might_fuse = is_known(model)
+        if not might_fuse:
+            _complete(model, packer, gguf)
         shapes = probe_layers(model, kernels)
-        if gguf is not None and is_skeleton:
+        if gguf is not None and might_fuse:
             gguf.fill_small(torch.float32 if kernels.block_formats else dtype)
         heads = value_heads_of(
             model, config.value_head, kernels, device.torch_device, is_classifier=not can_generate
         )
-        own: WeightSource = ModelWeights(model) if gguf is None else gguf.weights()
-        packer = Packer(kernels, own, weights or own, exact=dtype == torch.float32)
         depth = 0 if encoder is None else encoder.info.depth
         network = fuse(model, packer, shapes, depth, None if gguf is None else gguf.embedding)
-        if gguf is not None and is_skeleton and not network.is_fused:
-            gguf.fill()
-    except (TypeError, ValueError) as error:
+        if might_fuse and not network.is_fused:
+            packer = Packer(kernels, own, weights or own, exact=dtype == torch.float32)
+            _complete(model, packer, gguf)
+            network = TransformersNetwork(model, kernels)
+    except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{architecture} cannot be served: {error}") from error
-    _refuse_unfused(config, model, network)
+    if config.batch_invariant and not network.is_fused:
+        raise CheckpointError(
+            f"batch_invariant was asked for, but {architecture} runs through transformers' own modules, which do "
+            "not offer it"
+        )
     if can_generate:
         _check_head(network, model, dtype, device)
     way = "fused" if network.is_fused else "through transformers' modules"
@@ -170,7 +177,7 @@ def prepare(
         can_generate=can_generate,
     )
     runner = factory.runner()
-    stored_as = _stored_as(config, packer, is_fused=network.is_fused)
+    stored_as = _stored_as(config, packer)
     dtype_name = str(dtype).removeprefix("torch.")
     info = ModelInfo(
         model_path=str(checkpoint.path),
@@ -204,6 +211,14 @@ def prepare(
     return LoadedModel(info, runner, kernels, device)
 
 
+def _complete(model: PreTrainedModel, packer: Packer, gguf: GgufModel | None) -> None:
+    """Pack what transformers' modules multiply in blocks, and fill the rest of a GGUF file's skeleton."""
+    in_blocks = modules_in_blocks(model, packer.source)
+    if gguf is not None:
+        gguf.fill(in_blocks)
+    pack_modules(model, in_blocks, packer)
+
+
 def _why_no_images(encoder: EncoderInfo, config: EngineConfig, kernels: Kernels) -> str | None:
     """Return why images of this model cannot be read, if the tokens of an image attend to each other."""
     if not encoder.joins_tokens:
@@ -219,10 +234,10 @@ def _why_no_images(encoder: EncoderInfo, config: EngineConfig, kernels: Kernels)
     )
 
 
-def _stored_as(config: EngineConfig, packer: Packer, *, is_fused: bool) -> str:
+def _stored_as(config: EngineConfig, packer: Packer) -> str:
     """Return how the linear layers store their weights, as /v1/models shows it."""
     blocks = sorted(packer.formats - {"dense"})
-    if not is_fused or not blocks:
+    if not blocks:
         return "dense"
     if config.weights == "int8":
         return "int8 (Q8_0)"
@@ -246,20 +261,6 @@ def _check_weights_option(config: EngineConfig, checkpoint: Checkpoint, kernels:
             f"weights=stored needs a GGUF file and kernels that multiply its blocks; {checkpoint.name} with the "
             f"{kernels.name} kernels has neither or one of them"
         )
-
-
-def _refuse_unfused(config: EngineConfig, model: PreTrainedModel, network: Network) -> None:
-    """Refuse options that only fused networks honour. Raises CheckpointError."""
-    only_fused = {
-        "batch_invariant": config.batch_invariant,
-        f"weights={config.weights}": config.weights in {"stored", "int8"},
-    }
-    for option, is_asked in only_fused.items():
-        if is_asked and not network.is_fused:
-            raise CheckpointError(
-                f"{option} was asked for, but {type(model).__name__} runs through transformers' own modules, "
-                "which do not offer it"
-            )
 
 
 @torch.inference_mode()

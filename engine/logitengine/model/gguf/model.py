@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from logitengine.model.gguf.blocks import mapped, to_dense
 from logitengine.model.gguf.config import model_config
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tensors import ROPE_FACTORS, parameters_of
-from logitengine.model.gguf.weights import BlockEmbedding, GgufWeights
+from logitengine.model.gguf.weights import BlockEmbedding, FileEmbedding, GgufWeights
 from logitengine.model.pretrained import refuse_unsupported
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -67,13 +67,25 @@ class GgufModel:
                 if not (isinstance(module, nn.Linear | nn.Embedding) and own == "weight"):
                     self._fill(module, own, f"{name}.{own}", bias_dtype if own == "bias" else torch.float32)
 
-    def fill(self) -> None:
-        """Give the skeleton its buffers and every parameter, in the model's dtype. Tied ones share their numbers."""
+    def fill(self, in_blocks: Container[str] = ()) -> None:
+        """Give the skeleton its buffers and its parameters, in the model's dtype. Tied ones share their numbers.
+
+        Of the modules named by ``in_blocks``, which are about to be packed, only the biases are filled, in float32.
+        The embedding stays in the file if the model runs on the CPU.
+        """
         self._fill_buffers()
+        embedding = self.skeleton.get_input_embeddings()
+        if self._device.type == "cpu" and (
+            type(embedding) is nn.Embedding or hasattr(embedding, "scalar_embed_scale")
+        ):
+            self.skeleton.set_input_embeddings(FileEmbedding(self.embedding(), self._dtype))
         filled: dict[int, nn.Parameter] = {}
         for name, module in self.skeleton.named_modules():
             for own, parameter in list(module.named_parameters(recurse=False)):
-                if id(parameter) in filled:
+                if name in in_blocks:
+                    if own.endswith("bias"):
+                        self._fill(module, own, f"{name}.{own}", torch.float32)
+                elif id(parameter) in filled:
                     setattr(module, own, filled[id(parameter)])
                 else:
                     filled[id(parameter)] = self._fill(module, own, f"{name}.{own}", self._dtype)
@@ -94,8 +106,8 @@ class GgufModel:
 
     @torch.no_grad()
     def _fill_buffers(self) -> None:
-        """Compute what is no parameter: rotary frequencies, scales of embeddings."""
-        for module in self.skeleton.modules():
+        """Give the skeleton what is no parameter: rotary frequencies, scales of embeddings, biases of routers."""
+        for path, module in self.skeleton.named_modules():
             buffers = dict(module.named_buffers(recurse=False))
             for name, buffer in buffers.items():
                 # A number that nothing computes is found below.
@@ -107,28 +119,36 @@ class GgufModel:
             if self._factors is not None and "inv_freq" in buffers:
                 module.inv_freq = module.get_buffer("inv_freq") / self._factors.to(self._device)
                 module.original_inv_freq = module.inv_freq
-            for name, buffer in module.named_buffers(recurse=False):
-                if not buffer.isfinite().all():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if f"{path}.{name}" in self._parameters:
+                    numbers = self._dense.dense(f"{path}.{name}", torch.float32)
+                    module.register_buffer(name, numbers, persistent=False)
+                elif not buffer.isfinite().all():
                     raise CheckpointError(
                         f"{type(module).__name__} has a buffer {name}, which is not supported"
                     )
 
     def _check_shapes(self) -> None:
-        """Check that the file has each parameter of the model in its shape, and no other."""
+        """Check that the file has each parameter of the model in its shape, and no other; buffers may be missing."""
         path, parameters, tied = self.paths[0], self._parameters, self.skeleton.all_tied_weights_keys
         expected = {
             name: tuple(tensor.shape)
             for name, tensor in self.skeleton.named_parameters(remove_duplicate=False)
         }
-        for name, shape in expected.items():
-            if name not in parameters and name not in tied:
+        optional = {
+            name: tuple(tensor.shape)
+            for name, tensor in self.skeleton.state_dict().items()
+            if name not in expected
+        }
+        for name, shape in (expected | optional).items():
+            if name not in parameters and name not in tied and name not in optional:
                 raise CheckpointError(f"{path} is damaged: it has no tensor for {name}")
             if name in parameters and parameters[name].shape != shape:
                 raise CheckpointError(
                     f"{path} is damaged: {parameters[name].tensor.name} is {list(parameters[name].shape)}, and by the "
                     f"metadata {name} is {list(shape)}"
                 )
-        for name in parameters.keys() - expected.keys():
+        for name in parameters.keys() - expected.keys() - optional.keys():
             raise CheckpointError(
                 f"{path} cannot be served: {parameters[name].tensor.name} would be {name}, which "
                 f"{type(self.skeleton).__name__} does not have"
