@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from block_models import fill_with_blocks
 from gguf_files import write_gguf
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
+from logitengine.model.checkpoint import resolve_checkpoint
 from logitengine.model.gguf.config import CONFIGS
-from logitengine.model.loader import LoadedModel, load
+from logitengine.model.gguf.model import GgufModel
+from logitengine.model.loader import LoadedModel, load, prepare
+from logitengine.run.devices import choose_device
+from logitkernels.backend import load_kernels
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -328,6 +333,62 @@ def test_rows_are_those_of_the_model_that_the_file_was_written_from(name: str, t
     assert expected.std() >= 0.3
     assert error.max() <= 1e-3
     assert error.mean() <= 1e-4
+
+
+def kind_of(name: str, columns: int) -> str:
+    """Return the format of a tensor as in files of Q4_K_M; routers and norms are never in blocks."""
+    if "gate_inp" in name or "_norm" in name:
+        return "F32"
+    if columns % 256:
+        return "Q8_0"
+    return "Q6_K" if name in {"output.weight", "token_embd.weight"} or "attn_v" in name else "Q4_K"
+
+
+def in_place(path: Path, **options: Any) -> tuple[LoadedModel, PreTrainedModel]:
+    """Serve a file, and return what is left of transformers' model too."""
+    config = EngineConfig.model_validate(
+        {"model": str(path), "dtype": "float32", "kv_cache_bytes": 1 << 24, "num_threads": 1, **options}
+    )
+    checkpoint, device = resolve_checkpoint(str(path)), choose_device("cpu")
+    gguf = GgufModel(path, torch.float32, device.torch_device)
+    kernels = load_kernels("auto", "cpu")
+    weights = gguf.weights(kernels.block_formats)
+    return prepare(config, checkpoint, gguf.skeleton, kernels, device, weights, gguf=gguf), gguf.skeleton
+
+
+@pytest.mark.parametrize("name", AS_THEY_ARE)
+def test_models_that_are_not_fused_multiply_the_file_s_blocks(name: str, tmp_path: Path) -> None:
+    """Tolerance in float32: 1e-3 absolute, of logits with a standard deviation of at least 0.3.
+
+    What is left in numbers: norms, biases, routers, and the projections that a file has transposed.
+    """
+    case = CASES[name]
+    heads = 256 // (case.options.get("head_dim", 32) or 32)
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": heads}
+    if "moe_intermediate_size" in case.options:
+        sizes["moe_intermediate_size"] = 256
+    if case.architecture == "deepseek2":
+        sizes["num_key_value_heads"] = heads
+    model = model_of(case, **sizes)
+    expert_kind = "MXFP4" if case.architecture == "gpt-oss" else "Q4_K"
+
+    def kind(tensor: str, columns: int) -> str:
+        return expert_kind if "_exps" in tensor else kind_of(tensor, columns)
+
+    blocks = fill_with_blocks(model, case.architecture, case.keys, kind)
+    path = write_gguf(tmp_path / "model.gguf", model, case.architecture, case.keys, blocks=blocks)
+    loaded, left = in_place(path)
+    expected = reference_logits(model, PROMPT)
+    assert expected.std() >= 0.3
+    assert np.abs(rows_of(loaded) - expected).max() <= 1e-3
+    apart = ("token_embd.weight", "attn_k_b.weight", "attn_v_b.weight")
+    multiplied = {own for tensor, (own, _) in blocks.items() if not tensor.endswith(apart)}
+    is_split = "attention.key_length_mla" in case.keys
+    stored = ", ".join(sorted(multiplied))
+    assert loaded.info.weights == f"stored ({stored})" + (", dense" if is_split else "")
+    matrices = {name for name, parameter in left.named_parameters() if parameter.ndim > 1}
+    allowed = ("mlp.gate.weight", "mlp.router.weight", "norm.weight", "_proj_bias", "kv_b_proj.weight" if is_split else "-")
+    assert not [name for name in matrices if not name.endswith(allowed)]
 
 
 def test_factors_of_rotary_frequencies_are_llama_3s(tmp_path: Path) -> None:
