@@ -24,7 +24,7 @@ from logitengine.model.image_encoder import ImageEncoder
 from logitengine.model.image_families import FAMILIES
 from logitengine.model.layer_shapes import probe_layers
 from logitengine.model.network import Network, TransformersNetwork
-from logitengine.model.packing import modules_in_blocks, pack_modules
+from logitengine.model.packing import modules_to_pack, pack_modules
 from logitengine.model.pretrained import eos_token_ids, load_pretrained, max_positions, model_type
 from logitengine.model.text_part import take_text_part
 from logitengine.model.value_heads import value_heads_of
@@ -212,11 +212,11 @@ def prepare(
 
 
 def _complete(model: PreTrainedModel, packer: Packer, gguf: GgufModel | None) -> None:
-    """Pack what transformers' modules multiply in blocks, and fill the rest of a GGUF file's skeleton."""
-    in_blocks = modules_in_blocks(model, packer.source)
+    """Pack what transformers' modules multiply, if blocks are among it, and fill the rest of a GGUF file's skeleton."""
+    modules = modules_to_pack(model, packer.source)
     if gguf is not None:
-        gguf.fill(in_blocks)
-    pack_modules(model, in_blocks, packer)
+        gguf.fill(modules)
+    pack_modules(model, modules, packer)
 
 
 def _why_no_images(encoder: EncoderInfo, config: EngineConfig, kernels: Kernels) -> str | None:

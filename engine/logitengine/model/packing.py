@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from logitengine.model.experts import PackedExperts, expert_biases, expert_names, gate_of, is_stacked
@@ -14,16 +14,20 @@ from logitengine.model.fused_linear import FusedLinear
 from logitengine.model.weight_sources import WeightSource
 
 
-def modules_in_blocks(model: PreTrainedModel, source: WeightSource) -> dict[str, nn.Module]:
-    """Return the linear layers and experts, by name, for which ``source`` has weights in blocks.
-
-    Raises ValueError for a module of which blocks are asked and that is not known.
-    """
-    return {name: module for name, module in _layers(model) if _has_blocks(name, module, source)}
+def modules_to_pack(model: PreTrainedModel, source: WeightSource) -> dict[str, nn.Module]:
+    """Return the model's linear layers and experts by name if ``source`` has blocks for any of them, else none."""
+    found = dict(_layers(model))
+    return found if any(_has_blocks(name, module, source) for name, module in found.items()) else {}
 
 
 def pack_modules(model: PreTrainedModel, modules: Mapping[str, nn.Module], packer: Packer) -> None:
-    """Replace modules of the model by packed ones. Nothing else keeps their weights."""
+    """Replace all linear layers and experts of the model by packed ones. Nothing else keeps their weights.
+
+    The residual stream becomes float32, like that of fused models: so do the parameters that remain, and what the
+    embedding returns.
+
+    Raises ValueError for experts of an unknown kind.
+    """
     for name, module in modules.items():
         parent, _, own = name.rpartition(".")
         packed = (
@@ -32,8 +36,13 @@ def pack_modules(model: PreTrainedModel, modules: Mapping[str, nn.Module], packe
             else _pack_experts(name, module, packer)
         )
         setattr(model.get_submodule(parent), own, packed)
-    if modules and any(True for _ in _layers(model)):
-        packer.formats.add("dense")
+    if modules:
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(_widen)
+        for module in model.modules():
+            if module is not embedding:
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.float()
 
 
 def _layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
@@ -60,3 +69,7 @@ def _pack_experts(name: str, module: Any, packer: Packer) -> PackedExperts:
         biases = expert_biases(module, index)
         layers.append((packer.stack(gate_up, biases[0]), packer.stack([down], biases[1])))
     return PackedExperts(layers, gate)
+
+
+def _widen(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+    return output.float()

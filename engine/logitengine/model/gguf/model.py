@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -67,28 +67,29 @@ class GgufModel:
                 if not (isinstance(module, nn.Linear | nn.Embedding) and own == "weight"):
                     self._fill(module, own, f"{name}.{own}", bias_dtype if own == "bias" else torch.float32)
 
-    def fill(self, in_blocks: Container[str] = ()) -> None:
-        """Give the skeleton its buffers and its parameters, in the model's dtype. Tied ones share their numbers.
+    def fill(self, packed: Collection[str] = ()) -> None:
+        """Give the skeleton its buffers and its parameters. Tied ones share their numbers.
 
-        Of the modules named by ``in_blocks``, which are about to be packed, only the biases are filled, in float32.
-        The embedding stays in the file if the model runs on the CPU.
+        Of the modules named by ``packed``, which are about to be packed, only the biases are filled. With any such
+        modules everything is in float32, else in the model's dtype. The embedding stays in the file if the model runs
+        on the CPU.
         """
+        dtype = torch.float32 if packed else self._dtype
         self._fill_buffers()
         embedding = self.skeleton.get_input_embeddings()
         if self._device.type == "cpu" and (
             type(embedding) is nn.Embedding or hasattr(embedding, "scalar_embed_scale")
         ):
-            self.skeleton.set_input_embeddings(FileEmbedding(self.embedding(), self._dtype))
+            self.skeleton.set_input_embeddings(FileEmbedding(self.embedding(), dtype))
         filled: dict[int, nn.Parameter] = {}
         for name, module in self.skeleton.named_modules():
             for own, parameter in list(module.named_parameters(recurse=False)):
-                if name in in_blocks:
-                    if own.endswith("bias"):
-                        self._fill(module, own, f"{name}.{own}", torch.float32)
-                elif id(parameter) in filled:
+                if name in packed and not own.endswith("bias"):
+                    continue
+                if id(parameter) in filled:
                     setattr(module, own, filled[id(parameter)])
                 else:
-                    filled[id(parameter)] = self._fill(module, own, f"{name}.{own}", self._dtype)
+                    filled[id(parameter)] = self._fill(module, own, f"{name}.{own}", dtype)
 
     def embedding(self) -> Callable[[Tensor], Tensor]:
         """Return the lookup of token ids, [T] -> [T, H]: in the file itself, or in a copy on another device."""
