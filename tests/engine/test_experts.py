@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
-from logitengine.model.experts import ClampedGate, PackedExperts
+from logitengine.model.experts import ClampedGate, Gate, PackedExperts
 from logitengine.model.loader import LoadedModel, load
 from logitkernels import DenseWeight, Kernels
 from logitkernels.backend import load_kernels
@@ -71,7 +71,13 @@ def save(directory: Path, tokenizer: Path, model_type: str, **options: Any) -> P
 
 
 def served(directory: Path, **options: Any) -> LoadedModel:
-    config = {"model": str(directory), "weights": "int8", "kv_cache_bytes": 1 << 24, "num_threads": 1, **options}
+    config = {
+        "model": str(directory),
+        "weights": "int8",
+        "kv_cache_bytes": 1 << 24,
+        "num_threads": 1,
+        **options,
+    }
     return load(EngineConfig.model_validate(config))
 
 
@@ -105,7 +111,9 @@ def test_int8_rounds_linear_layers_and_experts_of_models_that_are_not_fused(
 
 def test_experts_of_an_unknown_kind_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
     save(tmp_path, tiny_llama, "mixtral", hidden_act="relu")
-    with pytest.raises(CheckpointError, match="MixtralExperts are experts of a kind whose weights are not packed"):
+    with pytest.raises(
+        CheckpointError, match="MixtralExperts are experts of a kind whose weights are not packed"
+    ):
         served(tmp_path)
 
 
@@ -124,10 +132,14 @@ def test_a_row_is_the_same_in_any_company(native: Kernels, data: st.DataObject) 
         return torch.randn(*shape, generator=generator)
 
     layers = [
-        (native.pack([DenseWeight("gate_up", draw(28, 24))], exact=True), native.pack([DenseWeight("down", draw(24, 14))], exact=True))
+        (
+            native.pack([DenseWeight("gate_up", draw(28, 24))], exact=True),
+            native.pack([DenseWeight("down", draw(24, 14))], exact=True),
+        )
         for _ in range(5)
     ]
-    gate = data.draw(st.sampled_from([native.silu_and_mul, ClampedGate(native, 1.702, 7.0)]))
+    gates: list[Gate] = [native.silu_and_mul, ClampedGate(native, 1.702, 7.0)]
+    gate = data.draw(st.sampled_from(gates))
     experts = PackedExperts(layers, gate)
     rows = data.draw(st.integers(1, 20))
     hidden, weights = draw(rows, 24), draw(rows, 3).abs()

@@ -18,7 +18,7 @@ from logitengine.model.weight_sources import Int8Weights, ModelWeights
 from logitkernels import BlockWeight
 from second_device import DEVICE, SecondDevice
 from support import EVERY_ROW, english_tokens, greedy, make_engine, reference_logits, run
-from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 def test_every_linear_layer_is_stored_and_dequantises_to_its_weight(

@@ -121,9 +121,7 @@ def _theta(config: Any) -> float:
     return theta
 
 
-def tensors_of(
-    model: PreTrainedModel, architecture: str, keys: Mapping[str, Any]
-) -> dict[str, NDArray[Any]]:
+def tensors_of(model: PreTrainedModel, architecture: str, keys: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     """Return the file's tensors in float32, by name."""
     config = model.config
     names = get_tensor_name_map(ARCHITECTURES[architecture], config.num_hidden_layers)
@@ -151,7 +149,7 @@ def tensors_of(
 
 def _apart(name: str, numbers: NDArray[Any], config: Any, *, is_split: bool) -> dict[str, NDArray[Any]]:
     """Return the tensors of a parameter that the file has in another form."""
-    block, part = f"blk.{name.split('.')[2]}", name.split(".")[-1]
+    block, part = f"blk.{name.split('.')[2]}", name.rsplit(".", maxsplit=1)[-1]
     kind = "bias" if part.endswith("bias") else "weight"
     if part == "sinks":
         return {f"{block}.attn_sinks.weight": numbers}
