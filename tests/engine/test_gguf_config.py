@@ -470,6 +470,22 @@ def test_factors_that_no_frequency_can_have_are_refused(
         ("llama", {"vocab_size": 319}, r"llama\.vocab_size is not 320"),
         ("llama", {"expert_used_count": 2}, "expert_used_count is not 0"),
         ("qwen3moe", {"expert_gating_func": 2}, "expert_gating_func is not 1"),
+        ("gpt-oss", {"expert_gating_func": 2}, "expert_gating_func is not 3"),
+        ("gpt-oss", {"expert_feed_forward_length": 64}, "expert_feed_forward_length is not 96"),
+        ("deepseek2-lite", {"expert_gating_func": 4}, "expert_gating_func is not 1 or 2"),
+        ("deepseek2-lite", {"expert_weights_norm": True}, "expert_weights_norm is not False"),
+        ("deepseek2-lite", {"nextn_predict_layers": 1}, "nextn_predict_layers is not 0"),
+        ("deepseek2-lite", {"rope.dimension_count": 48}, "keys have 48 dimensions, of which 48 rotate"),
+        ("deepseek2-lite", {"attention.head_count_kv": 1}, "head_count_kv is not 4"),
+        ("deepseek2-lite", {"expert_used_count": 5}, "a token takes 5 of 4 experts"),
+        ("deepseek2-v3", {"expert_group_count": 3}, "2 of 8 experts, from 1 of 3 groups"),
+        ("deepseek2-v3", {"attention.key_length": 192}, r"attention\.key_length is not 48"),
+        ("deepseek2-v3", {"rope.scaling.yarn_attn_factor": 2.0}, r"yarn_attn_factor is not 1\.0"),
+        (
+            "deepseek2-v3",
+            {"expert_gating_func": 1, "expert_weights_norm": False},
+            "e_score_correction_bias, which",
+        ),
         ("olmo2", {"attention.sliding_window": 8}, r"key olmo2\.attention\.sliding_window is not known here"),
         ("gemma3", {"attention.sliding_window_pattern": [True]}, "sliding_window_pattern"),
     ],
@@ -480,6 +496,34 @@ def test_what_could_change_the_logits_unnoticed_is_refused_by_its_key(
     case = CASES[name]
     path = write_gguf(tmp_path / "model.gguf", model_of(case), case.architecture, case.keys | keys)
     with pytest.raises(CheckpointError, match=says):
+        serve(path)
+
+
+def test_files_that_do_not_say_how_experts_are_grouped_are_deepseek_s(tmp_path: Path) -> None:
+    """Tolerance: 1e-3 absolute, in float32. A model of 160 experts has 8 groups, and a token takes from 3."""
+    options = {
+        **DEEPSEEK,
+        "num_hidden_layers": 2,
+        "n_routed_experts": 160,
+        "num_experts_per_tok": 6,
+        "n_group": 8,
+        "topk_group": 3,
+        "topk_method": "group_limited_greedy",
+    }
+    model = model_of(Case("deepseek2", "deepseek_v2", options))
+    keys = {**LATENT_KEYS, "attention.q_lora_rank": 32}
+    rows = rows_of(serve(write_gguf(tmp_path / "model.gguf", model, "deepseek2", keys)))
+    assert np.abs(rows - reference_logits(model, PROMPT)).max() <= 1e-3
+    keys |= {"expert_group_count": 1, "expert_group_used_count": 1}
+    others = rows_of(serve(write_gguf(tmp_path / "one.gguf", model, "deepseek2", keys)))
+    assert np.abs(rows - others).max() > 1e-2
+
+
+def test_half_of_two_projections_is_refused(tmp_path: Path) -> None:
+    case = CASES["deepseek2-lite"]
+    extra = {"blk.0.attn_k_b.weight": np.ones((4, 32, 32), np.float32)}
+    path = write_gguf(tmp_path / "model.gguf", model_of(case), case.architecture, case.keys, extra=extra)
+    with pytest.raises(CheckpointError, match=r"attn_k_b\.weight has no other half of its shape"):
         serve(path)
 
 
