@@ -136,6 +136,9 @@ class SomeBlocks:
         self._blocks = blocks
         self._own = ModelWeights(model)
 
+    def has_blocks(self, name: str) -> bool:
+        return name in self._blocks
+
     def get(self, name: str) -> Weight:
         return self._blocks.get(name) or self._own.get(name)
 

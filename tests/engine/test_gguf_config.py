@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from block_models import Blocks, fill_with_blocks
 from gguf_files import write_gguf
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
+from logitengine.model.checkpoint import resolve_checkpoint
 from logitengine.model.gguf.config import CONFIGS
-from logitengine.model.loader import LoadedModel, load
+from logitengine.model.gguf.model import GgufModel
+from logitengine.model.loader import LoadedModel, load, prepare
+from logitengine.run.devices import choose_device
+from logitkernels.backend import load_kernels
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -57,6 +63,37 @@ LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
 LINEAR_KEYS = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
 GEMMA3_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
 
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "head_dim": None,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+LATENT_KEYS: dict[str, Any] = {
+    "attention.kv_lora_rank": 32,
+    "attention.key_length": 48,
+    "attention.value_length": 32,
+    "rope.dimension_count": 16,
+    "leading_dense_block_count": 1,
+    "expert_shared_count": 2,
+}
+SPLIT_LATENT_KEYS = LATENT_KEYS | {
+    "attention.head_count_kv": 1,
+    "attention.key_length": 48,
+    "attention.key_length_mla": 48,
+    "attention.value_length_mla": 32,
+}
+GROUPS = {"n_group": 2, "topk_group": 1}
+GROUP_KEYS = {"expert_group_count": 2, "expert_group_used_count": 1}
+
 CASES = {
     "llama": Case("llama", "llama", {}, {"vocab_size": VOCAB}),
     "llama-tied": Case("llama", "llama", {"tie_word_embeddings": True}),
@@ -67,7 +104,6 @@ CASES = {
         "llama",
         "mixtral",
         {"num_local_experts": 4, "num_experts_per_tok": 2},
-        {"expert_count": 4, "expert_used_count": 2},
     ),
     "mistral": Case("llama", "mistral", {"sliding_window": None}),
     "granite": Case(
@@ -97,7 +133,6 @@ CASES = {
         "qwen3moe",
         "qwen3_moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
-        {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32},
     ),
     "gemma": Case("gemma", "gemma"),
     "gemma2": Case(
@@ -175,20 +210,103 @@ CASES = {
         {"rope.dimension_count": 16},
     ),
     "ernie4_5": Case("ernie4_5", "ernie4_5"),
+    "gpt-oss": Case(
+        "gpt-oss",
+        "gpt_oss",
+        {
+            **SLIDING,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {**YARN, "truncate": False},
+        },
+        {**YARN_KEYS, "attention.sliding_window": 8},
+    ),
+    "deepseek2-lite": Case("deepseek2", "deepseek_v2", {**DEEPSEEK, "q_lora_rank": None}, LATENT_KEYS),
+    "deepseek2-v2": Case(
+        "deepseek2",
+        "deepseek_v2",
+        {
+            **DEEPSEEK,
+            **GROUPS,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 16.0,
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+        {
+            **LATENT_KEYS,
+            **GROUP_KEYS,
+            **YARN_KEYS,
+            "attention.q_lora_rank": 32,
+            "expert_gating_func": 1,
+            "expert_weights_scale": 16.0,
+            "rope.scaling.yarn_log_multiplier": 0.0707,
+        },
+    ),
+    "deepseek2-v3": Case(
+        "deepseek2",
+        "deepseek_v3",
+        {
+            **DEEPSEEK,
+            **GROUPS,
+            "n_routed_experts": 8,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        {
+            **SPLIT_LATENT_KEYS,
+            **GROUP_KEYS,
+            **YARN_KEYS,
+            "attention.q_lora_rank": 32,
+            "expert_gating_func": 2,
+            "expert_weights_scale": 2.5,
+            "expert_weights_norm": True,
+            "rope.scaling.yarn_log_multiplier": 0.1,
+        },
+    ),
+    "deepseek2-moonlight": Case(
+        "deepseek2",
+        "deepseek_v3",
+        {**DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.446},
+        {**SPLIT_LATENT_KEYS, "expert_weights_scale": 2.446, "expert_weights_norm": True},
+    ),
+    "deepseek2-dense": Case(
+        "deepseek2",
+        "deepseek_v2",
+        {**DEEPSEEK, "first_k_dense_replace": 3, "q_lora_rank": None},
+        {
+            **SPLIT_LATENT_KEYS,
+            "leading_dense_block_count": 3,
+            "expert_shared_count": 0,
+            "expert_count": None,
+            "expert_used_count": None,
+        },
+    ),
 }
 
+FUSED = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"}
+AS_THEY_ARE = [name for name, case in CASES.items() if case.model_type not in FUSED]
+"""Cases of architectures that run through transformers' modules."""
 
-def model_of(case: Case) -> PreTrainedModel:
-    """Return a random model whose norms and biases differ from what a model is initialised with."""
+
+def model_of(case: Case, **sizes: Any) -> PreTrainedModel:
+    """Return a random model whose norms and biases differ from what a model is initialised with.
+
+    ``sizes`` are members of its config in place of the case's.
+    """
     torch.manual_seed(3)
-    options = {name: value for name, value in (SIZES | case.options).items() if value is not None}
+    options = SIZES | case.options | sizes
+    options = {name: value for name, value in options.items() if value is not None or name == "q_lora_rank"}
     config = CONFIG_MAPPING[case.model_type](**options)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.normal_(parameter, mean=0.7, std=0.2)
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "sinks")):
             torch.nn.init.normal_(parameter, std=0.2)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.normal_(buffer, std=0.2)
     return model
 
 
@@ -216,6 +334,79 @@ def test_rows_are_those_of_the_model_that_the_file_was_written_from(name: str, t
     assert expected.std() >= 0.3
     assert error.max() <= 1e-3
     assert error.mean() <= 1e-4
+
+
+def kind_of(name: str, columns: int) -> str:
+    """Return the format of a tensor as in files of Q4_K_M; routers and norms are never in blocks."""
+    if "gate_inp" in name or "_norm" in name:
+        return "F32"
+    if columns % 256:
+        return "Q8_0"
+    return "Q6_K" if name in {"output.weight", "token_embd.weight"} or "attn_v" in name else "Q4_K"
+
+
+def in_place(path: Path, **options: Any) -> tuple[LoadedModel, PreTrainedModel]:
+    """Serve a file, and return what is left of transformers' model too."""
+    config = EngineConfig.model_validate(
+        {"model": str(path), "dtype": "float32", "kv_cache_bytes": 1 << 24, "num_threads": 1, **options}
+    )
+    checkpoint, device = resolve_checkpoint(str(path)), choose_device("cpu")
+    gguf = GgufModel(path, torch.float32, device.torch_device)
+    kernels = load_kernels("auto", "cpu")
+    weights = gguf.weights(kernels.block_formats)
+    return prepare(config, checkpoint, gguf.skeleton, kernels, device, weights, gguf=gguf), gguf.skeleton
+
+
+def block_file(case: Case, directory: Path) -> tuple[PreTrainedModel, Path, Blocks]:
+    """Write a file of blocks, and return the model that has their weights, the file, and the blocks by tensor."""
+    heads = 256 // (case.options.get("head_dim", 32) or 32)
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": heads}
+    if "moe_intermediate_size" in case.options:
+        sizes["moe_intermediate_size"] = 256
+    if case.architecture == "deepseek2":
+        sizes["num_key_value_heads"] = heads
+    model = model_of(case, **sizes)
+    expert_kind = "MXFP4" if case.architecture == "gpt-oss" else "Q4_K"
+
+    def kind(tensor: str, columns: int) -> str:
+        return expert_kind if "_exps" in tensor else kind_of(tensor, columns)
+
+    blocks = fill_with_blocks(model, case.architecture, case.keys, kind)
+    path = write_gguf(directory / "model.gguf", model, case.architecture, case.keys, blocks=blocks)
+    return model, path, blocks
+
+
+@pytest.mark.parametrize("name", AS_THEY_ARE)
+def test_models_that_are_not_fused_multiply_the_file_s_blocks(name: str, tmp_path: Path) -> None:
+    """Tolerance in float32: 1e-3 absolute, of logits with a standard deviation of at least 0.3.
+
+    Of matrices only routers are left in transformers' modules.
+    """
+    model, path, blocks = block_file(CASES[name], tmp_path)
+    loaded, left = in_place(path)
+    expected = reference_logits(model, PROMPT)
+    assert expected.std() >= 0.3
+    assert np.abs(rows_of(loaded) - expected).max() <= 1e-3
+    apart = ("token_embd.weight", "attn_k_b.weight", "attn_v_b.weight")
+    multiplied = {own for tensor, (own, _) in blocks.items() if not tensor.endswith(apart)}
+    # The projections from the latent, one of which a file has transposed.
+    dense = ", dense" if "attention.key_length_mla" in CASES[name].keys else ""
+    assert loaded.info.weights == f"stored ({', '.join(sorted(multiplied))})" + dense
+    matrices = [name for name, parameter in left.named_parameters() if parameter.ndim > 1]
+    routers = ("mlp.gate.weight", "mlp.router.weight", "norm.weight")
+    assert all(name.endswith(routers) for name in matrices)
+
+
+@pytest.mark.parametrize("name", ["granite", "gpt-oss", "deepseek2-v3"])
+def test_models_that_are_not_fused_are_nearer_to_float32_than_transformers_bfloat16(
+    name: str, tmp_path: Path
+) -> None:
+    """Bound: 0.6 of the mean absolute error of transformers' bfloat16."""
+    model, path, _ = block_file(CASES[name], tmp_path)
+    expected = reference_logits(model, PROMPT)
+    theirs = torch.nn.Module.to(copy.deepcopy(model), torch.bfloat16)
+    their_error = np.abs(reference_logits(theirs, PROMPT) - expected).mean()
+    assert np.abs(rows_of(serve(path, dtype="auto")) - expected).mean() <= 0.6 * their_error
 
 
 def test_factors_of_rotary_frequencies_are_llama_3s(tmp_path: Path) -> None:
@@ -279,6 +470,22 @@ def test_factors_that_no_frequency_can_have_are_refused(
         ("llama", {"vocab_size": 319}, r"llama\.vocab_size is not 320"),
         ("llama", {"expert_used_count": 2}, "expert_used_count is not 0"),
         ("qwen3moe", {"expert_gating_func": 2}, "expert_gating_func is not 1"),
+        ("gpt-oss", {"expert_gating_func": 2}, "expert_gating_func is not 3"),
+        ("gpt-oss", {"expert_feed_forward_length": 64}, "expert_feed_forward_length is not 96"),
+        ("deepseek2-lite", {"expert_gating_func": 4}, "expert_gating_func is not 1 or 2"),
+        ("deepseek2-lite", {"expert_weights_norm": True}, "expert_weights_norm is not False"),
+        ("deepseek2-lite", {"nextn_predict_layers": 1}, "nextn_predict_layers is not 0"),
+        ("deepseek2-lite", {"rope.dimension_count": 48}, "keys have 48 dimensions, of which 48 rotate"),
+        ("deepseek2-lite", {"attention.head_count_kv": 1}, "head_count_kv is not 4"),
+        ("deepseek2-lite", {"expert_used_count": 5}, "a token takes 5 of 4 experts"),
+        ("deepseek2-v3", {"expert_group_count": 3}, "2 of 8 experts, from 1 of 3 groups"),
+        ("deepseek2-v3", {"attention.key_length": 192}, r"attention\.key_length is not 48"),
+        ("deepseek2-v3", {"rope.scaling.yarn_attn_factor": 2.0}, r"yarn_attn_factor is not 1\.0"),
+        (
+            "deepseek2-v3",
+            {"expert_gating_func": 1, "expert_weights_norm": False},
+            "e_score_correction_bias, which",
+        ),
         ("olmo2", {"attention.sliding_window": 8}, r"key olmo2\.attention\.sliding_window is not known here"),
         ("gemma3", {"attention.sliding_window_pattern": [True]}, "sliding_window_pattern"),
     ],
@@ -289,6 +496,34 @@ def test_what_could_change_the_logits_unnoticed_is_refused_by_its_key(
     case = CASES[name]
     path = write_gguf(tmp_path / "model.gguf", model_of(case), case.architecture, case.keys | keys)
     with pytest.raises(CheckpointError, match=says):
+        serve(path)
+
+
+def test_files_that_do_not_say_how_experts_are_grouped_are_deepseek_s(tmp_path: Path) -> None:
+    """Tolerance: 1e-3 absolute, in float32. A model of 160 experts has 8 groups, and a token takes from 3."""
+    options = {
+        **DEEPSEEK,
+        "num_hidden_layers": 2,
+        "n_routed_experts": 160,
+        "num_experts_per_tok": 6,
+        "n_group": 8,
+        "topk_group": 3,
+        "topk_method": "group_limited_greedy",
+    }
+    model = model_of(Case("deepseek2", "deepseek_v2", options))
+    keys = {**LATENT_KEYS, "attention.q_lora_rank": 32}
+    rows = rows_of(serve(write_gguf(tmp_path / "model.gguf", model, "deepseek2", keys)))
+    assert np.abs(rows - reference_logits(model, PROMPT)).max() <= 1e-3
+    keys |= {"expert_group_count": 1, "expert_group_used_count": 1}
+    others = rows_of(serve(write_gguf(tmp_path / "one.gguf", model, "deepseek2", keys)))
+    assert np.abs(rows - others).max() > 1e-2
+
+
+def test_half_of_two_projections_is_refused(tmp_path: Path) -> None:
+    case = CASES["deepseek2-lite"]
+    extra = {"blk.0.attn_k_b.weight": np.ones((4, 32, 32), np.float32)}
+    path = write_gguf(tmp_path / "model.gguf", model_of(case), case.architecture, case.keys, extra=extra)
+    with pytest.raises(CheckpointError, match=r"attn_k_b\.weight has no other half of its shape"):
         serve(path)
 
 

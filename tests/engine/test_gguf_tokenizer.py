@@ -8,24 +8,48 @@ import pytest
 from gguf_files import write_gguf
 from logitengine.errors import CheckpointError
 from logitengine.model.checkpoint import resolve_checkpoint
+from logitengine.model.gguf.splits import SPLITS
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def tokens_of(tmp_path: Path, pre: str, text: str) -> list[str]:
+def tokenizer_of(tmp_path: Path, pre: str) -> Tokenizer:
     config = LlamaConfig(
         vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
     path = write_gguf(tmp_path / "model.gguf", LlamaForCausalLM(config), "llama", {}, pre=pre)
     checkpoint = resolve_checkpoint(str(path), cache=tmp_path / "cache")
-    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path / "tokenizer.json"))
-    tokens: list[str] = tokenizer.encode(text).tokens
+    return Tokenizer.from_file(str(checkpoint.tokenizer_path / "tokenizer.json"))
+
+
+def tokens_of(tmp_path: Path, pre: str, text: str) -> list[str]:
+    tokens: list[str] = tokenizer_of(tmp_path, pre).encode(text).tokens
     return tokens
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "glm4", "qwen2"])
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "glm4", "qwen2", "gpt-4o", *SPLITS])
 def test_text_is_split_and_merged(tmp_path: Path, pre: str) -> None:
     assert tokens_of(tmp_path, pre, "he 12") == ["he", "\u0120", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("deepseek-llm", ["it", "'", "s", "Ġ", "1234", "ä½łå¥½", "ab", "Ġ(", "x", ");", "Ċ", "Ġ", "ĠÃ©"]),
+        (
+            "deepseek-coder",
+            ["it", "'", "s", "Ġ", "1", "2", "3", "4", "ä½łå¥½", "ab", "Ġ(", "x", ");", "Ċ", "Ġ", "ĠÃ©"],
+        ),
+        ("deepseek-v3", ["it", "'s", "Ġ", "123", "4", "ä½łå¥½", "ab", "Ġ(", "x", ");Ċ", "Ġ", "ĠÃ©"]),
+        ("kimi-k2", ["it's", "Ġ", "123", "4", "ä½łå¥½", "ab", "Ġ(", "x", ");Ċ", "Ġ", "ĠÃ©"]),
+    ],
+)
+def test_text_is_split_as_the_model_s_own_tokenizer_does(
+    tmp_path: Path, pre: str, expected: list[str]
+) -> None:
+    splits = tokenizer_of(tmp_path, pre).pre_tokenizer
+    assert splits is not None
+    assert [part for part, _ in splits.pre_tokenize_str("it's 1234\u4f60\u597dab (x);\n  \u00e9")] == expected
 
 
 def test_llama_3s_prompts_begin_with_bos_where_the_file_does_not_say(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from logitkernels import BlockWeight
 from random_blocks import dequantized
 from second_device import DEVICE, SecondDevice
 from support import EVERY_ROW, english_tokens, greedy, make_engine, reference_logits, run
-from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
 def test_every_linear_layer_is_stored_and_dequantises_to_its_weight(
@@ -150,25 +150,6 @@ def test_int8_is_refused_where_it_cannot_be_had(tiny_llama: Path, tmp_path: Path
         load(EngineConfig(model=str(tmp_path), weights="int8"))
     with pytest.raises(CheckpointError, match="24 input features; int4 takes multiples of 32"):
         load(EngineConfig(model=str(tmp_path), weights="int4"))
-
-
-def test_int8_is_refused_for_a_model_that_is_not_fused(tmp_path: Path, tiny_llama: Path) -> None:
-    config = GemmaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=32,
-    )
-    GemmaForCausalLM(config).save_pretrained(tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
-    with pytest.raises(
-        CheckpointError, match="weights=int8 was asked for, but GemmaForCausalLM runs through"
-    ):
-        load(EngineConfig(model=str(tmp_path), weights="int8", kv_cache_bytes=1 << 24))
 
 
 def test_a_directory_without_blocks_cannot_be_served_as_stored(tiny_llama: Path) -> None:

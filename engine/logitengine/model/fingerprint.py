@@ -147,7 +147,7 @@ def _machine(kernels: Kernels, device: Device, stored_as: str, dtype: str, *, is
     machine: list[Any] = [platform.machine()]
     if kernels.name != "cpu" or not is_fused:  # torch computes
         machine += [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-    elif "dense" in stored_as and dtype == "bfloat16":
+    if kernels.name == "cpu" and "dense" in stored_as and dtype == "bfloat16":
         machine.append(kernels.bf16_sums)
     return machine
 

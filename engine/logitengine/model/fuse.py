@@ -188,13 +188,14 @@ class Packer:
     Attributes:
         linears: packed layers, by the names of their weights.
         formats: formats of the packed weights; `dense` for those in no blocks.
+        source: where the weights come from.
     """
 
     def __init__(self, kernels: Kernels, source: WeightSource, *, exact: bool) -> None:
         self.kernels = kernels
         self.linears: dict[str, Linear] = {}
         self.formats: set[str] = set()
-        self._source = source
+        self.source = source
         self._exact = exact
 
     def pack(self, linears: dict[str, nn.Linear]) -> Linear:
@@ -204,8 +205,12 @@ class Packer:
         ]
         if biases and len(biases) != len(linears):
             raise ValueError(f"of {', '.join(linears)} some have a bias and some have none")
-        weights = [self._source.get(f"{name}.weight") for name in linears]
-        packed = self.kernels.pack(weights, torch.cat(biases) if biases else None, exact=self._exact)
+        return self.stack([f"{name}.weight" for name in linears], torch.cat(biases) if biases else None)
+
+    def stack(self, names: list[str], bias: Tensor | None) -> Linear:
+        """Pack weights over the same input as one layer, with ``bias`` [all N] if there is one."""
+        weights = [self.source.get(name) for name in names]
+        packed = self.kernels.pack(weights, bias, exact=self._exact)
         self.linears |= dict.fromkeys(packed.names, packed)
         self.formats |= {weight.format if isinstance(weight, BlockWeight) else "dense" for weight in weights}
         return packed

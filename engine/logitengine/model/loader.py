@@ -29,7 +29,8 @@ from logitengine.model.image_families import FAMILIES
 from logitengine.model.int4.config import int4_config
 from logitengine.model.int4.model import Int4Model
 from logitengine.model.layer_shapes import probe_layers
-from logitengine.model.network import Network
+from logitengine.model.network import Network, TransformersNetwork
+from logitengine.model.packing import modules_to_pack, pack_modules
 from logitengine.model.pretrained import eos_token_ids, load_pretrained, max_positions, model_type
 from logitengine.model.skeleton import StoredModel
 from logitengine.model.text_part import take_text_part
@@ -153,26 +154,32 @@ def prepare(
             if missing is not None:
                 logger.info("images are not read: %s", missing)
                 encoder = None
-        is_skeleton = stored is not None and is_known(model)
-        if stored is not None and not is_skeleton:
-            stored.fill()
+        if weights is None:
+            weights = ModelWeights(model) if stored is None else stored.weights()
+        packer = Packer(kernels, weights, exact=dtype == torch.float32)
+        might_fuse = is_known(model)
+        if not might_fuse:
+            _complete(model, packer, stored)
         shapes = probe_layers(model, kernels)
-        if stored is not None and is_skeleton:
+        if stored is not None and might_fuse:
             stored.fill_small(torch.float32 if kernels.block_formats else dtype)
         heads = value_heads_of(
             model, config.value_head, kernels, device.torch_device, is_classifier=not can_generate
         )
-        if weights is None:
-            weights = ModelWeights(model) if stored is None else stored.weights()
-        packer = Packer(kernels, weights, exact=dtype == torch.float32)
         depth = 0 if encoder is None else encoder.info.depth
         embedding = None if stored is None else partial(stored.embedding, kernels)
         network = fuse(model, packer, shapes, depth, embedding)
-        if stored is not None and is_skeleton and not network.is_fused:
-            stored.fill()
-    except (TypeError, ValueError) as error:
+        if might_fuse and not network.is_fused:
+            packer = Packer(kernels, weights, exact=dtype == torch.float32)
+            _complete(model, packer, stored)
+            network = TransformersNetwork(model, kernels)
+    except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{architecture} cannot be served: {error}") from error
-    _refuse_unfused(config, model, network)
+    if config.batch_invariant and not network.is_fused:
+        raise CheckpointError(
+            f"batch_invariant was asked for, but {architecture} runs through transformers' own modules, which do "
+            "not offer it"
+        )
     if can_generate:
         _check_head(network, model, dtype, device)
     way = "fused" if network.is_fused else "through transformers' modules"
@@ -191,7 +198,7 @@ def prepare(
         can_generate=can_generate,
     )
     runner = factory.runner()
-    stored_as = _stored_as(config, packer, is_fused=network.is_fused)
+    stored_as = _stored_as(config, packer)
     dtype_name = str(dtype).removeprefix("torch.")
     info = ModelInfo(
         model_path=str(checkpoint.path),
@@ -225,6 +232,14 @@ def prepare(
     return LoadedModel(info, runner, kernels, device)
 
 
+def _complete(model: PreTrainedModel, packer: Packer, stored: StoredModel | None) -> None:
+    """Pack what transformers' modules multiply, if blocks are among it, and fill the rest of a skeleton."""
+    modules = modules_to_pack(model, packer.source)
+    if stored is not None:
+        stored.fill(packer.kernels, modules)
+    pack_modules(model, modules, packer)
+
+
 def _why_no_images(encoder: EncoderInfo, config: EngineConfig, kernels: Kernels) -> str | None:
     """Return why images of this model cannot be read, if the tokens of an image attend to each other."""
     if not encoder.joins_tokens:
@@ -240,10 +255,10 @@ def _why_no_images(encoder: EncoderInfo, config: EngineConfig, kernels: Kernels)
     )
 
 
-def _stored_as(config: EngineConfig, packer: Packer, *, is_fused: bool) -> str:
+def _stored_as(config: EngineConfig, packer: Packer) -> str:
     """Return how the linear layers store their weights, as /v1/models shows it."""
     blocks = sorted(packer.formats - {"dense"})
-    if not is_fused or not blocks:
+    if not blocks:
         return "dense"
     if config.weights in ROUNDED:
         return f"{config.weights} ({ROUNDED[config.weights].format})"
@@ -277,20 +292,6 @@ def _check_weights_option(
             "weights=stored needs a GGUF file, or packed int4 layers, and kernels that multiply blocks; "
             f"{checkpoint.name} with the {kernels.name} kernels has neither or one of them"
         )
-
-
-def _refuse_unfused(config: EngineConfig, model: PreTrainedModel, network: Network) -> None:
-    """Refuse options that only fused networks honour. Raises CheckpointError."""
-    only_fused = {
-        "batch_invariant": config.batch_invariant,
-        f"weights={config.weights}": config.weights in {"stored", *ROUNDED},
-    }
-    for option, is_asked in only_fused.items():
-        if is_asked and not network.is_fused:
-            raise CheckpointError(
-                f"{option} was asked for, but {type(model).__name__} runs through transformers' own modules, "
-                "which do not offer it"
-            )
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +31,9 @@ class StoredParameter(Protocol):
 
 class StoredWeights(Protocol):
     """Parameters in files, by the names of transformers' model."""
+
+    def has_blocks(self, name: str) -> bool:
+        """Whether `get` returns this weight in blocks."""
 
     def get(self, name: str) -> Weight:
         """Return a weight [N, K], in blocks or dense."""
@@ -87,16 +90,29 @@ class StoredModel(ABC):
                 if not (isinstance(module, nn.Linear | nn.Embedding) and own == "weight"):
                     self._fill(module, own, f"{name}.{own}", bias_dtype if own == "bias" else torch.float32)
 
-    def fill(self) -> None:
-        """Give the skeleton its buffers and every parameter, in the model's dtype. Tied ones share their numbers."""
+    def fill(self, kernels: Kernels, packed: Collection[str] = ()) -> None:
+        """Give the skeleton its buffers and its parameters. Tied ones share their numbers.
+
+        Of the modules named by ``packed``, which are about to be packed, only the biases are filled. With any such
+        modules everything is in float32, else in the model's dtype. The embedding stays in the file if the model runs
+        on the CPU.
+        """
+        dtype = torch.float32 if packed else self._dtype
         self._fill_buffers()
+        embedding = self.skeleton.get_input_embeddings()
+        if self._device.type == "cpu" and (
+            type(embedding) is nn.Embedding or hasattr(embedding, "scalar_embed_scale")
+        ):
+            self.skeleton.set_input_embeddings(FileEmbedding(self.embedding(kernels), dtype))
         filled: dict[int, nn.Parameter] = {}
         for name, module in self.skeleton.named_modules():
             for own, parameter in list(module.named_parameters(recurse=False)):
+                if name in packed and not own.endswith("bias"):
+                    continue
                 if id(parameter) in filled:
                     setattr(module, own, filled[id(parameter)])
                 else:
-                    filled[id(parameter)] = self._fill(module, own, f"{name}.{own}", self._dtype)
+                    filled[id(parameter)] = self._fill(module, own, f"{name}.{own}", dtype)
 
     def embedding(self, kernels: Kernels) -> Callable[[Tensor], Tensor]:
         """Return the lookup of token ids, [T] -> [T, H]: in the file itself, or in a copy on another device."""
@@ -113,8 +129,8 @@ class StoredModel(ABC):
 
     @torch.no_grad()
     def _fill_buffers(self) -> None:
-        """Compute what is no parameter: rotary frequencies, scales of embeddings."""
-        for module in self.skeleton.modules():
+        """Give the skeleton what is no parameter: rotary frequencies, scales of embeddings, biases of routers."""
+        for path, module in self.skeleton.named_modules():
             buffers = dict(module.named_buffers(recurse=False))
             for name, buffer in buffers.items():
                 # A number that nothing computes is found below.
@@ -126,32 +142,54 @@ class StoredModel(ABC):
             if self._factors is not None and "inv_freq" in buffers:
                 module.inv_freq = module.get_buffer("inv_freq") / self._factors.to(self._device)
                 module.original_inv_freq = module.inv_freq
-            for name, buffer in module.named_buffers(recurse=False):
-                if not buffer.isfinite().all():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if f"{path}.{name}" in self._parameters:
+                    numbers = self._dense.dense(f"{path}.{name}", torch.float32)
+                    module.register_buffer(name, numbers, persistent=False)
+                elif not buffer.isfinite().all():
                     raise CheckpointError(
                         f"{type(module).__name__} has a buffer {name}, which is not supported"
                     )
 
     def _check_shapes(self) -> None:
-        """Check that the file has each parameter of the model in its shape, and no other."""
+        """Check that the file has each parameter of the model in its shape, and no other; buffers may be missing."""
         path, parameters, tied = self.paths[0], self._parameters, self.skeleton.all_tied_weights_keys
         expected = {
             name: tuple(tensor.shape)
             for name, tensor in self.skeleton.named_parameters(remove_duplicate=False)
         }
-        for name, shape in expected.items():
-            if name not in parameters and name not in tied:
+        optional = {
+            name: tuple(tensor.shape)
+            for name, tensor in self.skeleton.state_dict().items()
+            if name not in expected
+        }
+        for name, shape in (expected | optional).items():
+            if name not in parameters and name not in tied and name not in optional:
                 raise CheckpointError(f"{path} is damaged: it has no tensor for {name}")
             if name in parameters and parameters[name].shape != shape:
                 raise CheckpointError(
                     f"{path} is damaged: {parameters[name].origin} is {list(parameters[name].shape)}, and by the "
                     f"metadata {name} is {list(shape)}"
                 )
-        for name in parameters.keys() - expected.keys():
+        for name in parameters.keys() - expected.keys() - optional.keys():
             raise CheckpointError(
                 f"{path} cannot be served: {parameters[name].origin} would be {name}, which "
                 f"{type(self.skeleton).__name__} does not have"
             )
+
+
+class FileEmbedding(nn.Module):
+    """Lookup of token ids as a module, in the place of a model's own embedding."""
+
+    def __init__(self, lookup: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self._lookup = lookup
+        self._dtype = dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return embeddings [..., H] of ``ids`` int64 [...]."""
+        rows = self._lookup(ids.flatten()).to(self._dtype)
+        return rows.view(*ids.shape, -1)
 
 
 def _build_skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -11,11 +11,16 @@ from logitkernels import BlockWeight, DenseWeight, Weight
 from logitkernels.int4 import round_to_int4
 from torch import Tensor, nn
 
+from logitengine.model.experts import is_stacked, parse_expert, stacked_weight
+
 BLOCK_WEIGHTS = 32
 
 
 class WeightSource(Protocol):
-    """Weights [N, K] by the name of the model's parameter."""
+    """Weights [N, K] by the name of the model's parameter, or of an expert's matrix (see ``experts.py``)."""
+
+    def has_blocks(self, name: str) -> bool:
+        """Whether `get` returns this weight in blocks."""
 
     def get(self, name: str) -> Weight: ...
 
@@ -26,8 +31,14 @@ class ModelWeights:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
+    def has_blocks(self, name: str) -> bool:  # noqa: ARG002 - it has none at all
+        return False
+
     def get(self, name: str) -> DenseWeight:
-        """Return the parameter. Raises AttributeError for a name that the model does not have."""
+        """Return the weight. Raises AttributeError for a name that the model does not have."""
+        expert = parse_expert(name)
+        if expert is not None and is_stacked(module := self._model.get_submodule(expert.module)):
+            return DenseWeight(name, stacked_weight(module, expert).detach())
         return DenseWeight(name, self._model.get_parameter(name).detach())
 
 
@@ -37,6 +48,9 @@ class Int8Weights:
     def __init__(self, source: WeightSource) -> None:
         """Round the weights of ``source``, which are dense."""
         self._source = source
+
+    def has_blocks(self, name: str) -> bool:  # noqa: ARG002 - it has nothing else
+        return True
 
     def get(self, name: str) -> BlockWeight:
         """Return the blocks. Raises ValueError for a weight whose rows are not a whole number of blocks."""
@@ -52,6 +66,9 @@ class Int4Weights:
     def __init__(self, source: WeightSource) -> None:
         """Round the weights of ``source``, which are dense."""
         self._source = source
+
+    def has_blocks(self, name: str) -> bool:  # noqa: ARG002 - it has nothing else
+        return True
 
     def get(self, name: str) -> BlockWeight:
         """Return the blocks. Raises ValueError for a weight whose rows are not a whole number of blocks."""

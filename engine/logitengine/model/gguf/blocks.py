@@ -25,14 +25,15 @@ FEW_BYTES = 1 << 15
 """Bytes of blocks of a few rows, whose numbers fit a cache."""
 
 
-def mapped(tensor: Tensor) -> Numbers:
-    """Map the tensor's bytes, uint8 [rows, bytes of a row]; a view of the file until something writes to it.
+def mapped(tensor: Tensor, rows: slice | None = None) -> Numbers:
+    """Map the bytes of the tensor or of ``rows`` of it, uint8 [rows, bytes of a row]; a view of the file until something writes to it.
 
     Pages leave the process with the last reference to what this returns.
     """
-    rows = tensor.nbytes // row_bytes(tensor)
+    start, stop, _ = (rows or slice(None)).indices(tensor.nbytes // row_bytes(tensor))
+    offset = tensor.offset + start * row_bytes(tensor)
     # Mode "c" reads like "r", and torch takes it without a warning.
-    raw = np.memmap(tensor.path, np.uint8, "c", tensor.offset, (rows, row_bytes(tensor)))
+    raw = np.memmap(tensor.path, np.uint8, "c", offset, (stop - start, row_bytes(tensor)))
     return torch.from_numpy(raw)
 
 

@@ -27,6 +27,7 @@ def model_config(header: Header) -> Config:
             f"{header.path} cannot be served: architecture {keys.architecture} is not among {', '.join(sorted(CONFIGS))}"
         )
     config = _common(keys, header) | {"rope_parameters": _rope(keys)}
+    config |= (_latent_heads if keys.architecture == "deepseek2" else _heads)(keys, config)
     config |= CONFIGS[keys.architecture](keys, config)
     keys.check_all_read()
     return config
@@ -37,31 +38,61 @@ def _common(keys: Keys, header: Header) -> Config:
     hidden, heads, layers = (
         keys.size(key) for key in ("embedding_length", "attention.head_count", "block_count")
     )
-    kv_heads, head_dim = (
-        keys.size("attention.head_count_kv", heads),
-        keys.size("attention.key_length", hidden // heads),
-    )
-    if layers > len(header.tensors) or heads % kv_heads or head_dim % 2:
-        raise CheckpointError(
-            f"{header.path} is damaged: it counts {layers} layers of {heads} heads and {kv_heads} for keys, with {head_dim} "
-            "dimensions each"
-        )
-    if keys.has("attention.value_length"):
-        keys.must_be("attention.value_length", head_dim)
+    if layers > len(header.tensors):
+        raise keys.damaged(f"it counts {layers} layers and has {len(header.tensors)} tensors")
     keys.must_be("attention.causal", True)
     return {
         "hidden_size": hidden,
         "intermediate_size": keys.size("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
         "max_position_embeddings": keys.size("context_length"),
         "vocab_size": _vocab_size(keys, header, hidden),
         "tie_word_embeddings": HEAD not in header.tensors,
         "bos_token_id": keys.token_id("bos_token_id"),
         "eos_token_id": _end_token_ids(keys),
         "pad_token_id": None,
+    }
+
+
+def _heads(keys: Keys, config: Config) -> Config:
+    """Return the shape of attention whose keys and values are of one size."""
+    heads = config["num_attention_heads"]
+    kv_heads = keys.size("attention.head_count_kv", heads)
+    head_dim = keys.size("attention.key_length", config["hidden_size"] // heads)
+    if heads % kv_heads or head_dim % 2:
+        raise keys.damaged(
+            f"it counts {heads} heads and {kv_heads} for keys, with {head_dim} dimensions each"
+        )
+    keys.must_be("attention.value_length", head_dim)
+    return {"num_key_value_heads": kv_heads, "head_dim": head_dim}
+
+
+def _latent_heads(keys: Keys, config: Config) -> Config:
+    """Return the shape of DeepSeek's attention, whose keys and values are projected from a shared latent.
+
+    Files with ``key_length_mla`` call the latent a single head, and give the size of the projected heads apart.
+    """
+    heads, rank = config["num_attention_heads"], keys.size("attention.kv_lora_rank")
+    rotary = keys.size("rope.dimension_count")
+    if keys.has("attention.key_length_mla"):
+        key_dim, value_dim = keys.size("attention.key_length_mla"), keys.size("attention.value_length_mla")
+        keys.must_be("attention.key_length", rank + rotary)
+        keys.must_be("attention.value_length", rank)
+        keys.must_be("attention.head_count_kv", 1, heads)
+    else:
+        key_dim, value_dim = keys.size("attention.key_length"), keys.size("attention.value_length")
+        keys.must_be("attention.head_count_kv", heads)
+    if key_dim <= rotary or rotary % 2:
+        raise keys.damaged(f"its keys have {key_dim} dimensions, of which {rotary} rotate")
+    query_rank = keys.integer("attention.q_lora_rank", 0)
+    return {
+        "num_key_value_heads": heads,
+        "kv_lora_rank": rank,
+        "q_lora_rank": query_rank if keys.has_tensor("blk.0.attn_q_a.weight") else None,
+        "qk_rope_head_dim": rotary,
+        "qk_nope_head_dim": key_dim - rotary,
+        "v_head_dim": value_dim,
     }
 
 
@@ -133,13 +164,25 @@ def _partial_rotary(keys: Keys, config: Config) -> Config:
     return {"rope_parameters": config["rope_parameters"] | {"partial_rotary_factor": share}}
 
 
-def _experts(keys: Keys) -> None:
-    """Check that the weights of experts are a softmax's, normed and unscaled, as these models have them."""
-    keys.must_be("expert_gating_func", 1)
+SOFTMAX, SIGMOID, SOFTMAX_OF_USED = 1, 2, 3
+"""Values of ``expert_gating_func``: what makes the experts' weights of the router's outputs."""
+
+
+def _experts(keys: Keys, gating: int = SOFTMAX) -> None:
+    """Check that the weights of experts are ``gating``'s, normed and unscaled, and that no expert is shared."""
+    keys.must_be("expert_gating_func", gating)
     keys.must_be("expert_weights_norm", True)
     keys.must_be("expert_weights_scale", 1.0)
     keys.must_be("expert_shared_count", 0)
     keys.must_be("expert_shared_feed_forward_length", 0)
+
+
+def _used_experts(keys: Keys) -> int:
+    """Return how many experts a token takes."""
+    experts, used = keys.size("expert_count"), keys.size("expert_used_count")
+    if used > experts:
+        raise keys.damaged(f"a token takes {used} of {experts} experts")
+    return used
 
 
 def _rms(keys: Keys) -> Config:
@@ -157,7 +200,7 @@ def _llama(keys: Keys, config: Config) -> Config:
             "sliding_window": None,
             "architectures": ["MixtralForCausalLM"],
             "num_local_experts": experts,
-            "num_experts_per_tok": keys.size("expert_used_count"),
+            "num_experts_per_tok": _used_experts(keys),
         }
     keys.must_be("expert_used_count", 0)
     return _rms(keys) | {
@@ -221,7 +264,7 @@ def _qwen3moe(keys: Keys, config: Config) -> Config:
         "attention_bias": False,
         "use_sliding_window": False,
         "num_experts": keys.size("expert_count"),
-        "num_experts_per_tok": keys.size("expert_used_count"),
+        "num_experts_per_tok": _used_experts(keys),
         "moe_intermediate_size": keys.size("expert_feed_forward_length"),
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
@@ -365,6 +408,87 @@ def _ernie4_5(keys: Keys, config: Config) -> Config:
     }
 
 
+def _gpt_oss(keys: Keys, config: Config) -> Config:
+    _whole_rotary(keys, config)
+    _experts(keys, SOFTMAX_OF_USED)
+    keys.must_be("expert_feed_forward_length", config["intermediate_size"])
+    rope = config["rope_parameters"]
+    if rope["rope_type"] == "yarn":
+        # The model was trained with bounds that are not whole numbers, which the file does not say.
+        rope = rope | {"truncate": False}
+    return _rms(keys) | {
+        "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "rope_parameters": rope,
+        "sliding_window": keys.size("attention.sliding_window"),
+        "layer_types": _layer_types(keys, config, 2),
+        "num_local_experts": keys.size("expert_count"),
+        "num_experts_per_tok": _used_experts(keys),
+    }
+
+
+DEEPSEEK_GROUPS = {160: (8, 3), 256: (8, 4)}
+"""Groups of experts, and those that a token may take from, by the number of experts: DeepSeek V2's and V3's.
+
+Files of old converters do not say.
+"""
+
+
+def _deepseek2(keys: Keys, config: Config) -> Config:
+    layers, experts = config["num_hidden_layers"], keys.integer("expert_count", 0)
+    first = keys.integer("leading_dense_block_count", 0)
+    has_bias = keys.has_tensor(f"blk.{first}.exp_probs_b.bias")
+    gating = keys.integer("expert_gating_func", SIGMOID if has_bias else SOFTMAX)
+    keys.must_be("expert_gating_func", SOFTMAX, SIGMOID)
+    keys.must_be("nextn_predict_layers", 0)
+    generation = 3 if gating == SIGMOID else 2
+    found = _rms(keys) | {
+        "model_type": f"deepseek_v{generation}",
+        "architectures": [f"DeepseekV{generation}ForCausalLM"],
+        "rope_parameters": _deepseek_rope(keys, config),
+        "attention_bias": False,
+        "first_k_dense_replace": first,
+        "moe_intermediate_size": keys.size("expert_feed_forward_length", 1),
+    }
+    if first >= layers:
+        keys.must_be("expert_shared_count", 0)
+        return found
+    used = _used_experts(keys)
+    num_groups, groups_used = DEEPSEEK_GROUPS.get(experts, (1, 1))
+    num_groups = keys.size("expert_group_count", num_groups)
+    groups_used = keys.size("expert_group_used_count", groups_used)
+    if experts % num_groups or groups_used > num_groups or used > experts // num_groups * groups_used:
+        raise keys.damaged(
+            f"a token takes {used} of {experts} experts, from {groups_used} of {num_groups} groups"
+        )
+    found |= {
+        "n_routed_experts": experts,
+        "n_shared_experts": keys.size("expert_shared_count"),
+        "num_experts_per_tok": used,
+        "n_group": num_groups,
+        "topk_group": groups_used,
+        "routed_scaling_factor": keys.number("expert_weights_scale", 1.0) or 1.0,
+        "norm_topk_prob": keys.flag("expert_weights_norm", default=False),
+    }
+    if generation == 2:
+        keys.must_be("expert_weights_norm", False)  # which transformers' model does not know
+        found["topk_method"] = "greedy" if num_groups == 1 else "group_limited_greedy"
+    return found
+
+
+def _deepseek_rope(keys: Keys, config: Config) -> Config:
+    """Return the rotary parameters; under YaRN the attention's scores are scaled too."""
+    rope: Config = config["rope_parameters"]
+    multiplier = keys.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if rope["rope_type"] != "yarn" or not multiplier:
+        return rope
+    for key in ("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"):
+        keys.must_be(key, 1.0)
+    # The file has a tenth of it. The models have one number for both, so that rotations are not scaled.
+    mscale = 10 * multiplier
+    return rope | {"mscale": mscale, "mscale_all_dim": mscale}
+
+
 CONFIGS: dict[str, Callable[[Keys, Config], Config]] = {
     "llama": _llama,
     "granite": _granite,
@@ -381,5 +505,7 @@ CONFIGS: dict[str, Callable[[Keys, Config], Config]] = {
     "cohere2": _cohere2,
     "glm4": _glm4,
     "ernie4_5": _ernie4_5,
+    "gpt-oss": _gpt_oss,
+    "deepseek2": _deepseek2,
 }
 """Members of the config beyond the common ones, by the architecture's name in the file."""

@@ -63,6 +63,12 @@ class Keys:
             raise self._refused(key, "is no finite number")
         return float(value)
 
+    def flag(self, key: str, *, default: bool) -> bool:
+        value = self._single(key, default)
+        if not isinstance(value, bool):
+            raise self._refused(key, "is neither true nor false")
+        return value
+
     def text(self, key: str, default: str) -> str:
         value = self._single(key, default)
         if not isinstance(value, str):
@@ -100,6 +106,10 @@ class Keys:
                 f"{self._header.path} cannot be served: its metadata key {name} is not known here for architecture "
                 f"{self.architecture}, and might change the logits"
             )
+
+    def damaged(self, why: str) -> CheckpointError:
+        """Return the error that refuses a file whose numbers do not fit each other."""
+        return CheckpointError(f"{self._header.path} is damaged: {why}")
 
     def _single(self, key: str, default: Value | None) -> Value:
         name = self._name(key)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from logitengine.errors import CheckpointError
 from logitengine.model.gguf.config import EMBEDDING, HEAD, Config
@@ -39,7 +40,7 @@ OUTPUT_NORMS = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-EXPERTS = {"ffn_gate_inp": "mlp.gate", "ffn_down_exps": "mlp.experts.down_proj"}
+EXPERTS = {"ffn_gate_inp": "mlp.gate"}
 
 OTHER_MODULES = {
     "gemma2": OUTPUT_NORMS,
@@ -53,10 +54,56 @@ OTHER_MODULES = {
     "phi3": {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
     "qwen3moe": EXPERTS,
     "llama": EXPERTS,
+    "gpt-oss": {"post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router"},
+    "deepseek2": {
+        "attn_q_a": "self_attn.q_a_proj",
+        "attn_q_a_norm": "self_attn.q_a_layernorm",
+        "attn_q_b": "self_attn.q_b_proj",
+        "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+        "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+        "attn_kv_b": "self_attn.kv_b_proj",
+        "ffn_gate_inp": "mlp.gate",
+        "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
+        "ffn_up_shexp": "mlp.shared_experts.up_proj",
+        "ffn_down_shexp": "mlp.shared_experts.down_proj",
+    },
 }
 """Modules of a layer whose names differ from those of ``LAYER_MODULES``, by architecture."""
 
-GATE_EXPERTS, UP_EXPERTS, DOWN_EXPERTS = "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"
+DOWN_EXPERTS = {"ffn_down_exps.weight": "mlp.experts.down_proj"}
+
+LAYER_PARAMETERS = {
+    "qwen3moe": DOWN_EXPERTS,
+    "llama": DOWN_EXPERTS,
+    "gpt-oss": DOWN_EXPERTS
+    | {"ffn_down_exps.bias": "mlp.experts.down_proj_bias", "attn_sinks.weight": "self_attn.sinks"},
+    "deepseek2": DOWN_EXPERTS | {"exp_probs_b.bias": "mlp.gate.e_score_correction_bias"},
+}
+"""Tensors of a layer that are parameters or buffers themselves, not a module's weight or bias, by architecture."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two tensors of a layer that make one parameter, ``name``."""
+
+    first: str
+    second: str
+    name: str
+
+
+GATE_UP = (
+    Pair("ffn_gate_exps.weight", "ffn_up_exps.weight", "mlp.experts.gate_up_proj"),
+    Pair("ffn_gate_exps.bias", "ffn_up_exps.bias", "mlp.experts.gate_up_proj_bias"),
+)
+LATENT_PROJECTIONS = Pair("attn_k_b.weight", "attn_v_b.weight", "self_attn.kv_b_proj.weight")
+
+PAIRS = {
+    "qwen3moe": GATE_UP[:1],
+    "llama": GATE_UP[:1],
+    "gpt-oss": GATE_UP,
+    "deepseek2": (*GATE_UP[:1], LATENT_PROJECTIONS),
+}
+"""Pairs of tensors by architecture."""
 
 TOP_PARAMETERS = {
     EMBEDDING: "model.embed_tokens.weight",
@@ -71,12 +118,28 @@ SHIFTED_NORMS = ("gemma", "gemma2", "gemma3")
 """Architectures whose files hold norms as they multiply, where transformers adds 1."""
 
 
+class Layout(Enum):
+    """How a parameter is made of its tensors: which numbers they are, and their order."""
+
+    JOINED = auto()
+    """Matrices [..., N, K], joined along their rows if they are several."""
+
+    WOVEN = auto()
+    """Experts of gpt-oss: rows of the tensors take turns, and each matrix is transposed, [E, N, K] -> [E, K, N].
+
+    Biases are [E, N], and take turns too.
+    """
+
+    LATENT = auto()
+    """Projections of keys [heads, R, D] and of values [heads, Dv, R] from a latent -> [heads (D + Dv), R]."""
+
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """A parameter of the model, made from tensors of the file.
 
     Attributes:
-        tensors: joined along the rows of each matrix, if several.
+        tensors: what it is made of, as ``layout`` says.
         pairs: heads whose rows are in the order of rotary pairs; 0 for rows in the model's own order.
         shift: what the file's numbers have beyond the parameter's.
     """
@@ -85,6 +148,7 @@ class Parameter:
     tensors: tuple[Tensor, ...]
     pairs: int = 0
     shift: float = 0.0
+    layout: Layout = Layout.JOINED
 
     @property
     def tensor(self) -> Tensor:
@@ -98,12 +162,16 @@ class Parameter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        first = self.tensors[0].shape
-        return (
-            first
-            if len(self.tensors) == 1
-            else (*first[:-2], sum(t.shape[-2] for t in self.tensors), first[-1])
-        )
+        first, last = self.tensors[0].shape, self.tensors[-1].shape
+        if self.layout is Layout.LATENT:
+            heads, rank, key_dim = first
+            return (heads * (key_dim + last[1]), rank)
+        if self.layout is Layout.WOVEN and len(first) > 1:
+            experts, rows, *columns = first
+            return (experts, *columns, rows * len(self.tensors))
+        if len(self.tensors) == 1:
+            return first
+        return (*first[:-2], sum(tensor.shape[-2] for tensor in self.tensors), first[-1])
 
 
 def parameters_of(header: Header, config: Config) -> dict[str, Parameter]:
@@ -135,6 +203,8 @@ class _Names:
         self._pairs: dict[str, int] = {}
         if self._architecture in PAIRED_ROWS:
             self._pairs = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+        self._paired = PAIRS.get(self._architecture, ())
+        self._parameters = LAYER_PARAMETERS.get(self._architecture, {})
         self._shift = 1.0 if self._architecture in SHIFTED_NORMS else 0.0
 
     def parameter(self, tensor: Tensor) -> Parameter | None:
@@ -147,28 +217,35 @@ class _Names:
         if match is None or int(match[1]) >= self._num_layers:
             raise self._unknown(tensor)
         layer, leaf, kind = f"model.layers.{match[1]}", match[2], match[3]
-        if leaf in (GATE_EXPERTS, UP_EXPERTS) and DOWN_EXPERTS in self._modules:
-            return self._gate_up(tensor, leaf, layer)
-        if leaf not in self._modules:
-            raise self._unknown(tensor)
         if len(tensor.shape) == 1 and tensor.type.weights > 1:
             raise CheckpointError(
                 f"{self._header.path} cannot be served: {tensor.name} is no matrix, and is in {tensor.type.name}"
             )
-        # The experts' weights are parameters themselves, without a module of their own.
-        name = f"{layer}.{self._modules[leaf]}" + ("" if leaf == DOWN_EXPERTS else f".{kind}")
+        own = f"{leaf}.{kind}"
+        for pair in self._paired:
+            if own in (pair.first, pair.second):
+                return self._paired_parameter(tensor, pair, f"blk.{match[1]}", layer)
+        if own in self._parameters:
+            return Parameter(f"{layer}.{self._parameters[own]}", (tensor,), layout=self._layout(own))
+        if leaf not in self._modules:
+            raise self._unknown(tensor)
+        name = f"{layer}.{self._modules[leaf]}.{kind}"
         return Parameter(name, (tensor,), self._pairs.get(leaf, 0), self._shift_of(leaf))
 
-    def _gate_up(self, tensor: Tensor, leaf: str, layer: str) -> Parameter | None:
-        """Return the parameter of the gates, with the other half beside them."""
-        gate, up = (
-            self._header.tensors.get(tensor.name.replace(leaf, half)) for half in (GATE_EXPERTS, UP_EXPERTS)
-        )
-        if gate is None or up is None or gate.shape != up.shape:
+    def _paired_parameter(self, tensor: Tensor, pair: Pair, block: str, layer: str) -> Parameter | None:
+        """Return the parameter of both tensors for the first of them, and None for the second."""
+        halves = [self._header.tensors.get(f"{block}.{name}") for name in (pair.first, pair.second)]
+        first, second = halves
+        if first is None or second is None or not _fit(first, second, pair):
             raise CheckpointError(
                 f"{self._header.path} is damaged: {tensor.name} has no other half of its shape"
             )
-        return Parameter(f"{layer}.mlp.experts.gate_up_proj", (gate, up)) if tensor is gate else None
+        layout = Layout.LATENT if pair is LATENT_PROJECTIONS else self._layout(pair.first)
+        return Parameter(f"{layer}.{pair.name}", (first, second), layout=layout) if tensor is first else None
+
+    def _layout(self, name: str) -> Layout:
+        is_woven = self._architecture == "gpt-oss" and "_exps." in name
+        return Layout.WOVEN if is_woven else Layout.JOINED
 
     def _shift_of(self, name: str) -> float:
         return self._shift if name.removesuffix(".weight").endswith("norm") else 0.0
@@ -178,3 +255,14 @@ class _Names:
             f"{self._header.path} cannot be served: its tensor {tensor.name} is not known here for architecture "
             f"{self._architecture}"
         )
+
+
+def _fit(first: Tensor, second: Tensor, pair: Pair) -> bool:
+    """Whether two tensors can be one parameter."""
+    if pair is not LATENT_PROJECTIONS:
+        return first.shape == second.shape and len(first.shape) > 1
+    return (
+        len(first.shape) == len(second.shape) == 3
+        and first.shape[0] == second.shape[0]
+        and first.shape[1] == second.shape[2]
+    )

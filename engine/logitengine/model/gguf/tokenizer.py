@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     GGUF_PRE_TOKENIZER_SPLITS,
@@ -15,6 +15,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 )
 
 from logitengine.model.gguf.header import Header, StringArray
+from logitengine.model.gguf.splits import SPLITS
 
 BYTE_LEVEL = "gpt2"
 
@@ -53,7 +54,7 @@ def write_tokenizer(header: Header, directory: Path) -> None:
     if kind == BYTE_LEVEL:
         if pre in LLAMA3_SPLITS:
             vocabulary["pre_tokenizer_type"] = "llama-bpe"
-        elif pre not in PLAIN_SPLITS | DIGIT_SPLITS | GGUF_PRE_TOKENIZER_SPLITS.keys():
+        elif pre not in PLAIN_SPLITS | DIGIT_SPLITS | SPLITS.keys() | GGUF_PRE_TOKENIZER_SPLITS.keys():
             raise ValueError(f"how tokenizer.ggml.pre {pre} splits text is not known")
     if kind == "llama" or (kind == BYTE_LEVEL and pre in BEGIN_ADDED):
         config.setdefault("add_bos_token", True)
@@ -64,6 +65,8 @@ def write_tokenizer(header: Header, directory: Path) -> None:
     backend, _ = convert_gguf_tokenizer(str(header.metadata["general.architecture"]), vocabulary)
     if kind == BYTE_LEVEL and pre in DIGIT_SPLITS:
         _split_digits(backend)
+    if kind == BYTE_LEVEL and pre in SPLITS:
+        _split_by(backend, SPLITS[pre])
     PreTrainedTokenizerFast(tokenizer_object=backend, **config).save_pretrained(directory)
 
 
@@ -82,3 +85,9 @@ def _split_digits(backend: Tokenizer) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
+
+
+def _split_by(backend: Tokenizer, expressions: tuple[str, ...]) -> None:
+    splits = [pre_tokenizers.Split(Regex(expression), behavior="isolated") for expression in expressions]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])

@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from logitkernels import BlockWeight, DenseWeight, Kernels, Weight
 from torch import Tensor as Numbers
 
+from logitengine.model.experts import parse_expert
 from logitengine.model.gguf.blocks import FLOATS, head_order, mapped, to_dense
 from logitengine.model.gguf.header import Tensor
-from logitengine.model.gguf.tensors import Parameter
+from logitengine.model.gguf.tensors import Layout, Parameter
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Matrix:
+    """A matrix of the file: a parameter's first tensor, or the ``rows`` of one expert in one of them."""
+
+    parameter: Parameter
+    tensor: Tensor
+    rows: slice | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the tensor has all rows of the matrix."""
+        is_one = len(self.parameter.tensors) == 1 and self.parameter.layout is Layout.JOINED
+        return is_one or self.rows is not None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.tensor.shape[-2:]
+        return rows, columns
+
+    @property
+    def order(self) -> Numbers | None:
+        """For each row of the matrix its place in the file, where they differ."""
+        return head_order(self.shape[0], self.parameter.pairs) if self.parameter.pairs else None
+
+    def raw(self) -> Numbers:
+        """Return the bytes, uint8, the rows in the model's order."""
+        return _raw(self.parameter, self.tensor, self.rows)
 
 
 class GgufWeights:
@@ -37,16 +68,24 @@ class GgufWeights:
         self._device = device
         self._block_formats = block_formats
 
+    def has_blocks(self, name: str) -> bool:
+        """Whether `get` returns the weight in blocks. Raises KeyError for a name that the model does not have."""
+        found = self._find(name)
+        return found.is_whole and found.tensor.type.name in self._block_formats
+
     def get(self, name: str) -> Weight:
-        """Return a weight [N, K]. Raises KeyError for a name that the model does not have."""
-        parameter = self._parameters[name]
-        kind = parameter.tensor.type.name
-        if kind not in self._block_formats:
-            self._tell(kind)
+        """Return a weight [N, K], of the model's parameters or of an expert in one.
+
+        Raises KeyError for a name that the model does not have.
+        """
+        found = self._find(name)
+        kind = found.tensor.type.name
+        if self.has_blocks(name):
+            return BlockWeight(name, mapped(found.tensor, found.rows), kind, found.shape, found.order)
+        if name in self._parameters:
             return DenseWeight(name, self.dense(name))
-        rows, columns = parameter.shape
-        order = head_order(rows, parameter.pairs) if parameter.pairs else None
-        return BlockWeight(name, mapped(parameter.tensor), kind, (rows, columns), order)
+        self._tell(kind)
+        return DenseWeight(name, to_dense(found.raw(), kind, self._dtype).to(self._device))
 
     def dense(self, name: str, dtype: torch.dtype | None = None) -> Numbers:
         """Return a parameter of any shape in numbers, in the model's dtype unless another is named."""
@@ -54,12 +93,22 @@ class GgufWeights:
         dtype = dtype or self._dtype
         parts = []
         for tensor in parameter.tensors:
+            self._tell(tensor.type.name)
             numbers = to_dense(
                 _raw(parameter, tensor), tensor.type.name, torch.float32 if parameter.shift else dtype
             )
             parts.append((numbers - parameter.shift).to(dtype).view(tensor.shape))
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
-        return joined.to(self._device)
+        return _arranged(parts, parameter.layout).to(self._device)
+
+    def _find(self, name: str) -> _Matrix:
+        expert = parse_expert(name)
+        if expert is None or name in self._parameters:
+            parameter = self._parameters[name]
+            return _Matrix(parameter, parameter.tensor)
+        parameter = self._parameters[f"{expert.module}.{expert.stack}"]
+        tensor = parameter.tensors[expert.place]
+        rows = tensor.shape[-2]
+        return _Matrix(parameter, tensor, slice(expert.index * rows, (expert.index + 1) * rows))
 
     def _tell(self, kind: str) -> None:
         if kind in FLOATS or kind in self._told:
@@ -91,10 +140,21 @@ def _dense_rows(raw: Numbers, kind: str, ids: Numbers) -> Numbers:
     return to_dense(raw.index_select(0, ids), kind, torch.float32)
 
 
-def _raw(parameter: Parameter, tensor: Tensor) -> Numbers:
+def _raw(parameter: Parameter, tensor: Tensor, rows: slice | None = None) -> Numbers:
     """Return the tensor's bytes, the rows (of a bias: the numbers) in the model's order."""
-    raw = mapped(tensor)
+    raw = mapped(tensor, rows)
     if not parameter.pairs:
         return raw
     raw = raw.view(tensor.shape[0], -1)
     return raw[head_order(len(raw), parameter.pairs)]
+
+
+def _arranged(parts: list[Numbers], layout: Layout) -> Numbers:
+    """Return the numbers of a parameter, made of those of its tensors."""
+    if layout is Layout.LATENT:
+        keys, values = parts
+        return torch.cat((keys.transpose(1, 2), values), 1).flatten(0, 1)
+    if layout is Layout.WOVEN:
+        woven = torch.stack(parts, 2).flatten(1, 2)
+        return woven.transpose(1, 2).contiguous() if woven.ndim > 2 else woven
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -2)

@@ -72,7 +72,7 @@ class Int4Model(StoredModel):
             self._parameters, self._packing, dtype or self._dtype, self._device, block_formats, self._told
         )
 
-    def _lookup(self, kernels: Kernels, scale: float) -> Callable[[Tensor], Tensor]:
+    def _lookup(self, kernels: Kernels, scale: float) -> Callable[[Tensor], Tensor]:  # noqa: ARG002 - torch looks it up
         parameter = self._parameters[EMBEDDING]
         if not isinstance(parameter, DenseParameter):
             raise CheckpointError(f"{parameter.integers.path} cannot be served: its embedding is packed")

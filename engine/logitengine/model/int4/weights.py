@@ -40,6 +40,10 @@ class PackedWeights:
         self._block_formats = block_formats
         self._told = set() if told is None else told
 
+    def has_blocks(self, name: str) -> bool:
+        """Whether `get` returns this weight as blocks, if the order of its columns allows it."""
+        return bool(self._block_formats) and isinstance(self._parameters.get(name), PackedParameter)
+
     def get(self, name: str) -> Weight:
         """Return a weight [N, K]. Raises KeyError for a name that the model does not have."""
         parameter = self._parameters[name]
