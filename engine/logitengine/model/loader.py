@@ -147,8 +147,6 @@ def prepare(
         packer = Packer(kernels, own, weights or own, exact=dtype == torch.float32)
         depth = 0 if encoder is None else encoder.info.depth
         network = fuse(model, packer, shapes, depth, None if gguf is None else gguf.embedding)
-        if gguf is not None and is_skeleton and not network.is_fused:
-            gguf.fill()
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{architecture} cannot be served: {error}") from error
     _refuse_unfused(config, model, network)
