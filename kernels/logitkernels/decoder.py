@@ -14,6 +14,9 @@ from logitkernels.weights import Linear
 if TYPE_CHECKING:
     from logitkernels.interface import Kernels
 
+Activation = Literal["silu", "gelu_tanh"]
+"""Activation of a gated MLP: silu, or the tanh approximation of gelu."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayerWeights:
@@ -39,20 +42,9 @@ class DecoderLayerWeights:
     head_dim: int
     eps: float
     attention: AttentionOptions
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
     attention_output_norm: Tensor | None = None
     mlp_output_norm: Tensor | None = None
-
-    @property
-    def is_llama(self) -> bool:
-        """Whether the layer uses no feature beyond the Llama family."""
-        return (
-            self.activation == "silu"
-            and self.attention.softcap is None
-            and self.attention.sinks is None
-            and self.attention_output_norm is None
-            and self.mlp_output_norm is None
-        )
 
 
 BoundLayers = Callable[[Tensor, Tensor, Tensor, AttentionMetadata], Tensor]

@@ -158,10 +158,6 @@ class Kernels(ABC):
         Query head h reads key-value head ``h // (Hq / Hkv)``. Scores and softmax are float32.
         """
 
-    def runs_fused(self, layer: DecoderLayerWeights) -> bool:
-        """Whether ``bind_layers`` takes this layer."""
-        return True
-
     def bind_layers(
         self,
         layers: Sequence[DecoderLayerWeights],

@@ -125,10 +125,6 @@ def native() -> Kernels:
         pytest.skip(f"no native kernels here: {error}")
 
 
-def test_layers_that_the_backend_does_not_fuse_run_as_transformers_has_them() -> None:
-    assert isinstance(network_of(model_of("gemma2"), native()), TransformersNetwork)
-
-
 class SomeBlocks:
     """Blocks by name, and a model's own parameters for all other names."""
 

@@ -15,27 +15,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = Path(__file__).parent.parent / "models"
 QWEN_CODER = FOLDER / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
+GEMMA3 = FOLDER / "gemma-3-270m-q4_k_m.gguf"
 
 
-def qwen_coder_checkpoint() -> Checkpoint:
-    """Return the model. Skips the test where the model is unwanted or missing."""
-    if (reason := _absence()) is not None:
+def packaged_checkpoint(path: Path) -> Checkpoint:
+    """Return one of the models above. Skips the test where it is unwanted or missing."""
+    if (reason := _absence(path)) is not None:
         pytest.skip(reason)
-    return resolve_checkpoint(str(QWEN_CODER))
+    return resolve_checkpoint(str(path))
 
 
 def chatml_tokenizer() -> Path:
     """Return the directory of a real ChatML tokenizer: Qwen2.5-Coder's where the model is wanted, else SmolLM2's."""
-    model = str(QWEN_CODER) if _absence() is None else "smollm2"
+    model = str(QWEN_CODER) if _absence(QWEN_CODER) is None else "smollm2"
     return resolve_checkpoint(model).tokenizer_path
 
 
-def _absence() -> str | None:
-    """Return why tests have to do without Qwen2.5-Coder, or None if they need not."""
+def _absence(path: Path) -> str | None:
+    """Return why tests have to do without a model, or None if they need not."""
     if os.environ.get("LOGITSERVE_TEST_MODELS") != "all":
-        return "a model of 0.5 GB, with LOGITSERVE_TEST_MODELS=all only"
-    if not QWEN_CODER.is_file():
-        return "needs `LOGITSERVE_TEST_MODELS=all make test-clients`, which downloads the model"
+        return "a model of hundreds of megabytes, with LOGITSERVE_TEST_MODELS=all only"
+    if not path.is_file():
+        return f"needs `LOGITSERVE_TEST_MODELS=all make test-clients`, which downloads {path.name}"
     return None
 
 

@@ -16,6 +16,7 @@ from logitkernels.cpu import CpuKernels
 from logitkernels.cpu.errors import BuildError
 from logitkernels.cpu.linear import CpuLinear
 from torch import Tensor
+from torch.nn import functional
 
 try:
     KERNELS = CpuKernels()
@@ -122,6 +123,7 @@ def test_bfloat16_activations_come_back_as_bfloat16() -> None:
     assert torch.equal(linear(x), linear(x.float()).bfloat16())
     assert KERNELS.rms_norm(x, torch.ones(64), 1e-5).dtype == torch.bfloat16
     assert KERNELS.silu_and_mul(x).dtype == torch.bfloat16
+    assert KERNELS.gelu_and_mul(x).dtype == torch.bfloat16
 
 
 @quick
@@ -144,9 +146,33 @@ def test_silu_and_mul(rows: int, size: int, scale: float) -> None:
     assert torch.equal(actual[:1], KERNELS.silu_and_mul(gate_up[:1]))
 
 
-def test_silu_of_large_gates_is_the_gate_or_zero() -> None:
-    gate_up = torch.tensor([[200.0, -200.0, 88.8, -88.8, 1.0, 1.0, 1.0, 1.0]])
-    assert_close(KERNELS.silu_and_mul(gate_up), torch.tensor([[200.0, 0.0, 88.8, 0.0]]).double(), 1e-6)
+@quick
+@given(rows=st.integers(1, 20), size=st.integers(1, 300), scale=st.sampled_from([0.01, 1.0, 30.0]))
+def test_gelu_and_mul_is_the_tanh_approximation(rows: int, size: int, scale: float) -> None:
+    gate_up = random(rows, 2 * size, seed=1) * scale
+    gate, up = gate_up.double().chunk(2, dim=-1)
+    actual = KERNELS.gelu_and_mul(gate_up)
+    assert_close(actual, functional.gelu(gate, approximate="tanh") * up, 2e-6)
+    assert torch.equal(actual[:1], KERNELS.gelu_and_mul(gate_up[:1]))
+
+
+def test_gelu_is_within_1e_6_of_its_own_size_as_far_as_it_is_above_1e_6() -> None:
+    gate = torch.linspace(-5, 20, 100_001)
+    gates = gate.double()
+    inner = (2 / torch.pi) ** 0.5 * (gates + 0.044715 * gates**3)
+    expected = gates / (1 + (-2 * inner).exp())
+    actual = KERNELS.gelu_and_mul(torch.cat([gate, torch.ones_like(gate)])[None])[0].double()
+    is_counted = expected.abs() > 1e-6
+    assert ((actual - expected).abs() / expected.abs())[is_counted].max() < 3e-6
+    assert (actual - expected).abs()[~is_counted].max() < 1e-11
+
+
+@pytest.mark.parametrize("gate", ["silu_and_mul", "gelu_and_mul"])
+def test_large_gates_are_the_gate_or_zero(gate: str) -> None:
+    gate_up = torch.tensor([[200.0, -200.0, 1e30, -1e30, 1.0, 1.0, 1.0, 1.0]])
+    actual = getattr(KERNELS, gate)(gate_up)
+    assert torch.equal(actual, torch.tensor([[200.0, 0.0, 1e30, 0.0]]))
+    assert getattr(KERNELS, gate)(torch.tensor([[torch.nan, 1.0]])).isnan().all()
 
 
 @quick

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from decoder_layers import HIDDEN, KV_HEADS, SIZE, layer_of, tables
 from logitkernels import AttentionMetadata, AttentionOptions, BlockWeight, DenseWeight
 from logitkernels.cpu import CpuKernels
 from logitkernels.cpu.errors import BuildError
@@ -90,9 +91,36 @@ def test_pointwise_operations_have_the_bits_of_the_native_ones(size: int) -> Non
     assert torch.equal(PORTABLE.rms_norm(x, weight, 1e-5), NATIVE.rms_norm(x, weight, 1e-5))
     gate_up = random(7, 2 * size, seed=3) * 40
     assert torch.equal(PORTABLE.silu_and_mul(gate_up), NATIVE.silu_and_mul(gate_up))
+    for scale in (1e-3, 0.1, 1):
+        gates = gate_up * scale
+        assert torch.equal(PORTABLE.gelu_and_mul(gates), NATIVE.gelu_and_mul(gates))
     heads, angles = random(7, 3, size, seed=4), random(7, size // 2, seed=5).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
     assert torch.equal(PORTABLE.rope(heads, cos, sin), NATIVE.rope(heads, cos, sin))
+
+
+@pytest.mark.parametrize("gemma", [False, True], ids=["llama", "gemma"])
+def test_layers_have_the_bits_of_the_native_ones(*, gemma: bool) -> None:
+    tokens = 40
+    metadata = AttentionMetadata(
+        query_start=torch.tensor([0, tokens], dtype=torch.int32),
+        seq_lens=torch.tensor([tokens], dtype=torch.int32),
+        block_tables=torch.tensor([[2, 0, 3]], dtype=torch.int32),
+        slot_mapping=torch.tensor([*range(32, 48), *range(16), *range(48, 56)]),
+        max_query_len=tokens,
+        max_seq_len=tokens,
+    )
+    hidden = random(tokens, HIDDEN, seed=1)
+    cos, sin = tables(torch.arange(tokens))
+    native, portable = (
+        kernels.bind_layers(
+            [layer_of(kernels, torch.float32, exact=True, qk_norm=gemma, gemma=gemma) for _ in range(2)],
+            *([torch.zeros(4, KV_HEADS, 16, SIZE) for _ in range(2)] for _ in range(2)),
+        )(hidden, cos, sin, metadata)
+        for kernels in (NATIVE, PORTABLE)
+    )
+    assert native.isfinite().all()
+    assert torch.equal(portable, native)
 
 
 @pytest.mark.parametrize("size", [5, 64])

@@ -217,7 +217,7 @@ class Packer:
 
 
 def is_known(model: PreTrainedModel) -> bool:
-    """Whether the model's architecture is one that some backend fuses."""
+    """Whether the model's architecture is one that becomes a fused network."""
     decoder = getattr(model, model.base_model_prefix)
     return type(decoder) in LLAMA_FAMILY + GEMMA_FAMILY and all(
         _activation(layer) is not None for layer in decoder.layers
@@ -240,11 +240,10 @@ def fuse(
     decoder = getattr(model, model.base_model_prefix)
     if not is_known(model):
         return TransformersNetwork(model, kernels)
-    layers: list[DecoderLayerWeights] = []
-    for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True)):
-        layers.append(_pack_layer(layer, packer, f"model.layers.{index}", shape))
-        if not kernels.runs_fused(layers[-1]):
-            return TransformersNetwork(model, kernels)
+    layers = [
+        _pack_layer(layer, packer, f"model.layers.{index}", shape)
+        for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True))
+    ]
     lookup = embedding() if embedding is not None else None
     setattr(model, model.base_model_prefix, None)  # its weights are packed, and nothing else may keep them
     return FusedNetwork(decoder, layers, _fuse_head(model, packer), packer.linears, kernels, depth, lookup)

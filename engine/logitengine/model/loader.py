@@ -169,10 +169,6 @@ def prepare(
         depth = 0 if encoder is None else encoder.info.depth
         embedding = None if stored is None else partial(stored.embedding, kernels)
         network = fuse(model, packer, shapes, depth, embedding)
-        if might_fuse and not network.is_fused:
-            packer = Packer(kernels, weights, exact=dtype == torch.float32)
-            _complete(model, packer, stored)
-            network = TransformersNetwork(model, kernels)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{architecture} cannot be served: {error}") from error
     if config.batch_invariant and not network.is_fused:

@@ -26,11 +26,11 @@ from logitkernels.cpu.arguments import (
 )
 from logitkernels.cpu.embedding import NUMBERS, CpuEmbedding
 from logitkernels.cpu.layers import CpuLayers
-from logitkernels.cpu.library import AttentionStruct, Library
+from logitkernels.cpu.library import GATES, AttentionStruct, Library
 from logitkernels.cpu.linear import BLOCK_TYPES, Bf16Sums, CpuLinear, GgufType
 from logitkernels.cpu.processor import NATIVE, Target
 from logitkernels.cpu.sampling import CpuSampling
-from logitkernels.decoder import DecoderLayerWeights
+from logitkernels.decoder import Activation, DecoderLayerWeights
 from logitkernels.interface import Kernels
 from logitkernels.sampling import RowSampling, SamplingSize
 from logitkernels.weights import BlockWeight, Weight
@@ -99,12 +99,18 @@ class CpuKernels(Kernels):
         return out.to(x.dtype)
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gate_and_mul("silu", gate_up)
+
+    def gelu_and_mul(self, gate_up: Tensor) -> Tensor:
+        return self._gate_and_mul("gelu_tanh", gate_up)
+
+    def _gate_and_mul(self, activation: Activation, gate_up: Tensor) -> Tensor:
         if gate_up.shape[-1] % 2:
             raise ValueError(f"gate_up is {list(gate_up.shape)}; its last dimension must be even")
         source, size = as_float32(gate_up, "gate_up"), gate_up.shape[-1] // 2
         out = torch.empty(*gate_up.shape[:-1], size)
-        self._library.silu_and_mul(
-            source.data_ptr(), out.numel() // size, size, out.data_ptr(), num_threads()
+        self._library.gate_and_mul(
+            GATES[activation], source.data_ptr(), out.numel() // size, size, out.data_ptr(), num_threads()
         )
         return out.to(gate_up.dtype)
 
@@ -184,9 +190,6 @@ class CpuKernels(Kernels):
             byref(attention), byref(batch.struct), source.data_ptr(), out.data_ptr(), num_threads()
         )
         return out.to(query.dtype)
-
-    def runs_fused(self, layer: DecoderLayerWeights) -> bool:
-        return layer.is_llama
 
     def bind_layers(
         self,

@@ -1,9 +1,9 @@
-// Whole decoder layers of the Llama family in one call and one parallel region.
+// Whole decoder layers of the Llama and Gemma families in one call and one parallel region.
 //
 //     x += output(attention(rope(qkv(norm(x)))))
-//     x += down(silu(gate(norm(x))) * up(norm(x)))
+//     x += down(activation(gate(norm(x))) * up(norm(x)))
 //
-// The residual stream x is float32. Each operation writes its output in the type that the next linear layer
+// Some layers norm what they add to x. The residual stream x is float32. Each operation writes its output in the type that the next linear layer
 // reads (bf16 or float32), so no separate pass converts it.
 #include <algorithm>
 #include <optional>
@@ -23,14 +23,19 @@ struct DecoderLayer {
     const Linear* down;
     const float* input_norm;
     const float* post_attention_norm;
-    const float* query_norm;  // [head_size] or null
-    const float* key_norm;
+    const float* q_norm;  // [head_size] or null
+    const float* k_norm;
+    const float* attention_output_norm;  // [hidden] or null: norms what attention adds to the residual stream
+    const float* mlp_output_norm;        // the same of the MLP
+    const float* sinks;                  // [heads] or null
     int64_t heads;
     int64_t kv_heads;
     int64_t head_size;
     int64_t sliding_window;
+    Gate gate;
     float eps;
     float scale;
+    float softcap;  // 0: none
 };
 
 namespace {
@@ -44,7 +49,7 @@ struct Workspace {
                 widest_input = std::max(widest_input, activation_stride(linear->k));
                 forms |= forms_of(*linear);
             }
-            widest_output = std::max({widest_output, layers[i].qkv->n, layers[i].gate_up->n});
+            widest_output = std::max({widest_output, layers[i].qkv->n, layers[i].output->n, layers[i].gate_up->n});
         }
         input = allocate<float>(tokens * widest_input);
         blocks.emplace(tokens, widest_input, forms);
@@ -58,7 +63,7 @@ struct Workspace {
     int64_t widest_output = 0;
     Buffer<float> input;      // input of the next linear layer
     std::optional<BlockBuffers> blocks;
-    Buffer<float> projected;  // output of qkv and gate_up
+    Buffer<float> projected;  // output of a linear layer that does not go to the residual stream
 };
 
 // Norms and rotates queries and keys in place, and writes keys and values to the cache.
@@ -73,7 +78,7 @@ void rotate_and_store(const DecoderLayer& layer, float* qkv, int64_t tokens, con
             store_head(x, size, values, slots[token], head - layer.heads - layer.kv_heads);
             return;
         }
-        const float* weight = is_query ? layer.query_norm : layer.key_norm;
+        const float* weight = is_query ? layer.q_norm : layer.k_norm;
         if (weight != nullptr) norm_head(x, weight, layer.eps, size);
         rotate_head(x, cos + token * rotary, sin + token * rotary, rotary, size, x);
         if (!is_query) store_head(x, size, keys, slots[token], head - layer.heads);
@@ -98,8 +103,8 @@ extern "C" void logitkernels_decoder_layers(const DecoderLayer* layers, int64_t 
     std::vector<size_t> plan_of;
     for (int64_t i = 0; i < count; ++i) {
         const DecoderLayer& layer = layers[i];
-        attentions.push_back({layer.heads, layer.kv_heads, layer.head_size, layer.head_size, layer.scale, 0.0f,
-                              layer.sliding_window, nullptr, keys[i], values[i]});
+        attentions.push_back({layer.heads, layer.kv_heads, layer.head_size, layer.head_size, layer.scale, layer.softcap,
+                              layer.sliding_window, layer.sinks, keys[i], values[i]});
         // Layers of one shape and window divide their work in the same way.
         size_t same = 0;
         for (; same < size_t(i); ++same)
@@ -117,19 +122,25 @@ extern "C" void logitkernels_decoder_layers(const DecoderLayer* layers, int64_t 
         const DecoderLayer& layer = layers[i];
         const int64_t h = layer.qkv->k, qkv_width = layer.qkv->n;
         float* projected = workspace.projected.get();
+        const auto add_to_residual = [&](const Linear& linear, const float* norm) {
+            const Activations input = workspace.input_of(linear);
+            if (norm == nullptr) return multiply(linear, input, tokens, hidden, h, Epilogue::kAdd);
+            multiply(linear, input, tokens, projected, h, Epilogue::kStore);
+            add_rms_norm(projected, h, norm, layer.eps, tokens, h, hidden);
+        };
 
         rms_norm(hidden, h, layer.input_norm, layer.eps, tokens, h, workspace.input_of(*layer.qkv));
         multiply(*layer.qkv, workspace.input_of(*layer.qkv), tokens, projected, qkv_width, Epilogue::kStore);
         rotate_and_store(layer, projected, tokens, cos, sin, rotary, keys[i], values[i], batch->slot_mapping);
         attend(attentions[size_t(i)], *batch, plans[plan_of[size_t(i)]], projected, qkv_width,
                workspace.input_of(*layer.output));
-        multiply(*layer.output, workspace.input_of(*layer.output), tokens, hidden, h, Epilogue::kAdd);
+        add_to_residual(*layer.output, layer.attention_output_norm);
 
         rms_norm(hidden, h, layer.post_attention_norm, layer.eps, tokens, h, workspace.input_of(*layer.gate_up));
         multiply(*layer.gate_up, workspace.input_of(*layer.gate_up), tokens, projected, layer.gate_up->n,
                  Epilogue::kStore);
-        silu_and_mul(projected, tokens, layer.down->k, workspace.input_of(*layer.down));
-        multiply(*layer.down, workspace.input_of(*layer.down), tokens, hidden, h, Epilogue::kAdd);
+        gate_and_mul(layer.gate, projected, tokens, layer.down->k, workspace.input_of(*layer.down));
+        add_to_residual(*layer.down, layer.mlp_output_norm);
     };
     in_team(threads, [&] {
         for (int64_t i = 0; i < count; ++i) run(i);

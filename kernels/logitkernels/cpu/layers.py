@@ -1,4 +1,4 @@
-"""Decoder layers of the Llama family in one call of the compiled library."""
+"""Decoder layers of the Llama and Gemma families in one call of the compiled library."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from logitkernels.cpu.arguments import (
     num_threads,
     window_of,
 )
-from logitkernels.cpu.library import CacheStruct, DecoderLayerStruct, Library
+from logitkernels.cpu.library import GATES, CacheStruct, DecoderLayerStruct, Library
 from logitkernels.cpu.linear import CpuLinear
 from logitkernels.decoder import DecoderLayerWeights
 
@@ -40,7 +40,7 @@ class CpuLayers:
                 f"{count} layers with {len(key_caches)} key and {len(value_caches)} value caches"
             )
         self._library = library
-        layers = [_with_float32_norms(layer) for layer in layers]
+        layers = [_with_float32_vectors(layer) for layer in layers]
         self._tensors = (layers, key_caches, value_caches)
         self._head_size = layers[0].head_dim
         self._layers = (DecoderLayerStruct * count)(*map(_struct_of, layers))
@@ -69,31 +69,50 @@ class CpuLayers:
         return out.to(hidden.dtype)
 
 
-def _with_float32_norms(layer: DecoderLayerWeights) -> DecoderLayerWeights:
+VECTORS = (
+    "input_norm",
+    "post_attention_norm",
+    "q_norm",
+    "k_norm",
+    "attention_output_norm",
+    "mlp_output_norm",
+)
+"""Weights of a layer that are no linear layer's."""
+
+
+def _with_float32_vectors(layer: DecoderLayerWeights) -> DecoderLayerWeights:
     if (layer.q_norm is None) != (layer.k_norm is None):
         raise ValueError("a layer has both q_norm and k_norm or neither")
-    return replace(
-        layer,
-        input_norm=as_float32(layer.input_norm.detach(), "input_norm"),
-        post_attention_norm=as_float32(layer.post_attention_norm.detach(), "post_attention_norm"),
-        q_norm=None if layer.q_norm is None else as_float32(layer.q_norm.detach(), "q_norm"),
-        k_norm=None if layer.k_norm is None else as_float32(layer.k_norm.detach(), "k_norm"),
-    )
+    vectors = {name: _float32(getattr(layer, name), name) for name in VECTORS}
+    sinks = _float32(layer.attention.sinks, "sinks")
+    return replace(layer, **vectors, attention=replace(layer.attention, sinks=sinks))
+
+
+def _float32(vector: Tensor | None, name: str) -> Tensor | None:
+    return None if vector is None else as_float32(vector.detach(), name)
 
 
 def _struct_of(layer: DecoderLayerWeights) -> DecoderLayerStruct:
-    """Return the library's struct for a layer with float32 norms. It points to the layer's own tensors."""
+    """Return the library's struct for a layer with float32 vectors. It points to the layer's own tensors."""
     struct = DecoderLayerStruct()
     for name in ("qkv", "output", "gate_up", "down"):
         linear = getattr(layer, name)
         if not isinstance(linear, CpuLinear):
             raise TypeError(f"{name} is a {type(linear).__name__}; it must be packed by the native kernels")
         setattr(struct, name, pointer(linear.struct))
-    struct.input_norm = layer.input_norm.data_ptr()
-    struct.post_attention_norm = layer.post_attention_norm.data_ptr()
-    struct.query_norm = None if layer.q_norm is None else layer.q_norm.data_ptr()
-    struct.key_norm = None if layer.k_norm is None else layer.k_norm.data_ptr()
+    for name in VECTORS:
+        setattr(struct, name, _address(getattr(layer, name)))
+    struct.sinks = _address(layer.attention.sinks)
     struct.heads, struct.kv_heads, struct.head_size = layer.num_heads, layer.num_kv_heads, layer.head_dim
     struct.sliding_window = window_of(layer.attention.sliding_window)
-    struct.eps, struct.scale = layer.eps, layer.attention.scale
+    struct.gate = GATES[layer.activation]
+    struct.eps, struct.scale, struct.softcap = (
+        layer.eps,
+        layer.attention.scale,
+        layer.attention.softcap or 0.0,
+    )
     return struct
+
+
+def _address(vector: Tensor | None) -> int | None:
+    return None if vector is None else vector.data_ptr()

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from logitkernels.cpu import build
 from logitkernels.cpu.processor import NATIVE, Target
+from logitkernels.decoder import Activation
 
 
 class LinearPartStruct(Structure):
@@ -78,6 +79,10 @@ class AttentionStruct(Structure):
     ]
 
 
+GATES: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
+"""``Gate`` of pointwise.h."""
+
+
 class DecoderLayerStruct(Structure):
     """``DecoderLayer`` of layer.cpp."""
 
@@ -88,14 +93,19 @@ class DecoderLayerStruct(Structure):
         ("down", POINTER(LinearStruct)),
         ("input_norm", c_void_p),
         ("post_attention_norm", c_void_p),
-        ("query_norm", c_void_p),
-        ("key_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("attention_output_norm", c_void_p),
+        ("mlp_output_norm", c_void_p),
+        ("sinks", c_void_p),
         ("heads", c_int64),
         ("kv_heads", c_int64),
         ("head_size", c_int64),
         ("sliding_window", c_int64),
+        ("gate", c_int64),
         ("eps", c_float),
         ("scale", c_float),
+        ("softcap", c_float),
     ]
 
 
@@ -126,7 +136,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "embed": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int],
     "linear": [POINTER(LinearStruct), c_void_p, c_int64, c_void_p, c_int],
     "rms_norm": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
-    "silu_and_mul": [c_void_p, c_int64, c_int64, c_void_p, c_int],
+    "gate_and_mul": [c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int],
     "rope": [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int],
     "store": [c_void_p, c_int64, c_int64, c_int64, POINTER(CacheStruct), c_void_p, c_int],
     "attention": [POINTER(AttentionStruct), POINTER(BatchStruct), c_void_p, c_void_p, c_int],

@@ -17,21 +17,49 @@ void norm_row(const float* x, const float* weight, float eps, int64_t size, Out*
     }
 }
 
-template <class Out>
-void silu_and_mul_columns(const float* gate, const float* up, int64_t first, int64_t last, Out* out) {
-    __m512 one = _mm512_set1_ps(1.0f);
+// x / (1 + exp(-z)). For silu z is x. For gelu it is 2 u, as (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), where
+// u = sqrt(2 / pi) (x + 0.044715 x^3); see Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016).
+template <Gate gate>
+inline __m512 gated(__m512 x) {
+    __m512 negated;
+    if constexpr (gate == Gate::kSilu) {
+        negated = _mm512_sub_ps(_mm512_setzero_ps(), x);
+    } else {
+        const __m512 first = _mm512_set1_ps(-1.5957691216f), third = _mm512_set1_ps(-0.071354816f);
+        negated = _mm512_mul_ps(x, _mm512_fmadd_ps(_mm512_mul_ps(x, x), third, first));
+    }
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(negated)));
+}
+
+template <Gate gate, class Out>
+void gate_and_mul_columns(const float* gates, const float* ups, int64_t first, int64_t last, Out* out) {
     for (int64_t i = first; i < last; i += kLanes) {
-        __mmask16 mask = lane_mask(last - i);
-        __m512 g = load(gate + i, mask);
-        __m512 negated = _mm512_sub_ps(_mm512_setzero_ps(), g);
-        __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, exponential(negated)));
-        store(out + i, mask, _mm512_mul_ps(silu, load(up + i, mask)));
+        const __mmask16 mask = lane_mask(last - i);
+        store(out + i, mask, _mm512_mul_ps(gated<gate>(load(gates + i, mask)), load(ups + i, mask)));
     }
 }
 
 // The dot product reads the pair of an odd row's last element, so that it must be zero.
 inline void close_row(Rounded* row, int64_t size) {
     if (size % 2) row[size] = {};
+}
+
+template <Gate gate>
+void gate_and_mul_rows(const float* gate_up, int64_t rows, int64_t size, const Activations& out) {
+    const int64_t parts = ceil_div(size, kColumnsPerItem);
+    share(rows * parts, [&](int64_t item) {
+        const int64_t row = item / parts, first = item % parts * kColumnsPerItem;
+        const int64_t last = std::min(first + kColumnsPerItem, size);
+        const float *gates = gate_up + row * 2 * size, *ups = gates + size;
+        if (out.rounded()) {
+            Rounded* target = static_cast<Rounded*>(out.data) + row * out.stride;
+            gate_and_mul_columns<gate>(gates, ups, first, last, target);
+            if (last == size) close_row(target, size);
+        } else {
+            gate_and_mul_columns<gate>(gates, ups, first, last, static_cast<float*>(out.data) + row * out.stride);
+        }
+        finish_columns(out, row, first, last);
+    });
 }
 
 }  // namespace
@@ -59,23 +87,26 @@ void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64
     });
 }
 
+void add_rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t size, float* out) {
+    share(rows, [&](int64_t row) {
+        const float* source = x + row * ldx;
+        float* target = out + row * size;
+        const __m512 scale = _mm512_set1_ps(inverse_rms(source, size, eps));
+        for (int64_t i = 0; i < size; i += kLanes) {
+            const __mmask16 mask = lane_mask(size - i);
+            const __m512 normed = _mm512_mul_ps(_mm512_mul_ps(load(source + i, mask), scale), load(weight + i, mask));
+            store(target + i, mask, _mm512_add_ps(load(target + i, mask), normed));
+        }
+    });
+}
+
 void norm_head(float* x, const float* weight, float eps, int64_t size) { norm_row(x, weight, eps, size, x); }
 
-void silu_and_mul(const float* gate_up, int64_t rows, int64_t size, const Activations& out) {
-    const int64_t parts = ceil_div(size, kColumnsPerItem);
-    share(rows * parts, [&](int64_t item) {
-        const int64_t row = item / parts, first = item % parts * kColumnsPerItem;
-        const int64_t last = std::min(first + kColumnsPerItem, size);
-        const float *gate = gate_up + row * 2 * size, *up = gate + size;
-        if (out.rounded()) {
-            Rounded* target = static_cast<Rounded*>(out.data) + row * out.stride;
-            silu_and_mul_columns(gate, up, first, last, target);
-            if (last == size) close_row(target, size);
-        } else {
-            silu_and_mul_columns(gate, up, first, last, static_cast<float*>(out.data) + row * out.stride);
-        }
-        finish_columns(out, row, first, last);
-    });
+void gate_and_mul(Gate gate, const float* gate_up, int64_t rows, int64_t size, const Activations& out) {
+    if (gate == Gate::kSilu)
+        gate_and_mul_rows<Gate::kSilu>(gate_up, rows, size, out);
+    else
+        gate_and_mul_rows<Gate::kGelu>(gate_up, rows, size, out);
 }
 
 void rotate_head(const float* x, const float* cos, const float* sin, int64_t rotary, int64_t size, float* out) {
@@ -124,8 +155,8 @@ void logitkernels_rms_norm(const float* x, const float* weight, float eps, int64
     in_team(threads, [&] { rms_norm(x, size, weight, eps, rows, size, Activations{out, size}); });
 }
 
-void logitkernels_silu_and_mul(const float* gate_up, int64_t rows, int64_t size, float* out, int threads) {
-    in_team(threads, [&] { silu_and_mul(gate_up, rows, size, Activations{out, size}); });
+void logitkernels_gate_and_mul(Gate gate, const float* gate_up, int64_t rows, int64_t size, float* out, int threads) {
+    in_team(threads, [&] { gate_and_mul(gate, gate_up, rows, size, Activations{out, size}); });
 }
 
 void logitkernels_rope(const float* x, const float* cos, const float* sin, int64_t tokens, int64_t heads, int64_t size,

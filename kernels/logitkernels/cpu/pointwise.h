@@ -17,11 +17,20 @@ float inverse_rms(const float* x, int64_t size, float eps);
 void rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t size,
               const Activations& out);
 
+// out += x / rms(x) * weight: [rows, size] float32.
+void add_rms_norm(const float* x, int64_t ldx, const float* weight, float eps, int64_t rows, int64_t size, float* out);
+
 // rms_norm of one row of one head, in place.
 void norm_head(float* x, const float* weight, float eps, int64_t size);
 
-// silu(gate) * up: gate_up [rows, 2 size] float32 into `out` [rows, size].
-void silu_and_mul(const float* gate_up, int64_t rows, int64_t size, const Activations& out);
+// Activation of a gate. Mirrored by library.py.
+enum class Gate : int64_t {
+    kSilu = 0,
+    kGelu = 1,  // by the tanh approximation
+};
+
+// gate(first half) * second half: gate_up [rows, 2 size] float32 into `out` [rows, size].
+void gate_and_mul(Gate gate, const float* gate_up, int64_t rows, int64_t size, const Activations& out);
 
 // Rotates one head x [size] by cos and sin [rotary] into `out`, which may be x.
 void rotate_head(const float* x, const float* cos, const float* sin, int64_t rotary, int64_t size, float* out);
