@@ -15,6 +15,7 @@ from logitengine.model.gguf.config import model_config
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tensors import parameters_of
 from logitengine.model.internvl_format import is_original, original_config
+from logitengine.model.weight_files import check_weight_files
 
 DEFAULT_MODEL = "smollm2"
 CONFIG = "config.json"
@@ -62,7 +63,7 @@ def gguf_path(model: str) -> Path | None:
 
 
 def check_directory(path: Path) -> None:
-    """Look for the files of a Hugging Face model. Raises CheckpointError for one that is missing or no JSON.
+    """Look at the files of a Hugging Face model. Raises CheckpointError for one that is missing or damaged.
 
     So does a config of InternVL's original format that is not served.
     """
@@ -71,14 +72,13 @@ def check_directory(path: Path) -> None:
         raise CheckpointError(f"{path} holds no {CONFIG}: it is not a Hugging Face model directory")
     try:
         fields = json.loads(config.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{config} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{config} holds no JSON object")
-    if not any(path.glob("*.safetensors")):
-        raise CheckpointError(f"{path} holds no .safetensors file: other formats of weights are not read")
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise CheckpointError(f"{path} holds neither tokenizer.json nor tokenizer_config.json")
+    check_weight_files(path)
     if is_original(fields):
         original_config(fields)
 

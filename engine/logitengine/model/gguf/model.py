@@ -16,7 +16,7 @@ from logitengine.model.gguf.config import model_config
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tensors import ROPE_FACTORS, parameters_of
 from logitengine.model.gguf.weights import BlockEmbedding, GgufWeights
-from logitengine.model.pretrained import refuse_unsupported
+from logitengine.model.pretrained import MISFITS, refuse_unsupported
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -46,7 +46,7 @@ class GgufModel:
             self.config: PretrainedConfig = AutoConfig.for_model(**self.members)
             refuse_unsupported(self.config)
             self.skeleton = _build_skeleton(self.config, dtype)
-        except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        except MISFITS as error:
             raise CheckpointError(
                 f"{path} is damaged: its metadata make no {self.members['model_type']}: {error}"
             ) from error
