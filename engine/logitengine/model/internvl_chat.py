@@ -209,9 +209,10 @@ def _fill(model: nn.Module, directory: Path, original: OriginalConfig) -> None:
                 )
             with torch.no_grad():
                 targets[target].copy_(value)
-    for what, names in (("lack", missing), ("hold unknown tensors", unknown)):
-        if names:
-            raise CheckpointError(f"the weights in {directory} {what}: {some(names)}")
+    if missing:
+        raise CheckpointError(f"the weights in {directory} lack: {some(missing)}")
+    if unknown:
+        raise CheckpointError(f"the weights in {directory} hold unknown tensors: {some(unknown)}")
 
 
 def _resized(positions: Tensor, original: OriginalConfig) -> Tensor:

@@ -49,6 +49,7 @@ def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
 
 
 def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    model: PreTrainedModel
     if model_type(checkpoint) == INTERNVL_CHAT:
         model = load_internvl_chat(checkpoint.path, dtype, {**IMAGE_MODEL_ATTENTION})
         refuse_unsupported(model.config)
@@ -62,7 +63,7 @@ def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        loaded, found = _auto_class(model_config).from_pretrained(
+        model, found = _auto_class(model_config).from_pretrained(
             checkpoint.path,
             config=model_config,
             dtype=dtype,
@@ -75,7 +76,6 @@ def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     finally:
         transformers_logging.set_verbosity(verbosity)
     _refuse_misfits(found)
-    model: PreTrainedModel = loaded
     return model
 
 
