@@ -92,7 +92,7 @@ $(RUNTIME): pyproject.toml constraints.txt
 $(DEV): $(RUNTIME)
 	@echo "Installing what tests and lint need into $(VENV), once. This takes a few minutes."
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --group dev
 	touch $@
 
 # Debian's programs that deploy-test and image-test run. RUNLEVEL=1 keeps the packages from starting their services.
