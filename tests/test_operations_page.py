@@ -30,7 +30,7 @@ OTHER_BOUNDS = (
 LIMITS = [*(name for kind in BOUNDS for name in kind.__annotations__), *OTHER_BOUNDS]
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-FOREIGN_FLAGS = {"--no-deps"}
+FOREIGN_FLAGS = {"--no-deps", "--no-compile", "--compile-bytecode"}
 """Flags of other programs that the pages name."""
 
 PLACEHOLDER = "…"

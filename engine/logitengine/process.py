@@ -31,6 +31,7 @@ from logitengine.link.messages import (
     Shutdown,
     StepOutputs,
     ToEngine,
+    Unservable,
 )
 from logitengine.logs import configure_logging, join_loggers, resolve_format
 
@@ -144,8 +145,8 @@ class EngineLoop:
             self._serve(config)
             status = 0
         except CheckpointError as error:
-            self._send(Failed(str(error), []))  # foreseen, so the server reports it
-            status = 1
+            self._send(Unservable(str(error)))  # foreseen, so the server reports it
+            status = 2
         except Exception as error:
             logger.exception("the engine cannot go on")
             begun = [] if self._engine is None else sorted(self._engine.begun_request_ids)

@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
-    """Serve until a signal. Returns the exit code: 0, or 1 when the model could not be loaded.
+    """Serve until a signal. Returns the exit code: 0, or 1 when the engine failed.
 
-    Before anything is started, raises CheckpointError for a model whose files show that it cannot be served.
+    Raises CheckpointError for a model that cannot be served, before anything is started where its files show it.
     Raises ListenError for an address that cannot be listened on, and MissingPackageError for an option whose
     packages are not installed.
     """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import msgspec
 from fastapi import Depends, Request
-from logitengine.errors import EngineError
+from logitengine.errors import CheckpointError, EngineError
 from logitengine.link.engine_protocol import EngineProtocol
 from logitengine.link.messages import EncoderInfo, ModelInfo
 from logitengine.logs import resolve_format
@@ -103,6 +103,14 @@ class Model:
         return name or self.names[0]
 
 
+def _read_tokenizer(directory: Path) -> ModelTokenizer:
+    """Read the tokenizer's files. Raises CheckpointError."""
+    try:
+        return ModelTokenizer(directory)
+    except Exception as error:  # the library has no error of its own
+        raise CheckpointError(f"the tokenizer of {directory} cannot be read: {error}") from error
+
+
 class ServerState:
     """The server's state: one for each app, at ``app.state.server``."""
 
@@ -128,6 +136,7 @@ class ServerState:
         self._encoding_pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="encode")
         self._model: Model | None = None
         self.load_error: str | None = None
+        self.unservable: CheckpointError | None = None
         self.load_ended = asyncio.Event()
         self.engine_lost: str | None = None
         self.stop_server: Callable[[], None] | None = None
@@ -138,7 +147,10 @@ class ServerState:
         self.idle.set()
 
     async def load(self) -> None:
-        """Read the model's tokenizer while the engine loads the rest. A failure is logged and shown by /ready."""
+        """Read the model's tokenizer while the engine loads the rest. A failure is shown by /ready.
+
+        It is also logged, unless the command tells it: `unservable` is then the error.
+        """
         try:
             await self._load()
         finally:
@@ -148,7 +160,7 @@ class ServerState:
         try:
             directory = Path(await self.engine.wait_located())
             info, tokenizer = await asyncio.gather(
-                self.engine.wait_ready(), asyncio.to_thread(ModelTokenizer, directory)
+                self.engine.wait_ready(), asyncio.to_thread(_read_tokenizer, directory)
             )
             mark = None
             if info.encoder is not None:
@@ -159,6 +171,10 @@ class ServerState:
                 info.architecture,
                 self.config.tool_template,
             )
+        except CheckpointError as error:
+            self.load_error, self.unservable = f"the model could not be loaded: {error}", error
+            self._stop_server()
+            return
         except Exception as error:
             foreseen = isinstance(error, EngineError | ImagesUnavailableError)
             reason = str(error) if foreseen else f"{type(error).__name__}: {error}"

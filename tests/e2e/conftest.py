@@ -29,6 +29,13 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def float32_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Serve the default model in float32, and yield the base URL."""
+    with serving(tmp_path_factory.mktemp("float32") / "server.log", "--dtype", "float32") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
 def value_heads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Save two heads for the tiny model and return their paths.
 

@@ -247,10 +247,8 @@ def test_a_model_that_cannot_be_loaded_is_reported(tiny_llama: Path, prompts: Pa
     out = tmp_path / "out.parquet"
     arguments = command(prompts, out, "--model", str(model))
     ended = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=SECONDS)
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     told = ended.stderr.splitlines()[-1]
-    assert told.startswith(
-        "logitserve extract: error: the server ended with 1: the model could not be loaded"
-    )
+    assert told.startswith(f"logitserve extract: error: {model} could not be loaded: ")
     assert "nonesuch" in told
     assert left_beside(out) == []

@@ -6,13 +6,11 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
-from live_server import serving
 from logitengine.model.checkpoint import Checkpoint
 
 pytest.importorskip("lm_eval")
@@ -39,12 +37,6 @@ PROGRAM = textwrap.dedent(
     print(json.dumps(found))
     """
 )
-
-
-@pytest.fixture(scope="module")
-def float32_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(tmp_path_factory.mktemp("float32") / "server.log", "--dtype", "float32") as server:
-        yield server.url
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from live_server import serving
 from support import reference_logits
 from transformers import AutoTokenizer
 
@@ -32,12 +30,6 @@ def tokenizer() -> Any:
     """Return the tokenizer that transformers reads from the GGUF file, not from our converted copy."""
     gguf = packaged_gguf()
     return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-
-
-@pytest.fixture(scope="module")
-def float32_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with serving(tmp_path_factory.mktemp("float32") / "server.log", "--dtype", "float32") as server:
-        yield server.url
 
 
 def test_special_tokens_and_template_are_the_checkpoints(float32_url: str, tokenizer: Any) -> None:

@@ -13,6 +13,7 @@ import transformers
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
 from logitengine.model.loader import load
+from safetensors.torch import save_file
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run
 
 TOLERANCE = 5e-4
@@ -189,7 +190,7 @@ def test_what_would_be_silently_wrong_is_refused(
     )
     config.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((tiny_llama / "tokenizer.json").read_bytes())
-    (tmp_path / "model.safetensors").touch()  # the config is refused before any weight is read
+    save_file({}, tmp_path / "model.safetensors")  # the config is refused before any weight is read
     with pytest.raises(CheckpointError, match=reason):
         load(EngineConfig(model=str(tmp_path), dtype="float32", kv_cache_bytes=1 << 24))
 

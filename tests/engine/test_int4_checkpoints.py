@@ -348,15 +348,15 @@ def test_a_model_that_its_files_contradict_is_refused_by_name(
 @pytest.mark.parametrize(
     ("index", "reason"),
     [
-        (b"{", "not valid JSON"),
-        (b"[]", "holds no weight_map"),
-        ({"weight_map": {}}, "holds no weight_map"),
-        ({"weight_map": {"a": 3}}, "3, for a, is no file of its directory"),
-        ({"weight_map": {"a": "../model.safetensors"}}, "is no file of its directory"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "is no file of its directory"),
-        ({"weight_map": {"a": "a\0b"}}, "is no file of its directory"),
-        ({"weight_map": {"a": "b.safetensors"}}, "names b.safetensors, which is not there"),
-        ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "holds no tensor a"),
+        (b"{", "is not an index of weights"),
+        (b"[]", "is not an index of weights"),
+        ({"weight_map": {}}, "it names none"),
+        ({"weight_map": {"a": 3}}, "names 3 for a, which is no file in"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "which is no file in"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "which is no file in"),
+        ({"weight_map": {"a": "a\0b"}}, "which is no file in"),
+        ({"weight_map": {"a": "b.safetensors"}}, "names 'b.safetensors' for a, which is no file in"),
+        ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "says that a is in model-00001-of-00002.safetensors, and it is not"),
     ],
 )
 @pytest.mark.parametrize("is_packed", [True, False])
@@ -380,7 +380,7 @@ def test_a_file_that_is_cut_is_refused_by_name(tmp_path: Path) -> None:
     save_packed(tmp_path, Packing("awq"), num_files=2)
     file = max(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match=f"{file.name} is damaged"):
+    with pytest.raises(CheckpointError, match=f"{file.name} cannot be read"):
         check_directory(tmp_path)
 
 

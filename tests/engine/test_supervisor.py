@@ -13,7 +13,7 @@ import psutil
 import pytest
 import scripted_process
 from logitengine import EngineClient, EngineConfig, EngineDeadError, EngineNotReadyError, RequestFatalError
-from logitengine.errors import EngineError
+from logitengine.errors import CheckpointError, EngineError
 from logitengine.link import supervisor, watch
 from logitengine.link.messages import Failed, FromEngine, Ready
 from msgspec.structs import replace
@@ -210,6 +210,29 @@ async def test_what_waits_for_another_process_fails_with_the_reason_when_none_co
         late = await error_of(client, "late")
         assert isinstance(late, EngineNotReadyError)
         assert reason in str(late)
+
+
+async def test_a_model_that_cannot_be_served_is_refused_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "unservable").touch()
+    with pytest.raises(CheckpointError, match="its files are damaged"):
+        async with running(tmp_path):
+            pass
+    client = EngineClient(EngineConfig(model=str(tmp_path)), command=scripted_process.COMMAND)
+    await client.start()
+    try:
+        with pytest.raises(CheckpointError, match="its files are damaged"):
+            await client.wait_located()
+        assert client.not_ready_reason() == "its files are damaged"
+    finally:
+        await client.close()
+
+
+@pytest.mark.usefixtures("without_pauses")
+async def test_a_model_whose_files_were_damaged_meanwhile_does_not_restart_for_ever(tmp_path: Path) -> None:
+    async with running(tmp_path) as client:
+        (tmp_path / "unservable").touch()
+        await error_of(client, "begin, then exit")
+        assert "died 3 times" in await client.wait_lost()
 
 
 async def test_the_model_is_described_by_the_process_that_serves(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@
     begin, then …       one token, and then as the rest of the name
 
 Any other name does nothing. No heartbeat comes by itself. Before it is ready the process ends if the model's
-directory has a file ``broken``, and waits for ever if it has a file ``hangs``. Each process adds its id to
+directory has a file ``broken``, says that the model cannot be served if it has a file ``unservable``, and waits
+for ever if it has a file ``hangs``. Each process adds its id to
 the file ``lived``.
 """
 
@@ -40,6 +41,7 @@ from logitengine.link.messages import (
     StepOutput,
     StepOutputs,
     ToEngine,
+    Unservable,
 )
 
 COMMAND = (sys.executable, __file__)
@@ -85,6 +87,10 @@ def main() -> int:
     if (directory / "hangs").exists():
         signal.pause()
     channel: BlockingChannel[ToEngine] = BlockingChannel(connection, ToEngine)
+    if (directory / "unservable").exists():
+        channel.send(Unservable("its files are damaged"))
+        channel.flush(timeout=5)
+        return 2
     channel.send(Located("/models/scripted"))
     channel.send(Ready(model_info()))
     while (message := channel.receive()) is not None:

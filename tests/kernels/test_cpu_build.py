@@ -84,9 +84,13 @@ def test_what_the_compiler_says_is_in_the_error(monkeypatch: pytest.MonkeyPatch,
     assert not list((tmp_path / "cache").rglob("*.so"))
 
 
-def test_racing_builds_leave_one_library_and_no_scratch(
+def test_racing_builds_compile_once_and_leave_one_library_and_no_scratch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexec {build.find_compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
     small = tmp_path / "sources"
     small.mkdir()
     (small / "one.cpp").write_text('extern "C" int one() { return 1; }\n')
@@ -96,6 +100,7 @@ def test_racing_builds_leave_one_library_and_no_scratch(
         paths = set(pool.map(lambda _: build.build(), range(4)))
     assert len(paths) == 1
     assert [path.name for path in build.cache_directory().iterdir()] == [paths.pop().name]
+    assert sum(" -c " in call for call in (tmp_path / "calls").read_text().splitlines()) == 1
 
 
 def test_the_library_is_rebuilt_when_a_source_changes(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import msgspec
 import pytest
-from logitengine.errors import EngineDeadError
+from logitengine.errors import CheckpointError, EngineDeadError
 from logitengine.link.messages import ModelInfo
 from logitserve.config import ServerConfig
 from logitserve.state import ServerState
@@ -47,6 +48,29 @@ async def test_any_failure_to_load_is_reported_and_ends_the_server(
     assert "no such model" in (state.load_error or "")
     assert state.not_ready_reason() == state.load_error
     assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
+
+
+async def test_a_model_that_cannot_be_served_is_told_by_the_command_and_not_logged(
+    model_info: ModelInfo, caplog: pytest.LogCaptureFixture
+) -> None:
+    error = CheckpointError("its files are damaged")
+    state = ServerState(Unloadable(model_info, error), ServerConfig())
+    await state.load()
+    assert state.unservable is error
+    assert state.not_ready_reason() == "the model could not be loaded: its files are damaged"
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b'{"model": {}}', b"\xff" * 9])
+async def test_a_damaged_tokenizer_is_one_that_cannot_be_served(
+    model_info: ModelInfo, tmp_path: Path, content: bytes | None
+) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
+    engine = ScriptedEngine(msgspec.structs.replace(model_info, tokenizer_path=str(tmp_path)), lambda _: [])
+    state = ServerState(engine, ServerConfig())
+    await state.load()
+    assert f"the tokenizer of {tmp_path} cannot be read: " in str(state.unservable)
 
 
 async def test_the_model_is_the_one_that_the_engine_serves_after_a_restart(

@@ -32,11 +32,11 @@ class EngineProtocol(Protocol):
     async def wait_located(self) -> str:
         """Wait for the model's files and return the directory of its tokenizer.
 
-        Raises EngineDeadError if that fails.
+        Raises CheckpointError for a model that cannot be served, and EngineDeadError if loading fails otherwise.
         """
 
     async def wait_ready(self) -> ModelInfo:
-        """Wait until requests can be served, also after a restart. Raises EngineDeadError if the model cannot load."""
+        """Wait until requests can be served, also after a restart. Raises as `wait_located` does."""
 
     async def wait_lost(self) -> str:
         """Wait until the engine is lost: not closed, and never started again. Return the reason."""

@@ -433,6 +433,12 @@ class Failed(Struct, frozen=True, tag=True, array_like=True):
     begun_request_ids: list[str] = []
 
 
+class Unservable(Struct, frozen=True, tag=True, array_like=True):
+    """The model cannot be found, read or served, and the message says why. The engine exits after it."""
+
+    message: str
+
+
 class Heartbeat(Struct, frozen=True, tag=True, array_like=True):
     """Sent every second, also during a step: its duration so far (None outside one), and the longest step's."""
 
@@ -441,4 +447,4 @@ class Heartbeat(Struct, frozen=True, tag=True, array_like=True):
 
 
 ToEngine = Generate | Abort | Consumed | Shutdown
-FromEngine = Located | Ready | StepOutputs | Refused | Failed | Heartbeat
+FromEngine = Located | Ready | StepOutputs | Refused | Failed | Unservable | Heartbeat

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from logitengine.config import EngineConfig
-from logitengine.errors import EngineDeadError
+from logitengine.errors import CheckpointError, EngineDeadError
 from logitengine.link.channel import AsyncChannel, TransportError
 from logitengine.link.messages import (
     EngineStats,
@@ -28,6 +28,7 @@ from logitengine.link.messages import (
     Refused,
     Shutdown,
     StepOutputs,
+    Unservable,
 )
 from logitengine.link.streams import Streams
 from logitengine.link.watch import TICK_SECONDS, Watch
@@ -109,6 +110,7 @@ class Supervisor:
         self._loaded = asyncio.Event()
         self._lost = asyncio.Event()
         self._load_error: str | None = None
+        self._is_unservable = False
         self._unavailable: str | None = "not started"
         self._last_heard = clock()
         self._heartbeat = Heartbeat(None, 0.0)
@@ -136,14 +138,14 @@ class Supervisor:
         """Implement `EngineProtocol.wait_located`."""
         await self._located.wait()
         if self._tokenizer_path is None:
-            raise EngineDeadError(self._load_error or "the engine could not be started")
+            raise self._why_not_loaded()
         return self._tokenizer_path
 
     async def wait_ready(self) -> ModelInfo:
         """Implement `EngineProtocol.wait_ready`."""
         await self._loaded.wait()
         if self.info is None or self._load_error is not None:
-            raise EngineDeadError(self._load_error or "the engine could not be started")
+            raise self._why_not_loaded()
         return self.info
 
     async def wait_lost(self) -> str:
@@ -211,6 +213,10 @@ class Supervisor:
             return True
         lived = self._last_heard - self._ready_at - (self._heartbeat.step_seconds or 0.0)
         return not self._has_answered and lived <= QUICK_SECONDS
+
+    def _why_not_loaded(self) -> CheckpointError | EngineDeadError:
+        reason = self._load_error or "the engine could not be started"
+        return CheckpointError(reason) if self._is_unservable else EngineDeadError(reason)
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         """Give up after a fault of the supervisor itself.
@@ -359,6 +365,9 @@ class Supervisor:
                 self._heartbeat = message
             case Failed(reason, begun):
                 self._on_failed(reason, begun)
+            case Unservable(reason):
+                self._is_unservable = self.info is None
+                self._on_failed(reason, [])
 
     def _on_failed(self, reason: str, begun: list[str]) -> None:
         if self.info is not None:  # wait_ready reports a failed first load

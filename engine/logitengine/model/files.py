@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
@@ -18,7 +17,7 @@ from logitengine.model.gguf.tensors import parameters_of
 from logitengine.model.int4.config import int4_config
 from logitengine.model.int4.tensors import parameters_of as packed_parameters_of
 from logitengine.model.internvl_format import is_original, original_config
-from logitengine.model.safetensors_files import INDEX, WEIGHTS, tensors_of
+from logitengine.model.safetensors_files import tensors_of
 
 DEFAULT_MODEL = "smollm2"
 CONFIG = "config.json"
@@ -66,7 +65,7 @@ def gguf_path(model: str) -> Path | None:
 
 
 def check_directory(path: Path) -> None:
-    """Look for the files of a Hugging Face model. Raises CheckpointError for one that is missing or damaged.
+    """Look at the files of a Hugging Face model. Raises CheckpointError for one that is missing or damaged.
 
     So does a config of InternVL's original format, or a way of quantisation, that is not served.
     """
@@ -75,26 +74,18 @@ def check_directory(path: Path) -> None:
         raise CheckpointError(f"{path} holds no {CONFIG}: it is not a Hugging Face model directory")
     try:
         fields = json.loads(config.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{config} is not valid JSON: {error}") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{config} holds no JSON object")
-    if not any(path.glob("*.safetensors")):
-        raise CheckpointError(f"{path} holds no .safetensors file: other formats of weights are not read")
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise CheckpointError(f"{path} holds neither tokenizer.json nor tokenizer_config.json")
+    tensors = tensors_of(path)
     if is_original(fields):
         original_config(fields)
-    _check_weights(path, fields)
-
-
-def _check_weights(path: Path, fields: dict[str, Any]) -> None:
-    """Read the headers of the files, and see that packed layers are ones that can be served."""
     packing = int4_config(fields, str(path))
     if packing is not None:
-        packed_parameters_of(tensors_of(path), packing)
-    elif (path / WEIGHTS).is_file() or (path / INDEX).is_file():
-        tensors_of(path)
+        packed_parameters_of(tensors, packing)
 
 
 def check_hub_name(name: str) -> None:

@@ -34,10 +34,7 @@ from logitengine.model.internvl_format import (
     added_token_id,
     original_config,
 )
-
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
-NAMES_SHOWN = 5
+from logitengine.model.safetensors_files import some, weight_files
 
 NOT_OF_THE_TEXT_MODEL = frozenset(
     {
@@ -212,12 +209,10 @@ def _fill(model: nn.Module, directory: Path, original: OriginalConfig) -> None:
                 )
             with torch.no_grad():
                 targets[target].copy_(value)
-    for what, names in (("lack", sorted(missing)), ("hold unknown tensors", sorted(unknown))):
-        if names:
-            rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-            raise CheckpointError(
-                f"the weights in {directory} {what}: {', '.join(names[:NAMES_SHOWN])}{rest}"
-            )
+    if missing:
+        raise CheckpointError(f"the weights in {directory} lack: {some(missing)}")
+    if unknown:
+        raise CheckpointError(f"the weights in {directory} hold unknown tensors: {some(unknown)}")
 
 
 def _resized(positions: Tensor, original: OriginalConfig) -> Tensor:
@@ -237,30 +232,13 @@ def _resized(positions: Tensor, original: OriginalConfig) -> Tensor:
 
 def _weights(directory: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the checkpoint's tensors under their original names, one in memory at a time."""
-    for file in _weight_files(directory):
+    for file in weight_files(directory):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - it is no dict
                     yield name, tensors.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    index = directory / INDEX
-    if not index.is_file():
-        if not (directory / WEIGHTS).is_file():
-            raise CheckpointError(f"{directory} holds neither {WEIGHTS} nor {INDEX}")
-        return [directory / WEIGHTS]
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        files = [directory / name for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not an index of weights: {error!r}") from error
-    for name, file in zip(names, files, strict=True):
-        if Path(name).name != name or not file.is_file():
-            raise CheckpointError(f"{index} names {name!r}, which is no file in {directory}")
-    return files
 
 
 def _generation_config(directory: Path) -> GenerationConfig:

@@ -29,7 +29,7 @@ from logitengine.model.image_families import FAMILIES
 from logitengine.model.int4.config import int4_config
 from logitengine.model.int4.model import Int4Model
 from logitengine.model.layer_shapes import probe_layers
-from logitengine.model.network import Network, TransformersNetwork
+from logitengine.model.network import Network
 from logitengine.model.packing import modules_to_pack, pack_modules
 from logitengine.model.pretrained import eos_token_ids, load_pretrained, max_positions, model_type
 from logitengine.model.skeleton import StoredModel

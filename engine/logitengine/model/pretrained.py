@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -15,6 +18,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from logitengine.errors import CheckpointError
 from logitengine.model.attention import ATTENTION_NAME, register_attention
@@ -22,6 +26,12 @@ from logitengine.model.checkpoint import Checkpoint
 from logitengine.model.files import CONFIG
 from logitengine.model.image_families import FAMILIES, INTERNVL_CHAT
 from logitengine.model.internvl_chat import load_internvl_chat
+from logitengine.model.safetensors_files import some
+
+logger = logging.getLogger(__name__)
+
+MISFITS = (ValueError, RuntimeError, TypeError, AttributeError, KeyError, ArithmeticError)
+"""Errors of transformers where a config makes no model or the weights do not fit it."""
 
 IMAGE_MODEL_ATTENTION = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"}
 
@@ -31,7 +41,7 @@ def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
     register_attention()
     try:
         model = _from_files(checkpoint, dtype)
-    except (ValueError, OSError, KeyError) as error:
+    except (*MISFITS, OSError, SafetensorError, StrictDataclassError) as error:
         raise CheckpointError(f"{checkpoint.name} could not be loaded: {error}") from error
     nn.Module.to(model, device)
     model.eval().requires_grad_(False)
@@ -39,6 +49,7 @@ def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
 
 
 def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    model: PreTrainedModel
     if model_type(checkpoint) == INTERNVL_CHAT:
         model = load_internvl_chat(checkpoint.path, dtype, {**IMAGE_MODEL_ATTENTION})
         refuse_unsupported(model.config)
@@ -48,15 +59,34 @@ def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     attention: str | dict[str, str] = ATTENTION_NAME
     if model_config.model_type in FAMILIES:
         attention = {**IMAGE_MODEL_ATTENTION}
-    loaded: PreTrainedModel = _auto_class(model_config).from_pretrained(
-        checkpoint.path,
-        config=model_config,
-        dtype=dtype,
-        attn_implementation=attention,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    return loaded
+    # Tensors that are missing would be drawn at random, with a table of them in the log.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        model, found = _auto_class(model_config).from_pretrained(
+            checkpoint.path,
+            config=model_config,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    _refuse_misfits(found)
+    return model
+
+
+def _refuse_misfits(found: dict[str, Any]) -> None:
+    """Raise ValueError for weights that the model lacks or that do not fit it; warn of others that it has no place for."""
+    for name, own, needed in sorted(found["mismatched_keys"]):
+        raise ValueError(f"{name} is {list(own)}, and by {CONFIG} it is {list(needed)}")
+    if missing := found["missing_keys"]:
+        raise ValueError(f"its files lack {some(missing)}")
+    if unused := found["unexpected_keys"]:
+        logger.warning("weights are left out, for which the model has no place: %s", some(unused))
 
 
 def model_type(checkpoint: Checkpoint) -> str:

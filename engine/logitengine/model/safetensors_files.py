@@ -1,9 +1,9 @@
-"""Safetensors files of a model's directory, and the index that names the file of each tensor. Free of torch."""
+"""Safetensors files of a model's directory, checked by their headers and by the index of several. Free of torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from logitengine.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,42 +26,54 @@ class FileTensor:
     shape: tuple[int, ...]
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files that hold the model's weights, by name. Raises CheckpointError where they cannot be found.
+
+    As transformers does, takes one file where there is one, and else those of the index. These lie in the directory.
+    """
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    return [directory / name for name in sorted(set(_weight_map(directory).values()))]
+
+
 def tensors_of(directory: Path) -> dict[str, FileTensor]:
     """Return the tensors of a model by name, as the headers of its files have them.
 
-    Raises CheckpointError for a header that its file does not fit, an index that is no index, and one that names
-    a file or a tensor that is not there.
+    Raises CheckpointError for a file that is cut off or is none of safetensors, and for an index that is wrong.
     """
+    held = {file.name: {tensor.name: tensor for tensor in _header(file)} for file in weight_files(directory)}
     if (directory / WEIGHTS).is_file():
-        return {tensor.name: tensor for tensor in _header(directory / WEIGHTS)}
+        return held[WEIGHTS]
+    places = _weight_map(directory)
+    for name, file in places.items():
+        if name not in held[file]:
+            raise CheckpointError(f"{directory / INDEX} says that {name} is in {file}, and it is not")
+    return {name: held[file][name] for name, file in places.items()}
+
+
+def some(names: Collection[str]) -> str:
+    """Return the first names, and how many there are beside them."""
+    rest = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(sorted(names)[:NAMES_SHOWN]) + rest
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Return the file of each tensor, as the index has it."""
     index = directory / INDEX
     if not index.is_file():
-        raise CheckpointError(f"{directory} holds neither {WEIGHTS} nor {INDEX}")
-    places = _places(index)
-    headers = {
-        file: {tensor.name: tensor for tensor in _header(directory / file)} for file in set(places.values())
-    }
-    for name, file in places.items():
-        if name not in headers[file]:
-            raise CheckpointError(f"{index} is damaged: {file} holds no tensor {name}")
-    return {name: headers[file][name] for name, file in places.items()}
-
-
-def _places(index: Path) -> dict[str, str]:
-    """Read the index: names of files, by the names of tensors."""
+        raise CheckpointError(
+            f"{directory} holds neither {WEIGHTS} nor {INDEX}: other formats of weights are not read"
+        )
     try:
-        fields = json.loads(index.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{index} is not valid JSON: {error}") from error
-    places = fields.get("weight_map") if isinstance(fields, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index} is damaged: it holds no weight_map")
-    for name, file in places.items():
-        if not isinstance(file, str) or file in {"", ".", ".."} or Path(file).name != file or "\0" in file:
-            raise CheckpointError(f"{index} is damaged: {file!r}, for {name}, is no file of its directory")
-        if not (index.parent / file).is_file():
-            raise CheckpointError(f"{index} names {file}, which is not there")
-    return places
+        found = json.loads(index.read_bytes())["weight_map"].items()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} is not an index of weights: {error!r}") from error
+    for tensor, name in found:
+        if not isinstance(name, str) or Path(name).name != name or not (directory / name).is_file():
+            raise CheckpointError(f"{index} names {name!r} for {tensor}, which is no file in {directory}")
+    if not found:
+        raise CheckpointError(f"{index} is not an index of weights: it names none")
+    return dict(found)
 
 
 def _header(path: Path) -> Iterator[FileTensor]:
@@ -71,4 +84,4 @@ def _header(path: Path) -> Iterator[FileTensor]:
                 part = file.get_slice(name)
                 yield FileTensor(name, path, part.get_dtype(), tuple(part.get_shape()))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

@@ -9,7 +9,9 @@ a second pool of spinning threads on the same cores, so a library that brings on
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -17,6 +19,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch  # noqa: F401  loads the OpenMP runtime that the library then shares
@@ -79,7 +82,11 @@ def build(target: Target = NATIVE) -> Path:
     flags = (*target.options, *FLAGS)
     digest = _digest(cpu, _run([compiler, "--version"]), *flags)
     path = cache_directory() / f"logitkernels-{digest}.so"
-    if not path.exists():
+    if path.exists():
+        return path
+    with _alone_in(path.parent):
+        if path.exists():
+            return path
         logger.info("compiling the native kernels, once")
         started = time.monotonic()
         _compile([compiler, *flags], path)
@@ -137,6 +144,22 @@ def load(target: Target = NATIVE, prebuilt: Path | None = None) -> ctypes.CDLL:
         msg = f"{path} brought a second OpenMP runtime ({', '.join(sorted(brought))}) beside torch's"
         raise unloadable(msg)
     return library
+
+
+@contextlib.contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Make the directory, and wait until no other process compiles there. Processes that start together compile once.
+
+    A file system without locks lets all of them compile.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _files() -> list[Path]:

@@ -17,7 +17,7 @@ import orjson
 from logitengine.config import EngineConfig
 
 from logitserve.config import ENV_PREFIX
-from logitserve.extract.errors import ExtractError
+from logitserve.extract.errors import ExtractError, UsageError
 
 STOP_SECONDS = 20
 POLL_SECONDS = 0.1
@@ -40,7 +40,7 @@ class LocalServer:
         raise self._ended()
 
     async def wait_ready(self) -> None:
-        """Wait until the model is loaded. Raises ExtractError where it cannot be loaded."""
+        """Wait until the model is loaded. Raises ExtractError where it cannot be loaded, UsageError for its files."""
         async with httpx.AsyncClient(trust_env=False) as client:
             while self.process.returncode is None:
                 with contextlib.suppress(httpx.TransportError):
@@ -61,12 +61,16 @@ class LocalServer:
             await self.process.wait()
 
     def _ended(self) -> ExtractError:
-        return ExtractError(f"the server ended with {self.process.returncode}: {_last_error(self.log)}")
+        status = self.process.returncode
+        told = _last_error(self.log)
+        if status == UsageError.exit_code:
+            return UsageError(told.partition(": error: ")[2] or told)
+        return ExtractError(f"the server ended with {status}: {told}")
 
 
 @contextlib.asynccontextmanager
 async def local_server(engine_config: EngineConfig, log: Path) -> AsyncIterator[LocalServer]:
-    """Yield a ready server on a loopback port, with a key of its own. Raises ExtractError."""
+    """Yield a ready server on a loopback port, with a key of its own. Raises ExtractError, or UsageError for the model."""
     with socket.socket() as listener:
         # Bound here while prompts are sent, so that no other process can take the port before the child, or
         # after it.

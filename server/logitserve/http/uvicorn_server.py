@@ -171,8 +171,9 @@ async def run_app(
 ) -> int:
     """Serve on bound sockets until a signal, or not at all if ``stopped`` is set.
 
-    Returns the exit code: 0, or 1 when the model could not be loaded or its engine kept dying. Raises ListenError when
-    another server has taken the port meanwhile, which happens with ``listen_when_ready`` alone.
+    Returns the exit code: 0, or 1 when the model could not be loaded or its engine kept dying. Raises CheckpointError for
+    a model that cannot be served, and ListenError when another server has taken the port meanwhile, which happens with
+    ``listen_when_ready`` alone.
     """
     app = create_app(engine, config, on_loopback=on_loopback(listeners))
     state: ServerState = app.state.server
@@ -193,6 +194,8 @@ async def run_app(
     await server.serve(listeners)
     if server.listen_error is not None:
         raise server.listen_error
+    if state.unservable is not None:
+        raise state.unservable
     if state.engine_lost is not None:
         logger.error("the server ended: %s", state.engine_lost)
     return 0 if state.load_error is None and state.engine_lost is None else 1

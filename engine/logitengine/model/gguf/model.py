@@ -15,7 +15,7 @@ from logitengine.model.gguf.config import model_config
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tensors import ROPE_FACTORS, Parameter, parameters_of
 from logitengine.model.gguf.weights import BlockEmbedding, GgufWeights
-from logitengine.model.pretrained import refuse_unsupported
+from logitengine.model.pretrained import MISFITS, refuse_unsupported
 from logitengine.model.skeleton import EMBEDDING, StoredModel
 
 
@@ -39,7 +39,7 @@ class GgufModel(StoredModel):
             config = AutoConfig.for_model(**self.members)
             refuse_unsupported(config)
             super().__init__(header.paths, config, parameters, dtype, device)
-        except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, ArithmeticError) as error:
+        except MISFITS as error:
             raise CheckpointError(
                 f"{path} is damaged: its metadata make no {self.members['model_type']}: {error}"
             ) from error

@@ -1,0 +1,225 @@
+"""Models whose files are missing, damaged or at odds, refused by the check that the command line makes first."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from logitengine.config import EngineConfig
+from logitengine.errors import CheckpointError
+from logitengine.model.files import check_model, gguf_path
+from logitengine.model.loader import load
+from safetensors.torch import load_file, save_file
+from tiny_models import save_llama
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PARTS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+NORM = "model.norm.weight"
+
+Change = Callable[[Path], None]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"), vocab_size=64)
+
+
+@pytest.fixture
+def model(llama: Path, tmp_path: Path) -> Path:
+    """A model that may be damaged."""
+    return Path(shutil.copytree(llama, tmp_path / "model"))
+
+
+def refusal(model: Path | str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        check_model(EngineConfig(model=str(model)))
+    return str(caught.value)
+
+
+def split(model: Path, edit: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+    """Split the weights in two files; ``edit`` changes the index's map."""
+    weights = load_file(model / SINGLE)
+    (model / SINGLE).unlink()
+    where: dict[str, Any] = {name: PARTS[number % 2] for number, name in enumerate(sorted(weights))}
+    for part in PARTS:
+        save_file({name: weights[name] for name in where if where[name] == part}, model / part)
+    edit(where)
+    (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def cut(name: str, length: int) -> Change:
+    def change(model: Path) -> None:
+        (model / name).write_bytes((model / name).read_bytes()[:length])
+
+    return change
+
+
+def overwrite(name: str, content: bytes) -> Change:
+    def change(model: Path) -> None:
+        (model / name).write_bytes(content)
+
+    return change
+
+
+def remove(name: str) -> Change:
+    def change(model: Path) -> None:
+        (model / name).unlink()
+
+    return change
+
+
+def indexed(content: bytes) -> Change:
+    def change(model: Path) -> None:
+        split(model)
+        (model / INDEX).write_bytes(content)
+
+    return change
+
+
+def placed(**files: Any) -> Change:
+    """Split the weights, and let the index say that the last norm is in another file."""
+    return lambda model: split(model, lambda where: where.update({NORM: files["norm"]}))
+
+
+def header(length: int, content: bytes) -> Change:
+    return overwrite(SINGLE, length.to_bytes(8, "little") + content)
+
+
+def long_norm(model: Path) -> None:
+    weights = load_file(model / SINGLE)
+    save_file(weights | {NORM: torch.ones(33)}, model / SINGLE, metadata={"format": "pt"})
+
+
+def no_norm(model: Path) -> None:
+    weights = load_file(model / SINGLE)
+    del weights[NORM]
+    save_file(weights, model / SINGLE, metadata={"format": "pt"})
+
+
+OUT = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        pytest.param(remove("config.json"), "holds no config.json", id="no config"),
+        pytest.param(overwrite("config.json", b"{"), "config.json is not valid JSON", id="cut config"),
+        pytest.param(overwrite("config.json", b"\xff"), "config.json is not valid JSON", id="no text"),
+        pytest.param(
+            overwrite("config.json", b"[" * 100_000), "config.json is not valid JSON", id="deep config"
+        ),
+        pytest.param(overwrite("config.json", b"[]"), "holds no JSON object", id="listed config"),
+        pytest.param(remove("tokenizer.json"), "neither tokenizer.json nor", id="no tokenizer"),
+        pytest.param(remove(SINGLE), "holds neither model.safetensors nor", id="no weights"),
+        pytest.param(cut(SINGLE, 0), "model.safetensors cannot be read", id="empty weights"),
+        pytest.param(cut(SINGLE, 7), "model.safetensors cannot be read", id="no length"),
+        pytest.param(cut(SINGLE, 100), "model.safetensors cannot be read", id="cut header"),
+        pytest.param(cut(SINGLE, -1), "model.safetensors cannot be read", id="cut numbers"),
+        pytest.param(header(1 << 62, b"{}"), "model.safetensors cannot be read", id="huge header"),
+        pytest.param(header(2, b"{]"), "model.safetensors cannot be read", id="header that is no JSON"),
+        pytest.param(header(len(OUT), OUT), "model.safetensors cannot be read", id="numbers outside"),
+        pytest.param(overwrite(SINGLE, b"PK\x03\x04" * 99), "model.safetensors cannot be read", id="a zip"),
+        pytest.param(indexed(b"{"), f"{INDEX} is not an index", id="cut index"),
+        pytest.param(indexed(b"[]"), f"{INDEX} is not an index", id="listed index"),
+        pytest.param(indexed(b"{}"), f"{INDEX} is not an index", id="index without a map"),
+        pytest.param(indexed(b'{"weight_map": {}}'), f"{INDEX} is not an index", id="empty index"),
+        pytest.param(placed(norm=PARTS[1]), f"says that {NORM} is in {PARTS[1]}, and", id="another file"),
+        pytest.param(placed(norm="gone.safetensors"), "names 'gone.safetensors'", id="missing file"),
+        pytest.param(placed(norm=f"../model/{PARTS[0]}"), "which is no file in", id="path outside"),
+        pytest.param(placed(norm="/dev/zero"), "names '/dev/zero'", id="absolute path"),
+        pytest.param(placed(norm=7), "names 7 for", id="no name"),
+        pytest.param(placed(norm="a" * 300), "File name too long", id="name too long"),
+    ],
+)
+def test_a_directory_is_refused_with_what_is_wrong(model: Path, change: Change, says: str) -> None:
+    change(model)
+    told = refusal(model)
+    assert says in told
+    assert "\n" not in told
+
+
+def test_a_directory_whose_index_is_right_is_taken(model: Path) -> None:
+    split(model)
+    check_model(EngineConfig(model=str(model)))
+    load(EngineConfig(model=str(model), num_blocks=16, num_threads=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        pytest.param(no_norm, f"its files lack {NORM}", id="missing tensor"),
+        pytest.param(long_norm, rf"{NORM} is \[33\], and by config.json it is \[", id="another shape"),
+        pytest.param(
+            overwrite("config.json", b'{"model_type": "nonesuch"}'), "nonesuch", id="unknown architecture"
+        ),
+        pytest.param(overwrite("config.json", b"{}"), "could not be loaded", id="empty config"),
+        pytest.param(
+            overwrite("config.json", b'{"model_type": "llama", "num_attention_heads": 0}'),
+            "could not be loaded",
+            id="no heads",
+        ),
+        pytest.param(
+            overwrite("config.json", b'{"model_type": "llama", "hidden_size": "wide"}'),
+            "could not be loaded",
+            id="a width that is a word",
+        ),
+        pytest.param(
+            overwrite("config.json", b'{"model_type": "llama", "rope_parameters": {"rope_type": "spiral"}}'),
+            "could not be loaded",
+            id="unknown rotary embedding",
+        ),
+    ],
+)
+def test_weights_and_configs_at_odds_are_refused_when_the_model_is_loaded(
+    model: Path, change: Change, says: str
+) -> None:
+    change(model)
+    with pytest.raises(CheckpointError, match=says):
+        load(EngineConfig(model=str(model), num_blocks=16, num_threads=1))
+
+
+def test_weights_without_a_place_in_the_model_are_told_by_name(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = load_file(model / SINGLE)
+    save_file(weights | {"model.extra.weight": torch.ones(1)}, model / SINGLE, metadata={"format": "pt"})
+    load(EngineConfig(model=str(model), num_blocks=16, num_threads=1))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning == "weights are left out, for which the model has no place: model.extra.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("model.gguf", None, "there is no file"),
+        ("text.txt", b"no model", "neither a directory nor a .gguf file"),
+        ("empty.gguf", b"", "no GGUF file"),
+        ("zip.gguf", b"PK\x03\x04" * 10, "no GGUF file"),
+        ("old.gguf", b"GGUF\x01\0\0\0" + bytes(16), "version 1"),
+        ("cut.gguf", b"GGUF\x03\0\0\0" + (290).to_bytes(8, "little") * 2, "damaged"),
+    ],
+)
+def test_a_file_is_refused_with_what_is_wrong(
+    tmp_path: Path, name: str, content: bytes | None, says: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert says in refusal(tmp_path / name)
+
+
+def test_a_gguf_file_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    packaged = gguf_path("smollm2")
+    assert packaged is not None
+    llama, mamba = b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0mamba"
+    (tmp_path / "mamba.gguf").write_bytes(packaged.read_bytes().replace(llama, mamba, 1))
+    assert "architecture mamba is not among" in refusal(tmp_path / "mamba.gguf")
+
+
+@pytest.mark.parametrize("name", ["/nope", "~no-such-user/model", "a/b/c", "./x"])
+def test_a_name_that_no_model_has_is_refused(name: str) -> None:
+    assert name in refusal(name)
