@@ -113,9 +113,7 @@ def test_what_is_not_multiplied_is_dequantised_and_said_so_once(
     assert np.abs(rows_of(loaded) - reference_logits(model, PROMPT)).max() <= 1e-3
 
 
-def test_an_architecture_that_is_not_fused_is_served_dequantised(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_architecture_that_is_not_fused_is_multiplied_packed(tmp_path: Path) -> None:
     """Reference: transformers in float32. Tolerance: 1e-3 absolute."""
     sizes = {
         name: getattr(tiny_llama().config, name)
@@ -132,9 +130,8 @@ def test_an_architecture_that_is_not_fused_is_served_dequantised(
     torch.manual_seed(0)
     cohere = CohereForCausalLM(CohereConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2))
     model, _ = save_packed(tmp_path, Packing("gptq"), in_float16(cohere.eval()))
-    with caplog.at_level(logging.INFO):
-        loaded = served(tmp_path)
-    assert "weights in gptq are dequantised to float32" in caplog.messages
+    loaded = served(tmp_path)
+    assert loaded.info.weights.startswith("stored (INT4_")
     assert np.abs(rows_of(loaded) - reference_logits(model, PROMPT)).max() <= 1e-3
 
 
