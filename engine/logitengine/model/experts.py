@@ -100,10 +100,12 @@ class PackedExperts(nn.Module):
         hidden, used = hidden_states.float(), indices.shape[-1]
         by_expert = indices.flatten().argsort(stable=True)
         counts = torch.bincount(indices.flatten(), minlength=len(self._layers)).tolist()
-        outputs = torch.empty(len(by_expert), hidden.shape[-1])
-        for (gate_up, down), places in zip(self._layers, by_expert.split(counts), strict=True):
-            if len(places):
+        outputs, start = torch.empty(len(by_expert), hidden.shape[-1]), 0
+        for (gate_up, down), count in zip(self._layers, counts, strict=True):
+            if count:
+                places = by_expert[start : start + count]
                 outputs[places] = down(self._gate(gate_up(hidden[places // used])))
+                start += count
         parts = outputs.view(*indices.shape, -1)
         total = parts[:, 0] * weights[:, :1]
         for place in range(1, used):
