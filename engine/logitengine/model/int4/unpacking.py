@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from logitkernels.int4 import SYMMETRIC_ZERO, pack_nibbles, unpack_nibbles
+from logitkernels.int4 import SYMMETRIC_ZERO, unpack_nibbles
 from safetensors import safe_open
 from torch import Tensor
 
@@ -15,8 +15,8 @@ from logitengine.model.int4.config import Int4Config, Method
 from logitengine.model.int4.tensors import PackedParameter
 from logitengine.model.safetensors_files import FileTensor
 
-AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Nibble of a word that holds its first, second, ... column: AWQ's words begin with columns 0, 2, 4, 6."""
+AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]
+"""Columns that the nibbles of AWQ's words hold, from the lowest nibble on."""
 
 ONE_IN_EACH = 0x11111111
 """A word of ones."""
@@ -100,15 +100,16 @@ def _awq(parameter: PackedParameter, config: Int4Config) -> tuple[Tensor, Tensor
     """Words [K, N / 8] hold eight columns of the transposed weight, and so do those of the zeros, [G, N / 8]."""
     del config
     rows, depth = parameter.shape
-    # A byte is two rows of the weight. Turned so that k runs along a row, each is split into those two.
-    pairs = _bytes(read_tensor(parameter.integers)).t().contiguous()
+    # A byte is two rows of the weight, at one k. Turned so that k runs along a row, 16 bits are two rows at two k.
+    pairs = _bytes(read_tensor(parameter.integers)).t().contiguous().view(torch.int16)
+    by_word = pairs.view(rows // 8, 4, depth // 2)
     nibbles = torch.empty(rows // 8, 8, depth // 2, dtype=torch.uint8)
-    by_word = pairs.view(rows // 8, 4, depth)
-    for row, nibble in enumerate(AWQ_COLUMNS):
-        own = by_word[:, nibble // 2] >> 4 if nibble % 2 else by_word[:, nibble // 2] & 15
-        nibbles[:, row] = pack_nibbles(own)
-    zeros = _zeros(parameter).view(parameter.num_groups, -1, 8)[..., AWQ_COLUMNS].flatten(1)
-    return nibbles.view(rows, -1), read_tensor(parameter.scales).t(), zeros.t()
+    nibbles[:, AWQ_COLUMNS[::2]] = ((by_word & 15) | (by_word >> 4 & 0xF0)).to(torch.uint8)
+    nibbles[:, AWQ_COLUMNS[1::2]] = ((by_word >> 4 & 15) | (by_word >> 8 & 0xF0)).to(torch.uint8)
+    stored = _zeros(parameter).unflatten(-1, (-1, 8))
+    zeros = torch.empty_like(stored)
+    zeros[..., AWQ_COLUMNS] = stored
+    return nibbles.view(rows, -1), read_tensor(parameter.scales).t(), zeros.flatten(1).t()
 
 
 def _gptq(parameter: PackedParameter, config: Int4Config) -> tuple[Tensor, Tensor, Tensor | None]:
