@@ -17,6 +17,7 @@ from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tensors import parameters_of
 from logitengine.model.int4.config import int4_config
 from logitengine.model.int4.tensors import parameters_of as packed_parameters_of
+from logitengine.model.int4.tensors import refuse_packed
 from logitengine.model.internvl_format import is_original, original_config
 from logitengine.model.safetensors_files import INDEX, WEIGHTS, tensors_of
 
@@ -94,7 +95,7 @@ def _check_weights(path: Path, fields: dict[str, Any]) -> None:
     if packing is not None:
         packed_parameters_of(tensors_of(path), packing)
     elif (path / WEIGHTS).is_file() or (path / INDEX).is_file():
-        tensors_of(path)
+        refuse_packed(tensors_of(path))
 
 
 def check_hub_name(name: str) -> None:

@@ -18,6 +18,9 @@ from logitengine.model.safetensors_files import FileTensor
 AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]
 """Columns that the nibbles of AWQ's words hold, from the lowest nibble on."""
 
+AWQ_WORDS = 32
+"""Words of a row that are unpacked at a time: their columns fit a cache."""
+
 ONE_IN_EACH = 0x11111111
 """A word of ones."""
 
@@ -100,12 +103,16 @@ def _awq(parameter: PackedParameter, config: Int4Config) -> tuple[Tensor, Tensor
     """Words [K, N / 8] hold eight columns of the transposed weight, and so do those of the zeros, [G, N / 8]."""
     del config
     rows, depth = parameter.shape
-    # A byte is two rows of the weight, at one k. Turned so that k runs along a row, 16 bits are two rows at two k.
-    pairs = _bytes(read_tensor(parameter.integers)).t().contiguous().view(torch.int16)
-    by_word = pairs.view(rows // 8, 4, depth // 2)
+    words = read_tensor(parameter.integers)
     nibbles = torch.empty(rows // 8, 8, depth // 2, dtype=torch.uint8)
-    nibbles[:, AWQ_COLUMNS[::2]] = ((by_word & 15) | (by_word >> 4 & 0xF0)).to(torch.uint8)
-    nibbles[:, AWQ_COLUMNS[1::2]] = ((by_word >> 4 & 15) | (by_word >> 8 & 0xF0)).to(torch.uint8)
+    for first in range(0, rows // 8, AWQ_WORDS):
+        at = slice(first, first + AWQ_WORDS)
+        # A byte is two rows of the weight, at one k. Turned so that k runs along a row, 16 bits are two rows at two k.
+        turned = _bytes(words[:, at]).t().contiguous().view(torch.int16).view(-1, 4, depth // 2)
+        lower = (turned & 15) | (turned >> 4 & 0xF0)
+        upper = (turned >> 4 & 15) | (turned >> 8 & 0xF0)
+        for nibble, column in enumerate(AWQ_COLUMNS):
+            nibbles[at, column] = (upper if nibble % 2 else lower)[:, nibble // 2].to(torch.uint8)
     stored = _zeros(parameter).unflatten(-1, (-1, 8))
     zeros = torch.empty_like(stored)
     zeros[..., AWQ_COLUMNS] = stored
