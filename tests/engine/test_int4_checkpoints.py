@@ -353,7 +353,10 @@ def test_a_model_that_its_files_contradict_is_refused_by_name(
         ({"weight_map": {"a": "/etc/passwd"}}, "which is no file in"),
         ({"weight_map": {"a": "a\0b"}}, "which is no file in"),
         ({"weight_map": {"a": "b.safetensors"}}, "names 'b.safetensors' for a, which is no file in"),
-        ({"weight_map": {"a": "model-00001-of-00002.safetensors"}}, "says that a is in model-00001-of-00002.safetensors, and it is not"),
+        (
+            {"weight_map": {"a": "model-00001-of-00002.safetensors"}},
+            "says that a is in model-00001-of-00002.safetensors, and it is not",
+        ),
     ],
 )
 @pytest.mark.parametrize("is_packed", [True, False])
@@ -381,7 +384,18 @@ def test_a_file_that_is_cut_is_refused_by_name(tmp_path: Path) -> None:
         check_directory(tmp_path)
 
 
-def test_models_that_read_images_are_refused_while_their_layers_are_packed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", [Packing("gptq"), Packing("compressed-tensors")], ids=str)
+def test_packed_layers_without_a_word_in_the_config_are_refused(tmp_path: Path, packing: Packing) -> None:
+    """Old GPTQ checkpoints have a file of its own for it."""
+    save_packed(tmp_path, packing)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="has no quantization_config"):
+        check_directory(tmp_path)
+
+
+def test_classifiers_are_refused_while_their_layers_are_packed(tmp_path: Path) -> None:
     save_packed(tmp_path, Packing("awq"))
     config = json.loads((tmp_path / "config.json").read_text())
     config["architectures"] = ["LlamaForSequenceClassification"]

@@ -214,7 +214,7 @@ def _save(directory: Path, tensors: dict[str, Tensor], num_files: int) -> None:
     if num_files == 1:
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         return
-    places = {}
+    places: dict[str, str] = {}
     for part in range(num_files):
         file = f"model-{part + 1:05d}-of-{num_files:05d}.safetensors"
         own = dict(list(tensors.items())[part::num_files])

@@ -60,6 +60,7 @@ def test_blocks_are_stacked_like_dense_weights() -> None:
         *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
         *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
         *("IQ4_NL", "IQ4_XS", "MXFP4"),
+        *("INT4_32", "INT4_64", "INT4_128"),
     }
     weights = [
         block_weight(name, rows, 64, GGMLQuantizationType.Q8_0) for name, rows in (("up", 50), ("gate", 3))

@@ -16,6 +16,7 @@ from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tensors import parameters_of
 from logitengine.model.int4.config import int4_config
 from logitengine.model.int4.tensors import parameters_of as packed_parameters_of
+from logitengine.model.int4.tensors import refuse_packed
 from logitengine.model.internvl_format import is_original, original_config
 from logitengine.model.safetensors_files import tensors_of
 
@@ -86,6 +87,8 @@ def check_directory(path: Path) -> None:
     packing = int4_config(fields, str(path))
     if packing is not None:
         packed_parameters_of(tensors, packing)
+    else:
+        refuse_packed(tensors)
 
 
 def check_hub_name(name: str) -> None:
