@@ -354,7 +354,7 @@ def in_place(path: Path, **options: Any) -> tuple[LoadedModel, PreTrainedModel]:
     gguf = GgufModel(path, torch.float32, device.torch_device)
     kernels = load_kernels("auto", "cpu")
     weights = gguf.weights(kernels.block_formats)
-    return prepare(config, checkpoint, gguf.skeleton, kernels, device, weights, gguf=gguf), gguf.skeleton
+    return prepare(config, checkpoint, gguf.skeleton, kernels, device, weights, stored=gguf), gguf.skeleton
 
 
 def block_file(case: Case, directory: Path) -> tuple[PreTrainedModel, Path, Blocks]:
