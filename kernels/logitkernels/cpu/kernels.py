@@ -28,6 +28,7 @@ from logitkernels.cpu.embedding import NUMBERS, CpuEmbedding
 from logitkernels.cpu.layers import CpuLayers
 from logitkernels.cpu.library import AttentionStruct, Library
 from logitkernels.cpu.linear import CpuLinear, GgufType
+from logitkernels.cpu.memory import PackedMemory
 from logitkernels.cpu.processor import NATIVE, Target
 from logitkernels.cpu.sampling import CpuSampling
 from logitkernels.decoder import DecoderLayerWeights
@@ -63,6 +64,7 @@ class CpuKernels(Kernels):
             BuildError: the library cannot be built or loaded here (see errors.py).
         """
         self._library = Library(target, prebuilt)
+        self._memory = PackedMemory(self._library)
 
     def pin_threads(self) -> None:
         cpus = sorted(os.sched_getaffinity(0))
@@ -72,7 +74,7 @@ class CpuKernels(Kernels):
     def pack(
         self, weights: Sequence[Weight], bias: Tensor | None = None, *, exact: bool = False
     ) -> CpuLinear:
-        return CpuLinear(self._library, weights, bias, exact=exact)
+        return CpuLinear(self._library, self._memory, weights, bias, exact=exact)
 
     def embedding(self, weight: BlockWeight) -> CpuEmbedding:
         return CpuEmbedding(self._library, weight)
