@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def test_what_is_handed_out_is_aligned_and_overlaps_nothing() -> None:
     assert [len(part) for part in taken] == sizes
     assert all(part.data_ptr() % 64 == 0 for part in taken)
     spans = sorted((part.data_ptr(), part.data_ptr() + len(part)) for part in taken)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
 @pytest.mark.skipif(
