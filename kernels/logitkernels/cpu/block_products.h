@@ -149,26 +149,29 @@ struct QuadDot : Dot {
         const char* upper = reinterpret_cast<const char*>(in.x + b * kBlock);
         const char* lower = upper + kBlock;
         const int64_t stride = in.stride * int64_t(sizeof(int16_t));
-        // Contribution of the upper bytes: 256 times their sum, less the offset that every integer has.
-        const auto weighed = [&](__m512i sum, int r) __attribute__((always_inline)) {
-            const __m512i shifted = _mm512_slli_epi32(sum, 8);
-            return _mm512_sub_epi32(shifted, excess(q.quad_offset(), in, r, b));
-        };
         if constexpr (G * R <= 8) {
             // The registers hold the sums of both bytes, so that integers are unpacked once for both.
             __m512i parts[2][G][R] = {};
+            if (q.quad_offset() != 0) {
+#pragma GCC unroll 8
+                for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+                    for (int g = 0; g < G; ++g) parts[1][g][r] = excess(-q.quad_offset(), in, r, b);
+            }
             add_quads(q, integers, {upper, lower}, stride, parts);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-                for (int g = 0; g < G; ++g) sums[g][r] = _mm512_add_epi32(weighed(parts[0][g][r], r), parts[1][g][r]);
+                for (int g = 0; g < G; ++g)
+                    sums[g][r] = _mm512_add_epi32(_mm512_slli_epi32(parts[0][g][r], 8), parts[1][g][r]);
         } else {
             __m512i part[1][G][R] = {};
             add_quads(q, integers, {upper}, stride, part);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-                for (int g = 0; g < G; ++g) part[0][g][r] = weighed(part[0][g][r], r);
+                for (int g = 0; g < G; ++g)
+                    part[0][g][r] = _mm512_sub_epi32(_mm512_slli_epi32(part[0][g][r], 8), excess(q.quad_offset(), in, r, b));
             add_quads(q, integers, {lower}, stride, part);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)

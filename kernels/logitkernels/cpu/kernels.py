@@ -28,6 +28,7 @@ from logitkernels.cpu.embedding import NUMBERS, CpuEmbedding
 from logitkernels.cpu.layers import CpuLayers
 from logitkernels.cpu.library import GATES, AttentionStruct, Library
 from logitkernels.cpu.linear import BLOCK_TYPES, Bf16Sums, CpuLinear, GgufType
+from logitkernels.cpu.memory import PackedMemory
 from logitkernels.cpu.processor import NATIVE, Target
 from logitkernels.cpu.sampling import CpuSampling
 from logitkernels.decoder import Activation, DecoderLayerWeights
@@ -63,6 +64,7 @@ class CpuKernels(Kernels):
             BuildError: the library cannot be built or loaded here (see errors.py).
         """
         self._library = Library(target, prebuilt)
+        self._memory = PackedMemory(self._library)
 
     @property
     def bf16_sums(self) -> str:
@@ -76,7 +78,7 @@ class CpuKernels(Kernels):
     def pack(
         self, weights: Sequence[Weight], bias: Tensor | None = None, *, exact: bool = False
     ) -> CpuLinear:
-        return CpuLinear(self._library, weights, bias, exact=exact)
+        return CpuLinear(self._library, self._memory, weights, bias, exact=exact)
 
     def embedding(self, weight: BlockWeight) -> CpuEmbedding:
         return CpuEmbedding(self._library, weight)

@@ -128,6 +128,7 @@ class SamplingRowStruct(Structure):
 _SIGNATURES: dict[str, list[type]] = {
     "pin_threads": [POINTER(c_int32), c_int64],
     "bf16_sums": [],
+    "advise_huge_pages": [c_void_p, c_int64],
     "pack_bf16": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "pack_f32": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "pack_f16": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],

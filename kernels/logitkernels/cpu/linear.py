@@ -12,6 +12,7 @@ from torch import Tensor
 
 from logitkernels.cpu.arguments import as_float32, as_integers, num_threads
 from logitkernels.cpu.library import Library, LinearPartStruct, LinearStruct
+from logitkernels.cpu.memory import PackedMemory
 from logitkernels.int4 import GROUP_SIZES, group_bytes, int4_format
 from logitkernels.weights import BlockWeight, Linear, Weight, stack_dense
 
@@ -101,7 +102,13 @@ class CpuLinear(Linear):
     """Linear layer in the layout that linear.h describes. Activations are rounded as the kind of each part says."""
 
     def __init__(
-        self, library: Library, weights: Sequence[Weight], bias: Tensor | None, *, exact: bool
+        self,
+        library: Library,
+        memory: PackedMemory,
+        weights: Sequence[Weight],
+        bias: Tensor | None,
+        *,
+        exact: bool,
     ) -> None:
         """Pack the weights: dense ones, and blocks in the formats of `BLOCK_TYPES`.
 
@@ -118,9 +125,9 @@ class CpuLinear(Linear):
         super().__init__(weights, bias)
         self._library = library
         if any(isinstance(weight, BlockWeight) for weight in weights):
-            self._parts = [_pack(library, weight, exact=exact) for weight in weights]
+            self._parts = [_pack(library, memory, weight, exact=exact) for weight in weights]
         else:
-            self._parts = [_pack_dense(library, stack_dense(weights), exact=exact)]
+            self._parts = [_pack_dense(library, memory, stack_dense(weights), exact=exact)]
         self._bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
         structs = [LinearPartStruct(part.kind, part.rows, part.packed.data_ptr()) for part in self._parts]
         self.struct = LinearStruct(
@@ -148,14 +155,14 @@ class CpuLinear(Linear):
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-def _pack(library: Library, weight: Weight, *, exact: bool) -> _Part:
+def _pack(library: Library, memory: PackedMemory, weight: Weight, *, exact: bool) -> _Part:
     """Pack a weight of a layer that has blocks."""
     if isinstance(weight, BlockWeight):
-        return _pack_blocks(library, weight, exact=exact)
-    return _pack_dense(library, weight.tensor.detach(), exact=True)
+        return _pack_blocks(library, memory, weight, exact=exact)
+    return _pack_dense(library, memory, weight.tensor.detach(), exact=True)
 
 
-def _pack_dense(library: Library, weight: Tensor, *, exact: bool) -> _Part:
+def _pack_dense(library: Library, memory: PackedMemory, weight: Tensor, *, exact: bool) -> _Part:
     if weight.dtype == torch.float32:
         narrow = weight.to(torch.bfloat16)
         fits = torch.equal(narrow.float(), weight)
@@ -176,7 +183,7 @@ def _pack_dense(library: Library, weight: Tensor, *, exact: bool) -> _Part:
         LinearKind.F16_FMA: library.pack_f16,
     }.get(kind, library.pack_bf16)
     steps = depth + depth % 2 if weight.dtype == torch.bfloat16 else depth
-    packed = torch.empty(-(-rows // PANEL_COLUMNS) * steps * PANEL_COLUMNS, dtype=weight.dtype)
+    packed = memory.allocate(-(-rows // PANEL_COLUMNS) * steps * PANEL_COLUMNS * weight.itemsize)
     pack_panels(weight.data_ptr(), depth, rows, depth, packed.data_ptr(), num_threads())
     return _Part(kind, rows, packed)
 
@@ -198,7 +205,7 @@ def check_raw(weight: BlockWeight, block: int, block_bytes: int) -> None:
         raise ValueError(f"raw has {raw.numel()} bytes; {weight.shape} in {weight.format} has {expected}")
 
 
-def _pack_blocks(library: Library, weight: BlockWeight, *, exact: bool) -> _Part:
+def _pack_blocks(library: Library, memory: PackedMemory, weight: BlockWeight, *, exact: bool) -> _Part:
     if weight.format not in BLOCK_TYPES:
         raise ValueError(f"{weight.format} is not among {', '.join(sorted(BLOCK_TYPES))}")
     (rows, depth), block_type = weight.shape, BLOCK_TYPES[weight.format]
@@ -207,7 +214,7 @@ def _pack_blocks(library: Library, weight: BlockWeight, *, exact: bool) -> _Part
     if order is not None and not torch.equal(order.sort().values, torch.arange(rows)):
         raise ValueError(f"order does not hold each of the {rows} rows once")
     raw = weight.raw.contiguous()
-    packed = torch.empty(library.packed_bytes(block_type, rows, depth), dtype=torch.uint8)
+    packed = memory.allocate(library.packed_bytes(block_type, rows, depth))
     library.pack_blocks(
         raw.data_ptr(),
         None if order is None else order.data_ptr(),

@@ -1,4 +1,6 @@
 // Packing of blocks into panels.
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -48,6 +50,9 @@ void pack_format(const uint8_t* raw, const int64_t* order, int64_t n, int64_t bl
 using namespace logitkernels;
 
 extern "C" {
+
+// Asks for huge pages in place of small ones. A system without them ignores it.
+void logitkernels_advise_huge_pages(void* memory, int64_t bytes) { madvise(memory, size_t(bytes), MADV_HUGEPAGE); }
 
 // Returns the bytes of a weight [n, k] in panels.
 int64_t logitkernels_packed_bytes(int64_t type, int64_t n, int64_t k) {
