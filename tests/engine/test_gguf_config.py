@@ -397,6 +397,23 @@ def test_models_that_are_not_fused_multiply_the_file_s_blocks(name: str, tmp_pat
     assert all(name.endswith(routers) for name in matrices)
 
 
+def test_experts_in_several_formats_and_in_none_are_served(tmp_path: Path) -> None:
+    """Tolerance in float32: 1e-3 absolute. Gates are in one format, ups in another, and downs are no blocks."""
+    case, kinds = CASES["qwen3moe"], {"ffn_up_exps": "Q4_0", "ffn_down_exps": "F32", "ffn_gate_inp": "F32"}
+    model = model_of(case)
+
+    def kind(tensor: str, columns: int) -> str:
+        return next(
+            (own for part, own in kinds.items() if part in tensor), "Q8_0" if columns % 32 == 0 else "F32"
+        )
+
+    blocks = fill_with_blocks(model, case.architecture, case.keys, kind)
+    path = write_gguf(tmp_path / "model.gguf", model, case.architecture, case.keys, blocks=blocks)
+    loaded = serve(path)
+    assert np.abs(rows_of(loaded) - reference_logits(model, PROMPT)).max() <= 1e-3
+    assert loaded.info.weights.endswith("Q8_0), dense")
+
+
 @pytest.mark.parametrize("name", ["granite", "gpt-oss", "deepseek2-v3"])
 def test_models_that_are_not_fused_are_nearer_to_float32_than_transformers_bfloat16(
     name: str, tmp_path: Path

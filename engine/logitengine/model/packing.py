@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,29 +20,31 @@ def modules_to_pack(model: PreTrainedModel, source: WeightSource) -> dict[str, n
     return found if any(_has_blocks(name, module, source) for name, module in found.items()) else {}
 
 
-def pack_modules(model: PreTrainedModel, modules: Mapping[str, nn.Module], packer: Packer) -> None:
-    """Replace all linear layers and experts of the model by packed ones. Nothing else keeps their weights.
+def pack_modules(model: PreTrainedModel, modules: dict[str, nn.Module], packer: Packer) -> None:
+    """Replace linear layers and experts of the model, if any are named, by packed ones.
 
-    The residual stream becomes float32, like that of fused models: so do the parameters that remain, and what the
-    embedding returns.
+    ``modules`` is emptied, so that each one's own weights are freed before the next one is packed. The residual stream
+    becomes float32, like that of fused models: so do the parameters that remain, and what the embedding returns.
 
     Raises ValueError for experts of an unknown kind.
     """
-    for name, module in modules.items():
+    if not modules:
+        return
+    for name in list(modules):
         parent, _, own = name.rpartition(".")
-        packed = (
-            FusedLinear(packer.pack({name: module}))
-            if isinstance(module, nn.Linear)
-            else _pack_experts(name, module, packer)
-        )
-        setattr(model.get_submodule(parent), own, packed)
-    if modules:
-        embedding = model.get_input_embeddings()
-        embedding.register_forward_hook(_widen)
-        for module in model.modules():
-            if module is not embedding:
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.float()
+        setattr(model.get_submodule(parent), own, _packed(name, modules.pop(name), packer))
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(_widen)
+    for module in model.modules():
+        if module is not embedding:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+
+
+def _packed(name: str, module: nn.Module, packer: Packer) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        return FusedLinear(packer.pack({name: module}))
+    return _pack_experts(name, module, packer)
 
 
 def _layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
@@ -50,7 +52,8 @@ def _layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     prefix, head = model.base_model_prefix, model.get_output_embeddings()
     for name, module in model.named_modules():
         is_served = name.startswith(f"{prefix}.") or module is head
-        if is_served and (isinstance(module, nn.Linear) or is_stacked(module)):
+        # A class derived from nn.Linear, such as a router, may compute something else.
+        if is_served and (type(module) is nn.Linear or is_stacked(module)):
             yield name, module
 
 
