@@ -95,5 +95,5 @@ def test_blocks_that_a_backend_does_not_multiply_are_refused() -> None:
     with pytest.raises(ValueError, match="not in blocks of one format"):
         kernels_of("cpu").pack([q8, q4])
     iq2 = BlockWeight("a", torch.from_numpy(np.zeros((4, 66), dtype=np.uint8)), "IQ2_XXS", (4, 256))
-    with pytest.raises(ValueError, match="IQ2_XXS is not among IQ4_NL, IQ4_XS, MXFP4, Q2_K"):
+    with pytest.raises(ValueError, match="IQ2_XXS is not among INT4_128, INT4_32, INT4_64, IQ4_NL"):
         kernels_of("cpu").pack([iq2])
