@@ -17,7 +17,7 @@ from logitengine.model.checkpoint import Checkpoint
 from logitengine.model.loader import LoadedModel, load
 from numpy.typing import NDArray
 from packaged_models import GEMMA3, QWEN_CODER, packaged_checkpoint
-from support import english_tokens, greedy, make_engine, run, to_numpy
+from support import english_tokens, greedy, make_engine, run
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(1200)]
