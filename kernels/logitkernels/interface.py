@@ -196,6 +196,10 @@ class Kernels(ABC):
         """Return the logits [R, V] at ``ids`` int64 [R, K] -> [R, K], and each row's ``logsumexp`` [R]."""
         return logits.gather(-1, ids), self.logsumexp(logits)
 
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """Return ``cap * tanh(logits / cap)``, in the dtype of ``logits``."""
+        return torch.tanh(logits / cap) * cap
+
     def count_above(self, logits: Tensor, bounds: Tensor) -> Tensor:
         """Count the logits of each row [R, V] above its bound [R] -> int64 [R]. A NaN is not counted."""
         return (logits > bounds[:, None]).sum(-1)

@@ -148,8 +148,9 @@ def test_rows_are_the_models_in_every_family(
     )
     with caplog.at_level(logging.INFO, "logitengine.model.loader"):
         loaded = load(config)
-    if kernels == "triton":
-        assert ("triton kernels, fused" in caplog.text) == (family in FUSED)
+    assert (f"{loaded.kernels.name} kernels, fused" in caplog.text) == (family in FUSED)
+    if loaded.kernels.name == "cpu":
+        assert loaded.info.batch_invariant == (family in FUSED)
     assert loaded.info.architecture == f"{family}ForCausalLM"
     answer = run(
         make_engine(loaded, max_prefill_chunk=5),

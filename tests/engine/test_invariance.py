@@ -1,11 +1,13 @@
 """A request's rows are the same bytes with any neighbours and any split of the work, on the native CPU kernels.
 
-Raw logits of every prompt and generated position are compared as bytes, on the real model in its default mode.
+Raw logits of every prompt and generated position are compared as bytes: on the real model in its default mode, and on
+a tiny Gemma with all that its families have beyond Llama's.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 
 import numpy as np
 import pytest
@@ -13,16 +15,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logitengine.config import EngineConfig
 from logitengine.link.messages import GenerationRequest, LogitsSpec
+from logitengine.model.checkpoint import Checkpoint
 from logitengine.model.loader import LoadedModel, load
 from msgspec.structs import replace
 from support import EVERY_ROW, Collected, english_tokens, greedy, make_engine, run
+from tiny_models import save_gemma3
 
 ANSWER = 5
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def native(request: pytest.FixtureRequest) -> LoadedModel:
-    loaded = load(EngineConfig(dtype=request.param, kv_cache_bytes=1 << 29, num_threads=1))
+@pytest.fixture(scope="module", params=["smollm2-bfloat16", "smollm2-float32", "gemma-bfloat16"])
+def native(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, smollm2: Checkpoint
+) -> LoadedModel:
+    model, _, dtype = request.param.partition("-")
+    if model == "gemma":
+        directory = save_gemma3(
+            tmp_path_factory.mktemp(model),
+            vocab_size=49152,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=4.0,
+        )
+        shutil.copy(smollm2.tokenizer_path / "tokenizer.json", directory)
+        model = str(directory)
+    loaded = load(EngineConfig(model=model, dtype=dtype, kv_cache_bytes=1 << 29, num_threads=1))
     if not loaded.info.batch_invariant:
         pytest.skip("the native kernels do not run on this machine")
     return loaded

@@ -38,10 +38,11 @@ def save_llama(directory: Path, *, vocab_size: int, has_nan: bool = False, **opt
     return _save(directory, LlamaForCausalLM, config, has_nan=has_nan)
 
 
-def save_gemma3(directory: Path, *, vocab_size: int) -> Path:
+def save_gemma3(directory: Path, *, vocab_size: int, **options: Any) -> Path:
     """Save three layers of Gemma 3, two of them with a sliding window, and return ``directory``.
 
-    The family differs from Llama in its many norms, two rotary embeddings and GELU.
+    The family differs from Llama in its many norms, two rotary embeddings and GELU. ``options`` are more fields of its
+    config.
     """
     config = Gemma3TextConfig(
         **{**_COMMON, "initializer_range": 0.2},
@@ -57,6 +58,7 @@ def save_gemma3(directory: Path, *, vocab_size: int) -> Path:
             "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
+        **options,
     )
     return _save(directory, Gemma3ForCausalLM, config)
 

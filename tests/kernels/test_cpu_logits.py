@@ -55,6 +55,18 @@ def test_count_above_is_the_reference(rows: int, vocab: int, data: st.DataObject
     assert torch.equal(KERNELS.count_above(logits, bounds), ReferenceKernels().count_above(logits, bounds))
 
 
+def test_softcap_is_the_formula_and_rounds_each_logit_alike_anywhere() -> None:
+    """Tolerance: 4e-7 of the cap."""
+    logits = torch.randn(7, 1003, generator=torch.Generator().manual_seed(1)) * 50
+    logits[0, :3] = torch.tensor([torch.inf, -torch.inf, 0.0])
+    actual = KERNELS.softcap(logits, 30.0)
+    assert (actual - 30 * torch.tanh(logits.double() / 30)).abs().max() < 1.2e-5
+    for row, expected in zip(logits, actual, strict=True):
+        assert torch.equal(KERNELS.softcap(row[None], 30.0)[0], expected)
+    assert KERNELS.softcap(torch.tensor([torch.nan]), 30.0).isnan()
+    assert KERNELS.softcap(logits.bfloat16(), 30.0).dtype == torch.bfloat16
+
+
 def test_zeros_of_either_sign_tie_and_keep_their_bits() -> None:
     logits = torch.tensor([[-1.0, -0.0, 0.0, -0.0, -2.0]])
     ids, values = KERNELS.top_k_logits(logits, 3)

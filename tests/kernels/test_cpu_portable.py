@@ -140,5 +140,7 @@ def test_operations_on_logits_have_the_bits_of_the_native_ones() -> None:
         NATIVE.top_k_logits(logits, 50), PORTABLE.top_k_logits(logits, 50), strict=True
     ):
         assert torch.equal(portable.nan_to_num(), native.nan_to_num())
+    capped = logits.nan_to_num()
+    assert torch.equal(PORTABLE.softcap(capped, 3.0), NATIVE.softcap(capped, 3.0))
     assert torch.equal(PORTABLE.logsumexp(logits)[1:], NATIVE.logsumexp(logits)[1:])
     assert PORTABLE.logsumexp(logits)[0].isnan()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaForCausalLM, GemmaModel, GemmaRMSNorm
-from transformers.models.gemma2.modeling_gemma2 import Gemma2Model, Gemma2RMSNorm
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm, Gemma3TextModel
+from transformers.models.gemma2.modeling_gemma2 import Gemma2ForCausalLM, Gemma2Model, Gemma2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM, Gemma3RMSNorm, Gemma3TextModel
 from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2Model
@@ -48,6 +48,9 @@ PLAIN_HEADS = (
     PlainTextPart,
 )
 """Models whose logits are the output of the linear layer."""
+
+CAPPED_HEADS = (Gemma2ForCausalLM, Gemma3ForCausalLM)
+"""Models whose logits are bounded by the config's ``final_logit_softcapping``, if it is set."""
 
 MOST_TABLED_POSITIONS = 1 << 15
 """Positions with tabled cosines and sines: 16 MiB each for a head of 128."""
@@ -256,7 +259,20 @@ def _fuse_head(model: PreTrainedModel, packer: Packer) -> Head:
         model.lm_head = FusedLinear(packed)
         if type(model) in PLAIN_HEADS:
             return packed
+        if type(model) in CAPPED_HEADS:
+            cap = model.config.final_logit_softcapping
+            return packed if cap is None else _CappedHead(packed, cap, packer.kernels)
     return TransformersHead(model)
+
+
+@dataclass(frozen=True, slots=True)
+class _CappedHead:
+    linear: Linear
+    cap: float
+    kernels: Kernels
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.kernels.softcap(self.linear(hidden), self.cap)
 
 
 def _activation(layer: Any) -> Activation | None:

@@ -212,7 +212,7 @@ inline RowState soften(float* scores, Range keys, float softcap) {
     for (int64_t g = first; g < last; ++g) {
         const __mmask16 mask = lane_mask(keys.to - g * kLanes) & ~lane_mask(keys.from - g * kLanes);
         __m512 s = _mm512_load_ps(scores + g * kLanes);
-        if (softcap > 0) s = _mm512_mul_ps(cap, hyperbolic_tangent(_mm512_div_ps(s, cap)));
+        if (softcap > 0) s = softcapped(s, cap);
         s = _mm512_mask_mov_ps(minus_infinity, mask, s);
         _mm512_store_ps(scores + g * kLanes, s);
         maximum = _mm512_max_ps(maximum, s);

@@ -230,6 +230,13 @@ class CpuKernels(Kernels):
         self._library.log_sum_exp(source.data_ptr(), rows, vocab, out.data_ptr(), threads_for(rows))
         return out
 
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """Return ``cap * tanh(logits / cap)``, in the dtype of ``logits``. Torch's own tanh depends on the processor."""
+        source = as_float32(logits, "logits")
+        out = torch.empty_like(source)
+        self._library.softcap(source.data_ptr(), cap, source.numel(), out.data_ptr(), num_threads())
+        return out.to(logits.dtype)
+
     def count_above(self, logits: Tensor, bounds: Tensor) -> Tensor:
         """Count the logits of each row [R, V] above its bound [R] -> int64 [R]. A NaN is not counted."""
         rows, vocab = logits.shape

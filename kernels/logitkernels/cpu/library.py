@@ -144,6 +144,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "top_k": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int],
     "sample": [POINTER(SamplingRowStruct), c_int64, c_int64, c_void_p, c_int],
     "log_sum_exp": [c_void_p, c_int64, c_int64, c_void_p, c_int],
+    "softcap": [c_void_p, c_float, c_int64, c_void_p, c_int],
     "count_above": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int],
     "decoder_layers": [
         POINTER(DecoderLayerStruct),

@@ -1,6 +1,7 @@
 // Operations on rows of logits [rows, vocab], float32. One thread reads a row once: 4 bytes per logit.
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "top_k.h"
@@ -24,6 +25,13 @@ float log_sum_exp(const float* row, int64_t size) {
     return float(double(top) + std::log(_mm512_reduce_add_pd(_mm512_add_pd(low, high))));
 }
 
+void softcap(const float* logits, float cap, int64_t count, float* out) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const __mmask16 exists = lane_mask(count - i);
+        store(out + i, exists, softcapped(load(logits + i, exists), _mm512_set1_ps(cap)));
+    }
+}
+
 }  // namespace
 }  // namespace logitkernels
 
@@ -44,6 +52,13 @@ void logitkernels_top_k(const float* logits, int64_t rows, int64_t vocab, int64_
 void logitkernels_log_sum_exp(const float* logits, int64_t rows, int64_t vocab, float* out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t row = 0; row < rows; ++row) out[row] = log_sum_exp(logits + row * vocab, vocab);
+}
+
+// cap * tanh(logit / cap) of each of `count` logits.
+void logitkernels_softcap(const float* logits, float cap, int64_t count, float* out, int threads) {
+    constexpr int64_t chunk = 4096;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < count; i += chunk) softcap(logits + i, cap, std::min(chunk, count - i), out + i);
 }
 
 // Counts the entries of each row that are larger than its bound. A NaN is not counted.

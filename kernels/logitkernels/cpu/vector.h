@@ -181,4 +181,7 @@ inline __m512 hyperbolic_tangent(__m512 x) {
     return _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, one)));
 }
 
+// cap * tanh(x / cap)
+inline __m512 softcapped(__m512 x, __m512 cap) { return _mm512_mul_ps(cap, hyperbolic_tangent(_mm512_div_ps(x, cap))); }
+
 }  // namespace logitkernels
