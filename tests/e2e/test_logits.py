@@ -326,6 +326,7 @@ def test_the_models_listing_names_heads_and_sizes(client: httpx.Client) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["heads"], model["hidden_size"]) == ({"helpful": 1, "kind": 3}, 64)
     assert model["can_generate"] is True
+    assert model["weights"] == "dense"
 
 
 def test_a_stream_says_at_once_what_it_will_hold(tiny_url: str) -> None:

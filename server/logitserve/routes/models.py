@@ -27,6 +27,7 @@ def describe(model: Model, name: str) -> dict[str, Any]:
         "heads": info.heads,
         "architecture": info.architecture,
         "dtype": info.dtype,
+        "weights": info.weights,
         "device": info.device,
         "kernels": info.kernels,
         "batch_invariant": info.batch_invariant,

@@ -51,6 +51,8 @@ class Model(TypedDict):
     """Value heads and classifiers by name, with the number of values that each gives per token."""
     architecture: str
     dtype: str
+    weights: str
+    """How linear layers store their weights, such as `stored (Q4_K, Q6_K)` or `dense`."""
     device: str
     kernels: str
     batch_invariant: bool
