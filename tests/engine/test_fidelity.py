@@ -22,7 +22,7 @@ MEAN_ABSOLUTE = 1e-4
 ANSWER = 8
 
 LENGTHS = [1, 2, 15, 16, 17, 100, 500, 1500]
-BATCH_LENGTHS = [1, 2, 3, 15, 16, 17, 31, 40, 64, 100, 129, 200, 300, 401, 700, 1500]
+BATCH_LENGTHS = [1, 2, 3, 15, 16, 17, 31, 40, 64, 100, 129, 200, 300, 401, 500, 600]
 
 
 def prompt_of(loaded: LoadedModel, length: int) -> list[int]:

@@ -101,13 +101,16 @@ def finish(engine: Engine) -> dict[tuple[str, int], Collected]:
     return collected
 
 
-@cache
 def english_tokens(tokenizer_path: str, count: int, start: int = 0) -> list[int]:
     """Return ``count`` tokens of a standard library module, which holds prose and code."""
+    return _english_tokens(tokenizer_path)[start : start + count]
+
+
+@cache
+def _english_tokens(tokenizer_path: str) -> list[int]:
     tokenizer = Tokenizer.from_file(f"{tokenizer_path}/tokenizer.json")
-    text = Path(argparse.__file__).read_text()
-    ids: list[int] = tokenizer.encode(text).ids
-    return ids[start : start + count]
+    ids: list[int] = tokenizer.encode(Path(argparse.__file__).read_text()).ids
+    return ids
 
 
 def reference_logits(model: torch.nn.Module, token_ids: list[int]) -> NDArray[np.float32]:
