@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import logging
 import os
@@ -77,6 +78,13 @@ def main() -> NoReturn:
     # two seconds, and a thread that still works for grammars, in foreign code, must not meet it.
     logging.shutdown()
     os._exit(status)
+
+
+def _return_free_memory() -> None:
+    """Return what loading has freed to the system. glibc keeps it otherwise: 50 MiB after a vocabulary of 262,144 tokens."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Heart:
@@ -182,6 +190,7 @@ class EngineLoop:
         if missing is not None:
             logger.info("%s", missing)
         pages = PageTaker(loaded.runner.kv_cache.blocks)
+        _return_free_memory()
         gc.freeze()
         gc.enable()
         self._send(Ready(engine.info))

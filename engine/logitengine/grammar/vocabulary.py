@@ -86,12 +86,13 @@ class Vocabulary:
     def tokenizer(self) -> LLTokenizer:
         """llguidance's tokenizer, which takes half a second and the interpreter's lock to make. Raises GrammarError."""
         try:
-            text = self._path.read_text(encoding="utf-8")
+            # A path that begins with a slash is read by llguidance. As a string of Python the file takes up to 4 bytes a letter.
+            path = str(self._path.absolute())
             try:
-                return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+                return LLTokenizer(path, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
             except ValueError:
                 # A tokenizer may know more tokens than the model has logits.
-                return LLTokenizer(text, eos_token=self._eos_token_ids)
+                return LLTokenizer(path, eos_token=self._eos_token_ids)
         except (OSError, ValueError) as error:
             raise GrammarError(
                 f"this model's answers cannot follow a grammar, because llguidance does not take its tokenizer: {error}"

@@ -53,7 +53,7 @@ CAPPED_HEADS = (Gemma2ForCausalLM, Gemma3ForCausalLM)
 """Models whose logits are bounded by the config's ``final_logit_softcapping``, if it is set."""
 
 MOST_TABLED_POSITIONS = 1 << 15
-"""Positions with tabled cosines and sines: 16 MiB each for a head of 128."""
+"""Positions with tabled cosines and sines: 16 MiB in all for a head of 128."""
 
 Lookup = Callable[[Tensor], Tensor]
 """Embedding of token ids, [T] -> [T, H]."""
@@ -159,23 +159,27 @@ class Rotary:
                 "default"  # no sequence is long enough to change it, and asking waits for the device
             )
         if kind != "longrope" and bound <= MOST_TABLED_POSITIONS:
-            self._table = self._compute(torch.arange(bound, device=buffer.device))
+            # The second half of the columns repeats the first.
+            cos, sin = self._compute(torch.arange(bound, device=buffer.device))
+            half = cos.shape[1] // 2
+            self._table = cos[:, :half].contiguous(), sin[:, :half].contiguous()
 
         self._axes: Tensor | None = None
         if self._table is not None and hasattr(module, "mrope_section"):
-            probe = self._compute(torch.arange(3, device=buffer.device)[:, None])[1]
+            sin = self._table[1]
+            probe = self._compute(torch.arange(3, device=buffer.device)[:, None])[1][:, : sin.shape[1]]
             # The sine differs at 0, 1 and 2 in every column.
-            self._axes = (self._table[1][:3] - probe).abs().argmin(0)
+            self._axes = (sin[:3] - probe).abs().argmin(0)
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self._table is None:
             return self._compute(positions)
         cos, sin = self._table
         if positions.ndim == 1:
-            return cos.index_select(0, positions), sin.index_select(0, positions)
+            return cos.index_select(0, positions).repeat(1, 2), sin.index_select(0, positions).repeat(1, 2)
         assert self._axes is not None  # noqa: S101 - only models with three axes have such positions
         places = positions.t()[:, self._axes]
-        return cos.gather(0, places), sin.gather(0, places)
+        return cos.gather(0, places).repeat(1, 2), sin.gather(0, places).repeat(1, 2)
 
     @torch.inference_mode()
     def _compute(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import byref, pointer
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ VECTORS = (
 def _with_float32_vectors(layer: DecoderLayerWeights) -> DecoderLayerWeights:
     if (layer.q_norm is None) != (layer.k_norm is None):
         raise ValueError("a layer has both q_norm and k_norm or neither")
-    vectors = {name: _float32(getattr(layer, name), name) for name in VECTORS}
+    vectors: dict[str, Any] = {name: _float32(getattr(layer, name), name) for name in VECTORS}
     sinks = _float32(layer.attention.sinks, "sinks")
     return replace(layer, **vectors, attention=replace(layer.attention, sinks=sinks))
 
