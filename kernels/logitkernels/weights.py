@@ -27,7 +27,7 @@ class DenseWeight:
 
 @dataclass(frozen=True, slots=True)
 class BlockWeight:
-    """Weight [N, K] in blocks along K, as a GGUF file has it or int4.py: ``raw`` is uint8 [N, bytes of a row].
+    """Weight [N, K] in blocks along K, as GGUF files or int4.py lay them out: ``raw`` is uint8 [N, bytes of a row].
 
     ``format`` is GGUF's name of the type, such as Q4_K, or one of int4.py. A backend's ``block_formats`` are those that it
     multiplies. ``raw`` may be a mapped file: packing copies it. ``order``, int64 [N], holds for each row of the weight its

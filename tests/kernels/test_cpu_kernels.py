@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from logitkernels import AttentionOptions, DenseWeight
 from logitkernels.cpu import CpuKernels
 from logitkernels.cpu.errors import BuildError
-from logitkernels.cpu.linear import CpuLinear
+from logitkernels.cpu.linear import Bf16Sums, CpuLinear
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,8 +33,35 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def pack(weight: Tensor, bias: Tensor | None = None, *, exact: bool = False) -> CpuLinear:
-    return KERNELS.pack([DenseWeight("w", weight)], bias, exact=exact)
+class WithoutTiles:
+    """The library as it is where the system grants no tile registers: bfloat16 is multiplied in pairs."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def bf16_sums(self) -> int:
+        return min(self._library.bf16_sums(), Bf16Sums.IN_PAIRS)
+
+
+def kernels_without_tiles() -> CpuKernels:
+    kernels = CpuKernels()
+    kernels._library = WithoutTiles(kernels._library)  # type: ignore[assignment]
+    return kernels
+
+
+WITHOUT_TILES = kernels_without_tiles()
+
+
+def pack(
+    weight: Tensor, bias: Tensor | None = None, *, exact: bool = False, kernels: CpuKernels = KERNELS
+) -> CpuLinear:
+    return kernels.pack([DenseWeight("w", weight)], bias, exact=exact)
+
+
+any_sums = pytest.mark.parametrize("kernels", [KERNELS, WITHOUT_TILES], ids=["best", "without tiles"])
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -43,42 +71,48 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
     assert error < tolerance, f"relative error {error:.2e}"
 
 
+@any_sums
 @quick
 @given(
-    rows=st.integers(1, 40),
+    rows=st.integers(0, 40),
     out=st.integers(1, 100),
     depth=st.integers(1, 150),
     dtype=st.sampled_from(WEIGHT_DTYPES),
     has_bias=st.booleans(),
 )
 def test_linear_is_the_product_with_the_stored_weights(
-    rows: int, out: int, depth: int, dtype: torch.dtype, *, has_bias: bool
+    kernels: CpuKernels, rows: int, out: int, depth: int, dtype: torch.dtype, *, has_bias: bool
 ) -> None:
     weight = random(out, depth, seed=1, dtype=dtype)
     bias = random(out, seed=2) if has_bias else None
     x = random(rows, depth, seed=3)
     read = x.bfloat16() if dtype == torch.bfloat16 else x
     expected = read.double() @ weight.double().T + (0 if bias is None else bias.double())
-    assert_close(pack(weight, bias)(x), expected, 5e-6)
+    found = pack(weight, bias, kernels=kernels)(x)
+    assert found.shape == expected.shape
+    if rows:
+        assert_close(found, expected, 5e-6)
 
 
+@any_sums
 @pytest.mark.parametrize("exact", [False, True], ids=["rounded", "exact"])
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.parametrize(("out", "depth"), [(96, 64), (77, 123), (1, 1), (33, 577)])
 def test_a_row_of_a_linear_has_the_same_bits_in_every_batch(
-    exact: bool, dtype: torch.dtype, out: int, depth: int
+    kernels: CpuKernels, exact: bool, dtype: torch.dtype, out: int, depth: int
 ) -> None:
-    linear = pack(random(out, depth, seed=1, dtype=dtype), random(out, seed=2), exact=exact)
+    linear = pack(random(out, depth, seed=1, dtype=dtype), random(out, seed=2), exact=exact, kernels=kernels)
     x = random(43, depth, seed=3)
     alone = torch.cat([linear(row[None]) for row in x])
-    for size in (*range(2, 27), 43):
+    for size in (*range(2, 27), 32, 33, 43):
         for start in range(0, 43, size):
             batch = linear(x[start : start + size])
             assert torch.equal(batch, alone[start : start + size]), (size, start)
 
 
-def test_rows_have_the_same_bits_past_a_block_of_activations() -> None:
-    linear = pack(random(64, 4096, seed=1, dtype=torch.bfloat16))
+@any_sums
+def test_rows_have_the_same_bits_past_a_block_of_activations(kernels: CpuKernels) -> None:
+    linear = pack(random(64, 4096, seed=1, dtype=torch.bfloat16), kernels=kernels)
     x = random(150, 4096, seed=2)
     assert torch.equal(linear(x)[[0, 100, 149]], linear(x[[0, 100, 149]]))
 
@@ -156,7 +190,7 @@ def test_gelu_and_mul_is_the_tanh_approximation(rows: int, size: int, scale: flo
     assert torch.equal(actual[:1], KERNELS.gelu_and_mul(gate_up[:1]))
 
 
-def test_gelu_is_within_1e_6_of_its_own_size_as_far_as_it_is_above_1e_6() -> None:
+def test_gelu_is_within_3e_6_of_its_own_size_as_far_as_it_is_above_1e_6() -> None:
     gate = torch.linspace(-5, 20, 100_001)
     gates = gate.double()
     inner = (2 / torch.pi) ** 0.5 * (gates + 0.044715 * gates**3)

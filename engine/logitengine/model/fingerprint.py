@@ -126,20 +126,22 @@ def fingerprint(
     Args:
         weights: the result of WeightsDigest.
         stored_as: how linear layers store their weights.
-        reads_images: whether the model has an image encoder, of which torch computes a part.
+        reads_images: whether the model has an image encoder, whose layers are dense and of which torch computes a part.
     """
     facts = [weights, stored_as, dtype, kernels.name, kernels.batch_invariant, is_fused, _sources_digest()]
     facts += [
         torch.__version__,
         transformers.__version__,
-        *_machine(kernels, device, stored_as, dtype, is_fused=is_fused),
+        *_machine(
+            kernels, device, is_fused=is_fused, has_dense="dense" in stored_as or reads_images, dtype=dtype
+        ),
     ]
     if reads_images:
         facts += [PIL.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     return f"fp_{digest_of(facts)[:NUM_DIGITS]}"
 
 
-def _machine(kernels: Kernels, device: Device, stored_as: str, dtype: str, *, is_fused: bool) -> list[Any]:
+def _machine(kernels: Kernels, device: Device, *, is_fused: bool, has_dense: bool, dtype: str) -> list[Any]:
     """Return what the machine adds: nothing of its instruction sets where no row depends on them."""
     if device.torch_device.type == "cuda":
         gpu = [torch.cuda.get_device_name(device.torch_device), torch.version.cuda]
@@ -147,7 +149,7 @@ def _machine(kernels: Kernels, device: Device, stored_as: str, dtype: str, *, is
     machine: list[Any] = [platform.machine()]
     if kernels.name != "cpu" or not is_fused:  # torch computes
         machine += [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
-    if kernels.name == "cpu" and "dense" in stored_as and dtype == "bfloat16":
+    if kernels.name == "cpu" and has_dense and dtype == "bfloat16":
         machine.append(kernels.bf16_sums)
     return machine
 

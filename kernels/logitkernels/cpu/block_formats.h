@@ -290,7 +290,8 @@ LOGITKERNELS_INLINE void with_format(int64_t type, const Use& use) {
         case kMXFP4: return use.template operator()<MXFP4>();
         case kInt4By32: return use.template operator()<Int4By32>();
         case kInt4By64: return use.template operator()<Int4By64>();
-        default: return use.template operator()<Int4By128>();
+        case kInt4By128: return use.template operator()<Int4By128>();
+        default: std::abort();
     }
 }
 

@@ -114,7 +114,8 @@ struct PairDot : Dot {
         _mm512_store_si512(scratch, _mm512_sub_epi16(q.template raw<P>(integers), offset));
     }
     template <int P, class Integers, int R>
-    static LOGITKERNELS_INLINE void add_packed(const Integers& q, const char* integers, const int16_t* x, int64_t stride, __m512i (&sums)[R]) {
+    static LOGITKERNELS_INLINE void add_packed(const Integers& q, const char* integers, const int16_t* x, int64_t stride,
+                                               __m512i (&sums)[R]) {
         add<R>(q.template raw<P>(integers), x, stride, sums);
     }
     template <int R>
@@ -254,7 +255,8 @@ struct Fma {
         _mm512_store_ps(scratch + 64, q.template odd<P>(integers));
     }
     template <int P, class Integers, int R>
-    static LOGITKERNELS_INLINE void add_packed(const Integers& q, const char* integers, const float* x, int64_t stride, __m512 (&sums)[R]) {
+    static LOGITKERNELS_INLINE void add_packed(const Integers& q, const char* integers, const float* x, int64_t stride,
+                                               __m512 (&sums)[R]) {
         const __m512 even = q.template even<P>(integers), odd = q.template odd<P>(integers);
         add<R>(even, x, stride, sums);
         add<R>(odd, x + 1, stride, sums);

@@ -38,7 +38,7 @@ from logitkernels.weights import BlockWeight, Weight
 
 
 class CpuKernels(Kernels):
-    """Kernels for x86-64 (AVX-512 VNNI and BF16 and AMX where the processor has them, else AVX2) and for aarch64.
+    """Kernels for x86-64 (AVX-512 where the processor has VNNI and BF16, else AVX2; AMX for bfloat16) and for aarch64.
 
     Activations are float32; bfloat16 ones are widened on entry and the result is rounded back. The number of
     threads is torch's, and never changes a result.

@@ -3,8 +3,10 @@
 //     x += output(attention(rope(qkv(norm(x)))))
 //     x += down(activation(gate(norm(x))) * up(norm(x)))
 //
-// Some layers norm what they add to x. The residual stream x is float32. Each operation writes its output in the type that the next linear layer
-// reads (bf16 or float32), so no separate pass converts it.
+// Some layers norm what they add to x.
+//
+// The residual stream x is float32. Each operation writes its output in the type that the next linear layer reads (bf16
+// or float32), so no separate pass converts it.
 #include <algorithm>
 #include <optional>
 

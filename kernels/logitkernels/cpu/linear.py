@@ -149,9 +149,10 @@ class CpuLinear(Linear):
             raise ValueError(f"x is {list(x.shape)}; the layer reads {self.in_features} features")
         rows = as_float32(x, "x").reshape(-1, self.in_features)
         out = torch.empty(rows.shape[0], self.out_features)
-        self._library.linear(
-            byref(self.struct), rows.data_ptr(), rows.shape[0], out.data_ptr(), num_threads()
-        )
+        if len(rows):
+            self._library.linear(
+                byref(self.struct), rows.data_ptr(), rows.shape[0], out.data_ptr(), num_threads()
+            )
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 

@@ -46,11 +46,11 @@ LOGITKERNELS_INLINE void finish(const __m512 (&sums)[R][V], const Target& target
     }
 }
 
-// Rows of activations that stay in the second-level cache, beside a panel, while all panels are read.
-inline int64_t rows_per_block(int64_t rows, int64_t row_bytes) {
+// Rows of activations that stay in the second-level cache, beside a panel, while all panels are read: whole tiles.
+inline int64_t rows_per_block(int64_t rows, int64_t row_bytes, int64_t tile_rows) {
     constexpr int64_t cached_bytes = 160 * 1024;
-    const int64_t most = std::max<int64_t>(cached_bytes / row_bytes, kMaxTileRows);
-    return round_up(ceil_div(rows, ceil_div(rows, most)), kMaxTileRows);
+    const int64_t most = std::max(cached_bytes / row_bytes, tile_rows);
+    return round_up(ceil_div(rows, ceil_div(rows, most)), tile_rows);
 }
 
 // What the product with one part of a linear layer computes; `out` and `bias` begin at its first feature.
@@ -75,8 +75,8 @@ struct PartTask {
 // such an object of its own, with the memory that it needs.
 class PartProduct {
   public:
-    PartProduct(const PartTask& task, int64_t row_bytes)
-        : task_(task), panels_(task.panels()), row_block_(rows_per_block(task.rows, row_bytes)) {}
+    PartProduct(const PartTask& task, int64_t row_bytes, int64_t tile_rows = kMaxTileRows)
+        : task_(task), panels_(task.panels()), row_block_(rows_per_block(task.rows, row_bytes, tile_rows)) {}
     virtual ~PartProduct() = default;
 
     int64_t items() const { return ceil_div(task_.rows, row_block_) * panels_; }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -22,14 +24,16 @@ class PackedMemory:
     def __init__(self, library: Library) -> None:
         self._library = library
         self._rest = torch.empty(0, dtype=torch.uint8)
+        self._lock = threading.Lock()
 
     def allocate(self, nbytes: int) -> Tensor:
         """Return uninitialised memory, uint8 [nbytes], on the boundary of a cache line."""
         if nbytes > CHUNK_BYTES // 2:
             return self._chunk(nbytes)[:nbytes]
-        if nbytes > len(self._rest):
-            self._rest = self._chunk(CHUNK_BYTES)
-        taken, self._rest = self._rest[:nbytes], self._rest[-(-nbytes // CACHE_LINE) * CACHE_LINE :]
+        with self._lock:
+            if nbytes > len(self._rest):
+                self._rest = self._chunk(CHUNK_BYTES)
+            taken, self._rest = self._rest[:nbytes], self._rest[-(-nbytes // CACHE_LINE) * CACHE_LINE :]
         return taken
 
     def _chunk(self, nbytes: int) -> Tensor:

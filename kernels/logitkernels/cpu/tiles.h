@@ -80,12 +80,12 @@ class TileShapes {
     };
 };
 
-// A register adds the even and the odd ones of 32 steps apart, and then both to its sums. It does so for any number of rows, so
-// a lone row takes this way too.
+// One instruction sums the even and the odd of 32 steps separately, and then adds both to the register. It does so for any
+// number of rows, so a lone row takes this way too.
 class Bf16TileProduct : public PartProduct {
   public:
     explicit Bf16TileProduct(const PartTask& task)
-        : PartProduct(task, task.x.stride * int64_t(sizeof(bf16))), panel_bytes_(ceil_div(task.k, 2) * kPairBytes) {}
+        : PartProduct(task, task.x.stride * int64_t(sizeof(bf16)), kMostRows), panel_bytes_(ceil_div(task.k, 2) * kPairBytes) {}
 
   private:
     static constexpr int64_t kDepth = 32;       // steps along k of one instruction
@@ -99,12 +99,14 @@ class Bf16TileProduct : public PartProduct {
         const int64_t lines = panel + 1 == panels_ ? 0 : ceil_div(kStepBytes / 64, tiles);
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t row = first + t * kMostRows, size = std::min(kMostRows, first + count - row);
-            const char* ahead = weights + panel_bytes_ + t * lines * 64 * (task_.k / kDepth);
+            const int64_t fetched = t * lines * 64 * (task_.k / kDepth);
+            const char* ahead = weights + panel_bytes_ + fetched;
+            const int64_t own_lines = fetched < panel_bytes_ ? lines : 0;
             const TileShapes shapes(size);
             if (size > kTileRows)
-                sum<true>(row, size, weights, ahead, lines);
+                sum<true>(row, size, weights, ahead, own_lines);
             else
-                sum<false>(row, size, weights, ahead, lines);
+                sum<false>(row, size, weights, ahead, own_lines);
             Target target = task_.target(row, panel);
             for (int64_t r = 0; r < size; ++r, target.out += target.stride) {
                 __m512 sums[1][kVectors];
