@@ -157,7 +157,9 @@ async def streams_are_unharmed(server: Server, expected: list[list[Any]]) -> Asy
 
     async def repeat(index: int) -> int:
         num_read = 0
-        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        # Without kept connections: the attack runs in this process and may delay a client by more than --keep-alive.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
             while not over.is_set() or num_read == 0:
                 ids, generated, prompt = await read_stream(client, index)
                 assert ids == expected[index][0]
