@@ -384,6 +384,21 @@ def test_a_file_that_is_cut_is_refused_by_name(tmp_path: Path) -> None:
         check_directory(tmp_path)
 
 
+@pytest.mark.parametrize("place", [("compression_config",), ("text_config", "quantization_config")])
+def test_other_places_of_the_quantization_config_are_read(tmp_path: Path, place: tuple[str, ...]) -> None:
+    _, weights = save_packed(tmp_path, Packing("compressed-tensors"))
+    fields = json.loads((tmp_path / "config.json").read_text())
+    moved: Any = fields.pop("quantization_config")
+    for key in reversed(place):
+        moved = {key: moved}
+    if place == ("compression_config",):
+        (tmp_path / "config.json").write_text(json.dumps(fields | moved))
+        name = f"{DOWN}.weight"
+        assert torch.equal(stored(tmp_path).weights().dense(name), weights[name].float())
+    with pytest.raises(CheckpointError, match="quantised by fp8"):
+        int4_config(json.loads(json.dumps(fields | moved).replace("compressed-tensors", "fp8")), "model")
+
+
 @pytest.mark.parametrize("packing", [Packing("gptq"), Packing("compressed-tensors")], ids=str)
 def test_packed_layers_without_a_word_in_the_config_are_refused(tmp_path: Path, packing: Packing) -> None:
     """Old GPTQ checkpoints have a file of its own for it."""

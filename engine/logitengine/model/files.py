@@ -14,11 +14,10 @@ from logitengine.errors import CheckpointError
 from logitengine.model.gguf.config import model_config
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tensors import parameters_of
-from logitengine.model.int4.config import int4_config
+from logitengine.model.int4.config import int4_config, quantization_of
 from logitengine.model.int4.tensors import parameters_of as packed_parameters_of
-from logitengine.model.int4.tensors import refuse_packed
 from logitengine.model.internvl_format import is_original, original_config
-from logitengine.model.safetensors_files import tensors_of
+from logitengine.model.safetensors_files import refuse_quantised, tensors_of
 
 DEFAULT_MODEL = "smollm2"
 CONFIG = "config.json"
@@ -87,8 +86,8 @@ def check_directory(path: Path) -> None:
     packing = int4_config(fields, str(path))
     if packing is not None:
         packed_parameters_of(tensors, packing)
-    else:
-        refuse_packed(tensors)
+    elif quantization_of(fields) is None:
+        refuse_quantised(tensors)
 
 
 def check_hub_name(name: str) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,18 +15,15 @@ from transformers import AutoConfig, GenerationConfig
 from logitengine.errors import CheckpointError
 from logitengine.model.files import CONFIG
 from logitengine.model.image_families import FAMILIES
-from logitengine.model.int4.config import Int4Config
+from logitengine.model.int4.config import QUANTIZATION_CONFIGS, Int4Config
 from logitengine.model.int4.tensors import DenseParameter, PackedParameter, Parameter, parameters_of
 from logitengine.model.int4.unpacking import read_tensor
 from logitengine.model.int4.weights import PackedWeights
 from logitengine.model.pretrained import refuse_unsupported
-from logitengine.model.safetensors_files import tensors_of
+from logitengine.model.safetensors_files import COPIED_BUFFERS, tensors_of
 from logitengine.model.skeleton import EMBEDDING, StoredModel
 
 GENERATION_CONFIG = "generation_config.json"
-
-IGNORED_TENSORS = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
-"""What old checkpoints copied from buffers that follow from the config."""
 
 
 class Int4Model(StoredModel):
@@ -52,7 +49,9 @@ class Int4Model(StoredModel):
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
             refuse_unsupported(config)
             _refuse_other_models(config.model_type, config.architectures or [])
-            del config.quantization_config  # packing is read here, and transformers would want its packages
+            # Packing is read here, and transformers would want the packages that wrote it.
+            for holder, key in product((config, config.get_text_config()), QUANTIZATION_CONFIGS):
+                vars(holder).pop(key, None)
             super().__init__(paths, config, parameters, dtype, device)
             if (directory / GENERATION_CONFIG).is_file():
                 self.skeleton.generation_config = GenerationConfig.from_pretrained(directory)
@@ -91,7 +90,7 @@ class Int4Model(StoredModel):
                 and isinstance(self._parameters.get(f"{module}.weight"), PackedParameter)
                 and not read_tensor(parameter.tensor).any()
             )
-            if is_added or IGNORED_TENSORS.fullmatch(name):
+            if is_added or (name not in expected and COPIED_BUFFERS.fullmatch(name)):
                 del self._parameters[name]
 
 

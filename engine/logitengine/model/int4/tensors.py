@@ -107,19 +107,6 @@ def parameters_of(tensors: Mapping[str, FileTensor], config: Int4Config) -> dict
     return found
 
 
-def refuse_packed(tensors: Mapping[str, FileTensor]) -> None:
-    """Raise CheckpointError for a packed layer, where nothing says how it is packed.
-
-    transformers would leave such a layer's weight at random.
-    """
-    integers = {names.integers for names in NAMES.values()}
-    for tensor in tensors.values():
-        if tensor.name.rpartition(".")[2] in integers:
-            raise CheckpointError(
-                f"{tensor.path} cannot be served: {tensor.name} is packed, and config.json has no quantization_config"
-            )
-
-
 class _Layer:
     """The tensors of one packed layer, which are checked against each other."""
 
