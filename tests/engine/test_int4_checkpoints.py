@@ -410,6 +410,15 @@ def test_packed_layers_without_a_word_in_the_config_are_refused(tmp_path: Path, 
         check_directory(tmp_path)
 
 
+@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_attention_heads": 0}])
+def test_a_config_that_makes_no_model_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    save_packed(tmp_path, Packing("awq"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match="could not be loaded"):
+        served(tmp_path)
+
+
 def test_classifiers_are_refused_while_their_layers_are_packed(tmp_path: Path) -> None:
     save_packed(tmp_path, Packing("awq"))
     config = json.loads((tmp_path / "config.json").read_text())

@@ -78,6 +78,15 @@ def test_options_that_cannot_be_honoured_are_refused(
         loaded(llama, **options)
 
 
+def test_native_kernels_that_cannot_be_compiled_are_refused(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"no C\+\+ compiler"):
+        loaded(llama, kernels="cpu")
+
+
 def test_batch_invariance_is_refused_for_a_network_that_is_not_fused(cohere: Path) -> None:
     if loaded(cohere).info.kernels != "cpu":
         pytest.skip("the native kernels do not run on this machine")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
+from logitengine.model.checkpoint import resolve_checkpoint
 from logitengine.model.files import check_model, gguf_path
 from logitengine.model.loader import load
 from safetensors.torch import load_file, save_file
@@ -237,6 +238,16 @@ def test_weights_without_a_place_in_the_model_are_told_by_name(
         "weights are left out, for which the model has no place: model.extra.weight, "
         "model.layers.2.self_attn.q_proj.weight"
     )
+
+
+@pytest.mark.parametrize("config", [b"{}", b"[]", b"{"])
+def test_a_slow_tokenizer_that_cannot_be_converted_is_refused(
+    model: Path, tmp_path: Path, config: bytes
+) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").write_bytes(config)
+    with pytest.raises(CheckpointError, match=r"the tokenizer of .* could not be read"):
+        resolve_checkpoint(str(model), cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from logitkernels import Kernels
 from logitkernels.backend import load_kernels
+from logitkernels.cpu.errors import BuildError
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -86,7 +87,7 @@ def load(
             batch_invariant=config.batch_invariant,
             prebuilt=config.prepared_kernels,
         )
-    except ValueError as error:
+    except (ValueError, BuildError) as error:
         raise CheckpointError(str(error)) from error
     if config.dtype == "float16" and kernels.name == "cpu":
         raise CheckpointError(

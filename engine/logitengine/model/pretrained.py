@@ -31,7 +31,15 @@ from logitengine.model.safetensors_files import COPIED_BUFFERS, some
 
 logger = logging.getLogger(__name__)
 
-MISFITS = (ValueError, RuntimeError, TypeError, AttributeError, KeyError, ArithmeticError)
+MISFITS = (
+    ValueError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 """Errors of transformers where a config makes no model or the weights do not fit it."""
 
 IMAGE_MODEL_ATTENTION = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"}
@@ -42,7 +50,7 @@ def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
     register_attention()
     try:
         model = _from_files(checkpoint, dtype)
-    except (*MISFITS, OSError, SafetensorError, StrictDataclassError) as error:
+    except (*MISFITS, OSError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.name} could not be loaded: {error}") from error
     nn.Module.to(model, device)
     model.eval().requires_grad_(False)

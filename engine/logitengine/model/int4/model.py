@@ -19,7 +19,7 @@ from logitengine.model.int4.config import QUANTIZATION_CONFIGS, Int4Config
 from logitengine.model.int4.tensors import DenseParameter, PackedParameter, Parameter, parameters_of
 from logitengine.model.int4.unpacking import read_tensor
 from logitengine.model.int4.weights import PackedWeights
-from logitengine.model.pretrained import refuse_unsupported
+from logitengine.model.pretrained import MISFITS, refuse_unsupported
 from logitengine.model.safetensors_files import COPIED_BUFFERS, tensors_of
 from logitengine.model.skeleton import EMBEDDING, StoredModel
 
@@ -55,7 +55,7 @@ class Int4Model(StoredModel):
             super().__init__(paths, config, parameters, dtype, device)
             if (directory / GENERATION_CONFIG).is_file():
                 self.skeleton.generation_config = GenerationConfig.from_pretrained(directory)
-        except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, OSError) as error:
+        except (*MISFITS, OSError) as error:
             raise CheckpointError(f"{directory} could not be loaded: {error}") from error
         self._drop_unread()
         for name, target in self.skeleton.all_tied_weights_keys.items():
