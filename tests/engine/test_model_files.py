@@ -155,6 +155,16 @@ OUT = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
         pytest.param(placed(norm="/dev/zero"), "names '/dev/zero'", id="absolute path"),
         pytest.param(placed(norm=7), "names 7 for", id="no name"),
         pytest.param(placed(norm="a" * 300), "File name too long", id="name too long"),
+        pytest.param(
+            overwrite("config.json", b'{"num_hidden_layers": 1000000}'),
+            "says num_hidden_layers 1000000, and the model has 21 tensors",
+            id="a million layers",
+        ),
+        pytest.param(
+            overwrite("config.json", b'{"text_config": {"num_hidden_layers": 22}}'),
+            "says num_hidden_layers 22, and the model has 21 tensors",
+            id="more layers than tensors",
+        ),
         pytest.param(stored_as(torch.float8_e4m3fn), f"{NORM} is F8_E4M3, and config.json has no", id="fp8"),
         pytest.param(stored_as(torch.int8), f"{NORM} is I8, and config.json has no", id="int8"),
         pytest.param(stored_as(torch.uint8), f"{NORM} is U8, and config.json has no", id="bytes"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
@@ -21,6 +22,9 @@ from logitengine.model.safetensors_files import refuse_quantised, tensors_of
 
 DEFAULT_MODEL = "smollm2"
 CONFIG = "config.json"
+
+NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Names of the number of layers in the configs of models and of their parts."""
 
 GGUF_SUFFIX = ".gguf"
 
@@ -81,6 +85,7 @@ def check_directory(path: Path) -> None:
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise CheckpointError(f"{path} holds neither tokenizer.json nor tokenizer_config.json")
     tensors = tensors_of(path)
+    _check_num_layers(fields, len(tensors), config)
     if is_original(fields):
         original_config(fields)
     packing = int4_config(fields, str(path))
@@ -88,6 +93,15 @@ def check_directory(path: Path) -> None:
         packed_parameters_of(tensors, packing)
     elif quantization_of(fields) is None:
         refuse_quantised(tensors)
+
+
+def _check_num_layers(fields: dict[str, Any], num_tensors: int, config: Path) -> None:
+    """Raise CheckpointError for more layers than tensors: building them could take all memory."""
+    for part in (fields, *(part for part in fields.values() if isinstance(part, dict))):
+        for key in NUM_LAYERS:
+            count = part.get(key)
+            if isinstance(count, int) and count > num_tensors:
+                raise CheckpointError(f"{config} says {key} {count}, and the model has {num_tensors} tensors")
 
 
 def check_hub_name(name: str) -> None:
