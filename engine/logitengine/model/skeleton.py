@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from logitkernels import Kernels, Weight
@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from logitengine.errors import CheckpointError
 from logitengine.model.attention import ATTENTION_NAME, register_attention
+from logitengine.model.experts import expert_names, is_stacked, shapes_by_expert
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -46,12 +47,14 @@ class StoredModel(ABC):
     """The model of some files: a skeleton on the meta device, and what fills it.
 
     Attributes:
+        config_place: where the files have the config, as messages name it.
         paths: the files, in order.
         members: members of the config that decide about numbers.
         config: transformers' config.
         skeleton: the model, without a number in it until it is filled.
     """
 
+    config_place: ClassVar[str]
     members: dict[str, Any]
     _factors: Tensor | None = None  # divisors of the rotary frequencies, where files have them
 
@@ -158,6 +161,14 @@ class StoredModel(ABC):
             name: tuple(tensor.shape)
             for name, tensor in self.skeleton.named_parameters(remove_duplicate=False)
         }
+        for name, module in self.skeleton.named_modules():
+            if expert_names(name, 0)[1] in parameters and is_stacked(module):
+                if module.num_experts > len(parameters):
+                    raise CheckpointError(
+                        f"{path} is damaged: {name} has not all {module.num_experts} experts"
+                    )
+                expected = {own: shape for own, shape in expected.items() if not own.startswith(f"{name}.")}
+                expected |= shapes_by_expert(name, module)
         optional = {
             name: tuple(tensor.shape)
             for name, tensor in self.skeleton.state_dict().items()
@@ -168,8 +179,8 @@ class StoredModel(ABC):
                 raise CheckpointError(f"{path} is damaged: it has no tensor for {name}")
             if name in parameters and parameters[name].shape != shape:
                 raise CheckpointError(
-                    f"{path} is damaged: {parameters[name].origin} is {list(parameters[name].shape)}, and by the "
-                    f"metadata {name} is {list(shape)}"
+                    f"{path} is damaged: {parameters[name].origin} is {list(parameters[name].shape)}, and by "
+                    f"{self.config_place} {name} is {list(shape)}"
                 )
         for name in parameters.keys() - expected.keys() - optional.keys():
             raise CheckpointError(

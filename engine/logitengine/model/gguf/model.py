@@ -26,6 +26,7 @@ class GgufModel(StoredModel):
         members: members of transformers' config, as the file's metadata give them.
     """
 
+    config_place = "the metadata"
     _parameters: dict[str, Parameter]
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:

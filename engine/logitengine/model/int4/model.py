@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class Int4Model(StoredModel):
         members: members of config.json.
     """
 
+    config_place = CONFIG
     _parameters: dict[str, Parameter]
 
     def __init__(
@@ -48,7 +49,7 @@ class Int4Model(StoredModel):
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
             refuse_unsupported(config)
-            _refuse_other_models(config.model_type, config.architectures or [])
+            _refuse_other_models(config.model_type, config.architectures or [], parameters)
             # Packing is read here, and transformers would want the packages that wrote it.
             for holder, key in product((config, config.get_text_config()), QUANTIZATION_CONFIGS):
                 vars(holder).pop(key, None)
@@ -94,8 +95,12 @@ class Int4Model(StoredModel):
                 del self._parameters[name]
 
 
-def _refuse_other_models(model_type: str, architectures: list[str]) -> None:
-    """Refuse models that are no language models. Raises ValueError."""
+def _refuse_other_models(model_type: str, architectures: list[str], names: Iterable[str]) -> None:
+    """Refuse models that are no language models, and experts under names of Mixtral's. Raises ValueError."""
+    if any(".block_sparse_moe." in name for name in names):
+        raise ValueError(
+            f"{model_type} has packed experts under names (block_sparse_moe) that are not served"
+        )
     if model_type in FAMILIES:
         raise ValueError(
             f"{model_type} reads images, and its linear layers are packed, which is not supported"
