@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
+    Mxfp4Config,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -75,6 +76,7 @@ def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         model, found = _auto_class(model_config).from_pretrained(
             checkpoint.path,
             config=model_config,
+            quantization_config=_dequantisation(model_config),
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
@@ -86,6 +88,13 @@ def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         transformers_logging.set_verbosity(verbosity)
     _refuse_misfits(model, found)
     return model
+
+
+def _dequantisation(model_config: PretrainedConfig) -> Mxfp4Config | None:
+    """Return what makes transformers dequantise MXFP4 on every machine; else it runs kernels from the hub on some GPUs."""
+    holders = (model_config, model_config.get_text_config())
+    is_quantised = any(getattr(holder, "quantization_config", None) is not None for holder in holders)
+    return Mxfp4Config(dequantize=True) if is_quantised else None
 
 
 def _refuse_misfits(model: PreTrainedModel, found: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ BITS = 4
 WHOLE_ROW = -1
 
 LEFT_TO_TRANSFORMERS = ("mxfp4",)
-"""Methods whose weights transformers itself unpacks where nothing multiplies them."""
+"""Methods whose weights transformers dequantises."""
 
 QUANTIZATION_CONFIGS = ("quantization_config", "compression_config")
 """Names of the quantization config. The second is that of early compressed-tensors."""
