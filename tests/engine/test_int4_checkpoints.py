@@ -138,7 +138,6 @@ def tiny_experts() -> PreTrainedModel:
     sizes = {name: getattr(tiny_llama().config, name) for name in SIZES}
     config = Qwen3MoeConfig(
         **sizes,
-        head_dim=32,
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=64,

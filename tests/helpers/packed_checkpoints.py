@@ -105,8 +105,10 @@ def save_packed(
             for index in range(module.num_experts):
                 gate_up, down = expert_names(name, index)
                 for own in (*gate_up, down):
-                    matrix = stacked_weight(module, parse_expert(own))
-                    packed, weights[own] = pack_layer(packing, *matrix.shape, generator)
+                    expert = parse_expert(own)
+                    assert expert is not None
+                    matrix = stacked_weight(module, expert)
+                    packed, weights[own] = pack_layer(packing, len(matrix), matrix.shape[1], generator)
                     tensors |= {
                         f"{own.removesuffix('weight')}{part}": tensor for part, tensor in packed.items()
                     }

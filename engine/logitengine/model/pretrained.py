@@ -16,11 +16,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
-    Mxfp4Config,
     PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import Mxfp4Config
 
 from logitengine.errors import CheckpointError
 from logitengine.model.attention import ATTENTION_NAME, register_attention

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +50,10 @@ def tensors_of(directory: Path) -> dict[str, FileTensor]:
 
     Raises CheckpointError for a file that is cut off or is none of safetensors, and for an index that is wrong.
     """
-    held = {file.name: {tensor.name: tensor for tensor in _header(file)} for file in weight_files(directory)}
     if (directory / WEIGHTS).is_file():
-        return held[WEIGHTS]
+        return _header(directory / WEIGHTS)
     places = _weight_map(directory)
+    held = {file: _header(directory / file) for file in sorted(set(places.values()))}
     for name, file in places.items():
         if name not in held[file]:
             raise CheckpointError(f"{directory / INDEX} says that {name} is in {file}, and it is not")
@@ -98,12 +98,14 @@ def _weight_map(directory: Path) -> dict[str, str]:
     return dict(found)
 
 
-def _header(path: Path) -> Iterator[FileTensor]:
+def _header(path: Path) -> dict[str, FileTensor]:
     """Read the header, which the library checks against the file's size."""
+    tensors = {}
     try:
         with safe_open(path, "numpy") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 part = file.get_slice(name)
-                yield FileTensor(name, path, part.get_dtype(), tuple(part.get_shape()))
+                tensors[name] = FileTensor(name, path, part.get_dtype(), tuple(part.get_shape()))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return tensors

@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from logitengine.errors import CheckpointError
 from logitengine.model.attention import ATTENTION_NAME, register_attention
 from logitengine.model.experts import expert_names, is_stacked, shapes_by_expert
-
-EMBEDDING = "model.embed_tokens.weight"
+from logitengine.model.parameter_names import EMBEDDING_PARAMETER
 
 
 class StoredParameter(Protocol):
@@ -122,7 +121,7 @@ class StoredModel(ABC):
         module = self.skeleton.get_input_embeddings()
         if self._device.type == "cpu":
             return self._lookup(kernels, float(getattr(module, "scalar_embed_scale", 1.0)))
-        self._fill(module, "weight", EMBEDDING, self._dtype)
+        self._fill(module, "weight", EMBEDDING_PARAMETER, self._dtype)
         return module
 
     def _fill(self, module: nn.Module, own: str, name: str, dtype: torch.dtype) -> nn.Parameter:

@@ -19,9 +19,10 @@ from logitengine.model.int4.config import QUANTIZATION_CONFIGS, Int4Config
 from logitengine.model.int4.tensors import DenseParameter, PackedParameter, Parameter, parameters_of
 from logitengine.model.int4.unpacking import read_tensor
 from logitengine.model.int4.weights import PackedWeights
+from logitengine.model.parameter_names import EMBEDDING_PARAMETER
 from logitengine.model.pretrained import MISFITS, refuse_unsupported
 from logitengine.model.safetensors_files import COPIED_BUFFERS, tensors_of
-from logitengine.model.skeleton import EMBEDDING, StoredModel
+from logitengine.model.skeleton import StoredModel
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -73,7 +74,7 @@ class Int4Model(StoredModel):
         )
 
     def _lookup(self, kernels: Kernels, scale: float) -> Callable[[Tensor], Tensor]:  # noqa: ARG002 - torch looks it up
-        parameter = self._parameters[EMBEDDING]
+        parameter = self._parameters[EMBEDDING_PARAMETER]
         if not isinstance(parameter, DenseParameter):
             raise CheckpointError(f"{parameter.integers.path} cannot be served: its embedding is packed")
         numbers = read_tensor(parameter.tensor)

@@ -79,11 +79,6 @@ class PackedParameter:
         """Name of the tensor that holds its integers."""
         return self.integers.name
 
-    @property
-    def tensors(self) -> list[FileTensor]:
-        tensors = (self.integers, self.scales, self.zeros, self.groups, self.stored_shape)
-        return [tensor for tensor in tensors if tensor is not None]
-
 
 Parameter = DenseParameter | PackedParameter
 
