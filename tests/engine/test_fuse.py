@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,24 @@ def test_known_architectures_are_fused_and_their_layers_know_their_weights(
     assert network.linears[stacked[0]].names == tuple(stacked)
     assert len({id(network.linears[name]) for name in stacked}) == 1
     assert model.base_model is None, "nothing else keeps what was packed"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_a_layers_own_weights_are_freed_before_the_next_layer_is_packed(model_type: str) -> None:
+    model = model_of(model_type)
+    layer = model.get_submodule("model.layers.0")
+    owned = [weakref.ref(parameter) for parameter in layer.parameters() if parameter.ndim > 1]
+    del layer
+    left: list[int] = []
+
+    class Watched(ModelWeights):
+        def get(self, name: str) -> DenseWeight:
+            if name == "model.layers.1.self_attn.q_proj.weight":
+                left.append(sum(parameter() is not None for parameter in owned))
+            return super().get(name)
+
+    network_of(model, source=Watched(model))
+    assert left == [0]
 
 
 @pytest.mark.parametrize(

@@ -240,15 +240,15 @@ def fuse(
 ) -> FusedNetwork:
     """Return a model whose architecture is known (see `is_known`) as a fused network.
 
-    Fusing takes its decoder away. After each of the first ``depth`` layers images add to the residual stream.
+    Fusing takes its decoder away, layer by layer. After each of the first ``depth`` layers images add to the residual stream.
     ``embedding`` returns the lookup of token ids, for a model whose own has no weight.
     """
     kernels = packer.kernels
     decoder = getattr(model, model.base_model_prefix)
-    layers = [
-        _pack_layer(layer, packer, f"model.layers.{index}", shape)
-        for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True))
-    ]
+    layers = []
+    for index, shape in enumerate(shapes):
+        layers.append(_pack_layer(decoder.layers[index], packer, f"model.layers.{index}", shape))
+        decoder.layers[index] = nn.Identity()  # frees the layer's own weights before the next one is packed
     lookup = embedding() if embedding is not None else None
     setattr(model, model.base_model_prefix, None)  # its weights are packed, and nothing else may keep them
     return FusedNetwork(decoder, layers, _fuse_head(model, packer), packer.linears, kernels, depth, lookup)
