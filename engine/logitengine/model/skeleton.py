@@ -160,6 +160,11 @@ class StoredModel(ABC):
             name: tuple(tensor.shape)
             for name, tensor in self.skeleton.named_parameters(remove_duplicate=False)
         }
+        optional = {
+            name: tuple(tensor.shape)
+            for name, tensor in self.skeleton.state_dict().items()
+            if name not in expected
+        }
         for name, module in self.skeleton.named_modules():
             if expert_names(name, 0)[1] in parameters and is_stacked(module):
                 if module.num_experts > len(parameters):
@@ -168,11 +173,6 @@ class StoredModel(ABC):
                     )
                 expected = {own: shape for own, shape in expected.items() if not own.startswith(f"{name}.")}
                 expected |= shapes_by_expert(name, module)
-        optional = {
-            name: tuple(tensor.shape)
-            for name, tensor in self.skeleton.state_dict().items()
-            if name not in expected
-        }
         for name, shape in (expected | optional).items():
             if name not in parameters and name not in tied and name not in optional:
                 raise CheckpointError(f"{path} is damaged: it has no tensor for {name}")
