@@ -32,6 +32,7 @@ from logitengine.model.cpus import num_usable_cpus
 from logitengine.model.image_encoder import ImageEncoder
 from logitengine.model.loader import prepare
 from logitengine.model.text_part import take_text_part
+from logitengine.model.weight_sources import ModelWeights
 from logitengine.run.devices import choose_device
 from logitkernels.backend import load_kernels
 from transformers import InternVLConfig, InternVLForConditionalGeneration
@@ -203,7 +204,8 @@ def make_engine(model: InternVLForConditionalGeneration) -> Engine:
     device, kernels = choose_device("cpu"), load_kernels("cpu", "cpu", batch_invariant=True)
     nowhere = Path("random")
     text = take_text_part(model)
-    loaded = prepare(config, Checkpoint("random", nowhere, nowhere), text, kernels, device, whole=model)
+    checkpoint = Checkpoint("random", nowhere, nowhere)
+    loaded = prepare(config, checkpoint, text, kernels, device, ModelWeights(text), whole=model)
     return Engine(config, loaded)
 
 

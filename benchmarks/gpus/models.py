@@ -26,6 +26,7 @@ from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingPar
 from logitengine.model.attention import ATTENTION_NAME, register_attention
 from logitengine.model.checkpoint import Checkpoint
 from logitengine.model.loader import prepare
+from logitengine.model.weight_sources import ModelWeights
 from logitengine.run.devices import choose_device
 from logitkernels.backend import load_kernels
 from transformers import (
@@ -161,7 +162,8 @@ def serve(
     )
     kernels = load_kernels("triton", device.type, batch_invariant=batch_invariant)
     checkpoint = Checkpoint(shape.name, Path(), Path())
-    return Engine(config, prepare(config, checkpoint, model, kernels, choose_device(device.type)))
+    loaded = prepare(config, checkpoint, model, kernels, choose_device(device.type), ModelWeights(model))
+    return Engine(config, loaded)
 
 
 def decode_rate(engine: Engine, prompts: Prompts, answer: int, spec: LogitsSpec | None) -> float:

@@ -191,7 +191,9 @@ def test_what_would_be_silently_wrong_is_refused(
     )
     config.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((tiny_llama / "tokenizer.json").read_bytes())
-    save_file({}, tmp_path / "model.safetensors")  # the config is refused before any weight is read
+    # The config is refused before any weight is read.
+    tensors = {str(layer): torch.zeros(1) for layer in range(config.num_hidden_layers)}
+    save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=reason):
         load(EngineConfig(model=str(tmp_path), dtype="float32", kv_cache_bytes=1 << 24))
 

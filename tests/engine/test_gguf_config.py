@@ -146,6 +146,9 @@ CASES = {
         },
         {"attention.sliding_window": 8, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
     ),
+    "gemma2-default-caps": Case(
+        "gemma2", "gemma2", {**SLIDING, "query_pre_attn_scalar": 32}, {"attention.sliding_window": 8}
+    ),
     "gemma3": Case(
         "gemma3",
         "gemma3_text",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,17 @@ def test_what_the_kernels_multiply_is_handed_out_as_the_file_has_it(tmp_path: Pa
     dense = model.weights().get("model.layers.1.mlp.down_proj.weight")
     assert isinstance(dense, DenseWeight)
     assert dense.tensor.dtype == torch.bfloat16
+
+
+def test_the_log_says_once_which_numbers_blocks_become(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_gguf(tmp_path / "model.gguf", tiny(), "llama", {}, kind="Q8_0")
+    weights = GgufModel(path, torch.bfloat16, CPU).weights()
+    with caplog.at_level(logging.INFO):
+        weights.dense("model.layers.1.mlp.down_proj.weight", torch.float32)
+        weights.dense("model.layers.0.mlp.down_proj.weight", torch.float32)
+    assert caplog.messages == ["weights in Q8_0 are dequantised to float32"]
 
 
 def test_a_skeleton_holds_no_matrix(tmp_path: Path) -> None:

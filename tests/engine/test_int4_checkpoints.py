@@ -21,9 +21,18 @@ from packed_checkpoints import Packing, in_float16, quantization_config, save_pa
 from random_blocks import dequantized
 from safetensors.torch import load_file, save_file
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run
-from transformers import CohereConfig, CohereForCausalLM
+from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 CPU = torch.device("cpu")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 PROMPT = list(range(60, 92))
 FORMATS = frozenset({"INT4_32", "INT4_64", "INT4_128"})
 
@@ -115,24 +124,78 @@ def test_what_is_not_multiplied_is_dequantised_and_said_so_once(
 
 def test_an_architecture_that_is_not_fused_is_multiplied_packed(tmp_path: Path) -> None:
     """Reference: transformers in float32. Tolerance: 1e-3 absolute."""
-    sizes = {
-        name: getattr(tiny_llama().config, name)
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        )
-    }
+    sizes = {name: getattr(tiny_llama().config, name) for name in SIZES}
     torch.manual_seed(0)
     cohere = CohereForCausalLM(CohereConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2))
     model, _ = save_packed(tmp_path, Packing("gptq"), in_float16(cohere.eval()))
     loaded = served(tmp_path)
     assert loaded.info.weights.startswith("stored (INT4_")
     assert np.abs(rows_of(loaded) - reference_logits(model, PROMPT)).max() <= 1e-3
+
+
+def tiny_experts() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {name: getattr(tiny_llama().config, name) for name in SIZES}
+    config = Qwen3MoeConfig(
+        **sizes,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return in_float16(Qwen3MoeForCausalLM(config).eval())
+
+
+@pytest.mark.parametrize(
+    ("packing", "options", "form"),
+    [
+        (Packing("awq"), {}, "stored (INT4_32), dense"),
+        (Packing("compressed-tensors"), {"weights": "dense"}, "dense"),
+        (Packing("gptq"), {"kernels": "reference"}, "dense"),
+        (ORDERED[0], {}, "dense"),
+    ],
+)
+def test_packed_experts_are_served(
+    tmp_path: Path, packing: Packing, options: dict[str, str], form: str
+) -> None:
+    """Reference: transformers in float32. Tolerance: 1e-3 absolute."""
+    model, _ = save_packed(tmp_path, packing, tiny_experts())
+    check_directory(tmp_path)
+    loaded = served(tmp_path, **options)
+    assert loaded.info.weights == form
+    assert np.abs(rows_of(loaded) - reference_logits(model, PROMPT)).max() <= 1e-3
+
+
+def test_a_packed_expert_that_is_missing_or_too_many_is_refused_by_name(tmp_path: Path) -> None:
+    save_packed(tmp_path, Packing("awq"), tiny_experts())
+    name = "model.layers.1.mlp.experts"
+    own = (tmp_path / "config.json").read_text()
+    many = json.dumps(json.loads(own) | {"num_local_experts": 10**9})
+    (tmp_path / "config.json").write_text(many)
+    with pytest.raises(CheckpointError, match="has not all 1000000000 experts"):
+        served(tmp_path)
+    (tmp_path / "config.json").write_text(own)
+    edit_tensors(
+        tmp_path, lambda tensors: {own: t for own, t in tensors.items() if f"{name}.3.up" not in own}
+    )
+    with pytest.raises(CheckpointError, match=f"it has no tensor for {name}.3.up_proj.weight"):
+        served(tmp_path)
+    save_packed(tmp_path, Packing("awq"), tiny_experts())
+    edit_tensors(
+        tmp_path,
+        lambda tensors: (
+            tensors
+            | {
+                own.replace("experts.3", "experts.4"): t.clone()
+                for own, t in tensors.items()
+                if f"{name}.3" in own
+            }
+        ),
+    )
+    with pytest.raises(CheckpointError, match=rf"{name}\.4\..* which Qwen3MoeForCausalLM does not have"):
+        served(tmp_path)
 
 
 def test_a_tied_head_and_a_packed_head_and_biases_are_served(tmp_path: Path) -> None:
@@ -311,7 +374,7 @@ def test_packed_layers_whose_tensors_do_not_fit_are_refused_by_name(
         (
             Packing("awq"),
             changed("lm_head.weight", lambda t: t[:7]),
-            "lm_head.weight is [7, 128], and by the metadata lm_head.weight is [304, 128]",
+            "lm_head.weight is [7, 128], and by config.json lm_head.weight is [304, 128]",
         ),
         (
             Packing("awq"),
@@ -384,6 +447,21 @@ def test_a_file_that_is_cut_is_refused_by_name(tmp_path: Path) -> None:
         check_directory(tmp_path)
 
 
+@pytest.mark.parametrize("place", [("compression_config",), ("text_config", "quantization_config")])
+def test_other_places_of_the_quantization_config_are_read(tmp_path: Path, place: tuple[str, ...]) -> None:
+    _, weights = save_packed(tmp_path, Packing("compressed-tensors"))
+    fields = json.loads((tmp_path / "config.json").read_text())
+    moved: Any = fields.pop("quantization_config")
+    for key in reversed(place):
+        moved = {key: moved}
+    if place == ("compression_config",):
+        (tmp_path / "config.json").write_text(json.dumps(fields | moved))
+        name = f"{DOWN}.weight"
+        assert torch.equal(stored(tmp_path).weights().dense(name), weights[name].float())
+    with pytest.raises(CheckpointError, match="quantised by fp8"):
+        int4_config(json.loads(json.dumps(fields | moved).replace("compressed-tensors", "fp8")), "model")
+
+
 @pytest.mark.parametrize("packing", [Packing("gptq"), Packing("compressed-tensors")], ids=str)
 def test_packed_layers_without_a_word_in_the_config_are_refused(tmp_path: Path, packing: Packing) -> None:
     """Old GPTQ checkpoints have a file of its own for it."""
@@ -393,6 +471,25 @@ def test_packed_layers_without_a_word_in_the_config_are_refused(tmp_path: Path, 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="has no quantization_config"):
         check_directory(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "wide"}, {"num_attention_heads": 0}])
+def test_a_config_that_makes_no_model_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    save_packed(tmp_path, Packing("awq"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match="could not be loaded"):
+        served(tmp_path)
+
+
+def test_packed_experts_under_mixtrals_names_are_refused(tmp_path: Path) -> None:
+    save_packed(tmp_path, Packing("awq"))
+    edit_tensors(
+        tmp_path,
+        lambda tensors: {name.replace("mlp", "block_sparse_moe"): tensor for name, tensor in tensors.items()},
+    )
+    with pytest.raises(CheckpointError, match=r"packed experts under names \(block_sparse_moe\)"):
+        served(tmp_path)
 
 
 def test_classifiers_are_refused_while_their_layers_are_packed(tmp_path: Path) -> None:

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
+from logitengine.model.checkpoint import resolve_checkpoint
 from logitengine.model.loader import LoadedModel, load
+from logitengine.model.pretrained import load_pretrained
+from safetensors.torch import save_file
 from tiny_models import save_llama
-from transformers import CohereConfig, CohereForCausalLM
+from transformers import CohereConfig, CohereForCausalLM, GptOssConfig, GptOssForCausalLM
+from transformers.quantizers import quantizer_mxfp4
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +83,15 @@ def test_options_that_cannot_be_honoured_are_refused(
         loaded(llama, **options)
 
 
+def test_native_kernels_that_cannot_be_compiled_are_refused(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"no C\+\+ compiler"):
+        loaded(llama, kernels="cpu")
+
+
 def test_batch_invariance_is_refused_for_a_network_that_is_not_fused(cohere: Path) -> None:
     if loaded(cohere).info.kernels != "cpu":
         pytest.skip("the native kernels do not run on this machine")
@@ -92,3 +106,57 @@ def test_layers_that_attend_otherwise_are_refused_by_name(llama: Path, tmp_path:
     (tmp_path / "config.json").write_text(json.dumps({**config, "layer_types": ["chunked_attention"] * 2}))
     with pytest.raises(CheckpointError, match="layers of type chunked_attention"):
         loaded(tmp_path)
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def test_directories_of_mxfp4_are_dequantised_whatever_packages_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: the OCP format, to the bit. Blocks are [E, N, K / 32, 16] bytes, the first number in the low nibble."""
+    experts, size = 2, 64
+    config = GptOssConfig(
+        vocab_size=64,
+        hidden_size=size,
+        intermediate_size=size,
+        num_hidden_layers=1,
+        layer_types=["full_attention"],
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=experts,
+        num_experts_per_tok=1,
+        max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    torch.manual_seed(0)
+    tensors = GptOssForCausalLM(config).state_dict()
+    expected = {}
+    for name, rows in (("gate_up_proj", 2 * size), ("down_proj", size)):
+        path = f"model.layers.0.mlp.experts.{name}"
+        blocks = torch.randint(256, (experts, rows, size // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(120, 125, (experts, rows, size // 32), dtype=torch.uint8)
+        values = torch.tensor((*E2M1, *(-value for value in E2M1)))
+        numbers = torch.stack((values[(blocks & 15).long()], values[(blocks >> 4).long()]), -1).flatten(-2)
+        numbers = numbers * torch.exp2(scales.float() - 127)[..., None]
+        expected[path] = numbers.flatten(-2).transpose(1, 2)
+        del tensors[path]
+        tensors |= {f"{path}_blocks": blocks, f"{path}_scales": scales}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    fields = config.to_dict() | {
+        "architectures": ["GptOssForCausalLM"],
+        "quantization_config": {"quant_method": "mxfp4"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "tokenizer.json").write_text("{}")
+
+    def fail(*_: object) -> bool:
+        raise AssertionError("transformers looks for packages")
+
+    for name in ("is_kernels_available", "is_triton_available", "is_accelerate_available"):
+        monkeypatch.setattr(quantizer_mxfp4, name, fail)
+    model = load_pretrained(resolve_checkpoint(str(tmp_path)), torch.float32, torch.device("cpu"))
+    for path, numbers in expected.items():
+        assert torch.equal(model.get_parameter(path), numbers)
+    assert loaded(tmp_path).info.weights == "dense"

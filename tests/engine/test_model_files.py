@@ -12,6 +12,7 @@ import pytest
 import torch
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
+from logitengine.model.checkpoint import resolve_checkpoint
 from logitengine.model.files import check_model, gguf_path
 from logitengine.model.loader import load
 from safetensors.torch import load_file, save_file
@@ -90,6 +91,26 @@ def header(length: int, content: bytes) -> Change:
     return overwrite(SINGLE, length.to_bytes(8, "little") + content)
 
 
+def added(**tensors: torch.Tensor) -> Change:
+    """Add tensors, whose names have ``__`` for a dot, to the weights."""
+
+    def change(model: Path) -> None:
+        named = {name.replace("__", "."): tensor for name, tensor in tensors.items()}
+        save_file(load_file(model / SINGLE) | named, model / SINGLE, metadata={"format": "pt"})
+
+    return change
+
+
+def stored_as(dtype: torch.dtype) -> Change:
+    """Store the last norm as numbers of ``dtype``."""
+
+    def change(model: Path) -> None:
+        weights = load_file(model / SINGLE)
+        save_file(weights | {NORM: weights[NORM].to(dtype)}, model / SINGLE, metadata={"format": "pt"})
+
+    return change
+
+
 def long_norm(model: Path) -> None:
     weights = load_file(model / SINGLE)
     save_file(weights | {NORM: torch.ones(33)}, model / SINGLE, metadata={"format": "pt"})
@@ -134,6 +155,19 @@ OUT = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
         pytest.param(placed(norm="/dev/zero"), "names '/dev/zero'", id="absolute path"),
         pytest.param(placed(norm=7), "names 7 for", id="no name"),
         pytest.param(placed(norm="a" * 300), "File name too long", id="name too long"),
+        pytest.param(
+            overwrite("config.json", b'{"num_hidden_layers": 1000000}'),
+            "says num_hidden_layers 1000000, and the model has 21 tensors",
+            id="a million layers",
+        ),
+        pytest.param(
+            overwrite("config.json", b'{"text_config": {"num_hidden_layers": 22}}'),
+            "says num_hidden_layers 22, and the model has 21 tensors",
+            id="more layers than tensors",
+        ),
+        pytest.param(stored_as(torch.float8_e4m3fn), f"{NORM} is F8_E4M3, and config.json has no", id="fp8"),
+        pytest.param(stored_as(torch.int8), f"{NORM} is I8, and config.json has no", id="int8"),
+        pytest.param(stored_as(torch.uint8), f"{NORM} is U8, and config.json has no", id="bytes"),
     ],
 )
 def test_a_directory_is_refused_with_what_is_wrong(model: Path, change: Change, says: str) -> None:
@@ -173,6 +207,19 @@ def test_a_directory_whose_index_is_right_is_taken(model: Path) -> None:
             "could not be loaded",
             id="unknown rotary embedding",
         ),
+        pytest.param(
+            added(model__layers__1__self_attn__q_proj__bias=torch.ones(128)),
+            "hold model.layers.1.self_attn.q_proj.bias, which LlamaForCausalLM does not have",
+            id="a bias too many",
+        ),
+        pytest.param(
+            added(layers__0__self_attn__q_norm__weight=torch.ones(32)),
+            "hold layers.0.self_attn.q_norm.weight, which",
+            id="a norm too many",
+        ),
+        pytest.param(
+            added(lm_head__bias=torch.ones(64)), "hold lm_head.bias, which", id="a bias of the head"
+        ),
     ],
 )
 def test_weights_and_configs_at_odds_are_refused_when_the_model_is_loaded(
@@ -186,11 +233,31 @@ def test_weights_and_configs_at_odds_are_refused_when_the_model_is_loaded(
 def test_weights_without_a_place_in_the_model_are_told_by_name(
     model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    weights = load_file(model / SINGLE)
-    save_file(weights | {"model.extra.weight": torch.ones(1)}, model / SINGLE, metadata={"format": "pt"})
+    """A draft head and a layer beyond the last; and copies of buffers, of which nothing need be told."""
+    added(
+        model__extra__weight=torch.ones(1),
+        model__layers__2__self_attn__q_proj__weight=torch.ones(128, 64),
+        model__layers__0__self_attn__rotary_emb__inv_freq=torch.ones(16),
+        model__layers__0__attn__masked_bias=torch.ones(1),
+        model__layers__0__attn__bias=torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+        model__position_ids=torch.arange(8),
+    )(model)
     load(EngineConfig(model=str(model), num_blocks=16, num_threads=1))
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning == "weights are left out, for which the model has no place: model.extra.weight"
+    assert warning == (
+        "weights are left out, for which the model has no place: model.extra.weight, "
+        "model.layers.2.self_attn.q_proj.weight"
+    )
+
+
+@pytest.mark.parametrize("config", [b"{}", b"[]", b"{"])
+def test_a_slow_tokenizer_that_cannot_be_converted_is_refused(
+    model: Path, tmp_path: Path, config: bytes
+) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").write_bytes(config)
+    with pytest.raises(CheckpointError, match=r"the tokenizer of .* could not be read"):
+        resolve_checkpoint(str(model), cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

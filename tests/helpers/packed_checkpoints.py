@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from logitengine.model.experts import expert_names, is_stacked, parse_expert, stacked_weight
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -100,6 +101,20 @@ def save_packed(
             tensors |= {f"{name}.{own}": tensor for own, tensor in packed.items()}
             weights[f"{name}.weight"] = weight
             module.weight = nn.Parameter(weight.float(), requires_grad=False)
+        elif is_stacked(module):
+            for index in range(module.num_experts):
+                gate_up, down = expert_names(name, index)
+                for own in (*gate_up, down):
+                    expert = parse_expert(own)
+                    assert expert is not None
+                    matrix = stacked_weight(module, expert)
+                    packed, weights[own] = pack_layer(packing, len(matrix), matrix.shape[1], generator)
+                    tensors |= {
+                        f"{own.removesuffix('weight')}{part}": tensor for part, tensor in packed.items()
+                    }
+                    matrix.data.copy_(weights[own])
+            for own, _ in module.named_parameters():
+                del tensors[f"{name}.{own}"]
     config = model.config.to_dict() | {
         "architectures": [type(model).__name__],
         "quantization_config": quantization_config(packing),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,12 +74,7 @@ def _from_gguf(name: str, path: Path, conversions: Conversions) -> Checkpoint:
             extra={"seconds": round(time.monotonic() - started, 1)},
         )
 
-    try:
-        tokenizer_path = conversions.find("gguf", path, convert)
-    # transformers and tokenizers have no common error for a vocabulary that makes no sense.
-    except Exception as error:
-        raise CheckpointError(f"the tokenizer of {path} could not be read: {error}") from error
-    return Checkpoint(name, path, tokenizer_path)
+    return Checkpoint(name, path, _converted_tokenizer(conversions, "gguf", path, convert))
 
 
 def _tokenizer_directory(path: Path, conversions: Conversions) -> Path:
@@ -91,4 +87,15 @@ def _tokenizer_directory(path: Path, conversions: Conversions) -> Path:
         # Without the refusal transformers asks the terminal whether to run a checkpoint's code.
         AutoTokenizer.from_pretrained(path, trust_remote_code=False).save_pretrained(directory)
 
-    return conversions.find("tokenizers", source, convert)
+    return _converted_tokenizer(conversions, "tokenizers", source, convert)
+
+
+def _converted_tokenizer(
+    conversions: Conversions, kind: str, source: Path, convert: Callable[[Path], None]
+) -> Path:
+    """Return the directory of the converted tokenizer. Raises CheckpointError where it cannot be converted."""
+    try:
+        return conversions.find(kind, source, convert)
+    # transformers and tokenizers have no common error for a vocabulary that makes no sense.
+    except Exception as error:
+        raise CheckpointError(f"the tokenizer of {source} could not be read: {error}") from error

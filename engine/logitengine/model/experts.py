@@ -18,6 +18,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import _default_apply_gate
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from logitengine.errors import CheckpointError
+
 EXPERT = re.compile(r"(.+)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 Gate = Callable[[Tensor], Tensor]
@@ -67,6 +69,24 @@ def stacked_weight(module: Any, name: ExpertName) -> Tensor:
     if name.part == "down":
         return matrix
     return _halves(module, matrix)[name.place]
+
+
+def shapes_by_expert(path: str, module: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the experts' matrices by name, for the module at ``path``.
+
+    Raises CheckpointError for a module that stacks them in another way than gates above ups, or beside biases.
+    """
+    stacks = {name for name, _ in module.named_parameters(recurse=False)}
+    is_plain = getattr(module, "is_concatenated", False) and not module.is_transposed
+    if stacks != {"gate_up_proj", "down_proj"} or not is_plain:
+        raise CheckpointError(f"{type(module).__name__} are experts of a kind that is not read one by one")
+    shapes = {}
+    for index in range(module.num_experts):
+        gate_up, down = expert_names(path, index)
+        gate, up = _halves(module, module.gate_up_proj[index])
+        for name, matrix in zip((*gate_up, down), (gate, up, module.down_proj[index]), strict=True):
+            shapes[name] = tuple(matrix.shape)
+    return shapes
 
 
 def _halves(module: Any, gate_up: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,20 +8,23 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
 from logitengine.model.gguf.config import model_config
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tensors import parameters_of
-from logitengine.model.int4.config import int4_config
+from logitengine.model.int4.config import int4_config, quantization_of
 from logitengine.model.int4.tensors import parameters_of as packed_parameters_of
-from logitengine.model.int4.tensors import refuse_packed
 from logitengine.model.internvl_format import is_original, original_config
-from logitengine.model.safetensors_files import tensors_of
+from logitengine.model.safetensors_files import refuse_quantised, tensors_of
 
 DEFAULT_MODEL = "smollm2"
 CONFIG = "config.json"
+
+NUM_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Names of the number of layers in the configs of models and of their parts."""
 
 GGUF_SUFFIX = ".gguf"
 
@@ -82,13 +85,23 @@ def check_directory(path: Path) -> None:
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise CheckpointError(f"{path} holds neither tokenizer.json nor tokenizer_config.json")
     tensors = tensors_of(path)
+    _check_num_layers(fields, len(tensors), config)
     if is_original(fields):
         original_config(fields)
     packing = int4_config(fields, str(path))
     if packing is not None:
         packed_parameters_of(tensors, packing)
-    else:
-        refuse_packed(tensors)
+    elif quantization_of(fields) is None:
+        refuse_quantised(tensors)
+
+
+def _check_num_layers(fields: dict[str, Any], num_tensors: int, config: Path) -> None:
+    """Raise CheckpointError for more layers than tensors: building them could take all memory."""
+    for part in (fields, *(part for part in fields.values() if isinstance(part, dict))):
+        for key in NUM_LAYERS:
+            count = part.get(key)
+            if isinstance(count, int) and count > num_tensors:
+                raise CheckpointError(f"{config} says {key} {count}, and the model has {num_tensors} tensors")
 
 
 def check_hub_name(name: str) -> None:

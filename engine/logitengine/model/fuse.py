@@ -30,7 +30,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from logitengine.model.fused_linear import FusedLinear
 from logitengine.model.layer_shapes import LayerShape
-from logitengine.model.network import Decoder, Head, Network, TransformersHead, TransformersNetwork
+from logitengine.model.network import Decoder, Head, Network, TransformersHead
 from logitengine.model.text_part import PlainTextPart
 from logitengine.model.weight_sources import WeightSource
 from logitengine.run.batch import DeviceBatch
@@ -237,20 +237,18 @@ def fuse(
     shapes: list[LayerShape],
     depth: int = 0,
     embedding: Callable[[], Lookup] | None = None,
-) -> Network:
-    """Return the model as a fused network if its architecture is known, else unchanged.
+) -> FusedNetwork:
+    """Return a model whose architecture is known (see `is_known`) as a fused network.
 
-    Fusing takes its decoder away. After each of the first ``depth`` layers images add to the residual stream.
+    Fusing takes its decoder away, layer by layer. After each of the first ``depth`` layers images add to the residual stream.
     ``embedding`` returns the lookup of token ids, for a model whose own has no weight.
     """
     kernels = packer.kernels
     decoder = getattr(model, model.base_model_prefix)
-    if not is_known(model):
-        return TransformersNetwork(model, kernels)
-    layers = [
-        _pack_layer(layer, packer, f"model.layers.{index}", shape)
-        for index, (layer, shape) in enumerate(zip(decoder.layers, shapes, strict=True))
-    ]
+    layers = []
+    for index, shape in enumerate(shapes):
+        layers.append(_pack_layer(decoder.layers[index], packer, f"model.layers.{index}", shape))
+        decoder.layers[index] = nn.Identity()  # frees the layer's own weights before the next one is packed
     lookup = embedding() if embedding is not None else None
     setattr(model, model.base_model_prefix, None)  # its weights are packed, and nothing else may keep them
     return FusedNetwork(decoder, layers, _fuse_head(model, packer), packer.linears, kernels, depth, lookup)

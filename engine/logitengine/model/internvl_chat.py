@@ -34,7 +34,7 @@ from logitengine.model.internvl_format import (
     added_token_id,
     original_config,
 )
-from logitengine.model.safetensors_files import some, weight_files
+from logitengine.model.safetensors_files import COPIED_BUFFERS, some, weight_files
 
 NOT_OF_THE_TEXT_MODEL = frozenset(
     {
@@ -72,8 +72,6 @@ RENAMED = (
 """Patterns of the original names, and transformers' names."""
 
 FUSED = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bias)")
-COMPUTED = re.compile(r".*\.rotary_emb\.inv_freq")
-"""Names of tensors that follow from the config. Old checkpoints hold them."""
 
 
 def config_of(directory: Path) -> InternVLConfig:
@@ -194,7 +192,7 @@ def _fill(model: nn.Module, directory: Path, original: OriginalConfig) -> None:
         missing.discard("lm_head.weight")
     for name, tensor in _weights(directory):
         names = transformers_names(name)
-        if COMPUTED.fullmatch(name) or (is_tied and names == ["lm_head.weight"]):
+        if COPIED_BUFFERS.fullmatch(name) or (is_tied and names == ["lm_head.weight"]):
             continue
         if not names or not targets.keys() >= set(names):
             unknown.append(name)

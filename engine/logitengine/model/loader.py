@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from logitkernels import Kernels
 from logitkernels.backend import load_kernels
+from logitkernels.cpu.errors import BuildError
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -29,7 +30,7 @@ from logitengine.model.image_families import FAMILIES
 from logitengine.model.int4.config import int4_config
 from logitengine.model.int4.model import Int4Model
 from logitengine.model.layer_shapes import probe_layers
-from logitengine.model.network import Network
+from logitengine.model.network import Network, TransformersNetwork
 from logitengine.model.packing import modules_to_pack, pack_modules
 from logitengine.model.pretrained import eos_token_ids, load_pretrained, max_positions, model_type
 from logitengine.model.skeleton import StoredModel
@@ -86,7 +87,7 @@ def load(
             batch_invariant=config.batch_invariant,
             prebuilt=config.prepared_kernels,
         )
-    except ValueError as error:
+    except (ValueError, BuildError) as error:
         raise CheckpointError(str(error)) from error
     if config.dtype == "float16" and kernels.name == "cpu":
         raise CheckpointError(
@@ -106,9 +107,9 @@ def load(
         family: str | None = None
         if model.config.model_type in FAMILIES and model.get_output_embeddings() is not None:
             model, whole, family = take_text_part(model), model, model_type(checkpoint)
-        own = ModelWeights(model)
-        rounded = ROUNDED[config.weights].source(own) if config.weights in ROUNDED else None
-        loaded = prepare(config, checkpoint, model, kernels, device, rounded, digest, whole, family)
+        own: WeightSource = ModelWeights(model)
+        weights = ROUNDED[config.weights].source(own) if config.weights in ROUNDED else own
+        loaded = prepare(config, checkpoint, model, kernels, device, weights, digest, whole, family)
     logger.info("loaded %s", config.model, extra={"seconds": round(time.monotonic() - started, 1)})
     return loaded
 
@@ -119,7 +120,7 @@ def prepare(
     model: PreTrainedModel,
     kernels: Kernels,
     device: Device,
-    weights: WeightSource | None = None,
+    weights: WeightSource,
     digest: WeightsDigest | None = None,
     whole: PreTrainedModel | None = None,
     family: str | None = None,
@@ -128,7 +129,7 @@ def prepare(
     """Fuse a model on ``device`` that uses the project's attention function, and size the KV cache for it.
 
     The model cannot be used afterwards, because fused parts are taken out of it. Its linear layers use the
-    weights of ``weights`` if given. ``digest`` is the checkpoint's; without one, as for a model that was built in
+    weights of ``weights``. ``digest`` is the checkpoint's; without one, as for a model that was built in
     memory, the fingerprint knows the config alone. ``whole`` is the image-text model that the model was taken out of,
     and ``family`` its checkpoint's ``model_type`` if it is not the config's.
     ``stored`` fills the model if it is a skeleton whose weights stay in files.
@@ -154,21 +155,23 @@ def prepare(
             if missing is not None:
                 logger.info("images are not read: %s", missing)
                 encoder = None
-        if weights is None:
-            weights = ModelWeights(model) if stored is None else stored.weights()
         packer = Packer(kernels, weights, exact=dtype == torch.float32)
-        might_fuse = is_known(model)
-        if not might_fuse:
+        is_fused = is_known(model)
+        if not is_fused:
             _complete(model, packer, stored)
         shapes = probe_layers(model, kernels)
-        if stored is not None and might_fuse:
+        if stored is not None and is_fused:
             stored.fill_small(torch.float32 if kernels.block_formats else dtype)
         heads = value_heads_of(
             model, config.value_head, kernels, device.torch_device, is_classifier=not can_generate
         )
-        depth = 0 if encoder is None else encoder.info.depth
-        embedding = None if stored is None else partial(stored.embedding, kernels)
-        network = fuse(model, packer, shapes, depth, embedding)
+        network: Network
+        if is_fused:
+            depth = 0 if encoder is None else encoder.info.depth
+            embedding = None if stored is None else partial(stored.embedding, kernels)
+            network = fuse(model, packer, shapes, depth, embedding)
+        else:
+            network = TransformersNetwork(model, kernels)
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{architecture} cannot be served: {error}") from error
     if config.batch_invariant and not network.is_fused:

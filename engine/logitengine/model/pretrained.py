@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import Mxfp4Config
 
 from logitengine.errors import CheckpointError
 from logitengine.model.attention import ATTENTION_NAME, register_attention
@@ -26,11 +28,19 @@ from logitengine.model.checkpoint import Checkpoint
 from logitengine.model.files import CONFIG
 from logitengine.model.image_families import FAMILIES, INTERNVL_CHAT
 from logitengine.model.internvl_chat import load_internvl_chat
-from logitengine.model.safetensors_files import some
+from logitengine.model.safetensors_files import COPIED_BUFFERS, some
 
 logger = logging.getLogger(__name__)
 
-MISFITS = (ValueError, RuntimeError, TypeError, AttributeError, KeyError, ArithmeticError)
+MISFITS = (
+    ValueError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 """Errors of transformers where a config makes no model or the weights do not fit it."""
 
 IMAGE_MODEL_ATTENTION = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"}
@@ -41,7 +51,7 @@ def load_pretrained(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.de
     register_attention()
     try:
         model = _from_files(checkpoint, dtype)
-    except (*MISFITS, OSError, SafetensorError, StrictDataclassError) as error:
+    except (*MISFITS, OSError, SafetensorError) as error:
         raise CheckpointError(f"{checkpoint.name} could not be loaded: {error}") from error
     nn.Module.to(model, device)
     model.eval().requires_grad_(False)
@@ -66,6 +76,7 @@ def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         model, found = _auto_class(model_config).from_pretrained(
             checkpoint.path,
             config=model_config,
+            quantization_config=_dequantisation(model_config),
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
@@ -75,18 +86,47 @@ def _from_files(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
         )
     finally:
         transformers_logging.set_verbosity(verbosity)
-    _refuse_misfits(found)
+    _refuse_misfits(model, found)
     return model
 
 
-def _refuse_misfits(found: dict[str, Any]) -> None:
-    """Raise ValueError for weights that the model lacks or that do not fit it; warn of others that it has no place for."""
+def _dequantisation(model_config: PretrainedConfig) -> Mxfp4Config | None:
+    """Return what makes transformers dequantise MXFP4 on every machine; else it runs kernels from the hub on some GPUs."""
+    holders = (model_config, model_config.get_text_config())
+    is_quantised = any(getattr(holder, "quantization_config", None) is not None for holder in holders)
+    return Mxfp4Config(dequantize=True) if is_quantised else None
+
+
+def _refuse_misfits(model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Raise ValueError for weights that are missing, do not fit the model, or would change the output of its layers.
+
+    Others that it has no place for, such as a draft head, are told in a warning.
+    """
     for name, own, needed in sorted(found["mismatched_keys"]):
         raise ValueError(f"{name} is {list(own)}, and by {CONFIG} it is {list(needed)}")
     if missing := found["missing_keys"]:
         raise ValueError(f"its files lack {some(missing)}")
-    if unused := found["unexpected_keys"]:
+    unused = {name for name in found["unexpected_keys"] if not COPIED_BUFFERS.fullmatch(name)}
+    if changing := _within_layers(model, unused):
+        raise ValueError(f"its files hold {some(changing)}, which {type(model).__name__} does not have")
+    if unused:
         logger.warning("weights are left out, for which the model has no place: %s", some(unused))
+
+
+def _within_layers(model: PreTrainedModel, names: Collection[str]) -> list[str]:
+    """Return the names that lie in layers of the model, or beside the parameters of one of its modules."""
+    modules = dict(model.named_modules())
+    places = {name for name, module in modules.items() if any(True for _ in module.parameters(recurse=False))}
+    stacks = {name for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    layers = {name for name in modules if name.rpartition(".")[0] in stacks}
+
+    def is_within(name: str) -> bool:
+        parts = name.split(".")
+        parents = [".".join(parts[:length]) for length in range(1, len(parts))]
+        return bool(parents) and (parents[-1] in places or not layers.isdisjoint(parents))
+
+    # Files of a bare decoder leave out its prefix.
+    return [name for name in names if is_within(name) or is_within(f"{model.base_model_prefix}.{name}")]
 
 
 def model_type(checkpoint: Checkpoint) -> str:

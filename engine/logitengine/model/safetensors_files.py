@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,14 @@ from logitengine.errors import CheckpointError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NAMES_SHOWN = 5
+
+COPIED_BUFFERS = re.compile(
+    r"(.+\.)?(rotary_emb\.inv_freq|position_ids|causal_mask|(attn|attention)\.(masked_)?bias)"
+)
+"""What old checkpoints copied from buffers that follow from the config: frequencies, positions, causal masks."""
+
+UNQUANTISED = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
+"""Types of parameters, and of the counters and masks that some models have as buffers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +50,27 @@ def tensors_of(directory: Path) -> dict[str, FileTensor]:
 
     Raises CheckpointError for a file that is cut off or is none of safetensors, and for an index that is wrong.
     """
-    held = {file.name: {tensor.name: tensor for tensor in _header(file)} for file in weight_files(directory)}
     if (directory / WEIGHTS).is_file():
-        return held[WEIGHTS]
+        return _header(directory / WEIGHTS)
     places = _weight_map(directory)
+    held = {file: _header(directory / file) for file in sorted(set(places.values()))}
     for name, file in places.items():
         if name not in held[file]:
             raise CheckpointError(f"{directory / INDEX} says that {name} is in {file}, and it is not")
     return {name: held[file][name] for name, file in places.items()}
+
+
+def refuse_quantised(tensors: Mapping[str, FileTensor]) -> None:
+    """Raise CheckpointError for a tensor that is quantised, where no config says how.
+
+    transformers would take its integers, or its 8-bit numbers without their scales, for the weights.
+    """
+    for tensor in tensors.values():
+        if tensor.dtype not in UNQUANTISED and not COPIED_BUFFERS.fullmatch(tensor.name):
+            raise CheckpointError(
+                f"{tensor.path} cannot be served: {tensor.name} is {tensor.dtype}, and config.json has no "
+                "quantization_config"
+            )
 
 
 def some(names: Collection[str]) -> str:
@@ -76,12 +98,14 @@ def _weight_map(directory: Path) -> dict[str, str]:
     return dict(found)
 
 
-def _header(path: Path) -> Iterator[FileTensor]:
+def _header(path: Path) -> dict[str, FileTensor]:
     """Read the header, which the library checks against the file's size."""
+    tensors = {}
     try:
         with safe_open(path, "numpy") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dict
                 part = file.get_slice(name)
-                yield FileTensor(name, path, part.get_dtype(), tuple(part.get_shape()))
+                tensors[name] = FileTensor(name, path, part.get_dtype(), tuple(part.get_shape()))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return tensors

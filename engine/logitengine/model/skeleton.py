@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from logitkernels import Kernels, Weight
@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from logitengine.errors import CheckpointError
 from logitengine.model.attention import ATTENTION_NAME, register_attention
-
-EMBEDDING = "model.embed_tokens.weight"
+from logitengine.model.experts import expert_names, is_stacked, shapes_by_expert
+from logitengine.model.parameter_names import EMBEDDING_PARAMETER
 
 
 class StoredParameter(Protocol):
@@ -46,12 +46,14 @@ class StoredModel(ABC):
     """The model of some files: a skeleton on the meta device, and what fills it.
 
     Attributes:
+        config_place: where the files have the config, as messages name it.
         paths: the files, in order.
         members: members of the config that decide about numbers.
         config: transformers' config.
         skeleton: the model, without a number in it until it is filled.
     """
 
+    config_place: ClassVar[str]
     members: dict[str, Any]
     _factors: Tensor | None = None  # divisors of the rotary frequencies, where files have them
 
@@ -119,7 +121,7 @@ class StoredModel(ABC):
         module = self.skeleton.get_input_embeddings()
         if self._device.type == "cpu":
             return self._lookup(kernels, float(getattr(module, "scalar_embed_scale", 1.0)))
-        self._fill(module, "weight", EMBEDDING, self._dtype)
+        self._fill(module, "weight", EMBEDDING_PARAMETER, self._dtype)
         return module
 
     def _fill(self, module: nn.Module, own: str, name: str, dtype: torch.dtype) -> nn.Parameter:
@@ -163,13 +165,21 @@ class StoredModel(ABC):
             for name, tensor in self.skeleton.state_dict().items()
             if name not in expected
         }
+        for name, module in self.skeleton.named_modules():
+            if expert_names(name, 0)[1] in parameters and is_stacked(module):
+                if module.num_experts > len(parameters):
+                    raise CheckpointError(
+                        f"{path} is damaged: {name} has not all {module.num_experts} experts"
+                    )
+                expected = {own: shape for own, shape in expected.items() if not own.startswith(f"{name}.")}
+                expected |= shapes_by_expert(name, module)
         for name, shape in (expected | optional).items():
             if name not in parameters and name not in tied and name not in optional:
                 raise CheckpointError(f"{path} is damaged: it has no tensor for {name}")
             if name in parameters and parameters[name].shape != shape:
                 raise CheckpointError(
-                    f"{path} is damaged: {parameters[name].origin} is {list(parameters[name].shape)}, and by the "
-                    f"metadata {name} is {list(shape)}"
+                    f"{path} is damaged: {parameters[name].origin} is {list(parameters[name].shape)}, and by "
+                    f"{self.config_place} {name} is {list(shape)}"
                 )
         for name in parameters.keys() - expected.keys() - optional.keys():
             raise CheckpointError(

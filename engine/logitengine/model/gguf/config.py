@@ -292,8 +292,8 @@ def _gemma_scale(config: Config, layers: int) -> float:
     return whole if config["num_hidden_layers"] == layers else head_dim
 
 
-def _softcap(keys: Keys, key: str) -> float | None:
-    return keys.number(key, 0.0) or None
+def _softcap(keys: Keys, key: str, default: float = 0.0) -> float | None:
+    return keys.number(key, default) or None
 
 
 def _layer_types(keys: Keys, config: Config, period: int) -> list[str]:
@@ -316,8 +316,9 @@ def _gemma2(keys: Keys, config: Config) -> Config:
         "model_type": "gemma2",
         "architectures": ["Gemma2ForCausalLM"],
         "hidden_activation": "gelu_pytorch_tanh",
-        "attn_logit_softcapping": _softcap(keys, "attn_logit_softcapping"),
-        "final_logit_softcapping": _softcap(keys, "final_logit_softcapping"),
+        # llama.cpp caps at these where a file does not say: old files do not.
+        "attn_logit_softcapping": _softcap(keys, "attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": _softcap(keys, "final_logit_softcapping", 30.0),
         "sliding_window": keys.size("attention.sliding_window"),
         "layer_types": _layer_types(keys, config, 2),
         "query_pre_attn_scalar": _gemma_scale(config, GEMMA2_27B_LAYERS),

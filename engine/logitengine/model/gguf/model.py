@@ -15,8 +15,9 @@ from logitengine.model.gguf.config import model_config
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tensors import ROPE_FACTORS, Parameter, parameters_of
 from logitengine.model.gguf.weights import BlockEmbedding, GgufWeights
+from logitengine.model.parameter_names import EMBEDDING_PARAMETER
 from logitengine.model.pretrained import MISFITS, refuse_unsupported
-from logitengine.model.skeleton import EMBEDDING, StoredModel
+from logitengine.model.skeleton import StoredModel
 
 
 class GgufModel(StoredModel):
@@ -26,6 +27,7 @@ class GgufModel(StoredModel):
         members: members of transformers' config, as the file's metadata give them.
     """
 
+    config_place = "the metadata"
     _parameters: dict[str, Parameter]
 
     def __init__(self, path: Path, dtype: torch.dtype, device: torch.device) -> None:
@@ -53,7 +55,7 @@ class GgufModel(StoredModel):
         return GgufWeights(self._parameters, dtype or self._dtype, self._device, block_formats, self._told)
 
     def _lookup(self, kernels: Kernels, scale: float) -> BlockEmbedding:
-        return BlockEmbedding(self._parameters[EMBEDDING], kernels, scale)
+        return BlockEmbedding(self._parameters[EMBEDDING_PARAMETER], kernels, scale)
 
     def _rope_factors(self) -> Tensor | None:
         """Return the divisors of the rotary frequencies, float32; None where the file has none."""

@@ -12,6 +12,7 @@ from enum import Enum, auto
 from logitengine.errors import CheckpointError
 from logitengine.model.gguf.config import EMBEDDING, HEAD, Config
 from logitengine.model.gguf.header import Header, Tensor
+from logitengine.model.parameter_names import EMBEDDING_PARAMETER, HEAD_PARAMETER
 
 ROPE_FACTORS = "rope_freqs.weight"
 """Divisors of the rotary frequencies; they are no parameter."""
@@ -106,9 +107,9 @@ PAIRS = {
 """Pairs of tensors by architecture."""
 
 TOP_PARAMETERS = {
-    EMBEDDING: "model.embed_tokens.weight",
+    EMBEDDING: EMBEDDING_PARAMETER,
     "output_norm.weight": "model.norm.weight",
-    HEAD: "lm_head.weight",
+    HEAD: HEAD_PARAMETER,
 }
 
 PAIRED_ROWS = ("llama", "granite", "smollm3")
@@ -188,7 +189,7 @@ def parameters_of(header: Header, config: Config) -> dict[str, Parameter]:
             )
         found[parameter.name] = parameter
     if HEAD not in header.tensors:
-        found["lm_head.weight"] = Parameter("lm_head.weight", (header.tensors[EMBEDDING],))
+        found[HEAD_PARAMETER] = Parameter(HEAD_PARAMETER, (header.tensors[EMBEDDING],))
     return found
 
 

@@ -84,7 +84,7 @@ class GgufWeights:
             return BlockWeight(name, mapped(found.tensor, found.rows), kind, found.shape, found.order)
         if name in self._parameters:
             return DenseWeight(name, self.dense(name))
-        self._tell(kind)
+        self._tell(kind, self._dtype)
         return DenseWeight(name, to_dense(found.raw(), kind, self._dtype).to(self._device))
 
     def dense(self, name: str, dtype: torch.dtype | None = None) -> Numbers:
@@ -93,7 +93,7 @@ class GgufWeights:
         dtype = dtype or self._dtype
         parts = []
         for tensor in parameter.tensors:
-            self._tell(tensor.type.name)
+            self._tell(tensor.type.name, dtype)
             numbers = to_dense(
                 _raw(parameter, tensor), tensor.type.name, torch.float32 if parameter.shift else dtype
             )
@@ -110,11 +110,11 @@ class GgufWeights:
         rows = tensor.shape[-2]
         return _Matrix(parameter, tensor, slice(expert.index * rows, (expert.index + 1) * rows))
 
-    def _tell(self, kind: str) -> None:
+    def _tell(self, kind: str, dtype: torch.dtype) -> None:
         if kind in FLOATS or kind in self._told:
             return
         self._told.add(kind)
-        logger.info("weights in %s are dequantised to %s", kind, str(self._dtype).removeprefix("torch."))
+        logger.info("weights in %s are dequantised to %s", kind, str(dtype).removeprefix("torch."))
 
 
 class BlockEmbedding:

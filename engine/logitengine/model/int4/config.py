@@ -1,4 +1,4 @@
-"""The ``quantization_config`` of a checkpoint's config.json: what is served, and what is refused by name. Free of torch."""
+"""The quantization config of a checkpoint's config.json: what is served, and what is refused by name. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ BITS = 4
 WHOLE_ROW = -1
 
 LEFT_TO_TRANSFORMERS = ("mxfp4",)
-"""Methods whose weights transformers itself unpacks where nothing multiplies them."""
+"""Methods whose weights transformers dequantises."""
+
+QUANTIZATION_CONFIGS = ("quantization_config", "compression_config")
+"""Names of the quantization config. The second is that of early compressed-tensors."""
 
 Method = Literal["awq", "gptq", "compressed-tensors"]
 
@@ -33,12 +36,22 @@ class Int4Config:
     zeros_less_one: bool = False
 
 
+def quantization_of(fields: Mapping[str, Any]) -> Any:
+    """Return what a config.json says of quantisation, under today's name or an older one; None if it says nothing."""
+    text = fields.get("text_config")
+    for holder in (fields, text if isinstance(text, dict) else {}):
+        for key in QUANTIZATION_CONFIGS:
+            if holder.get(key) is not None:
+                return holder[key]
+    return None
+
+
 def int4_config(fields: Mapping[str, Any], name: str) -> Int4Config | None:
     """Return how the linear layers of a config.json are packed; None for a model in floating-point numbers.
 
     Raises CheckpointError, with the model's ``name``, for any other way of quantisation.
     """
-    config = fields.get("quantization_config")
+    config = quantization_of(fields)
     if config is None or (isinstance(config, dict) and config.get("quant_method") in LEFT_TO_TRANSFORMERS):
         return None
     if not isinstance(config, dict):

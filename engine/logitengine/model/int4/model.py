@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,18 +15,16 @@ from transformers import AutoConfig, GenerationConfig
 from logitengine.errors import CheckpointError
 from logitengine.model.files import CONFIG
 from logitengine.model.image_families import FAMILIES
-from logitengine.model.int4.config import Int4Config
+from logitengine.model.int4.config import QUANTIZATION_CONFIGS, Int4Config
 from logitengine.model.int4.tensors import DenseParameter, PackedParameter, Parameter, parameters_of
 from logitengine.model.int4.unpacking import read_tensor
 from logitengine.model.int4.weights import PackedWeights
-from logitengine.model.pretrained import refuse_unsupported
-from logitengine.model.safetensors_files import tensors_of
-from logitengine.model.skeleton import EMBEDDING, StoredModel
+from logitengine.model.parameter_names import EMBEDDING_PARAMETER
+from logitengine.model.pretrained import MISFITS, refuse_unsupported
+from logitengine.model.safetensors_files import COPIED_BUFFERS, tensors_of
+from logitengine.model.skeleton import StoredModel
 
 GENERATION_CONFIG = "generation_config.json"
-
-IGNORED_TENSORS = re.compile(r"(.+\.)?rotary_emb\.inv_freq")
-"""What old checkpoints copied from buffers that follow from the config."""
 
 
 class Int4Model(StoredModel):
@@ -36,6 +34,7 @@ class Int4Model(StoredModel):
         members: members of config.json.
     """
 
+    config_place = CONFIG
     _parameters: dict[str, Parameter]
 
     def __init__(
@@ -51,12 +50,14 @@ class Int4Model(StoredModel):
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
             refuse_unsupported(config)
-            _refuse_other_models(config.model_type, config.architectures or [])
-            del config.quantization_config  # packing is read here, and transformers would want its packages
+            _refuse_other_models(config.model_type, config.architectures or [], parameters)
+            # Packing is read here, and transformers would want the packages that wrote it.
+            for holder, key in product((config, config.get_text_config()), QUANTIZATION_CONFIGS):
+                vars(holder).pop(key, None)
             super().__init__(paths, config, parameters, dtype, device)
             if (directory / GENERATION_CONFIG).is_file():
                 self.skeleton.generation_config = GenerationConfig.from_pretrained(directory)
-        except (ValueError, RuntimeError, TypeError, AttributeError, KeyError, OSError) as error:
+        except (*MISFITS, OSError) as error:
             raise CheckpointError(f"{directory} could not be loaded: {error}") from error
         self._drop_unread()
         for name, target in self.skeleton.all_tied_weights_keys.items():
@@ -73,7 +74,7 @@ class Int4Model(StoredModel):
         )
 
     def _lookup(self, kernels: Kernels, scale: float) -> Callable[[Tensor], Tensor]:  # noqa: ARG002 - torch looks it up
-        parameter = self._parameters[EMBEDDING]
+        parameter = self._parameters[EMBEDDING_PARAMETER]
         if not isinstance(parameter, DenseParameter):
             raise CheckpointError(f"{parameter.integers.path} cannot be served: its embedding is packed")
         numbers = read_tensor(parameter.tensor)
@@ -91,12 +92,16 @@ class Int4Model(StoredModel):
                 and isinstance(self._parameters.get(f"{module}.weight"), PackedParameter)
                 and not read_tensor(parameter.tensor).any()
             )
-            if is_added or IGNORED_TENSORS.fullmatch(name):
+            if is_added or (name not in expected and COPIED_BUFFERS.fullmatch(name)):
                 del self._parameters[name]
 
 
-def _refuse_other_models(model_type: str, architectures: list[str]) -> None:
-    """Refuse models that are no language models. Raises ValueError."""
+def _refuse_other_models(model_type: str, architectures: list[str], names: Iterable[str]) -> None:
+    """Refuse models that are no language models, and experts under names of Mixtral's. Raises ValueError."""
+    if any(".block_sparse_moe." in name for name in names):
+        raise ValueError(
+            f"{model_type} has packed experts under names (block_sparse_moe) that are not served"
+        )
     if model_type in FAMILIES:
         raise ValueError(
             f"{model_type} reads images, and its linear layers are packed, which is not supported"

@@ -79,11 +79,6 @@ class PackedParameter:
         """Name of the tensor that holds its integers."""
         return self.integers.name
 
-    @property
-    def tensors(self) -> list[FileTensor]:
-        tensors = (self.integers, self.scales, self.zeros, self.groups, self.stored_shape)
-        return [tensor for tensor in tensors if tensor is not None]
-
 
 Parameter = DenseParameter | PackedParameter
 
@@ -105,19 +100,6 @@ def parameters_of(tensors: Mapping[str, FileTensor], config: Int4Config) -> dict
     for module, parts in packed.items():
         found[f"{module}.weight"] = _Layer(module, parts, names, config).parameter()
     return found
-
-
-def refuse_packed(tensors: Mapping[str, FileTensor]) -> None:
-    """Raise CheckpointError for a packed layer, where nothing says how it is packed.
-
-    transformers would leave such a layer's weight at random.
-    """
-    integers = {names.integers for names in NAMES.values()}
-    for tensor in tensors.values():
-        if tensor.name.rpartition(".")[2] in integers:
-            raise CheckpointError(
-                f"{tensor.path} cannot be served: {tensor.name} is packed, and config.json has no quantization_config"
-            )
 
 
 class _Layer:

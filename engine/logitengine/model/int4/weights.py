@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import count, takewhile
 
 import torch
 from logitkernels import DenseWeight, Weight
 from logitkernels.int4 import int4_blocks
 from torch import Tensor
 
+from logitengine.model.experts import expert_names
 from logitengine.model.int4.config import Int4Config
 from logitengine.model.int4.tensors import PackedParameter, Parameter
 from logitengine.model.int4.unpacking import Groups, read_groups, read_tensor
@@ -58,10 +60,24 @@ class PackedWeights:
 
     def dense(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a parameter of any shape in numbers, in the model's dtype unless another is named."""
-        parameter, dtype = self._parameters[name], dtype or self._dtype
+        dtype = dtype or self._dtype
+        if name not in self._parameters and name.endswith((".gate_up_proj", ".down_proj")):
+            return self._stacked(name, dtype)
+        parameter = self._parameters[name]
         if isinstance(parameter, PackedParameter):
             return self._dequantised(read_groups(parameter, self._config), dtype)
         return read_tensor(parameter.tensor).to(self._device, dtype)
+
+    def _stacked(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return the matrices of all experts of a layer, [E, N, K], gates above ups."""
+        module = name.rpartition(".")[0]
+
+        def matrices(index: int) -> list[str]:
+            gate_up, down = expert_names(module, index)
+            return gate_up if name.endswith(".gate_up_proj") else [down]
+
+        experts = takewhile(lambda names: names[0] in self._parameters, map(matrices, count()))
+        return torch.stack([torch.cat([self.dense(own, dtype) for own in names]) for names in experts])
 
     def _dequantised(self, groups: Groups, dtype: torch.dtype) -> Tensor:
         kind = self._config.method + (
