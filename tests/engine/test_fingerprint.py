@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from logitengine.config import EngineConfig
-from logitengine.model.fingerprint import file_digest
+from logitengine.model.fingerprint import file_digest, fingerprint
 from logitengine.model.loader import load
+from logitengine.run.devices import choose_device
 from logitkernels.cpu import CpuKernels
 from safetensors.torch import load_file, save_file
 from tiny_models import save_llama
@@ -76,6 +77,24 @@ def test_instruction_sets_matter_where_the_processor_sums_in_its_own_order(
         monkeypatch.setattr(CpuKernels, "bf16_sums", order)
         found.append([fingerprint_of(llama, **case) for case in cases])
     assert [a == b for a, b in zip(*found, strict=True)] == [True, False, True]
+
+
+def test_instruction_sets_matter_for_the_dense_layers_of_an_image_encoder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels, device = CpuKernels(), choose_device("cpu")
+    found = []
+    for order in ("IN_PAIRS", "IN_TILES"):
+        monkeypatch.setattr(CpuKernels, "bf16_sums", order)
+        found.append(
+            [
+                fingerprint(
+                    "w", "int8 (Q8_0)", "bfloat16", kernels, device, is_fused=True, reads_images=images
+                )
+                for images in (False, True)
+            ]
+        )
+    assert [a == b for a, b in zip(*found, strict=True)] == [True, False]
 
 
 def test_a_files_digest_is_computed_once_until_the_file_changes(

@@ -43,7 +43,7 @@ class WithoutTiles:
         return getattr(self._library, name)
 
     def bf16_sums(self) -> int:
-        return min(self._library.bf16_sums(), Bf16Sums.IN_PAIRS)
+        return min(int(self._library.bf16_sums()), int(Bf16Sums.IN_PAIRS))
 
 
 def kernels_without_tiles() -> CpuKernels:
