@@ -84,7 +84,7 @@ class Worker {
             upcoming_ = block + 1 < item.last_block ? KeyBlock{&item, block + 1}
                         : next != nullptr           ? KeyBlock{next, next->first_block}
                                                     : KeyBlock{};
-            fetcher_.begin(fetches_by_halves() && half_bytes(attention_.value_size) <= kFirstLevelBytes);
+            fetcher_.begin(fetches_by_halves() && fits_first_level(half_bytes(attention_.value_size)));
             if (fetches_by_halves())
                 plan_values({&item, block});
             else
@@ -305,7 +305,7 @@ class Worker {
             else
                 score<R>(query, attention_.key_size, widened_keys_, all, scores_.get(), fetcher_);
             if (fetches_by_halves()) {
-                fetcher_.begin(half_bytes(attention_.key_size) <= kFirstLevelBytes);
+                fetcher_.begin(fits_first_level(half_bytes(attention_.key_size)));
                 plan_keys(upcoming_);
                 fetcher_.spread((all.to - all.from) * padded_ / (2 * kLanes));
             }

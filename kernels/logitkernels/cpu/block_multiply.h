@@ -29,7 +29,7 @@ void fused_tile(const Integers& q, const char* panel, const PanelLayout& layout,
     constexpr int G = Product::template groups_together<R>;
     const char *ahead = panel + layout.bytes, *ahead_end = ahead + layout.bytes;
     const int64_t share = round_up(ceil_div(layout.bytes, in.blocks), 64);
-    const bool once = turns == 1 && layout.bytes <= kFirstLevelBytes;  // for the only tile that will read it
+    const bool once = turns == 1 && fits_first_level(layout.bytes);  // for the only tile that will read it
     __m512 sums[R][kVectors];
 #pragma GCC unroll 2
     for (int first = 0; first < kVectors; first += G) {
