@@ -28,7 +28,7 @@ from pathlib import Path
 
 import psutil
 from http_load import greedy, machine, post
-from logitengine.model.conversions import cache_directory
+from logitengine.model.checkpoint.conversions import cache_directory
 from serve import http_measure, measure_rounds, report
 from soak_processes import free_port
 

@@ -26,12 +26,12 @@ from http_load import machine
 from logitengine.config import EngineConfig
 from logitengine.engine import Engine
 from logitengine.link.messages import Array, GenerationRequest, PromptItem, SamplingParams
-from logitengine.model.attention import register_attention
-from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint
 from logitengine.model.cpus import num_usable_cpus
-from logitengine.model.image_encoder import ImageEncoder
+from logitengine.model.image_text.encoder import ImageEncoder
+from logitengine.model.image_text.text_part import take_text_part
 from logitengine.model.loader import prepare
-from logitengine.model.text_part import take_text_part
+from logitengine.model.network.attention import register_attention
 from logitengine.model.weight_sources import ModelWeights
 from logitengine.run.devices import choose_device
 from logitkernels.backend import load_kernels

@@ -13,7 +13,7 @@ Measure = Callable[[list[list[int]], int], float]
 def transformers_measure(model_name: str) -> Measure:
     """Measure batched ``generate`` in bfloat16, on what transformers reads from the model's files."""
     import torch
-    from logitengine.model.checkpoint import resolve_checkpoint
+    from logitengine.model.checkpoint.resolve import resolve_checkpoint
     from transformers import AutoModelForCausalLM
 
     checkpoint = resolve_checkpoint(model_name)
@@ -51,7 +51,7 @@ def openvino_measure(model_name: str) -> Measure:
     except ImportError as error:
         raise SystemExit("the peer openvino needs: pip install openvino-genai") from error
     import numpy as np
-    from logitengine.model.files import gguf_path
+    from logitengine.model.checkpoint.files import gguf_path
 
     path = gguf_path(model_name)
     if path is None:

@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint, resolve_checkpoint
 from packaged_models import QWEN_CODER, packaged_checkpoint, transformers_directory
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 

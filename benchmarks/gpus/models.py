@@ -23,9 +23,9 @@ from gpus.timing import Ceilings, free_memory
 from logitengine.config import EngineConfig
 from logitengine.engine import Engine
 from logitengine.link.messages import GenerationRequest, LogitsSpec, SamplingParams
-from logitengine.model.attention import ATTENTION_NAME, register_attention
-from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint
 from logitengine.model.loader import prepare
+from logitengine.model.network.attention import ATTENTION_NAME, register_attention
 from logitengine.model.weight_sources import ModelWeights
 from logitengine.run.devices import choose_device
 from logitkernels.backend import load_kernels

@@ -16,7 +16,7 @@ from logitkernels.cpu.errors import BuildError
 from logitengine.config import KERNELS_DIRECTORY
 from logitengine.errors import CheckpointError
 from logitengine.logs import configure_logging
-from logitengine.model.checkpoint import resolve_checkpoint
+from logitengine.model.checkpoint.resolve import resolve_checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:

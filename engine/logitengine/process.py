@@ -172,7 +172,7 @@ class EngineLoop:
         # time.
         gc.disable()
         # Imported late: the threads already run, so a long load does not look like silence to the server.
-        from logitengine.model.checkpoint import resolve_checkpoint
+        from logitengine.model.checkpoint.resolve import resolve_checkpoint
 
         join_loggers()
         checkpoint = resolve_checkpoint(config.model, config.prepared)

@@ -13,7 +13,7 @@ from logitengine.link.client import EngineClient
 from logitengine.link.engine_protocol import EngineProtocol
 from logitengine.link.supervisor import ENGINE_COMMAND
 from logitengine.logs import configure_logging, resolve_format
-from logitengine.model.files import check_model
+from logitengine.model.checkpoint.files import check_model
 from uvloop import new_event_loop
 
 from logitserve.config import ServerConfig

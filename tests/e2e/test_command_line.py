@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from live_server import serving
-from logitengine.model.files import gguf_path
+from logitengine.model.checkpoint.files import gguf_path
 
 SECONDS = 280
 TINY = ("--dtype", "float32", "--num-threads", "1", "--kv-cache-bytes", "16MiB")

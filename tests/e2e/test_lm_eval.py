@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 import pytest
-from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint
 
 pytest.importorskip("lm_eval")
 

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
-from logitengine.model.experts import ClampedGate, Gate, PackedExperts
 from logitengine.model.loader import LoadedModel, load
+from logitengine.model.network.experts import ClampedGate, Gate, PackedExperts
 from logitkernels import DenseWeight, Kernels
 from logitkernels.backend import load_kernels
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run

@@ -10,9 +10,9 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
-from logitengine.model.attention import ATTENTION_NAME, register_attention
-from logitengine.model.fuse import FusedNetwork, Packer, fuse, is_known
-from logitengine.model.layer_shapes import probe_layers
+from logitengine.model.network.attention import ATTENTION_NAME, register_attention
+from logitengine.model.network.fuse import FusedNetwork, Packer, fuse, is_known
+from logitengine.model.network.layer_shapes import probe_layers
 from logitengine.model.weight_sources import Int8Weights, ModelWeights, WeightSource
 from logitkernels import BlockWeight, DenseWeight, Kernels, Linear, ReferenceKernels, Weight
 from logitkernels.backend import load_kernels

@@ -14,7 +14,7 @@ from block_models import Blocks, fill_with_blocks
 from gguf_files import write_gguf
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
-from logitengine.model.checkpoint import resolve_checkpoint
+from logitengine.model.checkpoint.resolve import resolve_checkpoint
 from logitengine.model.gguf.config import CONFIGS
 from logitengine.model.gguf.model import GgufModel
 from logitengine.model.loader import LoadedModel, load, prepare

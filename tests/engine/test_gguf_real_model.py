@@ -13,7 +13,7 @@ import pytest
 import torch
 from logitengine.config import EngineConfig
 from logitengine.link.messages import LogitsSpec
-from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint
 from logitengine.model.loader import LoadedModel, load
 from numpy.typing import NDArray
 from packaged_models import GEMMA3, QWEN_CODER, packaged_checkpoint

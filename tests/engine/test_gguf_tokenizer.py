@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from gguf_files import write_gguf
 from logitengine.errors import CheckpointError
-from logitengine.model.checkpoint import resolve_checkpoint
+from logitengine.model.checkpoint.resolve import resolve_checkpoint
 from logitengine.model.gguf.splits import SPLITS
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from gguf_files import write_gguf
 from logitengine.config import EngineConfig
-from logitengine.model.checkpoint import resolve_checkpoint
+from logitengine.model.checkpoint.resolve import resolve_checkpoint
 from logitengine.model.gguf.blocks import to_dense
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.model import GgufModel

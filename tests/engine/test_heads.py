@@ -21,7 +21,7 @@ from logitengine.link.messages import (
     SamplingParams,
 )
 from logitengine.model.loader import LoadedModel, load
-from logitengine.model.value_heads import load_value_head
+from logitengine.model.network.value_heads import load_value_head
 from logitkernels import ReferenceKernels
 from numpy.typing import NDArray
 from safetensors.torch import save_file

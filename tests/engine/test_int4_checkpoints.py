@@ -12,7 +12,7 @@ import pytest
 import torch
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
-from logitengine.model.files import check_directory
+from logitengine.model.checkpoint.files import check_directory
 from logitengine.model.int4.config import int4_config
 from logitengine.model.int4.model import Int4Model
 from logitengine.model.loader import LoadedModel, load

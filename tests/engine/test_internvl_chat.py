@@ -14,9 +14,9 @@ from image_models import NATIVE, ImageModel, ImagePrompt, reference_logits, save
 from image_tokenizers import INTERNVL_TOKENS, tiny_tokenizer
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
-from logitengine.model.checkpoint import resolve_checkpoint
-from logitengine.model.files import check_model
-from logitengine.model.internvl_chat import config_of, load_internvl_chat
+from logitengine.model.checkpoint.files import check_model
+from logitengine.model.checkpoint.resolve import resolve_checkpoint
+from logitengine.model.image_text.internvl_chat import config_of, load_internvl_chat
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 

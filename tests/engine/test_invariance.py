@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logitengine.config import EngineConfig
 from logitengine.link.messages import GenerationRequest, LogitsSpec
-from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint
 from logitengine.model.loader import LoadedModel, load
 from msgspec.structs import replace
 from support import EVERY_ROW, Collected, english_tokens, greedy, make_engine, run

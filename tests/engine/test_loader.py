@@ -10,7 +10,7 @@ import pytest
 import torch
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
-from logitengine.model.checkpoint import resolve_checkpoint
+from logitengine.model.checkpoint.resolve import resolve_checkpoint
 from logitengine.model.loader import LoadedModel, load
 from logitengine.model.pretrained import load_pretrained
 from safetensors.torch import save_file

@@ -12,8 +12,8 @@ import pytest
 import torch
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
-from logitengine.model.checkpoint import resolve_checkpoint
-from logitengine.model.files import check_model, gguf_path
+from logitengine.model.checkpoint.files import check_model, gguf_path
+from logitengine.model.checkpoint.resolve import resolve_checkpoint
 from logitengine.model.loader import load
 from safetensors.torch import load_file, save_file
 from tiny_models import save_llama

@@ -8,7 +8,7 @@ import pytest
 from logitengine import prepare
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
-from logitengine.model.conversions import Conversions
+from logitengine.model.checkpoint.conversions import Conversions
 from logitengine.model.loader import load
 from logitkernels.cpu import build
 from logitkernels.cpu.processor import platform_targets

@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
-from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint
 from logitengine.model.gguf.model import GgufModel
 from logitengine.model.loader import load
 from logitengine.model.weight_sources import Int4Weights, Int8Weights, ModelWeights

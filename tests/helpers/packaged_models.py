@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
-from logitengine.model.conversions import Conversions
+from logitengine.model.checkpoint.conversions import Conversions
+from logitengine.model.checkpoint.resolve import Checkpoint, resolve_checkpoint
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from logitengine.model.experts import expert_names, is_stacked, parse_expert, stacked_weight
+from logitengine.model.network.experts import expert_names, is_stacked, parse_expert, stacked_weight
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor, nn

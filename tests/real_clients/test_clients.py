@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from client_programs import FOLDER, run_node, run_python
 from jsonschema import Draft202012Validator
-from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint
 
 pytestmark = pytest.mark.clients
 

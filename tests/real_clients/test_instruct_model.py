@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 from live_server import serving
 from logitclient import Client, decode_logits
-from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint
 from openai import OpenAI
 from pydantic import BaseModel, Field
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from logitengine.link.messages import ModelInfo
-from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint
 from logitserve.config import ServerConfig
 from logitserve.http.app import create_app
 from scripted_engine import App, OpenApp, Script, ScriptedEngine

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from logitengine.link.messages import StepOutput
-from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint
 from logitserve.text.choice import ChoiceText, Delta
 from logitserve.text.detokenizer import Detokenizer, special_tokens_in
 from logitserve.text.parser import Content, Reasoning, TextPart, ToolCall

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint
 from logitserve.errors import BadRequestError
 from logitserve.text.chat_template import Turns
 from logitserve.text.tokenizer import ModelTokenizer

@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint
 from logitserve.text.detokenizer import Detokenizer
 from logitserve.text.token_table import TokenTable, UnsupportedDecoderError
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from logitengine.model.checkpoint import Checkpoint
+from logitengine.model.checkpoint.resolve import Checkpoint
 from logitserve.text.families.choose import family_names
 from logitserve.text.parser import Content, Reasoning
 from logitserve.text.tools import Tool

@@ -25,7 +25,7 @@ import transformers
 from logitkernels import Kernels
 
 import logitengine
-from logitengine.model.conversions import cache_directory
+from logitengine.model.checkpoint.conversions import cache_directory
 from logitengine.run.devices import Device
 
 NUM_DIGITS = 16

@@ -19,23 +19,23 @@ from transformers.utils import logging as transformers_logging
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
 from logitengine.link.messages import EncoderInfo, ModelInfo
-from logitengine.model.checkpoint import Checkpoint, resolve_checkpoint
+from logitengine.model.checkpoint.files import CONFIG
+from logitengine.model.checkpoint.resolve import Checkpoint, resolve_checkpoint
 from logitengine.model.cpus import num_usable_cpus
-from logitengine.model.files import CONFIG
 from logitengine.model.fingerprint import WeightsDigest, digest_of_config, fingerprint
-from logitengine.model.fuse import Packer, fuse, is_known
 from logitengine.model.gguf.model import GgufModel
-from logitengine.model.image_encoder import ImageEncoder
-from logitengine.model.image_families import FAMILIES
+from logitengine.model.image_text.encoder import ImageEncoder
+from logitengine.model.image_text.families import FAMILIES
+from logitengine.model.image_text.text_part import take_text_part
 from logitengine.model.int4.config import int4_config
 from logitengine.model.int4.model import Int4Model
-from logitengine.model.layer_shapes import probe_layers
-from logitengine.model.network import Network, TransformersNetwork
-from logitengine.model.packing import modules_to_pack, pack_modules
+from logitengine.model.network.fuse import Packer, fuse, is_known
+from logitengine.model.network.layer_shapes import probe_layers
+from logitengine.model.network.network import Network, TransformersNetwork
+from logitengine.model.network.packing import modules_to_pack, pack_modules
+from logitengine.model.network.value_heads import value_heads_of
 from logitengine.model.pretrained import eos_token_ids, load_pretrained, max_positions, model_type
 from logitengine.model.skeleton import StoredModel
-from logitengine.model.text_part import take_text_part
-from logitengine.model.value_heads import value_heads_of
 from logitengine.model.weight_sources import Int4Weights, Int8Weights, ModelWeights, WeightSource
 from logitengine.run.devices import Device, choose_device
 from logitengine.run.kv_cache import bytes_per_block

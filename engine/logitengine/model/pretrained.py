@@ -23,12 +23,12 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import Mxfp4Config
 
 from logitengine.errors import CheckpointError
-from logitengine.model.attention import ATTENTION_NAME, register_attention
-from logitengine.model.checkpoint import Checkpoint
-from logitengine.model.files import CONFIG
-from logitengine.model.image_families import FAMILIES, INTERNVL_CHAT
-from logitengine.model.internvl_chat import load_internvl_chat
-from logitengine.model.safetensors_files import COPIED_BUFFERS, some
+from logitengine.model.checkpoint.files import CONFIG
+from logitengine.model.checkpoint.resolve import Checkpoint
+from logitengine.model.checkpoint.safetensors_files import COPIED_BUFFERS, some
+from logitengine.model.image_text.families import FAMILIES, INTERNVL_CHAT
+from logitengine.model.image_text.internvl_chat import load_internvl_chat
+from logitengine.model.network.attention import ATTENTION_NAME, register_attention
 
 logger = logging.getLogger(__name__)
 

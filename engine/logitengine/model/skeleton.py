@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from logitengine.errors import CheckpointError
-from logitengine.model.attention import ATTENTION_NAME, register_attention
-from logitengine.model.experts import expert_names, is_stacked, shapes_by_expert
+from logitengine.model.network.attention import ATTENTION_NAME, register_attention
+from logitengine.model.network.experts import expert_names, is_stacked, shapes_by_expert
 from logitengine.model.parameter_names import EMBEDDING_PARAMETER
 
 

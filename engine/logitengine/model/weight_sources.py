@@ -11,7 +11,7 @@ from logitkernels import BlockWeight, DenseWeight, Weight
 from logitkernels.int4 import round_to_int4
 from torch import Tensor, nn
 
-from logitengine.model.experts import is_stacked, parse_expert, stacked_weight
+from logitengine.model.network.experts import is_stacked, parse_expert, stacked_weight
 
 BLOCK_WEIGHTS = 32
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 
 from logitengine.link.messages import PromptItem
-from logitengine.model.image_encoder import Encoding, ImageEncoder
+from logitengine.model.image_text.encoder import Encoding, ImageEncoder
 from logitengine.run.batch import ItemRows
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitengine.model.layer_shapes import LayerShape
+from logitengine.model.network.layer_shapes import LayerShape
 
 CACHE_LINE_BYTES = 64
 

@@ -11,7 +11,7 @@ from logitkernels import Kernels
 from torch import Tensor
 
 from logitengine.link.messages import HiddenStatesSpec, OutputSpec
-from logitengine.model.value_heads import ValueHead
+from logitengine.model.network.value_heads import ValueHead
 from logitengine.run.devices import Device
 from logitengine.run.plan import PromptGroup, PromptRows, StepPlan
 from logitengine.run.prompt_states import HeldStates, PooledStates

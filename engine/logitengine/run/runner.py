@@ -10,9 +10,9 @@ from logitkernels import Kernels
 from logitkernels.sampling import PreparedSampling
 from torch import Tensor
 
-from logitengine.model.image_encoder import ImageEncoder
-from logitengine.model.network import Network
-from logitengine.model.value_heads import ValueHead
+from logitengine.model.image_text.encoder import ImageEncoder
+from logitengine.model.network.network import Network
+from logitengine.model.network.value_heads import ValueHead
 from logitengine.run.batch import DeviceBatch
 from logitengine.run.devices import Device
 from logitengine.run.encoder_outputs import EncoderOutputs

@@ -9,10 +9,10 @@ from logitkernels import Kernels
 
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
-from logitengine.model.image_encoder import ImageEncoder
-from logitengine.model.layer_shapes import LayerShape
-from logitengine.model.network import Network
-from logitengine.model.value_heads import ValueHead
+from logitengine.model.image_text.encoder import ImageEncoder
+from logitengine.model.network.layer_shapes import LayerShape
+from logitengine.model.network.network import Network
+from logitengine.model.network.value_heads import ValueHead
 from logitengine.run.devices import Device
 from logitengine.run.kv_cache import PagedKVCache, bytes_per_block
 from logitengine.run.profiling import largest_step

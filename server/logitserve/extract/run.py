@@ -12,7 +12,7 @@ from typing import Any
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
 from logitengine.logs import configure_logging
-from logitengine.model.files import check_model
+from logitengine.model.checkpoint.files import check_model
 
 from logitserve.extract.atomic_files import write_atomically
 from logitserve.extract.collector import Collector

@@ -10,10 +10,10 @@ import torch
 from logitkernels import BlockWeight, DenseWeight, Kernels, Weight
 from torch import Tensor as Numbers
 
-from logitengine.model.experts import parse_expert
 from logitengine.model.gguf.blocks import FLOATS, head_order, mapped, to_dense
 from logitengine.model.gguf.header import Tensor
 from logitengine.model.gguf.tensors import Layout, Parameter
+from logitengine.model.network.experts import parse_expert
 
 logger = logging.getLogger(__name__)
 

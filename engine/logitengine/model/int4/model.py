@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from logitengine.errors import CheckpointError
-from logitengine.model.files import CONFIG
-from logitengine.model.image_families import FAMILIES
+from logitengine.model.checkpoint.files import CONFIG
+from logitengine.model.checkpoint.safetensors_files import COPIED_BUFFERS, tensors_of
+from logitengine.model.image_text.families import FAMILIES
 from logitengine.model.int4.config import QUANTIZATION_CONFIGS, Int4Config
 from logitengine.model.int4.tensors import DenseParameter, PackedParameter, Parameter, parameters_of
 from logitengine.model.int4.unpacking import read_tensor
 from logitengine.model.int4.weights import PackedWeights
 from logitengine.model.parameter_names import EMBEDDING_PARAMETER
 from logitengine.model.pretrained import MISFITS, refuse_unsupported
-from logitengine.model.safetensors_files import COPIED_BUFFERS, tensors_of
 from logitengine.model.skeleton import StoredModel
 
 GENERATION_CONFIG = "generation_config.json"

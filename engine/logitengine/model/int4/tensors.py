@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from logitengine.errors import CheckpointError
+from logitengine.model.checkpoint.safetensors_files import FileTensor
 from logitengine.model.int4.config import WHOLE_ROW, Int4Config, Method
-from logitengine.model.safetensors_files import FileTensor
 
 PER_WORD = 8
 """Integers of four bits in an int32."""

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from logitengine.errors import CheckpointError
+from logitengine.model.checkpoint.safetensors_files import FileTensor
 from logitengine.model.int4.config import Int4Config, Method
 from logitengine.model.int4.tensors import PackedParameter
-from logitengine.model.safetensors_files import FileTensor
 
 AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]
 """Columns that the nibbles of AWQ's words hold, from the lowest nibble on."""

@@ -11,10 +11,10 @@ from logitkernels import DenseWeight, Weight
 from logitkernels.int4 import int4_blocks
 from torch import Tensor
 
-from logitengine.model.experts import expert_names
 from logitengine.model.int4.config import Int4Config
 from logitengine.model.int4.tensors import PackedParameter, Parameter
 from logitengine.model.int4.unpacking import Groups, read_groups, read_tensor
+from logitengine.model.network.experts import expert_names
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from logitengine.model.experts import PackedExperts, expert_biases, expert_names, gate_of, is_stacked
-from logitengine.model.fuse import Packer
-from logitengine.model.fused_linear import FusedLinear
+from logitengine.model.network.experts import PackedExperts, expert_biases, expert_names, gate_of, is_stacked
+from logitengine.model.network.fuse import Packer
+from logitengine.model.network.fused_linear import FusedLinear
 from logitengine.model.weight_sources import WeightSource
 
 

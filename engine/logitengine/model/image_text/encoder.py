@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from logitengine.link.messages import Array, EncoderInfo, PromptItem
-from logitengine.model.fused_linear import FusedLinear
-from logitengine.model.image_families import SHUFFLING_FAMILIES, encoder_info
+from logitengine.model.image_text.families import SHUFFLING_FAMILIES, encoder_info
+from logitengine.model.network.fused_linear import FusedLinear
 
 
 class Encoding:

@@ -27,14 +27,14 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from logitengine.errors import CheckpointError
-from logitengine.model.internvl_format import (
+from logitengine.model.checkpoint.safetensors_files import COPIED_BUFFERS, some, weight_files
+from logitengine.model.image_text.internvl_format import (
     END_TOKEN,
     IMAGE_TOKEN,
     OriginalConfig,
     added_token_id,
     original_config,
 )
-from logitengine.model.safetensors_files import COPIED_BUFFERS, some, weight_files
 
 NOT_OF_THE_TEXT_MODEL = frozenset(
     {

@@ -28,10 +28,10 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3Model
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
-from logitengine.model.fused_linear import FusedLinear
-from logitengine.model.layer_shapes import LayerShape
-from logitengine.model.network import Decoder, Head, Network, TransformersHead
-from logitengine.model.text_part import PlainTextPart
+from logitengine.model.image_text.text_part import PlainTextPart
+from logitengine.model.network.fused_linear import FusedLinear
+from logitengine.model.network.layer_shapes import LayerShape
+from logitengine.model.network.network import Decoder, Head, Network, TransformersHead
 from logitengine.model.weight_sources import WeightSource
 from logitengine.run.batch import DeviceBatch
 from logitengine.run.kv_cache import PagedKVCache

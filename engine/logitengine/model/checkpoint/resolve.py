@@ -12,8 +12,14 @@ from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
 from logitengine.errors import CheckpointError
-from logitengine.model.conversions import Conversions
-from logitengine.model.files import GGUF_SUFFIX, check_directory, check_hub_name, gguf_path, unreachable
+from logitengine.model.checkpoint.conversions import Conversions
+from logitengine.model.checkpoint.files import (
+    GGUF_SUFFIX,
+    check_directory,
+    check_hub_name,
+    gguf_path,
+    unreachable,
+)
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tokenizer import write_tokenizer
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
+from logitengine.model.checkpoint.safetensors_files import refuse_quantised, tensors_of
 from logitengine.model.gguf.config import model_config
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tensors import parameters_of
+from logitengine.model.image_text.internvl_format import is_original, original_config
 from logitengine.model.int4.config import int4_config, quantization_of
 from logitengine.model.int4.tensors import parameters_of as packed_parameters_of
-from logitengine.model.internvl_format import is_original, original_config
-from logitengine.model.safetensors_files import refuse_quantised, tensors_of
 
 DEFAULT_MODEL = "smollm2"
 CONFIG = "config.json"

@@ -14,7 +14,7 @@ from logitkernels import AttentionMetadata, AttentionOptions, Kernels
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
-from logitengine.model.layer_shapes import ShapeProbe
+from logitengine.model.network.layer_shapes import ShapeProbe
 from logitengine.run.kv_cache import PagedKVCache
 
 ATTENTION_NAME = "logitserve"

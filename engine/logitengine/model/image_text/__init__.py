@@ -1,0 +1,1 @@
+"""Image-text models: their image encoder, and the language model inside."""
