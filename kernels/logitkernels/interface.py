@@ -72,14 +72,16 @@ class Kernels(ABC):
     embedding_formats: frozenset[str] = frozenset()
     """Formats of weights that ``embedding`` takes: blocks, and numbers as a GGUF file has them (F32, F16, BF16)."""
 
-    def embedding(self, weight: BlockWeight) -> Callable[[Tensor], Tensor]:
+    def embedding(self, weight: BlockWeight | Linear) -> Callable[[Tensor], Tensor]:
         """Return the lookup of token ids, int64 [T] -> float32 [T, H], in the bytes of a weight [V, H].
 
-        Nothing is copied: ``raw`` may be a mapped file. The lookup raises IndexError for an id outside [0, V).
+        Nothing is copied: ``raw`` may be a mapped file. A layer with a ``block_format`` gives its own rows: a head
+        whose weight is the embedding's too. The lookup raises IndexError for an id outside [0, V).
 
-        Raises ValueError for a weight in another format than ``embedding_formats``.
+        Raises ValueError for a weight in another format than ``embedding_formats``, or a layer without one.
         """
-        raise ValueError(f"the {self.name} kernels do not read an embedding in {weight.format}")
+        described = weight.format if isinstance(weight, BlockWeight) else "a packed layer"
+        raise ValueError(f"the {self.name} kernels do not read an embedding in {described}")
 
     @abstractmethod
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -51,12 +51,15 @@ class Linear(ABC):
         parts: rows of each weight, by its name, in the order in which the weights are stacked.
         in_features, out_features: K and N.
         input_dtype: dtype that ``x`` is converted to, or None if ``x`` is read unconverted.
+        block_format: format of the weight if it is one weight that is kept in blocks, of which
+            ``Kernels.embedding`` can look up rows; else None.
     """
 
     parts: dict[str, slice]
     in_features: int
     out_features: int
     input_dtype: torch.dtype | None = None
+    block_format: str | None = None
 
     def __init__(self, weights: Sequence[Weight], bias: Tensor | None) -> None:
         """Raise ValueError for weights and a bias that do not fit each other."""

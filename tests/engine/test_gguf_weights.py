@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,16 @@ def test_queries_keys_and_values_in_several_formats_are_each_served_as_stored(tm
     assert served(path, weights="int4").info.weights == "int4 (INT4_32)"
 
 
-def test_int8_rounds_the_dequantised_weights_of_linear_layers(tmp_path: Path) -> None:
-    """Tolerance: 1e-3 absolute, in float32. The embedding is not rounded a second time."""
-    path = write_gguf(tmp_path / "model.gguf", tiny(), "llama", {}, kind="Q4_0")
-    model = rounded(tiny(), "Q4_0")
+@pytest.mark.parametrize("tied", [False, True])
+def test_int8_rounds_the_dequantised_weights_of_linear_layers(tmp_path: Path, *, tied: bool) -> None:
+    """Tolerance: 1e-3 absolute, in float32. The embedding is not rounded a second time, though the head may be tied to it."""
+    stored = tiny(tied=tied)
+    path = write_gguf(tmp_path / "model.gguf", stored, "llama", {}, kind="Q4_0")
+    model = tiny()
+    model.load_state_dict(stored.state_dict())
+    model = rounded(model, "Q4_0")
     embedding = model.get_parameter("model.embed_tokens.weight").detach().clone()
-    unrounded = reference_logits(rounded(tiny(), "Q4_0"), PROMPT)
+    unrounded = reference_logits(deepcopy(model), PROMPT)
     rounded(model, "Q8_0").get_parameter("model.embed_tokens.weight").data = embedding
     rows = rows_of(path, weights="int8")
     assert np.abs(rows - reference_logits(model, PROMPT)).max() <= 1e-3
@@ -119,6 +124,21 @@ def test_an_embedding_in_the_file_gives_the_rows_asked_for(tmp_path: Path, kind:
     found = lookup(ids)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
+
+
+def test_a_tied_embedding_is_read_in_the_memory_of_the_head(tmp_path: Path) -> None:
+    """Where the head keeps the file's blocks: the head has other numbers here, so that one can tell."""
+    path = write_gguf(tmp_path / "model.gguf", tiny(), "llama", {}, kind="Q8_0")
+    tensors = read_header(path).tensors
+    parameter = Parameter("embedding", (tensors["token_embd.weight"],))
+    kernels, ids = load_kernels("cpu", "cpu"), torch.tensor([7, 299, 0])
+    weights = GgufModel(path, torch.bfloat16, CPU)
+    for formats, of_head in ((kernels.block_formats, True), (frozenset[str](), False)):
+        head = kernels.pack([weights.weights(formats).get("lm_head.weight")])
+        expected = rounded(tiny(), "Q8_0").get_parameter(
+            "lm_head.weight" if of_head else "model.embed_tokens.weight"
+        )
+        assert torch.equal(BlockEmbedding(parameter, kernels, head=head)(ids), expected[ids])
 
 
 def test_what_the_kernels_multiply_is_handed_out_as_the_file_has_it(tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def test_rows_are_packed_in_the_order_that_a_weight_gives(gguf_type: GgufType) -
 
 @pytest.mark.parametrize("name", [*(kind.name for kind in GgufType), "F32", "F16", "BF16"])
 def test_rows_of_an_embedding_of_any_bits_are_those_that_gguf_dequantises(name: str) -> None:
-    """To the bit, infinities and NaN among them."""
+    """To the bit, infinities and NaN among them, in the file's layout and in that of a packed layer."""
     kind = GGMLQuantizationType[name]
     block, size = GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(1).integers(0, 256, (50, 3 * (256 // block) * size), dtype=np.uint8)
@@ -304,13 +304,16 @@ def test_rows_of_an_embedding_of_any_bits_are_those_that_gguf_dequantises(name: 
     weight = BlockWeight("w", torch.from_numpy(raw), name, (50, 768))
     for kernels in (KERNELS, PORTABLE):
         assert name in kernels.embedding_formats
-        embedding = kernels.embedding(weight)
-        for ids in ([], [49], [3, 0, 49, 3], list(range(50))):
-            rows = embedding(torch.tensor(ids, dtype=torch.int64))
-            np.testing.assert_array_equal(rows.numpy(), expected[ids])
-        for bad in (-1, 50):
-            with pytest.raises(IndexError, match=f"token id {bad} is outside an embedding of 50 rows"):
-                embedding(torch.tensor([0, bad]))
+        embeddings = [kernels.embedding(weight)]
+        if name in kernels.block_formats:
+            embeddings += [kernels.embedding(kernels.pack([weight], exact=exact)) for exact in (False, True)]
+        for embedding in embeddings:
+            for ids in ([], [49], [3, 0, 49, 3], list(range(50))):
+                rows = embedding(torch.tensor(ids, dtype=torch.int64))
+                np.testing.assert_array_equal(rows.numpy(), expected[ids])
+            for bad in (-1, 50):
+                with pytest.raises(IndexError, match=f"token id {bad} is outside an embedding of 50 rows"):
+                    embedding(torch.tensor([0, bad]))
 
 
 def test_embeddings_that_cannot_be_read_are_refused() -> None:
@@ -323,8 +326,13 @@ def test_embeddings_that_cannot_be_read_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             KERNELS.embedding(weight)
-    with pytest.raises(ValueError, match="do not read an embedding in Q8_0"):
-        ReferenceKernels().embedding(BlockWeight("w", raw, "Q8_0", (4, 32)))
+    blocks, dense = BlockWeight("w", raw, "Q8_0", (4, 32)), DenseWeight("v", torch.ones(4, 32))
+    for weights in ([dense], [blocks, dense], [blocks, BlockWeight("v", raw, "Q8_0", (4, 32))]):
+        with pytest.raises(ValueError, match="where it is one weight in blocks"):
+            KERNELS.embedding(KERNELS.pack(weights))
+    for source, described in ((blocks, "Q8_0"), (KERNELS.pack([blocks]), "a packed layer")):
+        with pytest.raises(ValueError, match=f"do not read an embedding in {described}"):
+            ReferenceKernels().embedding(source)
 
 
 @pytest.mark.parametrize("block_type", BLOCK_TYPES)

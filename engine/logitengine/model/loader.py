@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from logitkernels import Kernels
+from logitkernels import Kernels, Linear
 from logitkernels.backend import load_kernels
 from logitkernels.cpu.errors import BuildError
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -34,6 +35,7 @@ from logitengine.model.network.layer_shapes import probe_layers
 from logitengine.model.network.network import Network, TransformersNetwork
 from logitengine.model.network.packing import modules_to_pack, pack_modules
 from logitengine.model.network.value_heads import value_heads_of
+from logitengine.model.parameter_names import HEAD_PARAMETER
 from logitengine.model.pretrained import eos_token_ids, load_pretrained, max_positions, model_type
 from logitengine.model.skeleton import StoredModel
 from logitengine.model.weight_sources import Int4Weights, Int8Weights, ModelWeights, WeightSource
@@ -157,8 +159,9 @@ def prepare(
                 encoder = None
         packer = Packer(kernels, weights, exact=dtype == torch.float32)
         is_fused = is_known(model)
+        shares_head = stored is not None and stored.ties_head and config.weights not in ROUNDED
         if not is_fused:
-            _complete(model, packer, stored)
+            _complete(model, packer, stored, shares_head=shares_head)
         shapes = probe_layers(model, kernels)
         if stored is not None and is_fused:
             stored.fill_small(torch.float32 if kernels.block_formats else dtype)
@@ -168,7 +171,9 @@ def prepare(
         network: Network
         if is_fused:
             depth = 0 if encoder is None else encoder.info.depth
-            embedding = None if stored is None else partial(stored.embedding, kernels)
+            embedding = (
+                None if stored is None else partial(_embedding, stored, kernels, shares_head=shares_head)
+            )
             network = fuse(model, packer, shapes, depth, embedding)
         else:
             network = TransformersNetwork(model, kernels)
@@ -231,12 +236,23 @@ def prepare(
     return LoadedModel(info, runner, kernels, device)
 
 
-def _complete(model: PreTrainedModel, packer: Packer, stored: StoredModel | None) -> None:
+def _complete(
+    model: PreTrainedModel, packer: Packer, stored: StoredModel | None, *, shares_head: bool
+) -> None:
     """Pack what transformers' modules multiply, if blocks are among it, and fill the rest of a skeleton."""
     modules = modules_to_pack(model, packer.source)
     if stored is not None:
         stored.fill(packer.kernels, modules)
     pack_modules(model, modules, packer)
+    head = packer.linears.get(HEAD_PARAMETER)
+    if stored is not None and shares_head and head is not None:
+        stored.embed_through(packer.kernels, head)
+
+
+def _embedding(
+    stored: StoredModel, kernels: Kernels, head: Linear | None, *, shares_head: bool
+) -> Callable[[Tensor], Tensor]:
+    return stored.embedding(kernels, head if shares_head else None)
 
 
 def _why_no_images(encoder: EncoderInfo, config: EngineConfig, kernels: Kernels) -> str | None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from logitkernels import Kernels, Weight
+from logitkernels import Kernels, Linear, Weight
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from logitengine.errors import CheckpointError
 from logitengine.model.network.attention import ATTENTION_NAME, register_attention
 from logitengine.model.network.experts import expert_names, is_stacked, shapes_by_expert
-from logitengine.model.parameter_names import EMBEDDING_PARAMETER
+from logitengine.model.parameter_names import EMBEDDING_PARAMETER, HEAD_PARAMETER
 
 
 class StoredParameter(Protocol):
@@ -73,6 +73,8 @@ class StoredModel(ABC):
         self._device = device
         self._dense = self.weights()
         self.skeleton = _build_skeleton(self.config, dtype)
+        embedding = self.skeleton.get_input_embeddings()
+        self._embedding_scale = float(getattr(embedding, "scalar_embed_scale", 1.0))
 
     @abstractmethod
     def weights(
@@ -81,8 +83,8 @@ class StoredModel(ABC):
         """Return the weights: those in ``block_formats`` in blocks, others in the model's dtype or ``dtype``."""
 
     @abstractmethod
-    def _lookup(self, kernels: Kernels, scale: float) -> Callable[[Tensor], Tensor]:
-        """Return the lookup of token ids in the files, [T] -> float32 [T, H], times ``scale``."""
+    def _lookup(self, kernels: Kernels, scale: float, head: Linear | None) -> Callable[[Tensor], Tensor]:
+        """Return the lookup of token ids in the files or in ``head``, [T] -> float32 [T, H], times ``scale``."""
 
     def fill_small(self, bias_dtype: torch.dtype) -> None:
         """Give the skeleton its buffers, norms (float32) and biases: all but matrices."""
@@ -116,13 +118,27 @@ class StoredModel(ABC):
                 else:
                     filled[id(parameter)] = self._fill(module, own, f"{name}.{own}", dtype)
 
-    def embedding(self, kernels: Kernels) -> Callable[[Tensor], Tensor]:
-        """Return the lookup of token ids, [T] -> [T, H]: in the file itself, or in a copy on another device."""
-        module = self.skeleton.get_input_embeddings()
+    @property
+    def ties_head(self) -> bool:
+        """Whether the head has the weight of the embedding."""
+        return self.skeleton.all_tied_weights_keys.get(HEAD_PARAMETER) == EMBEDDING_PARAMETER
+
+    def embedding(self, kernels: Kernels, head: Linear | None = None) -> Callable[[Tensor], Tensor]:
+        """Return the lookup of token ids, [T] -> [T, H]: in the file itself, or in a copy on another device.
+
+        ``head`` is the packed head if it has the weight of the embedding, which is then looked up there if it can be.
+        """
         if self._device.type == "cpu":
-            return self._lookup(kernels, float(getattr(module, "scalar_embed_scale", 1.0)))
+            return self._lookup(kernels, self._embedding_scale, head)
+        module = self.skeleton.get_input_embeddings()
         self._fill(module, "weight", EMBEDDING_PARAMETER, self._dtype)
         return module
+
+    def embed_through(self, kernels: Kernels, head: Linear) -> None:
+        """Have a filled skeleton look token ids up in ``head``, which is packed and has the embedding's weight, if it can be."""
+        module = self.skeleton.get_input_embeddings()
+        if isinstance(module, FileEmbedding):
+            module.lookup = self.embedding(kernels, head)
 
     def _fill(self, module: nn.Module, own: str, name: str, dtype: torch.dtype) -> nn.Parameter:
         filled = nn.Parameter(self._dense.dense(name, dtype), requires_grad=False)
@@ -193,12 +209,12 @@ class FileEmbedding(nn.Module):
 
     def __init__(self, lookup: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         super().__init__()
-        self._lookup = lookup
+        self.lookup = lookup
         self._dtype = dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return embeddings [..., H] of ``ids`` int64 [...]."""
-        rows = self._lookup(ids.flatten()).to(self._dtype)
+        rows = self.lookup(ids.flatten()).to(self._dtype)
         return rows.view(*ids.shape, -1)
 
 

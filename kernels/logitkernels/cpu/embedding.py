@@ -1,13 +1,16 @@
-"""Lookup of token ids in an embedding as a GGUF file stores it."""
+"""Lookup of token ids in an embedding as a GGUF file stores it, or as it is packed for the head."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from logitkernels.cpu.arguments import as_integers, threads_for
 from logitkernels.cpu.library import Library
-from logitkernels.cpu.linear import STORED, GgufType, check_raw
+from logitkernels.cpu.linear import STORED, CpuLinear, GgufType, check_raw
 from logitkernels.weights import BlockWeight
 
 NUMBERS = {"F32": (0, 4), "F16": (1, 2), "BF16": (30, 2)}
@@ -39,19 +42,32 @@ class CpuEmbedding:
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Raise IndexError for an id outside [0, V)."""
-        ids = as_integers(ids, torch.int64, "ids")
-        (count,), (rows, columns) = ids.shape, self._shape
-        out = torch.empty(count, columns)
-        bad: int = self._library.embed(
-            self._raw.data_ptr(),
-            self._type,
-            rows,
-            columns,
-            ids.data_ptr(),
-            count,
-            out.data_ptr(),
-            threads_for(count),
+        rows, columns = self._shape
+        return _look_up(
+            partial(self._library.embed, self._raw.data_ptr(), self._type, rows, columns), ids, rows, columns
         )
-        if bad >= 0:
-            raise IndexError(f"token id {int(ids[bad])} is outside an embedding of {rows} rows")
-        return out
+
+
+class CpuPackedEmbedding:
+    """The same rows in the memory of a layer that is one weight in blocks."""
+
+    def __init__(self, library: Library, linear: CpuLinear) -> None:
+        self._library = library
+        self._linear = linear
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Raise IndexError for an id outside [0, V)."""
+        linear = self._linear
+        embed = partial(self._library.embed_packed, linear.struct.parts, linear.in_features)
+        return _look_up(embed, ids, linear.out_features, linear.in_features)
+
+
+def _look_up(embed: Callable[..., int], ids: Tensor, rows: int, columns: int) -> Tensor:
+    """Call ``embed`` with ids, their number, the place for the rows, and threads. It returns the place of a bad id."""
+    ids = as_integers(ids, torch.int64, "ids")
+    (count,) = ids.shape
+    out = torch.empty(count, columns)
+    bad = embed(ids.data_ptr(), count, out.data_ptr(), threads_for(count))
+    if bad >= 0:
+        raise IndexError(f"token id {int(ids[bad])} is outside an embedding of {rows} rows")
+    return out

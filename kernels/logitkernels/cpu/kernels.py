@@ -24,7 +24,7 @@ from logitkernels.cpu.arguments import (
     threads_for,
     window_of,
 )
-from logitkernels.cpu.embedding import NUMBERS, CpuEmbedding
+from logitkernels.cpu.embedding import NUMBERS, CpuEmbedding, CpuPackedEmbedding
 from logitkernels.cpu.layers import CpuLayers
 from logitkernels.cpu.library import GATES, AttentionStruct, Library
 from logitkernels.cpu.linear import BLOCK_TYPES, Bf16Sums, CpuLinear, GgufType
@@ -34,7 +34,7 @@ from logitkernels.cpu.sampling import CpuSampling
 from logitkernels.decoder import Activation, DecoderLayerWeights
 from logitkernels.interface import Kernels
 from logitkernels.sampling import RowSampling, SamplingSize
-from logitkernels.weights import BlockWeight, Weight
+from logitkernels.weights import BlockWeight, Linear, Weight
 
 
 class CpuKernels(Kernels):
@@ -80,8 +80,14 @@ class CpuKernels(Kernels):
     ) -> CpuLinear:
         return CpuLinear(self._library, self._memory, weights, bias, exact=exact)
 
-    def embedding(self, weight: BlockWeight) -> CpuEmbedding:
-        return CpuEmbedding(self._library, weight)
+    def embedding(self, weight: BlockWeight | Linear) -> CpuEmbedding | CpuPackedEmbedding:
+        if isinstance(weight, BlockWeight):
+            return CpuEmbedding(self._library, weight)
+        if not isinstance(weight, CpuLinear) or weight.block_format is None:
+            raise ValueError(
+                "a layer's rows are looked up where it is one weight in blocks, packed by these kernels"
+            )
+        return CpuPackedEmbedding(self._library, weight)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         size = x.shape[-1]

@@ -135,6 +135,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "packed_bytes": [c_int64, c_int64, c_int64],
     "pack_blocks": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "embed": [c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int],
+    "embed_packed": [POINTER(LinearPartStruct), c_int64, c_void_p, c_int64, c_void_p, c_int],
     "linear": [POINTER(LinearStruct), c_void_p, c_int64, c_void_p, c_int],
     "rms_norm": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
     "gate_and_mul": [c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int],
@@ -161,7 +162,7 @@ _SIGNATURES: dict[str, list[type]] = {
     ],
 }
 
-_RESULTS = {"packed_bytes": c_int64, "bf16_sums": c_int64, "embed": c_int64}
+_RESULTS = {"packed_bytes": c_int64, "bf16_sums": c_int64, "embed": c_int64, "embed_packed": c_int64}
 """Types of the functions that return something."""
 
 

@@ -128,6 +128,8 @@ class CpuLinear(Linear):
             self._parts = [_pack(library, memory, weight, exact=exact) for weight in weights]
         else:
             self._parts = [_pack_dense(library, memory, stack_dense(weights), exact=exact)]
+        if len(weights) == 1 and isinstance(weights[0], BlockWeight):
+            self.block_format = weights[0].format
         self._bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
         structs = [LinearPartStruct(part.kind, part.rows, part.packed.data_ptr()) for part in self._parts]
         self.struct = LinearStruct(

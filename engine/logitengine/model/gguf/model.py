@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from logitkernels import Kernels
+from logitkernels import Kernels, Linear
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -54,8 +54,8 @@ class GgufModel(StoredModel):
         """Return the file's weights: blocks in ``block_formats`` as they are, others in the model's dtype or ``dtype``."""
         return GgufWeights(self._parameters, dtype or self._dtype, self._device, block_formats, self._told)
 
-    def _lookup(self, kernels: Kernels, scale: float) -> BlockEmbedding:
-        return BlockEmbedding(self._parameters[EMBEDDING_PARAMETER], kernels, scale)
+    def _lookup(self, kernels: Kernels, scale: float, head: Linear | None) -> BlockEmbedding:
+        return BlockEmbedding(self._parameters[EMBEDDING_PARAMETER], kernels, scale, head)
 
     def _rope_factors(self) -> Tensor | None:
         """Return the divisors of the rotary frequencies, float32; None where the file has none."""

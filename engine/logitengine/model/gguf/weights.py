@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from logitkernels import BlockWeight, DenseWeight, Kernels, Weight
+from logitkernels import BlockWeight, DenseWeight, Kernels, Linear, Weight
 from torch import Tensor as Numbers
 
 from logitengine.model.gguf.blocks import FLOATS, head_order, mapped, to_dense
@@ -120,20 +121,30 @@ class GgufWeights:
 class BlockEmbedding:
     """Lookup of token ids in an embedding that stays in the mapped file: [T] -> float32 [T, H]."""
 
-    def __init__(self, parameter: Parameter, kernels: Kernels, scale: float = 1.0) -> None:
-        """Multiply what is looked up by ``scale``. Rows in a format that the kernels do not read are dequantised here."""
-        raw, kind = mapped(parameter.tensor), parameter.tensor.type.name
-        rows, columns = parameter.shape
-        self._rows = (
-            kernels.embedding(BlockWeight("embedding", raw, kind, (rows, columns)))
-            if kind in kernels.embedding_formats
-            else partial(_dense_rows, raw, kind)
-        )
+    def __init__(
+        self, parameter: Parameter, kernels: Kernels, scale: float = 1.0, head: Linear | None = None
+    ) -> None:
+        """Multiply what is looked up by ``scale``. Rows in a format that the kernels do not read are dequantised here.
+
+        ``head`` is the model's head if its weight is the embedding's. What it keeps in blocks is read there, and the
+        file's pages are not.
+        """
+        self._rows = _rows_of(parameter, kernels, head)
         self._scale = scale
 
     def __call__(self, ids: Numbers) -> Numbers:
         rows = self._rows(ids)
         return rows if self._scale == 1 else rows * self._scale
+
+
+def _rows_of(parameter: Parameter, kernels: Kernels, head: Linear | None) -> Callable[[Numbers], Numbers]:
+    kind = parameter.tensor.type.name
+    if head is not None and head.block_format == kind:
+        return kernels.embedding(head)
+    raw, (rows, columns) = mapped(parameter.tensor), parameter.shape
+    if kind in kernels.embedding_formats:
+        return kernels.embedding(BlockWeight("embedding", raw, kind, (rows, columns)))
+    return partial(_dense_rows, raw, kind)
 
 
 def _dense_rows(raw: Numbers, kind: str, ids: Numbers) -> Numbers:

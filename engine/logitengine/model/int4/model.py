@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from logitkernels import Kernels
+from logitkernels import Kernels, Linear
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
@@ -73,7 +73,12 @@ class Int4Model(StoredModel):
             self._parameters, self._packing, dtype or self._dtype, self._device, block_formats, self._told
         )
 
-    def _lookup(self, kernels: Kernels, scale: float) -> Callable[[Tensor], Tensor]:  # noqa: ARG002 - torch looks it up
+    def _lookup(
+        self,
+        kernels: Kernels,  # noqa: ARG002 - torch looks it up
+        scale: float,
+        head: Linear | None,  # noqa: ARG002 - an embedding is not packed
+    ) -> Callable[[Tensor], Tensor]:
         parameter = self._parameters[EMBEDDING_PARAMETER]
         if not isinstance(parameter, DenseParameter):
             raise CheckpointError(f"{parameter.integers.path} cannot be served: its embedding is packed")

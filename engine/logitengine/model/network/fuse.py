@@ -32,6 +32,7 @@ from logitengine.model.image_text.text_part import PlainTextPart
 from logitengine.model.network.fused_linear import FusedLinear
 from logitengine.model.network.layer_shapes import LayerShape
 from logitengine.model.network.network import Decoder, Head, Network, TransformersHead
+from logitengine.model.parameter_names import HEAD_PARAMETER
 from logitengine.model.weight_sources import WeightSource
 from logitengine.run.batch import DeviceBatch
 from logitengine.run.kv_cache import PagedKVCache
@@ -241,12 +242,13 @@ def fuse(
     packer: Packer,
     shapes: list[LayerShape],
     depth: int = 0,
-    embedding: Callable[[], Lookup] | None = None,
+    embedding: Callable[[Linear | None], Lookup] | None = None,
 ) -> FusedNetwork:
     """Return a model whose architecture is known (see `is_known`) as a fused network.
 
     Fusing takes its decoder away, layer by layer. After each of the first ``depth`` layers images add to the residual stream.
-    ``embedding`` returns the lookup of token ids, for a model whose own has no weight.
+    ``embedding`` returns the lookup of token ids, for a model whose own has no weight; it is called with the head
+    if that is packed.
     """
     kernels = packer.kernels
     decoder = getattr(model, model.base_model_prefix)
@@ -254,9 +256,10 @@ def fuse(
     for index, shape in enumerate(shapes):
         layers.append(_pack_layer(decoder.layers[index], packer, f"model.layers.{index}", shape))
         decoder.layers[index] = nn.Identity()  # frees the layer's own weights before the next one is packed
-    lookup = embedding() if embedding is not None else None
+    head = _fuse_head(model, packer)
+    lookup = embedding(packer.linears.get(HEAD_PARAMETER)) if embedding is not None else None
     setattr(model, model.base_model_prefix, None)  # its weights are packed, and nothing else may keep them
-    return FusedNetwork(decoder, layers, _fuse_head(model, packer), packer.linears, kernels, depth, lookup)
+    return FusedNetwork(decoder, layers, head, packer.linears, kernels, depth, lookup)
 
 
 def _fuse_head(model: PreTrainedModel, packer: Packer) -> Head:
