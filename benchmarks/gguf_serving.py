@@ -3,6 +3,7 @@
     python benchmarks/gguf_serving.py FILE                            # this server alone
     python benchmarks/gguf_serving.py FILE --llama-server PATH        # and llama.cpp's, each load in turns
     python benchmarks/gguf_serving.py FILE --streams 1 --no-prefill   # one stream, as for a large file
+    python benchmarks/gguf_serving.py FILE --fill                     # memory with every KV block and token id used
 
 Each server is started with an empty cache directory, but for the compiled kernels, as on the first start with a file. A start
 ends with the first answer. Memory is the peak of the largest process, with the pages of mapped files that it has touched.
@@ -26,6 +27,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 from http_load import greedy, machine, post
 from logitengine.model.checkpoint.conversions import cache_directory
@@ -35,6 +37,8 @@ from soak_processes import free_port
 KV_BYTES = 256 << 20
 MIB = 1 << 20
 START_SECONDS = 300
+LEAP = 7919
+"""Distance of successive token ids of the prompt that fills the cache. It is prime, so that they go through all ids."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ def main() -> None:
         urls = {server.name: server.url for server in servers}
         rates = measure_rounds({name: http_measure(url, {}) for name, url in urls.items()}, arguments)
         report(rates, arguments)
+        if arguments.fill:
+            fill(servers[0].url)
         peaks = {server.name: server.peak_bytes() for server in servers}
     print("\n| after the loads | peak, MiB |\n|---|---|")
     for name, peak in peaks.items():
@@ -140,6 +146,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--no-prefill", dest="prefill", action="store_const", const=[], default=[512])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--fill", action="store_true", help="end with a prompt that fills logitserve's KV cache"
+    )
     parser.add_argument("--figures", type=Path, help="also write the figures here, as JSON")
     parser.set_defaults(context=[], json=None)
     return parser.parse_args()
@@ -202,6 +211,13 @@ def report_starts(starts: Mapping[str, Start], arguments: argparse.Namespace) ->
         )
     for name, start in starts.items():
         print(f"\nleft on disk by {name}: {', '.join(start.files) or 'nothing'}", flush=True)
+
+
+def fill(url: str) -> None:
+    """Send a prompt as long as the model takes, of ids from all of the vocabulary."""
+    model = httpx.get(f"{url}/v1/models").json()["data"][0]
+    prompt = [i * LEAP % model["vocab_size"] for i in range(model["max_model_len"] - 1)]
+    asyncio.run(post(f"{url}/v1/completions", greedy(prompt, 1)))
 
 
 def _files(directory: Path) -> list[Path]:
