@@ -327,7 +327,12 @@ def test_embeddings_that_cannot_be_read_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             KERNELS.embedding(weight)
     blocks, dense = BlockWeight("w", raw, "Q8_0", (4, 32)), DenseWeight("v", torch.ones(4, 32))
-    for weights in ([dense], [blocks, dense], [blocks, BlockWeight("v", raw, "Q8_0", (4, 32))]):
+    unreadable: list[list[Weight]] = [
+        [dense],
+        [blocks, dense],
+        [blocks, BlockWeight("v", raw, "Q8_0", (4, 32))],
+    ]
+    for weights in unreadable:
         with pytest.raises(ValueError, match="where it is one weight in blocks"):
             KERNELS.embedding(KERNELS.pack(weights))
     for source, described in ((blocks, "Q8_0"), (KERNELS.pack([blocks]), "a packed layer")):
