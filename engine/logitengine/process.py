@@ -237,6 +237,8 @@ class EngineLoop:
         try:
             while (message := self._channel.receive()) is not None:
                 self._inbox.put(message)
+        except ConnectionResetError:
+            pass  # the server has gone before it took the connection
         except (OSError, TransportError):
             logger.exception("nothing more can be received from the server")
         self._inbox.put(None)

@@ -13,7 +13,7 @@ from logitengine.link.client import EngineClient
 from logitengine.link.engine_protocol import EngineProtocol
 from logitengine.link.supervisor import ENGINE_COMMAND
 from logitengine.logs import configure_logging, resolve_format
-from logitengine.model.checkpoint.files import check_model
+from logitengine.model.checkpoint.files import absolute, check_model
 from uvloop import new_event_loop
 
 from logitserve.config import ServerConfig
@@ -34,6 +34,7 @@ def serve(server_config: ServerConfig, engine_config: EngineConfig) -> int:
     if server_config.otlp_endpoint is not None:
         check_packages()
     check_model(engine_config)
+    engine_config = engine_config.model_copy(update={"model": absolute(engine_config.model)})
     listeners = bind(server_config)
     names = server_config.served_model_name or [display_name(engine_config.model)]
     config = server_config.model_copy(update={"served_model_name": names})
@@ -65,6 +66,9 @@ async def _serve(engine: EngineProtocol, config: ServerConfig, listeners: list[s
 
 
 def display_name(model: str) -> str:
-    """Return the name that requests call the model by: a hub name as it is, a directory or file by its own name."""
+    """Return the name that requests call the model by: a hub name as it is, a directory or file by its own name.
+
+    ``model`` is absolute if it is a path.
+    """
     path = Path(model)
     return path.stem if path.suffix == ".gguf" else path.name if path.is_dir() else model

@@ -93,6 +93,21 @@ def test_requests_are_served_during_the_delay_and_a_second_signal_ends_everythin
             assert b"[DONE]" not in stream.rest()
 
 
+def test_two_signals_in_a_row_end_the_server_without_an_error_in_its_log(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The second comes while the listeners' backlog is awaited."""
+    with server(tiny_llama, tmp_path) as live:
+        live.process.send_signal(signal.SIGTERM)
+        while '"draining"' not in live.log.read_text():
+            time.sleep(0.001)
+        live.process.send_signal(signal.SIGTERM)
+        assert live.process.wait(timeout=SECONDS) == 0
+        log = live.log.read_text()
+    assert "Traceback" not in log
+    assert '"level":"error"' not in log
+
+
 def test_what_runs_after_the_drain_timeout_ends_with_an_error_that_its_client_reads(
     tiny_llama: Path, tmp_path: Path
 ) -> None:

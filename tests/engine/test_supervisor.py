@@ -228,11 +228,25 @@ async def test_a_model_that_cannot_be_served_is_refused_with_the_reason(tmp_path
 
 
 @pytest.mark.usefixtures("without_pauses")
-async def test_a_model_whose_files_were_damaged_meanwhile_does_not_restart_for_ever(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("unservable", "the model cannot be served any more: its files are damaged"),
+        ("replaced", "the model's files are others than when the server started"),
+    ],
+)
+async def test_a_model_whose_files_were_damaged_or_replaced_meanwhile_is_not_served_again(
+    tmp_path: Path, file: str, reason: str
+) -> None:
+    """Replaced ones would be served with the tokenizer of the old ones. One process tells."""
     async with running(tmp_path) as client:
-        (tmp_path / "unservable").touch()
+        (tmp_path / file).touch()
         await error_of(client, "begin, then exit")
-        assert "died 3 times" in await client.wait_lost()
+        assert reason in await client.wait_lost()
+        late = await error_of(client, "late")
+        assert isinstance(late, EngineNotReadyError)
+        assert reason in str(late)
+    assert len((tmp_path / "lived").read_text().split()) == 2
 
 
 async def test_the_model_is_described_by_the_process_that_serves(tmp_path: Path) -> None:
@@ -254,8 +268,8 @@ async def test_a_process_that_scored_a_prompt_has_served(
             await ask(client, "score")
             await error_of(client, "begin, then exit")
         await client.wait_ready()
-    pauses = [record.args for record in caplog.records if "starting another" in record.msg]
-    assert pauses == [(0.1,), (0.1,)]
+    deaths = [record.args for record in caplog.records if "starting another" in record.msg]
+    assert deaths == [("exit code 0", 0.1), ("exit code 0", 0.1)]
 
 
 @pytest.mark.usefixtures("without_pauses")

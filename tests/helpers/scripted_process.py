@@ -13,7 +13,7 @@
 
 Any other name does nothing. No heartbeat comes by itself. Before it is ready the process ends if the model's
 directory has a file ``broken``, says that the model cannot be served if it has a file ``unservable``, and waits
-for ever if it has a file ``hangs``. Each process adds its id to
+for ever if it has a file ``hangs``. With a file ``replaced`` its fingerprint is another one. Each process adds its id to
 the file ``lived``.
 """
 
@@ -47,7 +47,7 @@ from logitengine.link.messages import (
 COMMAND = (sys.executable, __file__)
 
 
-def model_info() -> ModelInfo:
+def model_info(fingerprint: str = "fp_scripted") -> ModelInfo:
     """Describe the model. ``num_blocks`` is the process's id, which differs from process to process."""
     return ModelInfo(
         model_path="/models/scripted",
@@ -67,7 +67,7 @@ def model_info() -> ModelInfo:
         kv_cache_bytes=1 << 20,
         can_generate=True,
         heads={},
-        fingerprint="fp_scripted",
+        fingerprint=fingerprint,
     )
 
 
@@ -92,7 +92,8 @@ def main() -> int:
         channel.flush(timeout=5)
         return 2
     channel.send(Located("/models/scripted"))
-    channel.send(Ready(model_info()))
+    is_replaced = (directory / "replaced").exists()
+    channel.send(Ready(model_info("fp_replaced" if is_replaced else "fp_scripted")))
     while (message := channel.receive()) is not None:
         if not isinstance(message, Generate):
             continue

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -118,7 +119,9 @@ class Supervisor:
         # State of the process that runs or ran last.
         self._has_answered = False
         self._has_failed = False
+        self._ended_by = "never started"
         self._is_immortal = False
+        self._misfit: str | None = None  # why no other process can take its place
         self._ready_at: float | None = None
 
     async def start(self) -> None:
@@ -189,6 +192,9 @@ class Supervisor:
                 # It may hold a device's memory, and whoever starts the server again can see to that.
                 self._give_up("the engine process cannot be killed; no other is started beside it")
                 return
+            if self._misfit is not None:
+                self._give_up(self._misfit)
+                return
             if self.info is None:
                 # The engine never loaded, and another try would fail too, so every waiter gets the failure.
                 self._give_up(self._load_error or "the engine died while it was loading")
@@ -204,7 +210,7 @@ class Supervisor:
             self.stats = EngineStats()
             self.num_restarts += 1
             pause = RESTART_SECONDS[quick_deaths]
-            logger.error("the engine process died; starting another in %.1f s", pause)
+            logger.error("the engine process died (%s); starting another in %.1f s", self._ended_by, pause)
             await asyncio.sleep(pause)
 
     def _died_quickly(self) -> bool:
@@ -336,6 +342,7 @@ class Supervisor:
         finally:
             if process.returncode is None:
                 await self._kill(process)
+            self._ended_by = _describe_end(process.returncode)
 
     async def _kill(self, process: asyncio.subprocess.Process) -> None:
         """Kill the process and wait until it is gone, which one that the kernel holds in a call never is."""
@@ -367,6 +374,8 @@ class Supervisor:
                 self._on_failed(reason, begun)
             case Unservable(reason):
                 self._is_unservable = self.info is None
+                if self.info is not None:
+                    self._misfit = f"the model cannot be served any more: {reason}"
                 self._on_failed(reason, [])
 
     def _on_failed(self, reason: str, begun: list[str]) -> None:
@@ -387,9 +396,25 @@ class Supervisor:
         channel = self._channel
         if channel is None or self._closing:
             return  # the process is being reaped, or will be
+        if self.info is not None and info.fingerprint != self.info.fingerprint:
+            # The server has read the old files' tokenizer, and has told clients of the old model.
+            self._misfit = (
+                "the model's files are others than when the server started; start it again to serve them"
+            )
+            self._on_failed(self._misfit, [])
+            return
         if self.info is not None:
             logger.info("the engine is ready again")
         self.info, self._unavailable, self._ready_at = info, None, self._clock()
         self._heartbeat = Heartbeat(None, 0.0)
         self._streams.connect(channel)
         self._loaded.set()
+
+
+def _describe_end(returncode: int | None) -> str:
+    """Return how a process ended, in words."""
+    if returncode is None:
+        return "still there"
+    if returncode < 0:
+        return f"signal {signal.Signals(-returncode).name}"
+    return f"exit code {returncode}"

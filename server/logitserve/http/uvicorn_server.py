@@ -58,18 +58,23 @@ class DrainingServer(uvicorn.Server):
         self._listeners = listeners
         self._to_listen = listeners.copy()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._app_began = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self.listen_error: ListenError | None = None
 
     async def serve(self, sockets: Any = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+        if self.force_exit and self._app_began:
+            # uvicorn leaves it out, and logs an error when the app is cancelled.
+            await self.lifespan.shutdown()
 
     async def startup(self, sockets: Any = None) -> None:  # noqa: ARG002 - uvicorn's signature
         """Start the app, and listen unless the server was stopped before."""
         if self._stopped.is_set():
             self.should_exit = True
             return
+        self._app_began = True
         try:
             await super().startup(self._listening())
         except ListenError as error:
@@ -103,9 +108,15 @@ class DrainingServer(uvicorn.Server):
         """Drain, or end at a second signal. uvicorn's own handler would raise the signal again and lose exit code 0."""
         if self._state.draining or self._loop is None:
             self.force_exit = self.should_exit = True
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._stop_draining)
             return
         self._state.draining = True
         self._loop.call_soon_threadsafe(lambda: self._start(self._drain()))
+
+    def _stop_draining(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,17 @@ def check_model(config: EngineConfig) -> None:
         ValueError,
     ) as error:  # no access; no such user as in ~user; no path at all
         raise CheckpointError(f"{config.model} cannot be read: {error}") from error
+
+
+def absolute(model: str) -> str:
+    """Return a model's name as it stands for the same files later: an absolute path, where it is one of this machine.
+
+    An engine that starts again must not look for a relative directory that has gone elsewhere, on the hub above all.
+    """
+    path = Path(model).expanduser()
+    if model == DEFAULT_MODEL or not path.exists():
+        return model
+    return os.path.abspath(path)  # noqa: PTH100 - resolve() follows links, and a link's name is what people serve
 
 
 def gguf_path(model: str) -> Path | None:
