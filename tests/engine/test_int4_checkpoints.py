@@ -13,6 +13,7 @@ import torch
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
 from logitengine.model.checkpoint.files import check_directory
+from logitengine.model.checkpoint.resolve import resolve_checkpoint
 from logitengine.model.int4.config import int4_config
 from logitengine.model.int4.model import Int4Model
 from logitengine.model.loader import LoadedModel, load
@@ -60,9 +61,9 @@ def rows_of(loaded: LoadedModel) -> np.ndarray[Any, Any]:
 
 
 def stored(directory: Path) -> Int4Model:
-    config = int4_config(json.loads((directory / "config.json").read_bytes()), "model")
-    assert config is not None
-    return Int4Model(directory, config, torch.float32, CPU)
+    files = check_directory(directory)
+    assert files is not None
+    return Int4Model(directory, files, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("packing", PACKINGS, ids=str)
@@ -222,6 +223,15 @@ def test_a_model_in_several_files_is_served(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     check_directory(tmp_path)
     assert np.abs(rows_of(served(tmp_path)) - reference_logits(model, PROMPT)).max() <= 1e-3
+
+
+def test_headers_and_index_are_read_once(tmp_path: Path) -> None:
+    model, _ = save_packed(tmp_path, Packing("awq"), num_files=3)
+    checkpoint = resolve_checkpoint(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").unlink()
+    config = EngineConfig(model=str(tmp_path), dtype="float32", kv_cache_bytes=1 << 24, num_threads=1)
+    loaded = load(config, checkpoint=checkpoint)
+    assert np.abs(rows_of(loaded) - reference_logits(model, PROMPT)).max() <= 1e-3
 
 
 def test_a_skeleton_holds_no_matrix(tmp_path: Path) -> None:
