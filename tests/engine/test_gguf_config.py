@@ -15,7 +15,7 @@ from gguf_files import write_gguf
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
 from logitengine.model.checkpoint.resolve import resolve_checkpoint
-from logitengine.model.gguf.config import CONFIGS
+from logitengine.model.gguf.architectures import CONFIGS
 from logitengine.model.gguf.model import GgufModel
 from logitengine.model.loader import LoadedModel, load, prepare
 from logitengine.run.devices import choose_device
