@@ -217,8 +217,23 @@ def test_headers_and_index_are_read_once(tmp_path: Path) -> None:
     model, _ = save_packed(tmp_path, Packing("awq"), num_files=3)
     checkpoint = resolve_checkpoint(str(tmp_path))
     (tmp_path / "model.safetensors.index.json").unlink()
+    for path in tmp_path.glob("*.safetensors"):
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        path.write_bytes(bytes(start) + content[start:])
     loaded = served(tmp_path, checkpoint)
     assert np.abs(rows_of(loaded, PROMPT) - reference_logits(model, PROMPT)).max() <= 1e-3
+
+
+def test_tensors_that_are_not_aligned_are_read(tmp_path: Path) -> None:
+    _, weights = save_packed(tmp_path, Packing("gptq"))
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    path.write_bytes((start - 7).to_bytes(8, "little") + content[8:start] + b" " + content[start:])
+    source = stored(tmp_path).weights()
+    for name, expected in weights.items():
+        assert torch.equal(source.dense(name), expected.float())
 
 
 def test_a_skeleton_holds_no_matrix(tmp_path: Path) -> None:

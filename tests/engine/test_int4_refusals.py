@@ -140,6 +140,11 @@ def test_packed_layers_whose_tensors_do_not_fit_are_refused_by_name(
             lambda tensors: tensors | {"model.layers.0.self_attn.k_scale": torch.ones(1)},
             "k_scale, which LlamaForCausalLM does not have",
         ),
+        (
+            Packing("awq"),
+            changed("lm_head.weight", lambda t: t.to(torch.float8_e4m3fn)),
+            "lm_head.weight is F8_E4M3",
+        ),
         (Packing("gptq"), changed(f"{DOWN}.g_idx", lambda t: t + 1), "names groups beyond the 8 there are"),
         (
             Packing("gptq"),
