@@ -38,6 +38,7 @@ from logitengine.logs import configure_logging, join_loggers, resolve_format
 
 if TYPE_CHECKING:
     from logitengine.engine import Engine
+    from logitengine.model.loader import LoadedModel
     from logitengine.run.pages import PageTaker
 
 logger = logging.getLogger("logitengine.process")  # __name__ is __main__
@@ -171,19 +172,10 @@ class EngineLoop:
         # Nearly all objects made while loading stay. Searching them for garbage takes a sixth of the loading
         # time.
         gc.disable()
-        # Imported late: the threads already run, so a long load does not look like silence to the server.
-        from logitengine.model.checkpoint.resolve import resolve_checkpoint
-
-        join_loggers()
-        checkpoint = resolve_checkpoint(config.model, config.prepared)
-        self._send(Located(str(checkpoint.tokenizer_path)))
+        loaded = self._load(config)
         from logitengine.engine import Engine
-        from logitengine.model.loader import load
         from logitengine.run.pages import PageTaker
 
-        join_loggers()
-        logger.info("loading %s", config.model)
-        loaded = load(config, checkpoint=checkpoint)
         loaded.kernels.pin_threads()
         engine = self._engine = Engine(config, loaded, self._wake)
         missing = engine.prepare_grammars() if engine.info.can_generate else None
@@ -202,6 +194,19 @@ class EngineLoop:
             computed = engine.num_steps > steps_before or engine.is_computing
             if outputs or not computed:
                 self._send(StepOutputs(outputs, engine.stats))
+
+    def _load(self, config: EngineConfig) -> LoadedModel:
+        # Imported late: the threads already run, so a long load does not look like silence to the server.
+        from logitengine.model.checkpoint.resolve import resolve_checkpoint
+
+        join_loggers()
+        checkpoint = resolve_checkpoint(config.model, config.prepared)
+        self._send(Located(str(checkpoint.tokenizer_path)))
+        from logitengine.model.loader import load
+
+        join_loggers()
+        logger.info("loading %s", config.model)
+        return load(config, checkpoint=checkpoint)
 
     def _take_messages(self, engine: Engine, pages: PageTaker, *, wait: bool) -> bool:
         """Handle every message that has come; with ``wait``, wait a moment for the first. False: the server is done."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +20,10 @@ from logitengine.model.gguf.model import GgufModel
 from logitengine.model.gguf.tensor_types import TENSOR_TYPES, TensorType
 from logitengine.model.gguf.tensors import Parameter
 from logitengine.model.gguf.weights import BlockEmbedding
-from logitengine.model.loader import LoadedModel, load
+from logitengine.model.loader import load
 from logitkernels import BlockWeight, DenseWeight
 from logitkernels.backend import load_kernels
-from support import EVERY_ROW, greedy, make_engine, reference_logits, run
+from support import reference_logits, rows_of, served
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 CPU = torch.device("cpu")
@@ -61,16 +60,6 @@ def rounded(model: PreTrainedModel, *kinds: str) -> PreTrainedModel:
     return model
 
 
-def served(path: Path, **options: Any) -> LoadedModel:
-    config = {"model": str(path), "dtype": "float32", "kv_cache_bytes": 1 << 24, "num_threads": 1, **options}
-    return load(EngineConfig.model_validate(config))
-
-
-def rows_of(path: Path, **options: Any) -> np.ndarray[Any, Any]:
-    loaded = served(path, **options)
-    return run(make_engine(loaded), [greedy("a", PROMPT, 0, EVERY_ROW)])["a", 0].prompt_rows
-
-
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"weights": "dense"}, {"kernels": "reference"}])
@@ -80,7 +69,7 @@ def test_rows_are_those_of_the_dequantised_weights(
     """Tolerance in float32: 1e-3 absolute. Whether the kernels multiply the format or not, a head is tied or not."""
     path = write_gguf(tmp_path / "model.gguf", tiny(tied=tied), "llama", {}, kind=kind)
     expected = reference_logits(rounded(tiny(tied=tied), kind), PROMPT)
-    assert np.abs(rows_of(path, **options) - expected).max() <= 1e-3
+    assert np.abs(rows_of(served(path, **options), PROMPT) - expected).max() <= 1e-3
 
 
 def test_queries_keys_and_values_in_several_formats_are_each_served_as_stored(tmp_path: Path) -> None:
@@ -89,7 +78,8 @@ def test_queries_keys_and_values_in_several_formats_are_each_served_as_stored(tm
     path = write_gguf(
         tmp_path / "model.gguf", tiny(), "llama", {}, kind=lambda name: kinds.get(name.split(".")[-2], "Q4_0")
     )
-    assert np.abs(rows_of(path) - rows_of(path, weights="dense")).max() <= 1e-3
+    dense = rows_of(served(path, weights="dense"), PROMPT)
+    assert np.abs(rows_of(served(path), PROMPT) - dense).max() <= 1e-3
     assert served(path).info.weights == "stored (Q4_0, Q5_0, Q8_0), dense"
     assert served(path, weights="dense").info.weights == "dense"
     assert served(path, weights="int8").info.weights == "int8 (Q8_0)"
@@ -107,7 +97,7 @@ def test_int8_rounds_the_dequantised_weights_of_linear_layers(tmp_path: Path, *,
     embedding = model.get_parameter("model.embed_tokens.weight").detach().clone()
     unrounded = reference_logits(deepcopy(model), PROMPT)
     rounded(model, "Q8_0").get_parameter("model.embed_tokens.weight").data = embedding
-    rows = rows_of(path, weights="int8")
+    rows = rows_of(served(path, weights="int8"), PROMPT)
     assert np.abs(rows - reference_logits(model, PROMPT)).max() <= 1e-3
     assert np.abs(rows - unrounded).max() > 1e-2
 
@@ -192,7 +182,7 @@ def test_a_split_model_is_served(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", tiny(), "llama", {}, split=5)
     first = min(tmp_path.glob("model-00001-of-*.gguf"))
     assert len(list(tmp_path.glob("model-*.gguf"))) > 2
-    assert np.abs(rows_of(first) - reference_logits(tiny(), PROMPT)).max() <= 1e-3
+    assert np.abs(rows_of(served(first), PROMPT) - reference_logits(tiny(), PROMPT)).max() <= 1e-3
 
 
 @pytest.mark.parametrize("rows", [1, 7, 3000])

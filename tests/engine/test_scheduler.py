@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from hypothesis import given, settings
@@ -95,6 +95,59 @@ def test_the_newest_sequence_gives_way_when_blocks_run_out() -> None:
     assert scheduler.waiting == [new]
     assert scheduler.num_preemptions == 1
     assert new.num_tokens == 17, "a preempted sequence keeps what it has generated"
+
+
+class CountedTokens(list[int]):
+    """Tokens that count the slices taken of them, of which each hash and each comparison of a block takes one."""
+
+    num_slices = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.num_slices += isinstance(index, slice)
+        return super().__getitem__(index)
+
+
+def test_a_prompt_without_room_is_not_looked_up_again_until_a_block_is_released() -> None:
+    scheduler, _ = make_scheduler(num_blocks=24)
+    scheduler.add(make_sequence(0, 64, 1))
+    apply(scheduler, scheduler.schedule())
+    first, second, waiting = make_sequence(1, 65, 40), make_sequence(3, 4, 80), make_sequence(4, 136, 1)
+    waiting.token_ids = tokens = CountedTokens(waiting.token_ids)
+    for sequence in (first, second, waiting):
+        scheduler.add(sequence)
+    looked_up = set()
+    while not first.is_finished:
+        chunks = scheduler.schedule()
+        assert [chunk.sequence for chunk in chunks] == [first, second]
+        apply(scheduler, chunks)
+        looked_up.add(tokens.num_slices)
+    assert looked_up == {2 * 8 + 1}, "eight blocks found, and one not"
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [second, waiting]
+    assert tokens.num_slices <= 3 * 8 + 1, "what was hashed is not hashed again"
+
+
+def test_a_prompt_without_room_goes_on_once_its_beginning_is_computed_by_another() -> None:
+    scheduler, _ = make_scheduler(num_blocks=12, max_num_batched_tokens=80)
+    for arrival, prompt in ((0, 64), (2, 80)):
+        scheduler.add(make_sequence(arrival, prompt, 8))
+    steps = []
+    for _ in range(2):
+        chunks = scheduler.schedule()
+        steps.append(lengths(chunks))
+        apply(scheduler, chunks)
+    assert steps == [[(0, 64, 0)], [(0, 1, 0), (2, 16, 0)]]
+
+
+def test_a_prompt_without_room_gets_that_of_a_sequence_that_is_parked() -> None:
+    scheduler, _ = make_scheduler(num_blocks=16)
+    slow, quick, waiting = make_sequence(1, 60, 8), make_sequence(3, 8, 8), make_sequence(4, 80, 8)
+    for sequence in (slow, quick, waiting):
+        scheduler.add(sequence)
+    apply(scheduler, scheduler.schedule())
+    assert scheduler.waiting == [waiting]
+    scheduler.park(slow)
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [quick, waiting]
+    assert slow.block_table == []
 
 
 def test_a_parked_sequence_holds_up_nobody_and_goes_on_where_it_was() -> None:

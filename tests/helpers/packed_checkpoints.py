@@ -6,6 +6,7 @@ AWQ: AutoAWQ's ``WQLinear_GEMM``. GPTQ: GPTQModel's ``TorchQuantLinear.pack``. c
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from logitengine.model.network.experts import expert_names, is_stacked, parse_expert, stacked_weight
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -123,6 +124,13 @@ def save_packed(
     (directory / "tokenizer.json").write_text("{}")  # the engine is given token ids
     _save(directory, tensors, num_files)
     return model, weights
+
+
+def edit_tensors(directory: Path, edit: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]) -> None:
+    """Write the tensors of a model's one file again, as ``edit`` changes them."""
+    path = directory / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file(dict(edit(tensors)), path)
 
 
 def quantization_config(packing: Packing) -> dict[str, Any]:

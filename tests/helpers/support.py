@@ -16,7 +16,8 @@ import torch
 from logitengine.config import EngineConfig
 from logitengine.engine import Engine
 from logitengine.link.messages import Array, GenerationRequest, LogitsSpec, SamplingParams, StepOutput
-from logitengine.model.loader import LoadedModel
+from logitengine.model.checkpoint.resolve import Checkpoint
+from logitengine.model.loader import LoadedModel, load
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -99,6 +100,17 @@ def finish(engine: Engine) -> dict[tuple[str, int], Collected]:
             collected.setdefault((output.request_id, output.index), Collected()).add(output)
             engine.consumed(output.request_id, output.nbytes)
     return collected
+
+
+def served(path: Path, checkpoint: Checkpoint | None = None, /, **options: Any) -> LoadedModel:
+    """Load a model in float32, on one thread and with a small cache. ``checkpoint`` is the model's if it is already resolved."""
+    config = {"model": str(path), "dtype": "float32", "kv_cache_bytes": 1 << 24, "num_threads": 1, **options}
+    return load(EngineConfig.model_validate(config), checkpoint=checkpoint)
+
+
+def rows_of(loaded: LoadedModel, prompt: list[int]) -> NDArray[Any]:
+    """Return the raw rows [T, V] of a prompt, from an engine of its own."""
+    return run(make_engine(loaded), [greedy("a", prompt, 0, EVERY_ROW)])["a", 0].prompt_rows
 
 
 def english_tokens(tokenizer_path: str, count: int, start: int = 0) -> list[int]:

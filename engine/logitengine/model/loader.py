@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from transformers.utils import logging as transformers_logging
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
 from logitengine.link.messages import EncoderInfo, ModelInfo
-from logitengine.model.checkpoint.files import CONFIG
 from logitengine.model.checkpoint.resolve import Checkpoint, resolve_checkpoint
 from logitengine.model.cpus import num_usable_cpus
 from logitengine.model.fingerprint import WeightsDigest, digest_of_config, fingerprint
@@ -28,7 +26,6 @@ from logitengine.model.gguf.model import GgufModel
 from logitengine.model.image_text.encoder import ImageEncoder
 from logitengine.model.image_text.families import FAMILIES
 from logitengine.model.image_text.text_part import take_text_part
-from logitengine.model.int4.config import int4_config
 from logitengine.model.int4.model import Int4Model
 from logitengine.model.network.fuse import Packer, fuse, is_known
 from logitengine.model.network.layer_shapes import probe_layers
@@ -284,8 +281,8 @@ def _stored_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devi
     """Return the model of a GGUF file or of packed layers; None for a directory of floating-point numbers."""
     if checkpoint.is_gguf:
         return GgufModel(checkpoint.path, dtype, device)
-    packing = int4_config(json.loads((checkpoint.path / CONFIG).read_bytes()), checkpoint.name)
-    return None if packing is None else Int4Model(checkpoint.path, packing, dtype, device)
+    packed = checkpoint.packed
+    return None if packed is None else Int4Model(checkpoint.path, packed, dtype, device)
 
 
 def _stored_weights(config: EngineConfig, stored: StoredModel, kernels: Kernels) -> WeightSource:

@@ -65,21 +65,18 @@ class BlockManager:
         """Give an empty sequence the cached blocks of its longest known prefix of at most ``limit`` tokens.
 
         Returns the number of tokens found, a multiple of the block size. At least one token of a sequence
-        must be left to compute, so the caller keeps ``limit`` below its length.
+        must be left to compute, so the caller keeps ``limit`` below its length. The tokens before it are known.
         """
-        if not self._prefix_caching:
-            return 0
-        while (len(sequence.block_table) + 1) * self.block_size <= limit:
-            position = len(sequence.block_table)
-            content_hash = self._hash(sequence, position)
-            block_id = self._by_hash.get(content_hash)
-            if block_id is None or not self._holds(self._blocks[block_id], sequence, position):
-                break
+        while (block_id := self._find(sequence, len(sequence.block_table), limit)) is not None:
             self._blocks[block_id].ref_count += 1
             self._free.pop(block_id, None)
             sequence.block_table.append(block_id)
-            sequence.block_hashes.append(content_hash)
+        sequence.num_published = len(sequence.block_table)
         return len(sequence.block_table) * self.block_size
+
+    def extends_prefix(self, sequence: Sequence, num_tokens: int, limit: int) -> bool:
+        """Whether the block after a cached prefix of ``num_tokens`` tokens is cached too."""
+        return self._find(sequence, num_tokens // self.block_size, limit) is not None
 
     def publish(self, sequence: Sequence) -> None:
         """Register the blocks that the sequence has filled with known tokens, so that others can find them.
@@ -89,15 +86,15 @@ class BlockManager:
         if not self._prefix_caching:
             return
         filled = min(sequence.num_computed, sequence.num_known) // self.block_size
-        for position in range(len(sequence.block_hashes), filled):
+        for position in range(sequence.num_published, filled):
             content_hash = self._hash(sequence, position)
-            sequence.block_hashes.append(content_hash)
             # If two sequences computed the same block in one step, the first one's block is kept for sharing.
             block_id = sequence.block_table[position]
             if self._by_hash.setdefault(content_hash, block_id) == block_id:
                 block = self._blocks[block_id]
                 block.content_hash, block.token_ids = content_hash, self._tokens(sequence, position)
                 block.items_key = self._items_key(sequence, position)
+        sequence.num_published = max(sequence.num_published, filled)
 
     def release(self, sequence: Sequence) -> None:
         """Drop the sequence's references. The end of a chain is reused before its beginning."""
@@ -109,7 +106,7 @@ class BlockManager:
                 if block.content_hash is None:
                     self._free.move_to_end(block_id, last=False)
         sequence.block_table.clear()
-        sequence.block_hashes.clear()
+        sequence.num_published = 0
 
     def _take(self) -> int:
         block_id, _ = self._free.popitem(last=False)
@@ -119,6 +116,15 @@ class BlockManager:
             block.content_hash = block.token_ids = None
         block.ref_count = 1
         self.num_reached = max(self.num_reached, block_id + 1)
+        return block_id
+
+    def _find(self, sequence: Sequence, position: int, limit: int) -> int | None:
+        """Return the cached block with the content of the sequence's at ``position``, if that ends within ``limit`` tokens."""
+        if not self._prefix_caching or (position + 1) * self.block_size > limit:
+            return None
+        block_id = self._by_hash.get(self._hash(sequence, position))
+        if block_id is None or not self._holds(self._blocks[block_id], sequence, position):
+            return None
         return block_id
 
     def _holds(self, block: _Block, sequence: Sequence, position: int) -> bool:
@@ -134,9 +140,11 @@ class BlockManager:
         return sequence.token_ids[position * self.block_size : (position + 1) * self.block_size]
 
     def _hash(self, sequence: Sequence, position: int) -> bytes:
-        if position < len(sequence.block_hashes):
-            return sequence.block_hashes[position]
-        parent = sequence.block_hashes[position - 1] if position else sequence.prompt.root
-        tokens = array("q", self._tokens(sequence, position)).tobytes()
-        content = parent + tokens + self._items_key(sequence, position)
-        return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+        """Return the hash of a block of known tokens. Those of the blocks before it were computed already."""
+        hashes = sequence.block_hashes
+        if position == len(hashes):
+            parent = hashes[-1] if hashes else sequence.prompt.root
+            tokens = array("q", self._tokens(sequence, position)).tobytes()
+            content = parent + tokens + self._items_key(sequence, position)
+            hashes.append(hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest())
+        return hashes[position]

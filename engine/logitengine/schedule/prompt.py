@@ -32,6 +32,8 @@ class Prompt:
 
     def items_key(self, start: int, stop: int) -> bytes:
         """Return a key of the items at the positions ``start:stop``; empty if there are none."""
+        if not self.items:
+            return b""
         first = bisect_right(self.items, start, key=attrgetter("stop"))
         return b"".join(
             (item.start - start).to_bytes(8, "little", signed=True)

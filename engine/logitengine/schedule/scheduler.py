@@ -114,6 +114,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.parked: list[Sequence] = []
         self.dropped: list[Sequence] = []
+        self._refused: tuple[Sequence, int] | None = None
+        """The sequence that found no room, with the length of its cached prefix; None once there may be room for it."""
         self.num_preemptions = 0
         self.num_prefix_query_tokens = 0
         self.num_prefix_hit_tokens = 0
@@ -135,13 +137,14 @@ class Scheduler:
         self._list_of(sequence).remove(sequence)
         sequence.state = SequenceState.FINISHED
         self._blocks.publish(sequence)
-        self._blocks.release(sequence)
+        self._release(sequence)
         self.dropped.append(sequence)
 
     def park(self, sequence: Sequence) -> None:
         """Park a sequence whose reader lags: it takes part in no step until it is resumed."""
         if sequence.state in (SequenceState.WAITING, SequenceState.RUNNING):
             sequence.idle_since = self._clock()
+            self._refused = None  # its blocks may be taken
             self._move(sequence, SequenceState.PARKED)
 
     def resume(self, sequence: Sequence) -> None:
@@ -280,11 +283,9 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a place, if there is room for all of it."""
         if not sequence.block_table:
-            # Rows that are owed must be recomputed, because the cache holds keys and values but no hidden
-            # states.
-            limit = sequence.num_tokens - 1
-            if sequence.owes_rows:
-                limit = min(limit, sequence.num_rows_given)
+            limit = self._most_cached(sequence)
+            if self._is_refused(sequence, limit):
+                return False
             sequence.num_computed = self._blocks.share_prefix(sequence, limit)
             # There must be room for the whole prompt, unless it runs alone: else the newest prompts would
             # preempt each other for ever.
@@ -292,6 +293,7 @@ class Scheduler:
                 idle = [other for other in self._idle_with_blocks() if other is not sequence]
                 if not idle:
                     self._blocks.release(sequence)
+                    self._refused = sequence, sequence.num_computed
                     sequence.num_computed = 0
                     return False
                 self._preempt(idle[-1])
@@ -303,6 +305,23 @@ class Scheduler:
                 self.num_prefix_hit_tokens += sequence.num_computed
         self._move(sequence, SequenceState.RUNNING)
         return True
+
+    def _most_cached(self, sequence: Sequence) -> int:
+        """Return how many tokens of a waiting sequence the cache may give; at least one is left to compute."""
+        limit = min(sequence.num_tokens - 1, sequence.num_known)
+        if sequence.owes_rows:
+            # They must be recomputed, because the cache holds keys and values but no hidden states.
+            limit = min(limit, sequence.num_rows_given)
+        return limit
+
+    def _is_refused(self, sequence: Sequence, limit: int) -> bool:
+        """Whether the sequence found no room and cannot have any yet.
+
+        The blocks that it could take or share become more only when blocks are released or its cached prefix is extended.
+        """
+        if self._refused is None or self._refused[0] is not sequence or not self.running:
+            return False
+        return not self._blocks.extends_prefix(sequence, self._refused[1], limit)
 
     def _num_missing(self, sequence: Sequence) -> int:
         return self._blocks.blocks_needed(sequence, sequence.num_tokens)
@@ -321,6 +340,10 @@ class Scheduler:
                 return False
         return True
 
+    def _release(self, sequence: Sequence) -> None:
+        self._blocks.release(sequence)
+        self._refused = None
+
     def _idle_with_blocks(self) -> list[Sequence]:
         """Sequences that do not run but keep blocks. The last one is the first to lose them."""
         return [
@@ -333,7 +356,7 @@ class Scheduler:
         if draft is not None:
             draft.discard(sequence)
         self.num_preemptions += 1
-        self._blocks.release(sequence)
+        self._release(sequence)
         sequence.num_computed = 0
         self.dropped.append(sequence)
         if sequence.state is SequenceState.RUNNING:

@@ -46,6 +46,8 @@ class Sequence:
         draw_row: row of the newest token in the latest draw while the host does not know the token, else
             None.
         block_table: physical KV blocks, in order.
+        num_published: blocks at the beginning of the table that other sequences can find.
+        block_hashes: hashes of the first blocks' contents, as far as they were needed; they outlive the table.
         num_computed: tokens whose keys and values are in the cache, or will be before any step scheduled from
             here on.
         num_cached: prompt tokens that the prefix cache gave at the first admission; None before it.
@@ -71,6 +73,7 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     token_ids: list[int] = field(init=False)
     block_table: list[int] = field(default_factory=list)
+    num_published: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     num_unknown: int = 0
     draw_row: int | None = None

@@ -16,7 +16,7 @@ def num_threads() -> int:
 
 
 def threads_for(rows: int) -> int:
-    """Return the number of threads for work that gives each row to one thread.
+    """Return the number of threads for work on rows of which each is one thread's, or too little to be worth a team.
 
     It is all threads or one, because OpenMP ends the threads that a smaller team leaves out.
     """

@@ -94,15 +94,9 @@ class CpuKernels(Kernels):
         if weight.shape != (size,):
             raise ValueError(f"weight is {list(weight.shape)}; x of {list(x.shape)} needs [{size}]")
         source, weight = as_float32(x, "x"), as_float32(weight, "weight")
-        out = torch.empty_like(source)
+        out, rows = torch.empty_like(source), source.numel() // size
         self._library.rms_norm(
-            source.data_ptr(),
-            weight.data_ptr(),
-            eps,
-            source.numel() // size,
-            size,
-            out.data_ptr(),
-            num_threads(),
+            source.data_ptr(), weight.data_ptr(), eps, rows, size, out.data_ptr(), threads_for(rows)
         )
         return out.to(x.dtype)
 
@@ -117,8 +111,9 @@ class CpuKernels(Kernels):
             raise ValueError(f"gate_up is {list(gate_up.shape)}; its last dimension must be even")
         source, size = as_float32(gate_up, "gate_up"), gate_up.shape[-1] // 2
         out = torch.empty(*gate_up.shape[:-1], size)
+        rows = out.numel() // size
         self._library.gate_and_mul(
-            GATES[activation], source.data_ptr(), out.numel() // size, size, out.data_ptr(), num_threads()
+            GATES[activation], source.data_ptr(), rows, size, out.data_ptr(), threads_for(rows)
         )
         return out.to(gate_up.dtype)
 
@@ -160,7 +155,7 @@ class CpuKernels(Kernels):
                 size,
                 byref(struct_of(cache)),
                 slots.data_ptr(),
-                num_threads(),
+                threads_for(tokens),
             )
 
     def paged_attention(

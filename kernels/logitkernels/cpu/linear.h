@@ -55,8 +55,8 @@ struct LinearPart {
 };
 
 // A packed linear layer: parts over the same input, whose outputs lie side by side. n counts the features of all of
-// them. bias is float32 [n] or null. A part of kind kBf16Dot or kBf16Tiles,
-// for which the rows themselves are rounded, stands only beside parts of its own kind.
+// them. bias is float32 [n] or null. A part of kind kBf16Dot or kBf16Tiles, for which the rows themselves are rounded,
+// stands only beside parts of its own kind, which linear.py asserts.
 struct Linear {
     int64_t n;
     int64_t k;

@@ -29,6 +29,10 @@ class LinearKind(IntEnum):
     BF16_TILES = 4
 
 
+ROUNDS_ROWS = frozenset({LinearKind.BF16_DOT, LinearKind.BF16_TILES})
+"""Kinds that read rows rounded to bfloat16, which no other kind reads."""
+
+
 class Bf16Sums(IntEnum):
     """Order in which this processor sums products of bfloat16; ``Bf16Sums`` of linear.cpp."""
 
@@ -130,6 +134,9 @@ class CpuLinear(Linear):
             self._parts = [_pack_dense(library, memory, stack_dense(weights), exact=exact)]
         if len(weights) == 1 and isinstance(weights[0], BlockWeight):
             self.block_format = weights[0].format
+        kinds = {part.kind for part in self._parts}
+        # No weights break this, as _pack rounds no rows; the products would read rows of another form.
+        assert len(kinds) == 1 or not kinds & ROUNDS_ROWS, f"kinds {sorted(kinds)} read different rows"  # noqa: S101
         self._bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
         structs = [LinearPartStruct(part.kind, part.rows, part.packed.data_ptr()) for part in self._parts]
         self.struct = LinearStruct(

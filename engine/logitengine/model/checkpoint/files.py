@@ -19,7 +19,7 @@ from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tensors import parameters_of
 from logitengine.model.image_text.internvl_format import is_original, original_config
 from logitengine.model.int4.config import int4_config, quantization_of
-from logitengine.model.int4.tensors import parameters_of as packed_parameters_of
+from logitengine.model.int4.tensors import PackedFiles
 
 DEFAULT_MODEL = "smollm2"
 CONFIG = "config.json"
@@ -80,10 +80,11 @@ def gguf_path(model: str) -> Path | None:
     return path
 
 
-def check_directory(path: Path) -> None:
-    """Look at the files of a Hugging Face model. Raises CheckpointError for one that is missing or damaged.
+def check_directory(path: Path) -> PackedFiles | None:
+    """Look at the files of a Hugging Face model; return what they say where layers are packed.
 
-    So does a config of InternVL's original format, or a way of quantisation, that is not served.
+    Raises CheckpointError for a file that is missing or damaged, and for a config of InternVL's original format, or a
+    way of quantisation, that is not served.
     """
     config = path / CONFIG
     if not config.is_file():
@@ -102,9 +103,10 @@ def check_directory(path: Path) -> None:
         original_config(fields)
     packing = int4_config(fields, str(path))
     if packing is not None:
-        packed_parameters_of(tensors, packing)
-    elif quantization_of(fields) is None:
+        return PackedFiles.of(fields, packing, tensors)
+    if quantization_of(fields) is None:
         refuse_quantised(tensors)
+    return None
 
 
 def _check_num_layers(fields: dict[str, Any], num_tensors: int, config: Path) -> None:

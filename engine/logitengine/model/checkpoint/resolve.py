@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -22,17 +22,23 @@ from logitengine.model.checkpoint.files import (
 )
 from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.tokenizer import write_tokenizer
+from logitengine.model.int4.tensors import PackedFiles
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A directory with config.json and safetensors, or a .gguf file; and a directory with tokenizer.json."""
+    """A directory with config.json and safetensors, or a .gguf file; and a directory with tokenizer.json.
+
+    Attributes:
+        packed: what the files of packed layers say; None for all other models.
+    """
 
     name: str
     path: Path
     tokenizer_path: Path
+    packed: PackedFiles | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_gguf(self) -> bool:
@@ -53,8 +59,8 @@ def resolve_checkpoint(model: str, prepared: Path | None = None, *, cache: Path 
     path = Path(model).expanduser()
     if not path.is_dir():
         path = _from_hub(model)
-    check_directory(path)
-    return Checkpoint(model, path, _tokenizer_directory(path, conversions))
+    packed = check_directory(path)
+    return Checkpoint(model, path, _tokenizer_directory(path, conversions), packed)
 
 
 def _from_hub(name: str) -> Path:

@@ -15,6 +15,8 @@ from logitengine.errors import CheckpointError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NAMES_SHOWN = 5
+HEADER_SIZE_BYTES = 8
+"""Bytes at the beginning of a file that hold the size of its header."""
 
 COPIED_BUFFERS = re.compile(
     r"(.+\.)?(rotary_emb\.inv_freq|position_ids|causal_mask|(attn|attention)\.(masked_)?bias)"
@@ -27,12 +29,13 @@ UNQUANTISED = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
 
 @dataclass(frozen=True, slots=True)
 class FileTensor:
-    """A tensor in a file; ``dtype`` is the format's name of it, such as BF16."""
+    """A tensor in a file, from the byte ``offset`` on; ``dtype`` is the format's name of it, such as BF16."""
 
     name: str
     path: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -100,12 +103,15 @@ def _weight_map(directory: Path) -> dict[str, str]:
 
 def _header(path: Path) -> dict[str, FileTensor]:
     """Read the header, which the library checks against the file's size."""
-    tensors = {}
     try:
-        with safe_open(path, "numpy") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no dict
-                part = file.get_slice(name)
-                tensors[name] = FileTensor(name, path, part.get_dtype(), tuple(part.get_shape()))
-    except (OSError, SafetensorError) as error:
+        with safe_open(path, "numpy"), path.open("rb") as file:
+            nbytes = int.from_bytes(file.read(HEADER_SIZE_BYTES), "little")
+            header = json.loads(file.read(nbytes))
+    except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return tensors
+    header.pop("__metadata__", None)
+    start = HEADER_SIZE_BYTES + nbytes
+    return {
+        name: FileTensor(name, path, part["dtype"], tuple(part["shape"]), start + part["data_offsets"][0])
+        for name, part in header.items()
+    }

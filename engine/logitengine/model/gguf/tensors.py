@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from logitengine.errors import CheckpointError
-from logitengine.model.gguf.config import EMBEDDING, HEAD, Config
+from logitengine.model.gguf.config import EMBEDDING, HEAD
+from logitengine.model.gguf.config_parts import Config
 from logitengine.model.gguf.header import Header, Tensor
 from logitengine.model.parameter_names import EMBEDDING_PARAMETER, HEAD_PARAMETER
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
@@ -14,10 +13,10 @@ from transformers import AutoConfig, GenerationConfig
 
 from logitengine.errors import CheckpointError
 from logitengine.model.checkpoint.files import CONFIG
-from logitengine.model.checkpoint.safetensors_files import COPIED_BUFFERS, tensors_of
+from logitengine.model.checkpoint.safetensors_files import COPIED_BUFFERS
 from logitengine.model.image_text.families import FAMILIES
-from logitengine.model.int4.config import QUANTIZATION_CONFIGS, Int4Config
-from logitengine.model.int4.tensors import DenseParameter, PackedParameter, Parameter, parameters_of
+from logitengine.model.int4.config import QUANTIZATION_CONFIGS
+from logitengine.model.int4.tensors import DenseParameter, PackedFiles, PackedParameter, Parameter
 from logitengine.model.int4.unpacking import read_tensor
 from logitengine.model.int4.weights import PackedWeights
 from logitengine.model.parameter_names import EMBEDDING_PARAMETER
@@ -37,24 +36,19 @@ class Int4Model(StoredModel):
     config_place = CONFIG
     _parameters: dict[str, Parameter]
 
-    def __init__(
-        self, directory: Path, packing: Int4Config, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """Read the headers and build the skeleton. Raises CheckpointError for a model that cannot be served."""
-        tensors = tensors_of(directory)
-        self.members = json.loads((directory / CONFIG).read_bytes())
-        self._packing = packing
+    def __init__(self, directory: Path, files: PackedFiles, dtype: torch.dtype, device: torch.device) -> None:
+        """Build the skeleton by what ``files`` say. Raises CheckpointError for a model that cannot be served."""
+        self.members = files.members
+        self._packing = files.packing
         self._told: set[str] = set()
-        parameters = parameters_of(tensors, packing)
-        paths = sorted({tensor.path for tensor in tensors.values()})
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
             refuse_unsupported(config)
-            _refuse_other_models(config.model_type, config.architectures or [], parameters)
+            _refuse_other_models(config.model_type, config.architectures or [], files.parameters)
             # Packing is read here, and transformers would want the packages that wrote it.
             for holder, key in product((config, config.get_text_config()), QUANTIZATION_CONFIGS):
                 vars(holder).pop(key, None)
-            super().__init__(paths, config, parameters, dtype, device)
+            super().__init__(files.paths, config, dict(files.parameters), dtype, device)
             if (directory / GENERATION_CONFIG).is_file():
                 self.skeleton.generation_config = GenerationConfig.from_pretrained(directory)
         except (*MISFITS, OSError) as error:

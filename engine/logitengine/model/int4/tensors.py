@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from logitengine.errors import CheckpointError
 from logitengine.model.checkpoint.safetensors_files import FileTensor
@@ -81,6 +83,31 @@ class PackedParameter:
 
 
 Parameter = DenseParameter | PackedParameter
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFiles:
+    """What config.json and the headers of a model with packed layers say.
+
+    Attributes:
+        members: members of config.json.
+        packing: how the layers are packed.
+        paths: the files that hold tensors, in order.
+        parameters: the parameters by transformers' names of them.
+    """
+
+    members: dict[str, Any]
+    packing: Int4Config
+    paths: tuple[Path, ...]
+    parameters: Mapping[str, Parameter]
+
+    @classmethod
+    def of(
+        cls, members: dict[str, Any], packing: Int4Config, tensors: Mapping[str, FileTensor]
+    ) -> PackedFiles:
+        """Take what was read. Raises CheckpointError for tensors that do not fit each other."""
+        paths = tuple(sorted({tensor.path for tensor in tensors.values()}))
+        return cls(members, packing, paths, parameters_of(tensors, packing))
 
 
 def parameters_of(tensors: Mapping[str, FileTensor], config: Int4Config) -> dict[str, Parameter]:

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
+import numpy as np
 import torch
 from logitkernels.int4 import SYMMETRIC_ZERO, unpack_nibbles
-from safetensors import safe_open
 from torch import Tensor
 
 from logitengine.errors import CheckpointError
 from logitengine.model.checkpoint.safetensors_files import FileTensor
 from logitengine.model.int4.config import Int4Config, Method
 from logitengine.model.int4.tensors import PackedParameter
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "BOOL": torch.bool,
+}
+"""Types of tensors that are read, by the format's names."""
 
 AWQ_COLUMNS = [0, 2, 4, 6, 1, 3, 5, 7]
 """Columns that the nibbles of AWQ's words hold, from the lowest nibble on."""
@@ -63,13 +76,20 @@ class Groups:
 
 
 def read_tensor(tensor: FileTensor) -> Tensor:
-    """Map a tensor; pages leave the process with the last reference to it. Raises CheckpointError if it cannot be read."""
+    """Map a tensor; pages leave the process with the last reference to it. Raises CheckpointError if it cannot be read.
+
+    The library would read the file's header again, which takes 13 ms where experts make it 14,000 tensors long.
+    """
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise CheckpointError(f"{tensor.path} cannot be served: {tensor.name} is {tensor.dtype}")
+    nbytes = prod(tensor.shape) * dtype.itemsize
     try:
-        with safe_open(tensor.path, "pt") as file:
-            numbers: Tensor = file.get_tensor(tensor.name)
-    except Exception as error:  # errors of the file and of the library
+        raw = np.memmap(tensor.path, np.uint8, "c", tensor.offset, (nbytes,))
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{tensor.path} cannot be read: {error}") from error
-    return numbers
+    is_aligned = tensor.offset % dtype.itemsize == 0
+    return torch.from_numpy(raw if is_aligned else raw.copy()).view(dtype).view(tensor.shape)
 
 
 def read_groups(parameter: PackedParameter, config: Int4Config) -> Groups:
