@@ -71,4 +71,4 @@ def display_name(model: str) -> str:
     ``model`` is absolute if it is a path.
     """
     path = Path(model)
-    return path.stem if path.suffix == ".gguf" else path.name if path.is_dir() else model
+    return path.stem if path.suffix == ".gguf" else path.name if path.is_absolute() else model

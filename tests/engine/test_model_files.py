@@ -12,7 +12,7 @@ import pytest
 import torch
 from logitengine.config import EngineConfig
 from logitengine.errors import CheckpointError
-from logitengine.model.checkpoint.files import check_model, gguf_path
+from logitengine.model.checkpoint.files import absolute, check_model, gguf_path
 from logitengine.model.checkpoint.resolve import resolve_checkpoint
 from logitengine.model.loader import load
 from safetensors.torch import load_file, save_file
@@ -290,3 +290,18 @@ def test_a_gguf_file_of_an_unknown_architecture_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["/nope", "~no-such-user/model", "a/b/c", "./x"])
 def test_a_name_that_no_model_has_is_refused(name: str) -> None:
     assert name in refusal(name)
+
+
+def test_a_path_is_absolute_and_keeps_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hub names and the packaged model's are left alone, whatever directories there are."""
+    version = tmp_path / "v3"
+    for directory in (version, tmp_path / "smollm2"):
+        directory.mkdir()
+    (tmp_path / "current").symlink_to(version)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(version)
+    assert absolute(".") == str(version)
+    assert absolute("../current") == absolute("~/current") == str(tmp_path / "current")
+    monkeypatch.chdir(tmp_path)
+    for name in ("owner/model", "smollm2"):
+        assert absolute(name) == name

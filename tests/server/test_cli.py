@@ -256,3 +256,13 @@ def test_keys_come_from_one_place(
     cli.main(["serve", "--api-key-file", str(path)])
     ((server, _),) = started
     assert server.api_key_file == path
+
+
+def test_a_model_is_called_by_its_own_name() -> None:
+    for model, name in (
+        ("/models/llama/", "llama"),
+        ("/models/llama-q4.gguf", "llama-q4"),
+        ("owner/model", "owner/model"),
+        ("smollm2", "smollm2"),
+    ):
+        assert serve_command.display_name(model) == name
