@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from packed_checkpoints import Packing, in_float16, quantization_config, save_pa
 from random_blocks import dequantized
 from safetensors.torch import load_file, save_file
 from support import EVERY_ROW, greedy, make_engine, reference_logits, run
-from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 CPU = torch.device("cpu")
 SIZES = (
@@ -490,14 +499,62 @@ def test_a_config_that_makes_no_model_is_refused(tmp_path: Path, change: dict[st
         served(tmp_path)
 
 
-def test_packed_experts_under_mixtrals_names_are_refused(tmp_path: Path) -> None:
-    save_packed(tmp_path, Packing("awq"))
+MIXTRALS_PARTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def tiny_mixtral() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {name: getattr(tiny_llama().config, name) for name in SIZES}
+    config = MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2)
+    return in_float16(MixtralForCausalLM(config).eval())
+
+
+def mixtrals_name(name: str) -> str:
+    """Return the name of a tensor in Mixtral's own checkpoints, which AutoAWQ and AutoGPTQ keep."""
+    name = name.replace(".mlp.", ".block_sparse_moe.")
+    return re.sub(r"(experts\.\d+)\.(\w+)", lambda match: f"{match[1]}.{MIXTRALS_PARTS[match[2]]}", name)
+
+
+@pytest.mark.parametrize(
+    ("packing", "rename"),
+    [
+        (Packing("gptq"), lambda name: name),  # GPTQModel's
+        (
+            Packing("compressed-tensors"),
+            lambda name: name.replace(".mlp.", ".block_sparse_moe."),
+        ),  # llm-compressor's
+        (Packing("awq"), mixtrals_name),
+    ],
+)
+def test_packed_experts_under_any_of_mixtrals_names_are_served(
+    tmp_path: Path, packing: Packing, rename: Any
+) -> None:
+    """Reference: transformers in float32. Tolerance: 1e-3 absolute."""
+    model, _ = save_packed(tmp_path, packing, tiny_mixtral())
+    edit_tensors(tmp_path, lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+    check_directory(tmp_path)
+    loaded = served(tmp_path)
+    assert loaded.info.weights == "stored (INT4_32), dense"
+    assert np.abs(rows_of(loaded) - reference_logits(model, PROMPT)).max() <= 1e-3
+
+
+def test_biases_of_zero_are_ignored_under_mixtrals_names_too(tmp_path: Path) -> None:
+    """AutoGPTQ writes them."""
+    save_packed(tmp_path, Packing("gptq"), tiny_mixtral())
+    name = "model.layers.0.mlp.experts.0.up_proj.bias"
     edit_tensors(
         tmp_path,
-        lambda tensors: {name.replace("mlp", "block_sparse_moe"): tensor for name, tensor in tensors.items()},
+        lambda tensors: {mixtrals_name(own): t for own, t in (tensors | {name: torch.zeros(256)}).items()},
     )
-    with pytest.raises(CheckpointError, match=r"packed experts under names \(block_sparse_moe\)"):
-        served(tmp_path)
+    stored(tmp_path)
+
+
+def test_a_parameter_that_is_there_under_two_names_is_refused(tmp_path: Path) -> None:
+    save_packed(tmp_path, Packing("awq"), tiny_mixtral())
+    name = "model.layers.0.mlp.gate.weight"
+    edit_tensors(tmp_path, lambda tensors: tensors | {mixtrals_name(name): tensors[name].clone()})
+    with pytest.raises(CheckpointError, match=f"are both {name}"):
+        stored(tmp_path)
 
 
 def test_classifiers_are_refused_while_their_layers_are_packed(tmp_path: Path) -> None:
