@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,17 @@ from logitkernels import BlockWeight
 from packed_checkpoints import Packing, edit_tensors, in_float16, save_packed, tiny_llama
 from random_blocks import dequantized
 from support import reference_logits, rows_of, served
-from transformers import CohereConfig, CohereForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 CPU = torch.device("cpu")
 SIZES = (
@@ -157,6 +168,24 @@ def test_packed_experts_are_served(
     assert np.abs(rows_of(loaded, PROMPT) - reference_logits(model, PROMPT)).max() <= 1e-3
 
 
+@pytest.mark.parametrize("packing", [Packing("gptq"), Packing("compressed-tensors")], ids=str)
+def test_a_layer_of_one_row_is_served(tmp_path: Path, packing: Packing) -> None:
+    """The gate of Qwen2-MoE's shared expert. Reference: transformers in float32. Tolerance: 1e-3 absolute."""
+    torch.manual_seed(0)
+    sizes = {name: getattr(tiny_llama().config, name) for name in SIZES}
+    config = Qwen2MoeConfig(
+        **sizes,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        initializer_range=0.2,
+    )
+    model, weights = save_packed(tmp_path, packing, in_float16(Qwen2MoeForCausalLM(config).eval()))
+    assert weights["model.layers.0.mlp.shared_expert_gate.weight"].shape == (1, 128)
+    assert np.abs(rows_of(served(tmp_path), PROMPT) - reference_logits(model, PROMPT)).max() <= 1e-3
+
+
 def test_a_packed_expert_that_is_missing_or_too_many_is_refused_by_name(tmp_path: Path) -> None:
     save_packed(tmp_path, Packing("awq"), tiny_experts())
     name = "model.layers.1.mlp.experts"
@@ -274,3 +303,61 @@ def test_other_places_of_the_quantization_config_are_read(tmp_path: Path, place:
         assert torch.equal(stored(tmp_path).weights().dense(name), weights[name].float())
     with pytest.raises(CheckpointError, match="quantised by fp8"):
         int4_config(json.loads(json.dumps(fields | moved).replace("compressed-tensors", "fp8")), "model")
+
+
+MIXTRALS_PARTS = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def tiny_mixtral() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {name: getattr(tiny_llama().config, name) for name in SIZES}
+    config = MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, initializer_range=0.2)
+    return in_float16(MixtralForCausalLM(config).eval())
+
+
+def mixtrals_name(name: str) -> str:
+    """Return the name of a tensor in Mixtral's own checkpoints, which AutoAWQ and AutoGPTQ keep."""
+    name = name.replace(".mlp.", ".block_sparse_moe.")
+    return re.sub(r"(experts\.\d+)\.(\w+)", lambda match: f"{match[1]}.{MIXTRALS_PARTS[match[2]]}", name)
+
+
+@pytest.mark.parametrize(
+    ("packing", "rename"),
+    [
+        (Packing("gptq"), lambda name: name),  # GPTQModel's
+        (
+            Packing("compressed-tensors"),
+            lambda name: name.replace(".mlp.", ".block_sparse_moe."),
+        ),  # llm-compressor's
+        (Packing("awq"), mixtrals_name),
+    ],
+)
+def test_packed_experts_under_any_of_mixtrals_names_are_served(
+    tmp_path: Path, packing: Packing, rename: Any
+) -> None:
+    """Reference: transformers in float32. Tolerance: 1e-3 absolute."""
+    model, _ = save_packed(tmp_path, packing, tiny_mixtral())
+    edit_tensors(tmp_path, lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+    check_directory(tmp_path)
+    loaded = served(tmp_path)
+    assert loaded.info.weights == "stored (INT4_32), dense"
+    assert np.abs(rows_of(loaded, PROMPT) - reference_logits(model, PROMPT)).max() <= 1e-3
+
+
+def test_biases_of_zero_are_ignored_under_mixtrals_names_too(tmp_path: Path) -> None:
+    """AutoGPTQ writes them."""
+    save_packed(tmp_path, Packing("gptq"), tiny_mixtral())
+    name = "model.layers.0.mlp.experts.0.up_proj.bias"
+    edit_tensors(
+        tmp_path,
+        lambda tensors: {mixtrals_name(own): t for own, t in (tensors | {name: torch.zeros(256)}).items()},
+    )
+    stored(tmp_path)
+
+
+def test_a_parameter_that_is_there_under_two_names_is_refused(tmp_path: Path) -> None:
+    save_packed(tmp_path, Packing("awq"), tiny_mixtral())
+    name = "model.layers.0.mlp.gate.weight"
+    edit_tensors(tmp_path, lambda tensors: tensors | {mixtrals_name(name): tensors[name].clone()})
+    with pytest.raises(CheckpointError, match=f"are both {name}"):
+        stored(tmp_path)

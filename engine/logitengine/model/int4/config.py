@@ -89,6 +89,10 @@ class _Fields:
             if self.values.get(name):
                 raise ValueError(f"{self._prefix}{name} {self.values[name]!r}, which is not served")
 
+    def must_not_be(self, name: str, refused: Any) -> None:
+        if self.values.get(name) == refused:
+            raise ValueError(f"{self._prefix}{name} {refused!r}, which is not served")
+
     def group_size(self) -> int:
         size = self.values.get("group_size")
         if (
@@ -108,9 +112,21 @@ class _Fields:
         return _Fields(value, f"{self._prefix}{name}.")
 
 
+def _refuse_gptqmodels(fields: _Fields) -> None:
+    """Refuse what GPTQModel does beside packing: its kernels change activations, or it packs layers in several ways."""
+    fields.must_be_empty("activation", "rotation")
+    # Entries that begin with - leave modules as they are; others change bits or groups.
+    dynamic = fields.values.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or any(not str(pattern).startswith("-") for pattern in dynamic):
+        raise ValueError(f"dynamic {dynamic!r}, which packs layers in several ways")
+
+
 def _awq(fields: _Fields) -> Int4Config:
     fields.must_be("bits", BITS)
-    fields.must_be("version", "gemm", "GEMM", default="gemm")
+    for key in ("version", "format"):  # AutoAWQ's name for the layout, and transformers'
+        fields.must_be(key, "gemm", "GEMM", default="gemm")
+    fields.must_not_be("backend", "llm-awq")  # other backends are kernels for one layout
+    _refuse_gptqmodels(fields)
     return Int4Config("awq", frozenset({fields.group_size()}))
 
 
@@ -120,17 +136,14 @@ def _gptq(fields: _Fields) -> Int4Config:
     fields.must_be("pack_dtype", "int32", default="int32")
     key = "checkpoint_format" if fields.values.get("checkpoint_format") is not None else "format"
     stored = fields.must_be(key, "gptq", "gptq_v2", default="gptq")
-    # Entries that begin with - leave modules as they are; others change bits or groups.
-    dynamic = fields.values.get("dynamic") or {}
-    if not isinstance(dynamic, dict) or any(not str(pattern).startswith("-") for pattern in dynamic):
-        raise ValueError(f"dynamic {dynamic!r}, which packs layers in several ways")
+    _refuse_gptqmodels(fields)
     return Int4Config("gptq", frozenset({fields.group_size()}), zeros_less_one=stored == "gptq")
 
 
 def _compressed_tensors(fields: _Fields) -> Int4Config:
     fields.must_be("format", "pack-quantized")
     fields.must_be("quantization_status", "compressed", "frozen", default="compressed")
-    fields.must_be_empty("kv_cache_scheme", "transform_config")
+    fields.must_be_empty("kv_cache_scheme", "transform_config", "moe_sparsity_config")
     sparsity = fields.values.get("sparsity_config")
     if sparsity:
         fields.inside("sparsity_config").must_be("format", "dense", default="dense")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from logitengine.model.checkpoint.files import CONFIG
 from logitengine.model.checkpoint.safetensors_files import COPIED_BUFFERS
 from logitengine.model.image_text.families import FAMILIES
 from logitengine.model.int4.config import QUANTIZATION_CONFIGS
+from logitengine.model.int4.names import names_in
 from logitengine.model.int4.tensors import DenseParameter, PackedFiles, PackedParameter, Parameter
 from logitengine.model.int4.unpacking import read_tensor
 from logitengine.model.int4.weights import PackedWeights
@@ -44,11 +45,12 @@ class Int4Model(StoredModel):
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
             refuse_unsupported(config)
-            _refuse_other_models(config.model_type, config.architectures or [], files.parameters)
+            _refuse_other_models(config.model_type, config.architectures or [])
             # Packing is read here, and transformers would want the packages that wrote it.
             for holder, key in product((config, config.get_text_config()), QUANTIZATION_CONFIGS):
                 vars(holder).pop(key, None)
             super().__init__(files.paths, config, dict(files.parameters), dtype, device)
+            self._rename()
             if (directory / GENERATION_CONFIG).is_file():
                 self.skeleton.generation_config = GenerationConfig.from_pretrained(directory)
         except (*MISFITS, OSError) as error:
@@ -79,6 +81,13 @@ class Int4Model(StoredModel):
         numbers = read_tensor(parameter.tensor)
         return lambda ids: numbers.index_select(0, ids).float() * scale
 
+    def _rename(self) -> None:
+        """Give the parameters their names in the skeleton."""
+        names = names_in(self.skeleton, self._parameters)
+        renamed = {names[name]: parameter for name, parameter in self._parameters.items()}
+        self._parameters.clear()
+        self._parameters.update(renamed)
+
     def _drop_unread(self) -> None:
         """Forget tensors that cannot change a number: copied buffers, and biases of 0 where a model has none."""
         expected = {name for name, _ in self.skeleton.named_parameters(remove_duplicate=False)}
@@ -95,12 +104,8 @@ class Int4Model(StoredModel):
                 del self._parameters[name]
 
 
-def _refuse_other_models(model_type: str, architectures: list[str], names: Iterable[str]) -> None:
-    """Refuse models that are no language models, and experts under names of Mixtral's. Raises ValueError."""
-    if any(".block_sparse_moe." in name for name in names):
-        raise ValueError(
-            f"{model_type} has packed experts under names (block_sparse_moe) that are not served"
-        )
+def _refuse_other_models(model_type: str, architectures: list[str]) -> None:
+    """Refuse models that are no language models. Raises ValueError."""
     if model_type in FAMILIES:
         raise ValueError(
             f"{model_type} reads images, and its linear layers are packed, which is not supported"
