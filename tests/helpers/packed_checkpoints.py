@@ -217,8 +217,13 @@ TENSORS = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors
 
 
 def words(integers: Integers, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    """Put eight neighbours of [..., K] into an int32 [..., K / 8]; nibble i, from the lowest, holds number ``order[i]``."""
-    eights = integers.reshape(*integers.shape[:-1], -1, 8)
+    """Put eight neighbours of [..., K] into an int32 [..., K / 8]; nibble i, from the lowest, holds number ``order[i]``.
+
+    The last word is filled up with zeros.
+    """
+    missing = -integers.shape[-1] % 8
+    padded = np.concatenate([integers, np.zeros((*integers.shape[:-1], missing), integers.dtype)], axis=-1)
+    eights = padded.reshape(*integers.shape[:-1], -1, 8)
     packed = np.zeros(eights.shape[:-1], dtype=np.uint32)
     for nibble, place in enumerate(order):
         packed |= eights[..., place].astype(np.uint32) << np.uint32(4 * nibble)
