@@ -181,7 +181,7 @@ def _zeros(parameter: PackedParameter, added: int = 0) -> Tensor:
 def _bytes(words: Tensor) -> Tensor:
     """Return the bytes of words int32 [..., W], uint8 [..., 4 W], lowest first."""
     # Flat, because a matrix of one column is contiguous with any stride, and torch sees no bytes in some of them.
-    return words.flatten().view(torch.uint8).unflatten(0, (*words.shape[:-1], -1))
+    return words.flatten().view(torch.uint8).view(*words.shape[:-1], 4 * words.shape[-1])
 
 
 def _damaged(parameter: PackedParameter, why: str) -> CheckpointError:
