@@ -12,9 +12,28 @@ EngineError                  base of the engine client's errors
 
 from __future__ import annotations
 
+MOST_CHARACTERS = 500
+"""Longest message of a CheckpointError."""
+
 
 class CheckpointError(Exception):
-    """The model cannot be found, read or served; the message says why, and what to do."""
+    """The model cannot be found, read or served; the message says why, and what to do.
+
+    Messages quote files that come from anywhere, and errors of libraries that quote them: every message is made one line
+    of printable characters, and its middle is left out if it is long.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_one_line(message))
+
+
+def _one_line(text: str) -> str:
+    ends = MOST_CHARACTERS // 2
+    if len(text) > 4 * MOST_CHARACTERS:  # most of what is left out need not be looked at
+        text = text[: 2 * MOST_CHARACTERS] + text[-2 * MOST_CHARACTERS :]
+    line = " ".join(text.split())
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    return line if len(line) <= MOST_CHARACTERS else f"{line[: ends - 5]} [...] {line[5 - ends :]}"
 
 
 class EngineError(Exception):

@@ -94,6 +94,12 @@ def test_factors_that_no_frequency_can_have_are_refused(
         ),
         ("olmo2", {"attention.sliding_window": 8}, r"key olmo2\.attention\.sliding_window is not known here"),
         ("gemma3", {"attention.sliding_window_pattern": [True]}, "sliding_window_pattern"),
+        ("glm4", {"rope.dimension_count": 65536}, "its layers compute no token"),
+        ("gemma2", {"attn_logit_softcapping": -20.0}, r"the attention of layer 0 has softcap -20\.0"),
+        ("granite", {"attention.scale": -1.0}, r"the attention of layer 0 has scaling -1\.0"),
+        ("granite", {"logit_scale": 0.0}, r"has logits_scaling 0\.0, which is no number above 0"),
+        ("cohere2", {"attention.layer_norm_epsilon": -1.0}, r"has layer_norm_eps -1\.0, which is no"),
+        ("llama", {"rope.freq_base": 0.0}, r"has rope_theta 0\.0, which is no number above 0"),
     ],
 )
 def test_what_could_change_the_logits_unnoticed_is_refused_by_its_key(

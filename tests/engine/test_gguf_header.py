@@ -6,7 +6,6 @@ import struct
 import tempfile
 import tracemalloc
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -173,6 +172,10 @@ def test_the_first_fields_are_checked(tmp_path: Path, place: int, layout: str, v
         ({"offset": 7}, "at 7, which is no multiple of 32"),
         ({"offset": 2**64 - 32}, "takes 2048 bytes from"),
         ({"offset": 0}, "overlap"),
+        ({"kind": 8}, r"960 bytes between blk\.0\.attn_q\.weight and blk\.0\.attn_k\.weight belong to no"),
+        ({"shape": (32, 16)}, r"1024 bytes between blk\.0\.attn_q\.weight and"),
+        ({"name": "a\n\x1b[31m.attn.weight"}, r"its tensor a \\x1b\[31m\.attn\.weight is not known"),
+        ({"name": "a" * 60019}, r"its tensor a{100,}.* for architecture llama"),
         ({"name": "blk.0.attn_o.weight"}, r"tensor blk\.0\.attn_o\.weight is not known here"),
         ({"name": "blk.0.attn_k.weight"}, r"it has tensor blk\.0\.attn_k\.weight twice"),
     ],
@@ -181,8 +184,9 @@ def test_tensors_are_checked(tmp_path: Path, changed: dict[str, Any], says: str)
     before, shape, kind, offset = entry_of("blk.0.attn_q.weight")
     entry = {"name": "blk.0.attn_q.weight", "shape": shape, "kind": kind, "offset": offset, **changed}
     path = damaged(tmp_path, before, tensor_entry(**entry))
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=says) as caught:
         checked(path)
+    assert_is_a_line(caught.value)
 
 
 def test_dimensions_are_counted(tmp_path: Path) -> None:
@@ -226,6 +230,23 @@ def test_a_wide_alignment_is_followed(tmp_path: Path) -> None:
     assert {name: tensor.offset for name, tensor in read_header(path).tensors.items()} == theirs
 
 
+def test_the_first_tensor_lies_at_the_start_of_the_data(tmp_path: Path) -> None:
+    before, shape, kind, offset = entry_of("token_embd.weight")
+    last = entry_of("blk.0.ffn_down.weight")[3] + 2048
+    path = damaged(tmp_path, before, tensor_entry("token_embd.weight", shape, kind, last))
+    with path.open("ab") as file:
+        file.write(bytes(1 << 15))
+    assert offset == 0
+    with pytest.raises(CheckpointError, match="bytes between its header and output_norm"):
+        read_header(path)
+
+
+def assert_is_a_line(error: CheckpointError) -> None:
+    """Check that a terminal shows the message as one line."""
+    assert str(error).isprintable()
+    assert len(str(error)) <= 500
+
+
 def checked(path: Path) -> Header:
     header = read_header(path)
     parameters_of(header, model_config(header))
@@ -261,8 +282,10 @@ def test_flipped_bytes_are_served_or_refused_in_a_sentence(
         content[place] = value
     path = written(tmp_path, bytes(content))
     tracemalloc.start()
-    with suppress(CheckpointError):
+    try:
         checked(path)
+    except CheckpointError as error:
+        assert_is_a_line(error)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * len(content) + 2**18

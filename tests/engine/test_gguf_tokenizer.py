@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from gguf_files import write_gguf
 from logitengine.errors import CheckpointError
 from logitengine.model.checkpoint.resolve import resolve_checkpoint
+from logitengine.model.gguf.header import read_header
 from logitengine.model.gguf.splits import SPLITS
+from logitengine.model.gguf.tokenizer import write_tokenizer
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def tokenizer_of(tmp_path: Path, pre: str) -> Tokenizer:
+def gguf_file(tmp_path: Path, pre: str) -> Path:
     config = LlamaConfig(
         vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
     )
-    path = write_gguf(tmp_path / "model.gguf", LlamaForCausalLM(config), "llama", {}, pre=pre)
-    checkpoint = resolve_checkpoint(str(path), cache=tmp_path / "cache")
+    return write_gguf(tmp_path / "model.gguf", LlamaForCausalLM(config), "llama", {}, pre=pre)
+
+
+def tokenizer_of(tmp_path: Path, pre: str) -> Tokenizer:
+    checkpoint = resolve_checkpoint(str(gguf_file(tmp_path, pre)), cache=tmp_path / "cache")
     return Tokenizer.from_file(str(checkpoint.tokenizer_path / "tokenizer.json"))
 
 
@@ -60,3 +67,20 @@ def test_llama_3s_prompts_begin_with_bos_where_the_file_does_not_say(tmp_path: P
 def test_a_pre_tokenizer_that_is_not_known_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"how tokenizer\.ggml\.pre weird splits text is not known"):
         tokens_of(tmp_path, "weird", "he")
+
+
+@pytest.mark.parametrize("key", ["token_type", "scores"])
+@pytest.mark.parametrize("numbers", [[1] * 299, [], [1] * 301])
+def test_tokens_without_a_type_or_score_are_refused(tmp_path: Path, key: str, numbers: list[int]) -> None:
+    header = read_header(gguf_file(tmp_path, "gpt-2"))
+    header.metadata[f"tokenizer.ggml.{key}"] = np.array(numbers, np.int32)
+    with pytest.raises(ValueError, match=rf"{key} has no number for each of 300 tokens"):
+        write_tokenizer(header, tmp_path)
+
+
+@pytest.mark.parametrize("value", [-1, 300, 2**40])
+def test_a_special_token_that_there_is_not_is_left_out(tmp_path: Path, value: int) -> None:
+    header = read_header(gguf_file(tmp_path, "gpt-2"))
+    header.metadata["tokenizer.ggml.padding_token_id"] = value
+    write_tokenizer(header, tmp_path)
+    assert "pad_token" not in json.loads((tmp_path / "tokenizer_config.json").read_bytes())

@@ -265,3 +265,14 @@ def test_masks_have_the_width_of_the_models_rows(byte_model_directory: Path) -> 
         assert set(np.flatnonzero(bits).tolist()) == {token_id for token_id in digits if token_id < len(bits)}
     with pytest.raises(GrammarError, match="eos_token"):
         Vocabulary(str(byte_model_directory), VOCAB, []).compile(DIGITS)
+
+
+def test_a_tokenizer_that_llguidance_panics_at_has_no_grammars(
+    byte_model_directory: Path, tmp_path: Path
+) -> None:
+    """It takes no tokens of kilobytes, and says so by no Exception."""
+    tokenizer = json.loads((byte_model_directory / "tokenizer.json").read_bytes())
+    tokenizer["model"]["vocab"]["a" * 5000] = TOKENS
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(GrammarError, match="llguidance does not take its tokenizer"):
+        Vocabulary(str(tmp_path), VOCAB, [EOS]).compile(DIGITS)

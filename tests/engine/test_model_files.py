@@ -39,7 +39,14 @@ def model(llama: Path, tmp_path: Path) -> Path:
 def refusal(model: Path | str) -> str:
     with pytest.raises(CheckpointError) as caught:
         check_model(EngineConfig(model=str(model)))
-    return str(caught.value)
+    return checked(str(caught.value))
+
+
+def checked(message: str) -> str:
+    """Return a refusal's message, which is a line that any terminal shows."""
+    assert message.isprintable()
+    assert len(message) <= 500
+    return message
 
 
 def split(model: Path, edit: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
@@ -63,6 +70,15 @@ def cut(name: str, length: int) -> Change:
 def overwrite(name: str, content: bytes) -> Change:
     def change(model: Path) -> None:
         (model / name).write_bytes(content)
+
+    return change
+
+
+def edited(name: str = "config.json", **members: Any) -> Change:
+    def change(model: Path) -> None:
+        path = model / name
+        before = json.loads(path.read_bytes()) if path.exists() else {}
+        path.write_text(json.dumps(before | members))
 
     return change
 
@@ -122,6 +138,16 @@ def no_norm(model: Path) -> None:
     save_file(weights, model / SINGLE, metadata={"format": "pt"})
 
 
+def nan_in_head(model: Path) -> None:
+    weights = load_file(model / SINGLE)
+    weights["lm_head.weight"][7, 7] = torch.nan
+    save_file(weights, model / SINGLE, metadata={"format": "pt"})
+
+
+def rope(**members: Any) -> Change:
+    return edited(rope_parameters={"rope_type": "default", "rope_theta": 1e4, **members})
+
+
 OUT = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
 
 
@@ -155,6 +181,9 @@ OUT = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
         pytest.param(placed(norm="/dev/zero"), "names '/dev/zero'", id="absolute path"),
         pytest.param(placed(norm=7), "names 7 for", id="no name"),
         pytest.param(placed(norm="a" * 300), "File name too long", id="name too long"),
+        pytest.param(placed(norm="a" * 5000), "File name too long", id="name of a page"),
+        pytest.param(placed(norm="a\n\x1b[31m"), r"names 'a\n\x1b[31m'", id="name of control characters"),
+        pytest.param(placed(norm=SINGLE), "which is no file in", id="no such file"),
         pytest.param(
             overwrite("config.json", b'{"num_hidden_layers": 1000000}'),
             "says num_hidden_layers 1000000, and the model has 21 tensors",
@@ -172,9 +201,7 @@ OUT = b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
 )
 def test_a_directory_is_refused_with_what_is_wrong(model: Path, change: Change, says: str) -> None:
     change(model)
-    told = refusal(model)
-    assert says in told
-    assert "\n" not in told
+    assert says in refusal(model)
 
 
 def test_a_directory_whose_index_is_right_is_taken(model: Path) -> None:
@@ -220,14 +247,52 @@ def test_a_directory_whose_index_is_right_is_taken(model: Path) -> None:
         pytest.param(
             added(lm_head__bias=torch.ones(64)), "hold lm_head.bias, which", id="a bias of the head"
         ),
+        pytest.param(
+            added(**{"model__layers__1__\x1b[31m\n": torch.ones(1)}),
+            r"hold model\.layers\.1\.\\x1b\[31m , which",
+            id="a name of control characters",
+        ),
+        pytest.param(edited(model_type="x" * 5000), r"x{9} \[\.\.\.\] ", id="a long architecture"),
+        pytest.param(
+            edited(model_type="llama\n" * 9), "could not be loaded: .*`llama llama", id="nine lines"
+        ),
+        pytest.param(edited(dtype=["float32"]), "could not be loaded", id="a list of dtypes"),
+        pytest.param(edited(pad_token_id=64), "could not be loaded", id="padding beyond the vocabulary"),
+        pytest.param(
+            edited(rms_norm_eps=-1.0), r"has rms_norm_eps -1\.0, which is no number above 0", id="eps"
+        ),
+        pytest.param(edited(rms_norm_eps=float("nan")), "has rms_norm_eps nan", id="eps that is no number"),
+        pytest.param(rope(rope_theta=-1e4), r"has rope_theta -10000\.0, which", id="theta below 0"),
+        pytest.param(rope(rope_theta=0), "has rope_theta 0, which", id="theta of 0"),
+        pytest.param(rope(rope_type="linear", factor=0.0), r"has factor 0\.0, which", id="factor of 0"),
+        pytest.param(
+            edited(model_type="mistral", sliding_window=-8),
+            "attention of layer 0 has sliding_window -8",
+            id="window below 0",
+        ),
+        pytest.param(
+            overwrite("generation_config.json", b'{"eos_token_id": ["2"]}'),
+            r"its eos_token_id is \['2'\]",
+            id="an end that is a word",
+        ),
+        pytest.param(nan_in_head, "the head of LlamaForCausalLM is damaged", id="a head of NaN"),
     ],
 )
 def test_weights_and_configs_at_odds_are_refused_when_the_model_is_loaded(
     model: Path, change: Change, says: str
 ) -> None:
     change(model)
-    with pytest.raises(CheckpointError, match=says):
+    with pytest.raises(CheckpointError, match=says) as caught:
         load(EngineConfig(model=str(model), num_blocks=16, num_threads=1))
+    checked(str(caught.value))
+
+
+def test_ends_beyond_the_vocabulary_are_told(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edited("generation_config.json", eos_token_id=[3, 64, -1, 10**30])(model)
+    loaded = load(EngineConfig(model=str(model), num_blocks=16, num_threads=1))
+    assert loaded.info.eos_token_ids == [3]
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning == f"eos_token_id [64, -1, {10**30}] is beyond the 64 tokens, and ends no answer"
 
 
 def test_weights_without_a_place_in_the_model_are_told_by_name(

@@ -93,7 +93,10 @@ class Vocabulary:
             except ValueError:
                 # A tokenizer may know more tokens than the model has logits.
                 return LLTokenizer(path, eos_token=self._eos_token_ids)
-        except (OSError, ValueError) as error:
+        except BaseException as error:
+            # llguidance panics at tokens of kilobytes, which raises what is no Exception and has no public name.
+            if not isinstance(error, OSError | ValueError) and type(error).__name__ != "PanicException":
+                raise
             raise GrammarError(
                 f"this model's answers cannot follow a grammar, because llguidance does not take its tokenizer: {error}"
             ) from error

@@ -28,12 +28,12 @@ from logitengine.model.image_text.families import FAMILIES
 from logitengine.model.image_text.text_part import take_text_part
 from logitengine.model.int4.model import Int4Model
 from logitengine.model.network.fuse import Packer, fuse, is_known
-from logitengine.model.network.layer_shapes import probe_layers
+from logitengine.model.network.layer_shapes import LayerShape, probe_layers
 from logitengine.model.network.network import Network, TransformersNetwork
 from logitengine.model.network.packing import modules_to_pack, pack_modules
 from logitengine.model.network.value_heads import value_heads_of
 from logitengine.model.parameter_names import HEAD_PARAMETER
-from logitengine.model.pretrained import eos_token_ids, load_pretrained, max_positions, model_type
+from logitengine.model.pretrained import MISFITS, eos_token_ids, load_pretrained, max_positions, model_type
 from logitengine.model.skeleton import StoredModel
 from logitengine.model.weight_sources import Int4Weights, Int8Weights, ModelWeights, WeightSource
 from logitengine.run.devices import Device, choose_device
@@ -159,7 +159,7 @@ def prepare(
         shares_head = stored is not None and stored.ties_head and config.weights not in ROUNDED
         if not is_fused:
             _complete(model, packer, stored, shares_head=shares_head)
-        shapes = probe_layers(model, kernels)
+        shapes = _probe(model, kernels)
         if stored is not None and is_fused:
             stored.fill_small(torch.float32 if kernels.block_formats else dtype)
         heads = value_heads_of(
@@ -231,6 +231,14 @@ def prepare(
         ),
     )
     return LoadedModel(info, runner, kernels, device)
+
+
+def _probe(model: PreTrainedModel, kernels: Kernels) -> list[LayerShape]:
+    """Return the shapes of the layers. Raises ValueError where the model cannot compute a token."""
+    try:
+        return probe_layers(model, kernels)
+    except MISFITS as error:
+        raise ValueError(f"its layers compute no token: {error}") from error
 
 
 def _complete(
@@ -317,6 +325,10 @@ def _check_head(network: Network, model: PreTrainedModel, dtype: torch.dtype, de
     if logits.shape != (1, config.vocab_size):
         raise CheckpointError(
             f"the head of {type(model).__name__} gives {logits.shape[-1]} logits for a vocabulary of {config.vocab_size}"
+        )
+    if not logits.isfinite().all():
+        raise CheckpointError(
+            f"the head of {type(model).__name__} is damaged: its logits of zeros are not finite"
         )
 
 

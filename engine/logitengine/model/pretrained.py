@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -37,11 +38,16 @@ MISFITS = (
     RuntimeError,
     TypeError,
     AttributeError,
-    KeyError,
+    LookupError,
     ArithmeticError,
+    AssertionError,
     StrictDataclassError,
 )
 """Errors of transformers where a config makes no model or the weights do not fit it."""
+
+POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "logits_scaling")
+POSITIVE_IN_ROPE = ("rope_theta", "factor")
+"""Members of a config, and of its rotary parameters, that are above 0 in every model."""
 
 IMAGE_MODEL_ATTENTION = {"text_config": ATTENTION_NAME, "vision_config": "sdpa"}
 
@@ -168,22 +174,43 @@ def refuse_unsupported(model_config: PretrainedConfig) -> None:
     for reason, applies in reasons.items():
         if applies:
             raise ValueError(f"{model_config.model_type} has {reason}, which is not supported")
+    _refuse_numbers(config)
+
+
+def _refuse_numbers(config: PretrainedConfig) -> None:
+    """Refuse numbers under a root or a bar that are not above 0, which make NaN of rows. Raises ValueError."""
+    ropes = _rope_parts(getattr(config, "rope_parameters", None) or {})
+    numbers = [(name, getattr(config, name, None)) for name in POSITIVE]
+    numbers += [(name, rope.get(name)) for rope in ropes for name in POSITIVE_IN_ROPE]
+    for name, number in numbers:
+        if number is not None and not (isinstance(number, int | float) and 0 < number < math.inf):
+            raise ValueError(f"{config.model_type} has {name} {number!r}, which is no number above 0")
 
 
 def _rope_types(parameters: dict[str, Any]) -> set[str]:
     """Return the types of a model's rotary embeddings; some models have one per type of layer."""
-    nested = [part for part in parameters.values() if isinstance(part, dict)]
-    return {part.get("rope_type", "default") for part in nested or [parameters]}
+    return {part.get("rope_type", "default") for part in _rope_parts(parameters)}
+
+
+def _rope_parts(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    return [part for part in parameters.values() if isinstance(part, dict)] or [parameters]
 
 
 def eos_token_ids(model: PreTrainedModel) -> list[int]:
-    """Return the generation config's EOS ids, else the model config's; either may hold one id, several or none."""
+    """Return the generation config's EOS ids, else the model config's; either may hold one id, several or none.
+
+    Ids beyond the vocabulary are left out, with a warning. Raises CheckpointError for what is no id.
+    """
     generation_config = getattr(model, "generation_config", None)  # a classifier has none
     generation = generation_config.eos_token_id if generation_config is not None else None
     found = generation if generation is not None else model.config.get_text_config().eos_token_id
-    if found is None:
-        return []
-    return sorted(found) if isinstance(found, list) else [int(found)]
+    listed = [] if found is None else found if isinstance(found, list) else [found]
+    if not all(type(token_id) is int for token_id in listed):
+        raise CheckpointError(f"{type(model).__name__} cannot be served: its eos_token_id is {found!r}")
+    num_tokens = model.config.get_text_config().vocab_size
+    if unknown := [token_id for token_id in listed if not 0 <= token_id < num_tokens]:
+        logger.warning("eos_token_id %s is beyond the %d tokens, and ends no answer", unknown, num_tokens)
+    return sorted(set(listed) - set(unknown))
 
 
 def max_positions(model: PreTrainedModel) -> int | None:

@@ -100,7 +100,7 @@ def read_header(path: Path) -> Header:
     header = _read_part(path)
     count = _integer(header, "split.count", 1)
     if count <= 1:
-        _check_overlaps(header)
+        _check_not_empty(header)
         return header
     if count > MOST_PARTS:
         raise CheckpointError(f"{path} is damaged: split.count is {count}, above {MOST_PARTS}")
@@ -133,7 +133,7 @@ def _part_paths(path: Path, count: int) -> list[Path]:
 def _join(parts: list[Header]) -> Header:
     tensors: dict[str, Tensor] = {}
     for part in parts:
-        _check_overlaps(part)
+        _check_not_empty(part)
         if repeated := sorted(tensors.keys() & part.tensors.keys()):
             raise CheckpointError(f"{part.path} is damaged: {repeated[0]} is in another part too")
         tensors |= part.tensors
@@ -200,9 +200,9 @@ class _Reader:
                 raise self._damaged(f"it has tensor {tensor.name} twice")
             tensors[tensor.name] = tensor
         start = -(-self._place // alignment) * alignment
-        return Header(
-            [self._path], metadata, {name: self._placed(tensor, start) for name, tensor in tensors.items()}
-        )
+        placed = {name: self._placed(tensor, start) for name, tensor in tensors.items()}
+        self._check_places(placed, start, alignment)
+        return Header([self._path], metadata, placed)
 
     def _value(self, key: str, kind: int) -> Value:
         if kind in NUMBERS:
@@ -260,6 +260,17 @@ class _Reader:
             )
         return Tensor(tensor.name, tensor.shape, tensor.type, tensor.path, offset, tensor.nbytes)
 
+    def _check_places(self, tensors: dict[str, Tensor], start: int, alignment: int) -> None:
+        """Check that tensors follow one another, as llama.cpp does: so a wrong type, shape or name shows itself."""
+        end, before = start, "its header"
+        for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+            gap = tensor.offset - end
+            if gap < 0:
+                raise self._damaged(f"tensors {before} and {tensor.name} overlap")
+            if gap >= alignment:
+                raise self._damaged(f"{gap} bytes between {before} and {tensor.name} belong to no tensor")
+            end, before = tensor.offset + tensor.nbytes, tensor.name
+
     def _name(self, what: str) -> str:
         length = self._u64()
         if not 0 < length <= MOST_NAME_BYTES:
@@ -301,11 +312,6 @@ class _Reader:
         return CheckpointError(f"{self._path} is damaged: {why}")
 
 
-def _check_overlaps(header: Header) -> None:
-    end, before = 0, ""
-    for tensor in sorted(header.tensors.values(), key=lambda tensor: tensor.offset):
-        if tensor.offset < end:
-            raise CheckpointError(f"{header.path} is damaged: tensors {before} and {tensor.name} overlap")
-        end, before = tensor.offset + tensor.nbytes, tensor.name
+def _check_not_empty(header: Header) -> None:
     if not header.tensors and "split.count" not in header.metadata:
         raise CheckpointError(f"{header.path} is damaged: it has no tensors")

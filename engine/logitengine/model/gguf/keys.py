@@ -92,9 +92,11 @@ class Keys:
             )
 
     def token_id(self, key: str) -> int | None:
-        """Return the id of a special token of ``tokenizer.ggml``."""
+        """Return the id of a special token of ``tokenizer.ggml``; None if the file names none."""
         value = self._header.metadata.get(f"tokenizer.ggml.{key}")
-        return value if isinstance(value, int) and not isinstance(value, bool) else None
+        if value is not None and type(value) is not int:
+            raise self.damaged(f"tokenizer.ggml.{key} is no token's id")
+        return value
 
     def check_all_read(self) -> None:
         """Refuse a file with a key that nobody read and that is not known to be harmless."""

@@ -41,7 +41,7 @@ SPECIAL_TOKENS = {
 
 
 def write_tokenizer(header: Header, directory: Path) -> None:
-    """Write tokenizer.json, its config and the chat template. Raises ValueError for an unknown kind of vocabulary."""
+    """Write tokenizer.json, its config and the chat template. Raises ValueError for a vocabulary of an unknown kind or size."""
     vocabulary, config = (
         {
             name: value
@@ -50,6 +50,7 @@ def write_tokenizer(header: Header, directory: Path) -> None:
         }
         for names in (GGUF_TOKENIZER_MAPPING["tokenizer"], GGUF_TOKENIZER_MAPPING["tokenizer_config"])
     )
+    _check_lengths(header, len(vocabulary["tokens"]))
     kind, pre = vocabulary.get("tokenizer_type"), vocabulary.get("pre_tokenizer_type", "default")
     if kind == BYTE_LEVEL:
         if pre in LLAMA3_SPLITS:
@@ -60,7 +61,7 @@ def write_tokenizer(header: Header, directory: Path) -> None:
         config.setdefault("add_bos_token", True)
     for name, key in SPECIAL_TOKENS.items():
         token_id = header.metadata.get(f"tokenizer.ggml.{key}")
-        if isinstance(token_id, int) and token_id < len(vocabulary["tokens"]):
+        if isinstance(token_id, int) and 0 <= token_id < len(vocabulary["tokens"]):
             config[name] = vocabulary["tokens"][token_id]
     backend, _ = convert_gguf_tokenizer(str(header.metadata["general.architecture"]), vocabulary)
     if kind == BYTE_LEVEL and pre in DIGIT_SPLITS:
@@ -68,6 +69,13 @@ def write_tokenizer(header: Header, directory: Path) -> None:
     if kind == BYTE_LEVEL and pre in SPLITS:
         _split_by(backend, SPLITS[pre])
     PreTrainedTokenizerFast(tokenizer_object=_Uncopied(backend), **config).save_pretrained(directory)
+
+
+def _check_lengths(header: Header, num_tokens: int) -> None:
+    for key in ("token_type", "scores"):
+        numbers = header.metadata.get(f"tokenizer.ggml.{key}")
+        if numbers is not None and (not isinstance(numbers, np.ndarray) or len(numbers) != num_tokens):
+            raise ValueError(f"tokenizer.ggml.{key} has no number for each of {num_tokens} tokens")
 
 
 class _Uncopied:

@@ -57,7 +57,7 @@ def attention_forward(
     if not isinstance(layer, int):
         raise TypeError(f"{type(module).__name__} does not say which layer it is")
     if isinstance(kv_cache, ShapeProbe):
-        kv_cache.record(layer, key, value, sliding_window, softcap)
+        kv_cache.record(layer, key, value, scaling, sliding_window, softcap)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     key_cache, value_cache = kv_cache.keys[layer], kv_cache.values[layer]

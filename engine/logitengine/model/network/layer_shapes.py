@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -35,9 +36,19 @@ class ShapeProbe:
     shapes: dict[int, LayerShape] = field(default_factory=dict)
 
     def record(
-        self, layer: int, key: Tensor, value: Tensor, sliding_window: int | None, softcap: float | None
+        self,
+        layer: int,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        sliding_window: int | None,
+        softcap: float | None,
     ) -> None:
-        """Record a layer; ``key`` and ``value`` are [1, Hkv, T, D]."""
+        """Record a layer; ``key`` and ``value`` are [1, Hkv, T, D]. Raises ValueError for a number that is not above 0."""
+        numbers = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+        for name, number in numbers.items():
+            if number is not None and not 0 < number < math.inf:
+                raise ValueError(f"the attention of layer {layer} has {name} {number}")
         self.shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3], sliding_window, softcap)
 
     def in_order(self) -> list[LayerShape]:
@@ -54,7 +65,8 @@ class ShapeProbe:
 def probe_layers(model: PreTrainedModel, kernels: Kernels) -> list[LayerShape]:
     """Return the shape of each layer, found by running one token through transformers' own model.
 
-    The model may lie on the meta device. Raises TypeError or ValueError if the architecture needs an attention feature that is not supported.
+    The model may lie on the meta device. Raises TypeError or ValueError if the architecture needs an attention feature that is not supported, and
+    whatever transformers' modules raise for a config whose numbers do not fit each other.
     """
     probe = ShapeProbe()
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
