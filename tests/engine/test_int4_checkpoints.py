@@ -186,24 +186,6 @@ def test_a_layer_of_one_row_is_served(tmp_path: Path, packing: Packing) -> None:
     assert np.abs(rows_of(served(tmp_path), PROMPT) - reference_logits(model, PROMPT)).max() <= 1e-3
 
 
-@pytest.mark.parametrize("packing", [Packing("gptq"), Packing("compressed-tensors")], ids=str)
-def test_a_layer_of_one_row_is_served(tmp_path: Path, packing: Packing) -> None:
-    """The gate of Qwen2-MoE's shared expert. Reference: transformers in float32. Tolerance: 1e-3 absolute."""
-    torch.manual_seed(0)
-    sizes = {name: getattr(tiny_llama().config, name) for name in SIZES}
-    config = Qwen2MoeConfig(
-        **sizes,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        shared_expert_intermediate_size=64,
-        initializer_range=0.2,
-    )
-    model, weights = save_packed(tmp_path, packing, in_float16(Qwen2MoeForCausalLM(config).eval()))
-    assert weights["model.layers.0.mlp.shared_expert_gate.weight"].shape == (1, 128)
-    assert np.abs(rows_of(served(tmp_path)) - reference_logits(model, PROMPT)).max() <= 1e-3
-
-
 def test_a_packed_expert_that_is_missing_or_too_many_is_refused_by_name(tmp_path: Path) -> None:
     save_packed(tmp_path, Packing("awq"), tiny_experts())
     name = "model.layers.1.mlp.experts"
