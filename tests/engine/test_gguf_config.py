@@ -99,6 +99,7 @@ def test_factors_that_no_frequency_can_have_are_refused(
         ("granite", {"attention.scale": -1.0}, r"the attention of layer 0 has scaling -1\.0"),
         ("granite", {"logit_scale": 0.0}, r"has logits_scaling 0\.0, which is no number above 0"),
         ("cohere2", {"attention.layer_norm_epsilon": -1.0}, r"has layer_norm_eps -1\.0, which is no"),
+        ("qwen2-yarn", {"rope.scaling.factor": None}, r"scaled by YaRN, and has no rope\.scaling\.factor"),
         ("llama", {"rope.freq_base": 0.0}, r"has rope_theta 0\.0, which is no number above 0"),
     ],
 )

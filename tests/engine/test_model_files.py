@@ -262,6 +262,9 @@ def test_a_directory_whose_index_is_right_is_taken(model: Path) -> None:
             edited(rms_norm_eps=-1.0), r"has rms_norm_eps -1\.0, which is no number above 0", id="eps"
         ),
         pytest.param(edited(rms_norm_eps=float("nan")), "has rms_norm_eps nan", id="eps that is no number"),
+        pytest.param(
+            edited(max_position_embeddings=-8), "max_position_embeddings -8, which", id="no positions"
+        ),
         pytest.param(rope(rope_theta=-1e4), r"has rope_theta -10000\.0, which", id="theta below 0"),
         pytest.param(rope(rope_theta=0), "has rope_theta 0, which", id="theta of 0"),
         pytest.param(rope(rope_type="linear", factor=0.0), r"has factor 0\.0, which", id="factor of 0"),

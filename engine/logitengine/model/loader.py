@@ -234,9 +234,11 @@ def prepare(
 
 
 def _probe(model: PreTrainedModel, kernels: Kernels) -> list[LayerShape]:
-    """Return the shapes of the layers. Raises ValueError where the model cannot compute a token."""
+    """Return the shapes of the layers. Raises TypeError, ValueError or AttributeError where the model cannot compute a token."""
     try:
         return probe_layers(model, kernels)
+    except (TypeError, ValueError, AttributeError):
+        raise
     except MISFITS as error:
         raise ValueError(f"its layers compute no token: {error}") from error
 

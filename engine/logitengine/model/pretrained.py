@@ -45,7 +45,13 @@ MISFITS = (
 )
 """Errors of transformers where a config makes no model or the weights do not fit it."""
 
-POSITIVE = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "logits_scaling")
+POSITIVE = (
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "logits_scaling",
+    "max_position_embeddings",
+)
 POSITIVE_IN_ROPE = ("rope_theta", "factor")
 """Members of a config, and of its rotary parameters, that are above 0 in every model."""
 

@@ -111,6 +111,8 @@ def _yarn(keys: Keys, factor: float) -> Config:
     keys.must_be("rope.scaling.yarn_ext_factor", 1.0)
     scale = keys.number("rope.scaling.attn_factor", keys.number("rope.scaling.yarn_attn_factor", 1.0))
     original = keys.size("rope.scaling.original_context_length")
+    if not keys.has("rope.scaling.factor"):
+        raise keys.damaged("its rotary embedding is scaled by YaRN, and has no rope.scaling.factor")
     if factor < 1:
         keys.must_be("rope.scaling.factor", 1.0)
     found = {
