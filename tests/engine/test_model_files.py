@@ -265,6 +265,14 @@ def test_a_directory_whose_index_is_right_is_taken(model: Path) -> None:
         pytest.param(
             edited(max_position_embeddings=-8), "max_position_embeddings -8, which", id="no positions"
         ),
+        pytest.param(
+            edited(
+                model_type="phi3",
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e9},
+            ),
+            "partial_rotary_factor 1000000000.0, which is no share",
+            id="a head that rotates beyond its end",
+        ),
         pytest.param(rope(rope_theta=-1e4), r"has rope_theta -10000\.0, which", id="theta below 0"),
         pytest.param(rope(rope_theta=0), "has rope_theta 0, which", id="theta of 0"),
         pytest.param(rope(rope_type="linear", factor=0.0), r"has factor 0\.0, which", id="factor of 0"),

@@ -184,13 +184,19 @@ def refuse_unsupported(model_config: PretrainedConfig) -> None:
 
 
 def _refuse_numbers(config: PretrainedConfig) -> None:
-    """Refuse numbers under a root or a bar that are not above 0, which make NaN of rows. Raises ValueError."""
+    """Refuse numbers under a root or a bar that are not above 0, which make NaN of rows, and shares above 1, for which
+    transformers makes a table of any size. Raises ValueError.
+    """
     ropes = _rope_parts(getattr(config, "rope_parameters", None) or {})
     numbers = [(name, getattr(config, name, None)) for name in POSITIVE]
     numbers += [(name, rope.get(name)) for rope in ropes for name in POSITIVE_IN_ROPE]
     for name, number in numbers:
         if number is not None and not (isinstance(number, int | float) and 0 < number < math.inf):
             raise ValueError(f"{config.model_type} has {name} {number!r}, which is no number above 0")
+    for rope in ropes:
+        share = rope.get("partial_rotary_factor")
+        if share is not None and not (isinstance(share, int | float) and 0 < share <= 1):
+            raise ValueError(f"{config.model_type} has partial_rotary_factor {share!r}, which is no share")
 
 
 def _rope_types(parameters: dict[str, Any]) -> set[str]:

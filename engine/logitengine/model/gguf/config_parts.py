@@ -17,8 +17,11 @@ def whole_rotary(keys: Keys, config: Config) -> None:
 
 def partial_rotary(keys: Keys, config: Config) -> Config:
     """Return the share of a head's dimensions that rotate."""
-    share = keys.integer("rope.dimension_count", config["head_dim"]) / config["head_dim"]
-    return {"rope_parameters": config["rope_parameters"] | {"partial_rotary_factor": share}}
+    head_dim = config["head_dim"]
+    rotary = keys.size("rope.dimension_count", head_dim)
+    if rotary > head_dim or rotary % 2:
+        raise keys.damaged(f"{rotary} of the {head_dim} dimensions of a head rotate")
+    return {"rope_parameters": config["rope_parameters"] | {"partial_rotary_factor": rotary / head_dim}}
 
 
 SOFTMAX, SIGMOID, SOFTMAX_OF_USED = 1, 2, 3
