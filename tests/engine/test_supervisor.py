@@ -232,7 +232,7 @@ async def test_a_model_that_cannot_be_served_is_refused_with_the_reason(tmp_path
     ("file", "reason"),
     [
         ("unservable", "the model cannot be served any more: its files are damaged"),
-        ("replaced", "the model's files are others than when the server started"),
+        ("replaced", "the model is not the one that the server started with"),
     ],
 )
 async def test_a_model_whose_files_were_damaged_or_replaced_meanwhile_is_not_served_again(
@@ -431,3 +431,20 @@ async def test_what_a_process_says_after_the_end_began_changes_nothing(
         with pytest.raises(EngineNotReadyError, match="shutting down"):
             await anext(client.generate(greedy("late", [1], 5)))
         await ended
+
+
+@pytest.mark.usefixtures("without_pauses")
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "SIGKILL"), (40, "40")])
+async def test_the_log_tells_which_signal_ended_the_engine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, number: int, name: str
+) -> None:
+    """Most real-time signals have no name."""
+    async with running(tmp_path) as client:
+        told = client.generate(greedy("begin", [1], 5))
+        await anext(told)
+        assert client.pid is not None
+        os.kill(client.pid, number)
+        with pytest.raises(EngineDeadError):
+            await anext(told)
+        await client.wait_ready()
+    assert f"the engine process died (signal {name}); starting another" in caplog.text

@@ -397,9 +397,10 @@ class Supervisor:
         if channel is None or self._closing:
             return  # the process is being reaped, or will be
         if self.info is not None and info.fingerprint != self.info.fingerprint:
-            # The server has read the old files' tokenizer, and has told clients of the old model.
+            # The server has read the old files' tokenizer, and has told clients of the old fingerprint.
             self._misfit = (
-                "the model's files are others than when the server started; start it again to serve them"
+                "the model is not the one that the server started with: its files, the packages or the CPUs have "
+                "changed; start the server again"
             )
             self._on_failed(self._misfit, [])
             return
@@ -415,6 +416,9 @@ def _describe_end(returncode: int | None) -> str:
     """Return how a process ended, in words."""
     if returncode is None:
         return "still there"
-    if returncode < 0:
+    if returncode >= 0:
+        return f"exit code {returncode}"
+    try:
         return f"signal {signal.Signals(-returncode).name}"
-    return f"exit code {returncode}"
+    except ValueError:  # most of the real-time signals have no name
+        return f"signal {-returncode}"
