@@ -78,6 +78,8 @@ inline bool fits_first_level(int64_t bytes) {
 #endif
     return bytes <= 20 * 1024;
 }
+
+// Prefetches a cache line into the first-level cache and no further.
 inline void prefetch_once(const void* address) {
 #if defined(__x86_64__)
     asm volatile("prefetchnta %0" : : "m"(*static_cast<const char*>(address)));

@@ -84,6 +84,8 @@ def read_tensor(tensor: FileTensor) -> Tensor:
     if dtype is None:
         raise CheckpointError(f"{tensor.path} cannot be served: {tensor.name} is {tensor.dtype}")
     nbytes = prod(tensor.shape) * dtype.itemsize
+    if not nbytes:  # which cannot be mapped
+        return torch.empty(tensor.shape, dtype=dtype)
     try:
         raw = np.memmap(tensor.path, np.uint8, "c", tensor.offset, (nbytes,))
     except (OSError, ValueError) as error:
